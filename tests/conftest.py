@@ -1,0 +1,23 @@
+"""One test body for both array modules: the fixture `xp` is numpy, and cupy where it has a device."""
+import numpy
+import pytest
+
+from tinytoken import backend
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs CuPy and a CUDA device")
+    config.addinivalue_line("markers", "slow: more than a few seconds; .ci/run runs these too")
+
+
+def pytest_collection_modifyitems(items):
+    ready, reason = backend.cuda_ready()
+    if not ready:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"no GPU: {reason}"))
+
+
+@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def xp(request):
+    return numpy if request.param == "numpy" else backend.module_for("cuda")

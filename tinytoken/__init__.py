@@ -1,0 +1,5 @@
+"""tinytoken: LookupViT and DynamicViT from scratch, on a tiny autograd engine over NumPy or CuPy arrays."""
+from . import backend, ops, random
+from .errors import GradientError, GraphError, InputError
+from .random import manual_seed
+from .tensor import Tensor, explain, fused, grad, no_grad, op, plain

@@ -1,0 +1,201 @@
+"""The ground floor: which array module, which device, and the few array functions that NumPy and CuPy do not share.
+
+Nothing but this file and `cuda/` names CuPy, and nothing here imports it until a CUDA device is asked for.
+"""
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+from .errors import InputError, expect
+
+FLOATS = ("float32", "float64")
+
+
+# Array modules and devices
+
+def array_module(*arrays):
+    """The module (numpy or cupy) that the arrays belong to: cupy if any one is a CuPy array."""
+    cupy = sys.modules.get("cupy")  # an array of a module that was never imported cannot exist
+    if cupy is not None and any(isinstance(a, cupy.ndarray) for a in arrays):
+        return cupy
+    return np
+
+
+def is_array(x):
+    """True for a NumPy or CuPy array."""
+    cupy = sys.modules.get("cupy")
+    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
+
+
+@functools.cache
+def cuda_ready():
+    """(True, "") if CuPy can compile and run a kernel here, else (False, reason). Never raises."""
+    try:
+        import cupy
+    except ImportError as error:
+        return False, f"CuPy cannot be imported ({error})"
+    try:
+        if not cupy.is_available():
+            return False, "CuPy finds no usable CUDA device or driver"
+        (cupy.arange(2, dtype="float32") + 1).get()  # compiles: proves NVRTC, headers and a launch
+    except Exception as error:  # whatever a broken installation raises is the reason we report
+        return False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return True, ""
+
+
+def choose_device(name="auto"):
+    """'cpu' or 'cuda' for name auto | cpu | cuda. 'auto' takes the GPU where one works; 'cuda' raises InputError with the
+    reason where none does."""
+    expect(name in ("auto", "cpu", "cuda"), "device", f"{name!r}, expected auto, cpu or cuda")
+    if name == "cpu":
+        return "cpu"
+    ready, reason = cuda_ready()
+    if not ready and name == "cuda":
+        raise InputError(f"device: cuda asked for, but {reason}; `python -m tinytoken doctor` says how to fix it")
+    return "cuda" if ready else "cpu"
+
+
+def module_for(device):
+    """numpy for 'cpu', cupy for 'cuda'."""
+    if device == "cpu":
+        return np
+    import cupy
+    return cupy
+
+
+def device_of(array):
+    """'cpu' or 'cuda'."""
+    return "cpu" if array_module(array) is np else "cuda"
+
+
+def to_device(array, device):
+    """The array on that device; the same object if it is there already."""
+    if device_of(array) == device:
+        return array
+    return to_numpy(array) if device == "cpu" else module_for(device).asarray(array)
+
+
+def to_numpy(array):
+    """The array in host memory (waits for the GPU)."""
+    return array.get() if array_module(array) is not np else np.asarray(array)
+
+
+# Functions that NumPy lacks, or that the two modules spell differently
+
+# tanh(x p(x^2)) is erf(x / sqrt 2) to 7e-6. Fitted so that x Phi(x) is right to 4e-6 on [-9, 9]; the last coefficient is positive, so it saturates without a clip.
+CDF_POLYNOMIAL = (0.79785240, 0.036438372, -1.1375348e-4, -3.2048421e-5, 1.1802173e-6)
+_exact_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def normal_cdf(x):
+    """Phi(x) = (1 + erf(x / sqrt 2)) / 2 of a float array. float64: exact, by math.erf, slowly. float32: a tanh of a fitted
+    polynomial, since tanh is NumPy's fastest transcendental (Phi and x Phi(x) are within 4e-6). CuPy: its own erf."""
+    xp = array_module(x)
+    if xp is not np:
+        from cupyx.scipy.special import erf as cuda_erf
+        return 0.5 * (1 + cuda_erf(x * math.sqrt(0.5)))
+    if x.dtype == np.float64:
+        return 0.5 * (1 + _exact_erf(x * math.sqrt(0.5)).astype(np.float64))
+    square = x * x
+    out = square * CDF_POLYNOMIAL[-1]
+    for coefficient in CDF_POLYNOMIAL[-2:0:-1]:
+        out += coefficient
+        out *= square
+    out += CDF_POLYNOMIAL[0]
+    out *= x
+    np.tanh(out, out=out)
+    out += 1
+    out *= 0.5
+    return out
+
+
+def erf(x):
+    """The error function of a float array, as `normal_cdf` computes it."""
+    return 2 * normal_cdf(x * math.sqrt(2)) - 1
+
+
+def vecdot(a, b):
+    """sum(a * b, axis=-1) without the product in memory where the module can."""
+    xp = array_module(a, b)
+    return np.vecdot(a, b) if xp is np else (a * b).sum(axis=-1)
+
+
+def scatter_add(target, index, values):
+    """target[index] += values with repeated indices added up. `index` is one integer array over axis 0."""
+    if array_module(target) is not np:
+        import cupyx
+        cupyx.scatter_add(target, index, values)
+        return
+    # np.add.at is several times slower than sorting the rows and adding the runs.
+    flat = index.reshape(-1)
+    if flat.size == 0:
+        return
+    order = np.argsort(flat, kind="stable")
+    rows, starts = np.unique(flat[order], return_index=True)
+    target[rows] += np.add.reduceat(values.reshape(flat.size, *target.shape[1:])[order], starts, axis=0)
+
+
+# Settings of the process: the allocator and the BLAS threads. Never at import; on first training (`prepare_cpu`).
+
+@functools.cache
+def prepare_cpu():
+    """Keep freed memory in the process, once: NumPy otherwise returns each large array to the system and pays page faults for
+    the next one. glibc only, else nothing is done; TINYTOKEN_MALLOC=0 turns it off. Returns what was done, as text."""
+    if os.environ.get("TINYTOKEN_MALLOC") == "0":
+        return "off (TINYTOKEN_MALLOC=0)"
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return "not available (no glibc)"
+    threshold, trim, pad = (-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+    done = [mallopt(*setting) == 1 for setting in (threshold, trim, pad)]
+    return "freed memory is kept (mallopt)" if all(done) else "partly refused by this C library"
+
+
+@functools.cache
+def openblas():
+    """(get_threads, set_threads, core_name) of the OpenBLAS inside NumPy's wheel, or None for another build."""
+    folder = pathlib.Path(np.__file__).parent
+    for path in [*folder.parent.glob("numpy.libs/*openblas*"), *folder.glob(".dylibs/*openblas*")]:
+        library = ctypes.CDLL(str(path))
+        for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("scipy_", ""), ("", "")):
+            names = [f"{prefix}openblas_{name}{suffix}" for name in ("get_num_threads", "set_num_threads", "get_corename")]
+            if all(hasattr(library, name) for name in names):
+                get, put, core = (getattr(library, name) for name in names)
+                core.restype = ctypes.c_char_p
+                return get, put, lambda: core().decode()
+    return None
+
+
+def blas_description():
+    """'OpenBLAS Haswell, 2 threads', or what is known of another build."""
+    found = openblas()
+    if found is None:
+        return f"{np.show_config('dicts')['Build Dependencies']['blas']['name']} (threads not under our control)"
+    return f"OpenBLAS {found[2]()}, {found[0]()} threads"
+
+
+@contextlib.contextmanager
+def blas_threads(count):
+    """Hold BLAS to `count` threads inside the block (where it can be told), and restore what was before."""
+    found = openblas()
+    if found is None:
+        yield
+        return
+    before = found[0]()
+    found[1](count)
+    try:
+        yield
+    finally:
+        found[1](before)
+
+
+def cpu_count():
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

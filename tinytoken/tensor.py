@@ -1,0 +1,435 @@
+"""The engine: Tensor, the graph of nodes, @op, backward() and grad(). Everything differentiable is built on this file.
+
+An op is one function on raw arrays that returns its output and its vector-Jacobian product (vjp):
+
+    @op
+    def multiply(a, b):
+        def vjp(g):
+            return lambda: g * b, lambda: g * a
+        return a * b, vjp
+
+Calling it with Tensors runs it on their arrays and, if an input needs a gradient, records one Node. The graph of nodes is
+the tape: a Node knows the nodes it came from and nothing knows the Node but its outputs, so there is no global list and no
+reference cycle. Backward sorts the nodes, runs each vjp once with everything that arrived, and frees the node.
+"""
+import contextlib
+import inspect
+import threading
+
+import numpy as np
+
+from .backend import FLOATS, array_module, device_of, is_array, to_numpy
+from .errors import GradientError, GraphError, InputError, expect
+
+
+class _Mode(threading.local):
+    recording, plain, observer = True, False, None
+
+
+_mode = _Mode()
+registry = {}  # (module, name) -> Op; a later definition replaces an earlier one
+
+
+@contextlib.contextmanager
+def _mode_set(**values):
+    before = {name: getattr(_mode, name) for name in values}
+    _mode.__dict__.update(values)
+    try:
+        yield
+    finally:
+        _mode.__dict__.update(before)
+
+
+def no_grad():
+    """Context (or decorator): ops record nothing. Holds for the thread that enters it."""
+    return _mode_set(recording=False)
+
+
+def plain():
+    """Context (or decorator): ops use their plain definition, whatever faster ones are registered. Holds for this thread."""
+    return _mode_set(plain=True)
+
+
+def observe(observer):
+    """Context: observer(op, shapes of the array arguments) is called for each op that this thread runs."""
+    return _mode_set(observer=observer)
+
+
+class Tensor:
+    """An array, its gradient, and the node that made it.
+
+    array: NumPy or CuPy array, number or nested list (by numpy.asarray's rules); floats are float32 or float64. Not copied.
+    requires_grad: collect .grad for it in backward(). .data and .grad are raw arrays; .grad is None before the first backward.
+    """
+    __slots__ = ("data", "grad", "requires_grad", "node", "place", "__weakref__")
+    __array_ufunc__ = None  # array * Tensor comes to Tensor.__rmul__
+
+    def __init__(self, array, requires_grad=False):
+        if isinstance(array, Tensor):
+            array = array.data
+        array = array if is_array(array) else np.asarray(array)
+        kind = array.dtype.kind
+        expect(kind in "biu" or array.dtype.name in FLOATS, "Tensor", f"dtype {array.dtype}, expected float32, float64, int or bool")
+        expect(kind == "f" or not requires_grad, "Tensor", f"requires_grad with dtype {array.dtype}, expected float32 or float64")
+        self.data, self.grad, self.requires_grad = array, None, bool(requires_grad)
+        self.node, self.place = None, 0  # the node that made it, and which of its outputs it is
+
+    shape = property(lambda self: self.data.shape)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    dtype = property(lambda self: self.data.dtype)
+    device = property(lambda self: device_of(self.data))
+
+    def __len__(self):
+        return len(self.data)
+
+    def __repr__(self):
+        made = f", made by {self.node.op.name}" if self.node else ", requires_grad" if self.requires_grad else ""
+        return f"Tensor({self.data}, shape {self.shape}, {self.dtype}{made})"
+
+    def detach(self):
+        """The same array, cut from the graph."""
+        return Tensor(self.data)
+
+    def numpy(self):
+        """The values as a NumPy array (a copy only if they are on a GPU)."""
+        return to_numpy(self.data)
+
+    def item(self):
+        """The one value as a Python number (waits for the GPU)."""
+        return self.data.item()
+
+    def backward(self, gradient=None):
+        """Add d(self)/d(leaf) to .grad of every leaf that requires it, and free the graph. `gradient` is the upstream
+        gradient, an array of this tensor's shape; it may be left out for a tensor of one element."""
+        _backward(self, gradient, None, _add_to_leaf)
+
+
+def grad(loss, wrt, into=None, *, gradient=None, add=False):
+    """The gradients of `loss` with respect to the tensors in `wrt`, as a list of arrays; nothing else is touched (.grad stays
+    as it is, but the graph is freed). A tensor that the loss does not depend on gets zeros.
+
+    into: arrays to fill instead of making new ones (add=True adds to what they hold). gradient: as in Tensor.backward.
+    """
+    expect(into is None or len(into) == len(wrt), "grad", lambda: f"{len(into)} arrays in `into` for {len(wrt)} tensors in `wrt`")
+    expect(all(t.requires_grad for t in wrt), "grad", "a tensor in `wrt` does not require a gradient")
+    if into is None:
+        into, add = [array_module(t.data).zeros_like(t.data) for t in wrt], True
+    if not add:
+        for array in into:
+            array[...] = 0
+    place = {_source(t): array for t, array in zip(wrt, into)}
+
+    def add_to_place(source, g):
+        place[source] += g
+
+    if loss.requires_grad:
+        _backward(loss, gradient, place, add_to_place)
+    return into
+
+
+# Ops
+
+class Index:
+    """Annotation of an array argument: integer arrays are passed as they are (indices, labels), not cast to the float dtype."""
+
+
+class Op:
+    """A registered operation. Made by @op; called like the function it wraps."""
+
+    def __init__(self, function, composition=False):
+        self.function, self.composition = function, composition
+        self.name, self.module, self.__doc__ = function.__name__, function.__module__, function.__doc__
+        self.__wrapped__ = function  # so that inspect and help show the function's own signature
+        self.implementations, self.shapes_to_macs = {}, None
+        parameters = inspect.signature(function).parameters.values()
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.arrays = [p.name for p in positional]
+        self.defaults = {p.name: p.default for p in positional if p.default is not p.empty}
+        self.variadic = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+        self.settings = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+        self.index = {i for i, p in enumerate(positional) if p.annotation is Index}
+        registry[self.module, self.name] = self
+
+    def implementation(self, module):
+        """Decorator: a faster function with the same contract for arrays of that module ("cupy")."""
+        def register(function):
+            self.implementations[module] = function
+            return function
+        return register
+
+    def macs(self, shapes_to_macs):
+        """Decorator: declares the op's multiply-adds, as a function of the shapes of its array arguments."""
+        self.shapes_to_macs = shapes_to_macs
+        return shapes_to_macs
+
+    def __repr__(self):
+        return f"<op {self.module}.{self.name}>"
+
+    def __call__(self, *args, **settings):
+        if not settings.keys() <= self.settings or len(args) != len(self.arrays) and not self.variadic:
+            args, settings = self._bind(args, settings)
+        arrays, dtype, record, uniform = [], None, False, True
+        for a in args:
+            if isinstance(a, Tensor):
+                record = record or a.requires_grad
+                a = a.data
+                dtype = dtype or a.dtype
+                uniform = uniform and a.dtype is dtype
+            else:
+                uniform = uniform and a is None
+            arrays.append(a)
+        xp = array_module(*arrays)
+        if not uniform or dtype is None or dtype.kind != "f":  # the usual call has tensors of one dtype and nothing to convert
+            dtype = self._float_dtype(args)
+            arrays = [self._raw(i, a, dtype, xp) for i, a in enumerate(arrays)]
+        run = self.implementations.get(xp.__name__) if self.implementations and not _mode.plain else None
+        if self.composition and run is None:
+            return self.function(*args, **settings)
+        out, vjp = (run or self.function)(*arrays, **settings)
+        if _mode.observer:
+            _mode.observer(self, [getattr(a, "shape", None) for a in arrays])
+        several = isinstance(out, tuple)
+        outputs = out if several else (out,)
+        node = Node(self, args, arrays, outputs, vjp) if record and vjp is not None and _mode.recording else None
+        wrapped = [self._wrap(o, dtype, node, i) for i, o in enumerate(outputs)]
+        return tuple(wrapped) if several else wrapped[0]
+
+    def _bind(self, args, settings):
+        unknown = settings.keys() - self.settings - set(() if self.variadic else self.arrays)
+        expect(not unknown, self.name, lambda: f"unknown argument {', '.join(sorted(unknown))}; it takes {inspect.signature(self.function)}")
+        if self.variadic:
+            return args, settings
+        expect(len(args) <= len(self.arrays), self.name,
+               lambda: f"{len(args)} array arguments, expected at most {len(self.arrays)} ({', '.join(self.arrays)})")
+        named = dict(zip(self.arrays, args))
+        twice = named.keys() & settings.keys()
+        expect(not twice, self.name, lambda: f"{', '.join(twice)} given twice")
+        named = self.defaults | named | {k: v for k, v in settings.items() if k in self.arrays}
+        missing = [name for name in self.arrays if name not in named]
+        expect(not missing, self.name, lambda: f"missing argument {', '.join(missing)}; it takes {inspect.signature(self.function)}")
+        return tuple(named[name] for name in self.arrays), {k: v for k, v in settings.items() if k in self.settings}
+
+    def _float_dtype(self, args):
+        """The float dtype of the op: that of its tensors, which must agree; without tensors the widest of its arrays."""
+        tensors = {a.dtype for a in args if isinstance(a, Tensor) and a.dtype.kind == "f"}
+        if len(tensors) > 1:
+            names = [f"input {i}" for i in range(len(args))] if self.variadic else self.arrays
+            given = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, args) if isinstance(a, Tensor))
+            raise InputError(f"{self.name}: tensors of one float dtype expected, given {given}: cast one of them")
+        arrays = {a.dtype for a in args if is_array(a) and a.dtype.kind == "f"}
+        dtype = tensors.pop() if tensors else np.result_type(*arrays) if arrays else np.dtype("float32")
+        expect(dtype.name in FLOATS, self.name, lambda: f"dtype {dtype}, expected float32 or float64")
+        return dtype
+
+    def _raw(self, i, a, dtype, xp):
+        """One argument as the function gets it: float, bool and int arrays as `dtype`; index arrays, numbers, None as they are."""
+        if not is_array(a):
+            if isinstance(a, np.generic):  # a NumPy scalar has a dtype of its own, which would spread
+                return xp.asarray(a, dtype=dtype)
+            expect(a is None or isinstance(a, (int, float)), self.name,
+                   lambda: f"argument {i} is a {type(a).__name__}, expected a Tensor, an array or a number")
+            return a
+        expect(array_module(a) is xp, self.name, "arguments on the CPU and on the GPU in one op: move one (backend.to_device)")
+        if a.dtype == dtype or a.dtype.kind in "iu" and i in self.index:
+            return a
+        return a.astype(dtype)
+
+    def _wrap(self, array, dtype, node, place):
+        if not is_array(array):  # a reduction of everything gives a NumPy scalar
+            array = np.asarray(array)
+        if array.dtype != dtype and array.dtype.kind == "f":
+            raise GradientError(f"{self.name}: {array.dtype} output for {dtype} inputs: is one of its constants a NumPy scalar?")
+        out = Tensor.__new__(Tensor)
+        out.data, out.grad, out.requires_grad, out.node, out.place = array, None, node is not None, node, place
+        return out
+
+
+def op(function):
+    """Make an op of a function on raw arrays that returns (output or outputs, vjp).
+
+    Parameters before `*` (and `*args`) are arrays; those after it are settings. vjp takes one upstream gradient per output
+    (None for an output that nothing used) and returns one entry per array argument, bare if there is one: an array, None,
+    or a function without arguments that is called only if that input needs its gradient. Broadcasting is undone here.
+    An op never writes into its inputs or into the gradient it is given, and draws no random numbers.
+    """
+    return Op(function)
+
+
+def fused(function):
+    """Mark a composition of ops that an array module may implement as one. Until one does, its parts run and are recorded."""
+    return Op(function, composition=True)
+
+
+# The graph
+
+class Node:
+    """One run of an op. `edges` holds, per array argument, None or (source, place, shape, dtype): the source is the Node
+    that made the input, or the leaf Tensor itself. Intermediate Tensors are not held: they live as long as a vjp needs them."""
+    __slots__ = ("op", "edges", "vjp", "shapes", "outputs")
+
+    def __init__(self, op, args, arrays, outputs, vjp):
+        self.op, self.vjp = op, vjp
+        self.edges = tuple((a.node or a, a.place, a.data.shape, a.data.dtype)
+                           if isinstance(a, Tensor) and a.requires_grad else None for a in args)
+        self.shapes = tuple(getattr(a, "shape", None) for a in arrays)
+        self.outputs = tuple(o.shape for o in outputs)
+
+
+def topological_order(root):
+    """The nodes under `root`, each after all that it depends on. Iterative: a graph may be deeper than Python's stack."""
+    order, entered, done, stack = [], set(), set(), [root]
+    while stack:
+        node = stack[-1]
+        if node in entered:
+            stack.pop()
+            if node not in done:
+                done.add(node)
+                order.append(node)
+        else:
+            entered.add(node)
+            stack.extend(e[0] for e in node.edges if e and isinstance(e[0], Node) and e[0] not in entered)
+    return order
+
+
+def _source(tensor):
+    """What a gradient is addressed to: (node, place) of an intermediate tensor, the leaf itself otherwise."""
+    return (tensor.node, tensor.place) if tensor.node else tensor
+
+
+def _add_to_leaf(leaf, g):
+    if leaf.grad is None:
+        leaf.grad = array_module(g).array(g)  # a copy: g may belong to somebody else
+    else:
+        leaf.grad += g
+
+
+def _backward(root, gradient, wanted, deliver):
+    """Run the graph backward from `root`, and deliver(source, gradient) what arrives at the wanted sources (all leaves if
+    wanted is None). Nodes that lead to none of them are not run."""
+    gradient = _upstream(root, gradient)
+    if wanted is None or _source(root) in wanted:
+        if root.node is None:
+            return deliver(root, gradient)
+        if wanted is not None:
+            deliver(_source(root), gradient)
+    order = topological_order(root.node) if root.node else []
+    if any(node.vjp is None for node in order):
+        raise GraphError("backward: this graph is already freed: backward() or grad() ran through it before. Run the forward pass again.")
+    needed = _leading_to(order, wanted)
+    arrived = {root.node: {root.place: (gradient, False)}}
+    while order:
+        node = order.pop()
+        held = arrived.pop(node, None)
+        if node not in needed or held is None:
+            continue
+        edges, entries = node.edges, _run_vjp(node, held)
+        for i, (edge, g) in enumerate(zip(edges, entries)):
+            if edge is None or g is None or not (edge[0] in needed or _address(edge) in needed):
+                continue
+            g = _checked(node.op, i, g() if callable(g) else g, edge)
+            source, place = edge[:2]
+            if wanted is None and isinstance(source, Tensor) or wanted is not None and _address(edge) in wanted:
+                deliver(_address(edge), g)
+            if isinstance(source, Node):
+                _accumulate(arrived.setdefault(source, {}), place, g)
+
+
+def _upstream(root, gradient):
+    expect(root.requires_grad, "backward", "this tensor does not depend on anything that requires a gradient")
+    if gradient is None:
+        expect(root.size == 1, "backward", lambda: f"a tensor of shape {root.shape} needs an upstream gradient; only a scalar does without")
+        return array_module(root.data).ones_like(root.data)
+    gradient = gradient.data if isinstance(gradient, Tensor) else gradient
+    expect(is_array(gradient) and gradient.shape == root.shape and gradient.dtype == root.dtype, "backward",
+           lambda: f"upstream gradient {getattr(gradient, 'shape', gradient)} {getattr(gradient, 'dtype', '')} for a tensor {root.shape} {root.dtype}")
+    return gradient
+
+
+def _address(edge):
+    return (edge[0], edge[1]) if isinstance(edge[0], Node) else edge[0]
+
+
+def _leading_to(order, wanted):
+    """The nodes and wanted sources that a gradient must reach. `order` has producers first."""
+    needed = set()
+    for node in order:
+        for edge in node.edges:
+            if edge is None:
+                continue
+            if isinstance(edge[0], Tensor) if wanted is None else _address(edge) in wanted:
+                needed.update((_address(edge), node))
+            elif edge[0] in needed:
+                needed.add(node)
+    return needed
+
+
+def _run_vjp(node, held):
+    """One entry per array argument. Frees the node first, so that what only its vjp held can go as soon as it has run."""
+    vjp, node.vjp, edges = node.vjp, None, node.edges
+    node.edges = ()
+    upstream = [held[place][0] if place in held else None for place in range(len(node.outputs))]
+    entries = vjp(*upstream)
+    entries = entries if isinstance(entries, tuple) else (entries,)
+    if len(entries) != len(edges):
+        raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array arguments")
+    return entries
+
+
+def _accumulate(slots, place, g):
+    """The first gradient is held by reference, the second makes a new array, and only that one is added to in place."""
+    if place not in slots:
+        slots[place] = (g, False)
+    else:
+        array, ours = slots[place]
+        if ours:
+            array += g
+        else:
+            slots[place] = (array + g, True)
+
+
+def _checked(op, i, g, edge):
+    """The gradient with broadcasting undone; GradientError naming the op if its shape or dtype cannot be the input's."""
+    shape, dtype = edge[2:]
+    if is_array(g) and g.shape == shape and g.dtype == dtype:
+        return g
+    name = f"input {i}" if op.variadic else op.arrays[i]
+    if not is_array(g) and not isinstance(g, np.generic):
+        raise GradientError(f"{op.name}: its vjp returned a {type(g).__name__} for {name}, expected an array")
+    if g.dtype != dtype:
+        raise GradientError(f"{op.name}: its vjp returned {g.dtype} for {name}, which is {dtype}: is a constant a NumPy scalar?")
+    try:
+        if np.broadcast_shapes(g.shape, shape) != g.shape:
+            raise ValueError
+    except ValueError:
+        raise GradientError(f"{op.name}: its vjp returned shape {g.shape} for {name}, which is {shape}") from None
+    return unbroadcast(g, shape)
+
+
+def unbroadcast(g, shape):
+    """Sum g over the axes along which an array of `shape` was repeated to g's shape."""
+    extra = g.ndim - len(shape)
+    axes = (*range(extra), *(extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1))
+    out = g.sum(axis=axes, keepdims=True) if axes else g
+    return array_module(g).asarray(out).reshape(shape)
+
+
+def explain(loss):
+    """The graph under a tensor as text, in the order in which it was computed: op, shapes, multiply-adds (MACs)."""
+    if loss.node is None:
+        return f"{'a leaf' if loss.requires_grad else 'no graph'}: shape {loss.shape}"
+    rows, total, number = [], 0, {}
+    for node in topological_order(loss.node):
+        number[node] = len(rows)
+        inputs = []
+        for i, shape in enumerate(node.shapes):
+            edge = node.edges[i] if node.edges else None
+            made = "" if edge is None else f"%{number[edge[0]]}" if isinstance(edge[0], Node) else "leaf"
+            if shape is not None:
+                inputs.append(f"{made}{tuple(shape)}")
+        macs = node.op.shapes_to_macs(*node.shapes) if node.op.shapes_to_macs else 0
+        total += macs
+        outputs = ", ".join(str(tuple(s)) for s in node.outputs)
+        freed = "  (freed)" if node.vjp is None else ""
+        rows.append(f"%{number[node]:<4} {node.op.name:<16} {' '.join(inputs)} -> {outputs}" + (f"  {macs:,} MACs" if macs else "") + freed)
+    return "\n".join(rows + [f"{len(rows)} ops, {total:,} multiply-adds (MACs)"])
