@@ -99,6 +99,12 @@ class Tensor:
         """The one value as a Python number (waits for the GPU)."""
         return self.data.item()
 
+    def __float__(self):
+        return float(self.data)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
     def backward(self, gradient=None):
         """Add d(self)/d(leaf) to .grad of every leaf that requires it, and free the graph. `gradient` is the upstream
         gradient, an array of this tensor's shape; it may be left out for a tensor of one element."""
@@ -383,9 +389,10 @@ def _accumulate(slots, place, g):
     else:
         array, ours = slots[place]
         if ours:
-            array += g
+            array += g  # a NumPy scalar (the sum of 0-d arrays is one) is not changed in place: hence stored again
         else:
-            slots[place] = (array + g, True)
+            array = array + g
+        slots[place] = (array, True)
 
 
 def _checked(op, i, g, edge):

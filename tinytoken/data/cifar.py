@@ -1,14 +1,15 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the binary archives of https://www.cs.toronto.edu/~kriz/cifar.html.
 
 A binary file is a row of records and nothing else: one label byte (CIFAR-100: the coarse label, then the fine one), then
-1024 bytes each of red, green and blue, row by row. So a file is checked by its size and its labels; nothing is unpickled.
-An archive is read in memory, only the members named here: nothing is unpacked, so no member can be written anywhere.
+1,024 bytes each of red, green and blue, row by row. So a file is checked by its size and its labels; nothing is unpickled.
+An archive is read in memory, and only the members named here: nothing is unpacked, so no member can be written anywhere.
 """
+import gzip
 import hashlib
 import http.client
-import lzma
 import os
 import tarfile
+import tempfile
 import urllib.request
 import zlib
 from dataclasses import dataclass
@@ -21,22 +22,206 @@ from ..errors import InputError, expect
 
 PIXELS = 3 * 32 * 32
 DEFAULT_FOLDER = "data"  # where "cifar10" and "cifar100" are looked for when TINYTOKEN_DATA is not set
+TIMEOUT = 60  # seconds without a byte before a download is given up
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One of the two data sets: its files, and the size and digest that its archive must have."""
+    """What one of the two data sets consists of. `train` and `test` map a file's name to its number of records."""
     title: str
+    folder: str
     archive: str
     md5: str
-    folder: str
-    train: tuple
-    test: tuple
-    records: int  # in each training file; a test file has 10,000
-    label_bytes: int  # the last of them is the label
-    meta: str
+    train: dict
+    test: dict
+    label_bytes: int  # in front of each picture; the last one is the label
+    names_file: str
     names: tuple
 
     @property
     def url(self):
         return f"https://www.cs.toronto.edu/~kriz/{self.archive}"
+
+
+LAYOUTS = {
+    "cifar10": Layout(
+        "CIFAR-10", "cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
+        {f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}, {"test_batch.bin": 10_000}, 1, "batches.meta.txt",
+        tuple("airplane automobile bird cat deer dog frog horse ship truck".split())),
+    "cifar100": Layout(
+        "CIFAR-100", "cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8",
+        {"train.bin": 50_000}, {"test.bin": 10_000}, 2, "fine_label_names.txt",
+        tuple("""apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+              castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+              elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+              man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+              pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+              skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+              tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split())),
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A labelled set of B pictures: images (B, 3, 32, 32) uint8, labels (B,) int64, an index into `names`."""
+    images: np.ndarray
+    labels: np.ndarray
+    names: tuple
+
+    def __len__(self):
+        return len(self.images)
+
+
+def load_cifar(path, kind="cifar10"):
+    """Read CIFAR from `path` -> (train, test), two Pictures. `path` is the folder of .bin files, the .tar.gz archive, or a
+    folder that holds one of the two under its official name. kind: "cifar10" or "cifar100" (the 100 fine labels).
+    Raises InputError, naming the file, where one is missing, not of the official size, or has a label out of range."""
+    layout = _layout(kind)
+    source = _locate(path, layout)
+    expect(source is not None, "load_cifar", f"no {layout.title} in {path}; {_how_to_get(kind)}")
+    files = _from_archive(source, layout) if source.is_file() else _from_folder(source, layout)
+    names = layout.names
+    if layout.names_file in files:
+        names = tuple(files.pop(layout.names_file).decode("utf-8", "replace").split())
+        expect(len(names) == len(layout.names), source / layout.names_file,
+               f"{len(names)} class names found, expected {len(layout.names)}")
+    return tuple(_parse(files, source, split, layout, names) for split in (layout.train, layout.test))
+
+
+def find_data(name_or_dir=None):
+    """Where the pictures are -> (path, kind) for `load_cifar`. name_or_dir: "cifar10", "cifar100", a folder or an archive;
+    None takes the environment variable TINYTOKEN_DATA. A name is looked for in TINYTOKEN_DATA, or else in ./data.
+    Raises InputError, which says how to get the data, where there is none."""
+    setting = os.environ.get("TINYTOKEN_DATA")
+    given = setting if name_or_dir is None else name_or_dir
+    expect(given, "find_data", f"no data given; {_how_to_get('cifar10')}")
+    named = given in LAYOUTS
+    place = given if not named else DEFAULT_FOLDER if setting in (None, "", *LAYOUTS) else setting
+    kinds = [given] if named else list(LAYOUTS)
+    found = [(source, kind) for kind in kinds if (source := _locate(place, LAYOUTS[kind]))]
+    titles = " or ".join(LAYOUTS[kind].title for kind in kinds)
+    expect(found, "find_data", f"no {titles} in {place}; {_how_to_get(kinds[0])}")
+    expect(len(found) == 1, "find_data", f"{place} holds both {' and '.join(LAYOUTS[kind].title for kind in kinds)}; "
+           f"give one of {', '.join(str(source) for source, _ in found)}")
+    return found[0]
+
+
+def download_cifar(dest, kind="cifar10", url=None, checksum=None):
+    """Download the official archive into the folder `dest` -> its path. url and checksum (an MD5 in hex) are the official
+    ones unless given. It is written to a temporary file, which takes the archive's name once the checksum agrees, so
+    nothing half-written is left; an archive that is already there with the right checksum is not fetched again.
+    Raises InputError where the server cannot be read, the folder cannot be written, or the checksum differs."""
+    layout = _layout(kind)
+    url, checksum = url or layout.url, checksum or layout.md5
+    target, part = Path(dest) / layout.archive, None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_file() and _md5(target) == checksum:
+            return target
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=layout.archive, suffix=".part", delete=False) as file:
+            part = Path(file.name)
+            found = _fetch(url, file)
+        expect(found == checksum, "download_cifar", f"{url} has MD5 {found}, expected {checksum}: damaged, or another file")
+        part.replace(target)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"download_cifar: {url} to {target}: {error}") from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def _fetch(url, file):
+    """Copy what `url` sends into an open file -> its MD5."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as reply:
+        total = int(reply.headers.get("Content-Length") or 0) or None
+        with tqdm(total=total, desc=url.rsplit("/", 1)[-1], unit="B", unit_scale=True, delay=1) as bar:
+            while block := reply.read(1 << 18):
+                file.write(block)
+                digest.update(block)
+                bar.update(len(block))
+    return digest.hexdigest()
+
+
+def _md5(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _layout(kind):
+    expect(kind in LAYOUTS, "cifar", f"kind is {kind!r}, expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[kind]
+
+
+def _how_to_get(kind):
+    return (f"download it (about 170 MB) with\n  python -c \"from tinytoken.data import download_cifar; "
+            f"download_cifar('{DEFAULT_FOLDER}', '{kind}')\"\n  or name a folder that has {LAYOUTS[kind].folder}/ or "
+            f"{LAYOUTS[kind].archive}: --data DIR or TINYTOKEN_DATA=DIR")
+
+
+def _locate(path, layout):
+    """The archive or the folder of .bin files that `path` stands for, or None."""
+    path = Path(path)
+    if path.is_file() and path.name == layout.archive:
+        return path
+    if any((path / name).is_file() for name in layout.train | layout.test):
+        return path
+    inside = (path / layout.folder, path / layout.archive)
+    return next((place for place in inside if place.exists()), None)
+
+
+def _sizes(layout):
+    return {name: records * (layout.label_bytes + PIXELS) for name, records in (layout.train | layout.test).items()}
+
+
+def _check_size(where, found, expected):
+    expect(found == expected, where, f"{found:,} bytes, expected {expected:,}: truncated, or not a CIFAR file")
+
+
+def _from_folder(folder, layout):
+    """The files of a data set by name, as bytes; their sizes are checked before any is read."""
+    sizes = _sizes(layout)
+    for name, size in sizes.items():
+        expect((folder / name).is_file(), folder / name, f"no such file, expected one of {size:,} bytes")
+        _check_size(folder / name, (folder / name).stat().st_size, size)
+    there = [*sizes, *[name for name in (layout.names_file,) if (folder / name).is_file()]]
+    return {name: (folder / name).read_bytes() for name in there}
+
+
+def _from_archive(archive, layout):
+    """The same from a .tar.gz, read once from front to back: members we do not know are passed over."""
+    sizes, files = _sizes(layout), {}
+    known = {f"{layout.folder}/{name}": name for name in (*sizes, layout.names_file)}
+    try:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                if name := known.get(member.name):
+                    expect(member.isreg(), archive, f"its member {member.name} is a link or a folder, expected a plain file")
+                    _check_size(f"{archive}: {member.name}", member.size, sizes.get(name, member.size))
+                    files[name] = tar.extractfile(member).read()
+            while stream.read(1 << 20):  # the checksum of the whole stands at its end, and is compared when that is read
+                pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{archive}: {archive.stat().st_size:,} bytes that are not a whole .tar.gz ({error})") from error
+    missing = [name for name in sizes if name not in files]
+    expect(not missing, archive, f"{', '.join(missing)} missing, expected in its folder {layout.folder}/")
+    return files
+
+
+def _parse(files, source, split, layout, names):
+    """Take the split's files out of `files` and put their records together."""
+    total = sum(split.values())
+    images, labels, start = np.empty((total, 3, 32, 32), "uint8"), np.empty(total, "int64"), 0
+    for name, records in split.items():
+        table = np.frombuffer(files.pop(name), "uint8").reshape(records, layout.label_bytes + PIXELS)
+        part = slice(start, start + records)
+        images[part] = table[:, layout.label_bytes:].reshape(records, 3, 32, 32)
+        labels[part] = table[:, layout.label_bytes - 1]
+        wrong = np.flatnonzero(labels[part] >= len(names))
+        expect(not len(wrong), f"{source}: {name}", lambda: f"record {wrong[0]} has label {table[wrong[0], layout.label_bytes - 1]}, "
+               f"expected 0 to {len(names) - 1}")
+        start += records
+    return Pictures(images, labels, names)

@@ -20,6 +20,9 @@ from ..errors import expect
 SPLITS = ("train", "val", "test")
 CLUTTER = (6, 12)  # strokes and blobs in a picture, both ends included
 RADII = ((0.28, 0.34), (0.23, 0.27), (0.20, 0.23))  # of the circle around each object, in pictures of 1, 2, 3 objects
+TURN = math.pi  # objects are turned by up to this angle, either way
+LEVEL = (80, 180)  # mean brightness of the background, of 255
+NOISE = ((4, 60), (8, 40))  # its smooth noise: cells across the picture, and strength
 TRIES = 64  # arrangements tried; objects that have no room in any are left out
 PALETTE = np.array([[225, 60, 55], [240, 145, 40], [235, 215, 65], [85, 180, 75],
                     [60, 185, 190], [70, 110, 215], [150, 85, 195], [235, 130, 175]], "float32")
@@ -160,8 +163,8 @@ class _Draws:
 
 def _background(draw, size):
     """Smooth noise (rows, 3, size, size): random values on a 4 x 4 and an 8 x 8 grid, smoothly interpolated."""
-    picture = draw.uniform("noise.level", (1, 1, 1), 80, 180)
-    for cells, strength in ((4, 60), (8, 40)):
+    picture = draw.uniform("noise.level", (1, 1, 1), *LEVEL)
+    for cells, strength in NOISE:
         at = (np.arange(size) + 0.5) / size * cells
         t = np.maximum(1 - np.abs(at[:, None] - np.arange(cells + 1)), 0)
         weights = (t * t * (3 - 2 * t)).astype("float32")  # (size, cells + 1), rows sum to one
@@ -208,7 +211,7 @@ def _paint_clutter(draw, picture):
 def _paint_objects(draw, picture, labels):
     """Draw each scene's objects, all of the shape that `labels` names -> instances (rows, size, size) uint8."""
     centre, radius, present = _place(draw)
-    angle = draw.uniform("object.angle", (len(RADII),), 0, 2 * math.pi)
+    angle = draw.uniform("object.angle", (len(RADII),), -TURN, TURN)
     colour = draw.colours("object", (len(RADII),))
     instances = np.zeros((len(labels), *picture.shape[2:]), "uint8")
     for k in range(len(RADII)):

@@ -1,0 +1,98 @@
+"""Batches for training: shuffled, cropped, flipped and normalised, from pictures that stay where they are as uint8.
+
+The same code serves NumPy and CuPy: on a GPU the whole set lies in its memory, and all of this happens there.
+"""
+from .. import random
+from ..backend import array_module
+from ..errors import expect, shape_of
+
+
+class Batches:
+    """batches(step) -> (images (batch_size, 3, H, W) float32, labels (batch_size,)): a pure function of (seed, step).
+
+    An epoch goes through the set once, in a new order; a last, incomplete batch is dropped. `len` is the steps in an epoch.
+
+    pad: each picture is moved by up to this many pixels each way; what comes in at the border is zero after
+        normalisation, the mean colour (the usual crop with padding).
+    flip: half of the pictures are mirrored left to right.
+    mean, std: per channel, in units of [0, 1]; by default those of `images`. Give the training set's to a test set.
+    Raises InputError for images that are not uint8 (B, 3, H, W), another number of labels, or a batch larger than the set.
+    """
+
+    def __init__(self, images, labels, batch_size, *, seed=0, pad=0, flip=False, mean=None, std=None):
+        _check_images("Batches", images)
+        expect(labels.ndim == 1 and len(labels) == len(images) and labels.dtype.kind in "iu", "Batches",
+               f"{shape_of('labels', labels)} {labels.dtype} for {len(images)} images, expected ({len(images)},) integers")
+        expect(1 <= batch_size <= len(images), "Batches", f"batch size {batch_size}, expected 1 to the set's {len(images)}")
+        expect(0 <= pad < min(images.shape[2:]), "Batches", f"pad is {pad}, expected 0 to {min(images.shape[2:]) - 1}")
+        if mean is None or std is None:
+            mean, std = channel_statistics(images)
+        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.pad, self.flip, self.mean, self.std = pad, flip, mean, std
+        self.steps_per_epoch = len(images) // batch_size
+        self._order = (None, None)  # the epoch drawn last, and its order: drawing it at each step would cost more than the step
+
+    def __len__(self):
+        return self.steps_per_epoch
+
+    def __call__(self, step):
+        epoch, place = divmod(step, self.steps_per_epoch)
+        chosen = self._epoch_order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
+        if not (self.pad or self.flip):
+            return normalise(self.images[chosen], self.mean, self.std), self.labels[chosen]
+        return self._augmented(chosen, step), self.labels[chosen]
+
+    def _epoch_order(self, epoch):
+        known, order = self._order
+        if known != epoch:
+            order = random.permutation(len(self.images), site="tinytoken.data.batches.order", step=epoch, seed=self.seed,
+                                       xp=array_module(self.images))
+            self._order = (epoch, order)
+        return order
+
+    def _augmented(self, chosen, step):
+        """The chosen pictures, moved and mirrored, by one gather: source row and column of every pixel of every picture."""
+        xp, (height, width) = array_module(self.images), self.images.shape[2:]
+        draw = dict(step=step, seed=self.seed, xp=xp)
+        shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site="tinytoken.data.batches.crop", **draw) - self.pad
+        rows, columns = xp.arange(height) + shift[:, 0], xp.arange(width) + shift[:, 1]
+        if self.flip:
+            mirrored = random.integers((self.batch_size, 1), 2, site="tinytoken.data.batches.flip", **draw) == 1
+            columns = xp.where(mirrored, columns[:, ::-1], columns)
+        inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
+        rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
+        picked = self.images[chosen[:, None, None, None], xp.arange(3)[:, None, None],
+                             rows[:, None, :, None], columns[:, None, None, :]]
+        return normalise(picked, self.mean, self.std) * inside
+
+
+def normalise(images, mean, std):
+    """uint8 (B, 3, H, W) -> float32, (images / 255 - mean) / std per channel. mean and std: three floats in units of [0, 1]."""
+    _check_images("normalise", images)
+    expect(len(mean) == len(std) == 3 and min(std) > 0, "normalise", f"mean {mean} and std {std}, expected three of each, std above 0")
+    xp = array_module(images)
+    scale = xp.asarray([1 / (255 * s) for s in std], dtype="float32")[:, None, None]
+    offset = xp.asarray([-m / s for m, s in zip(mean, std)], dtype="float32")[:, None, None]
+    out = images.astype("float32")
+    out *= scale
+    out += offset
+    return out
+
+
+def channel_statistics(images):
+    """Mean and standard deviation of each channel of uint8 (B, 3, H, W), in units of [0, 1]: two tuples of three floats."""
+    _check_images("channel_statistics", images)
+    xp = array_module(images)
+    counts = xp.zeros((3, 256), "int64")  # exact, and no float copy of the set
+    for start in range(0, len(images), 1024):
+        for channel in range(3):
+            counts[channel] += xp.bincount(images[start:start + 1024, channel].reshape(-1), minlength=256)
+    value = xp.arange(256) / 255
+    mean = counts @ value / counts.sum(axis=1)
+    variance = counts @ value**2 / counts.sum(axis=1) - mean**2
+    return tuple(float(m) for m in mean), tuple(float(v) ** 0.5 for v in variance)
+
+
+def _check_images(where, images):
+    expect(images.ndim == 4 and images.shape[1] == 3 and len(images) and images.dtype == "uint8", where,
+           f"{shape_of('images', images)} {images.dtype}, expected (B, 3, H, W) uint8")
