@@ -1,76 +1,78 @@
 """gradcheck: is the gradient that backward() gives the slope that the forward pass has?
 
-The slope is measured by central differences of the outputs, contracted with a random upstream gradient afterwards: the
-differences of single outputs keep the digits that the difference of a sum would lose. `diagnosis.py` reads a mistake.
+`differences.py` measures the slope, `diagnosis.py` reads what kind of mistake a wrong gradient looks like.
 """
 import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 
 import numpy as np
 
-from . import diagnosis
 from .backend import array_module, is_array, to_device, to_numpy
+from .diagnosis import Evidence, read, read_refusal
+from .differences import Slopes, element_line, random_line
 from .errors import GradientError, expect
-from .tensor import Op, Tensor, grad, no_grad, op
+from .tensor import Node, Op, Tensor, grad, no_grad, op
 
-SAME = 1e-10  # two calls agree to this share of the largest value: BLAS may add in another order
+SAME = 1e-10  # two calls agree to this share of the largest value: a threaded BLAS may add in another order
 JACOBIAN = 2_000_000  # numbers that a diagnosis may ask for
 
 
 @dataclasses.dataclass
 class Checked:
-    """One input: how many of its elements were compared, the largest |analytic - numeric|, and what was allowed there."""
+    """One input: how many of its elements were compared, their largest slope, and the largest |analytic - numeric| beside
+    what was allowed for it."""
     name: str
     shape: tuple
     elements: int
     size: int
+    slope: float
     error: float = 0.0
     allowed: float = 0.0
+
+    def __str__(self):
+        note = "" if self.slope else "; the outputs do not change with it"
+        return f"{self.name} {self.shape}: {self.elements} of {self.size} elements, largest error {self.error:.1e}, allowed {self.allowed:.1e}{note}"
 
 
 @dataclasses.dataclass
 class Report:
-    """What a gradcheck that found nothing wrong looked at. `directions`: random directions over all inputs, taken if not
-    every element was compared."""
+    """What a gradcheck that found nothing wrong looked at. outputs: their shapes. directions: how many random directions over
+    all inputs, taken if not every element was compared."""
     name: str
     inputs: list
     outputs: list
     seed: int
-    directions: int = 0
+    directions: int
 
     def __str__(self):
-        lines = [f"{self.name}: gradients agree with finite differences (outputs {', '.join(map(str, self.outputs))}; seed {self.seed})"]
-        for c in self.inputs:
-            lines.append(f"  {c.name} {c.shape}: {c.elements} of {c.size} elements, largest error {c.error:.1e}, allowed {c.allowed:.1e}")
-        if self.directions:
-            lines.append(f"  and {self.directions} random directions over all inputs")
-        return "\n".join(lines)
+        lines = [f"{self.name}: gradients agree with finite differences (output {', '.join(map(str, self.outputs))}; seed {self.seed})", *self.inputs]
+        lines += [f"{self.directions} random directions over all inputs"] if self.directions else []
+        return "\n  ".join(map(str, lines))
 
 
 def gradcheck(fn, *inputs, wrt=None, eps=1e-6, rtol=1e-6, atol=1e-8, max_elements=512, seed=0, names=None):
     """Compare the gradients of fn(*inputs) with central differences. Returns a Report, or raises GradientError saying which
-    input is wrong, where, by how much, and what kind of mistake fits (its attribute `kind` has that in a word).
+    input is wrong, where, by how much, and what kind of mistake fits (in a word: its attribute `kind`).
 
     fn: gets Tensors, returns one or a tuple of them. inputs: float64 arrays or Tensors; integer ones and None are passed on
     unchecked. A Tensor (a model's Parameter) is perturbed in place and put back, so fn may ignore its arguments:
     gradcheck(lambda *p: loss(), *model.parameters()). wrt: positions or names of the inputs to check (None: all floats).
     Passes if |analytic - numeric| <= atol + rtol max |numeric|, the maximum over the input. More than max_elements elements
-    in all: a seeded sample of that many, and two random directions. names: the inputs' names for the messages.
+    in all: a seeded sample of that many, and two random directions. names: of the inputs, for the messages.
 
     A hard sample has no slope: check the soft path, then that the gradient of the hard output equals the soft one's.
     """
-    tensors = [x if x is None or isinstance(x, Tensor) else Tensor(_own(x)) for x in inputs]
+    expect(inputs, "gradcheck", "no inputs to check")
+    expect(eps > 0 and rtol >= 0 and atol >= 0 and max_elements >= 1, "gradcheck",
+           lambda: f"eps {eps}, rtol {rtol}, atol {atol}, max_elements {max_elements}: expected positive ones")
+    tensors = [x if x is None or isinstance(x, Tensor) else Tensor(x.copy() if is_array(x) else np.array(x)) for x in inputs]
     names = _names(fn, len(tensors), names)
     wrt = _positions(wrt, tensors, names)
     with _borrowed([t for t in tensors if t is not None], [tensors[i] for i in wrt]):
-        check = _Check(fn, tensors, names, wrt, (eps, rtol, atol), seed)
-        return check.run(max_elements)
-
-
-def _own(x):
-    return x.copy() if is_array(x) else np.array(x)
+        return _Check(fn, tensors, names, wrt, (eps, rtol, atol), seed).run(max_elements)
 
 
 def _names(fn, count, given):
@@ -98,8 +100,8 @@ def _positions(wrt, tensors, names):
     for i in floats:
         if tensors[i].dtype != np.float64:
             raise _error("dtype", f"gradcheck: {names[i]} {tensors[i].shape} is {tensors[i].dtype}, expected float64: finite differences "
-                         f"need its digits. Cast it: x.astype('float64'), a model's p.data = p.data.astype('float64')")
-    expect(len({id(tensors[i]) for i in chosen}) == len(chosen), "gradcheck", "the same Tensor is given twice: give it once")
+                         "need its digits. Cast it: x.astype('float64'), a model's p.data = p.data.astype('float64')")
+    expect(len({id(tensors[i]) for i in chosen}) == len(chosen), "gradcheck", "one Tensor is given twice: give it once")
     return chosen
 
 
@@ -129,10 +131,9 @@ def _equal(a, b):
 
 
 def _same(a, b):
-    if a.shape != b.shape:
-        return False
-    gap, scale = np.abs(to_numpy(a - b)), np.abs(to_numpy(a))
-    return bool((gap <= SAME * scale.max(initial=0)).all())
+    """Equal but for the order of sums."""
+    a, b = to_numpy(a), to_numpy(b)
+    return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=SAME * np.abs(np.nan_to_num(a)).max(initial=0), equal_nan=True)
 
 
 @op
@@ -142,38 +143,41 @@ def _root(*outputs, upstream):
 
 
 class _Check:
-    """One function at one point."""
+    """One function at one point. `wanted` are the tensors to check; `which` lists the outputs that have an upstream gradient."""
 
     def __init__(self, fn, tensors, names, wrt, tolerances, seed):
-        self.fn, self.tensors, self.seed = fn, tensors, seed
+        self.fn, self.tensors, self.all_names, self.seed = fn, tensors, names, seed
         self.names, self.wanted = [names[i] for i in wrt], [tensors[i] for i in wrt]
         self.eps, self.rtol, self.atol = tolerances
         self.label, self.rng = _label(fn), np.random.default_rng(seed)
-        self.all_names, self.start = names, [None if t is None else t.data.copy() for t in tensors]
+        self.start = [None if t is None else t.data.copy() for t in tensors]
 
     def run(self, max_elements):
         outputs = self.forward()
-        self.label = _label(self.fn, outputs)
-        self.shapes = [o.shape for o in outputs]
+        self.label, self.shapes = _label(self.fn, outputs), [o.shape for o in outputs]
+        # Never ones: the sum of a softmax or a layer norm does not depend on its input, nor that of moved tokens on where they went.
         self.upstream = [to_device(np.asarray(self.rng.standard_normal(o.shape)), o.device) for o in outputs]
-        everything = tuple(range(len(outputs)))
-        self.reproducible(everything)
+        every = list(range(len(outputs)))
+        self.reproducible(every)
+        self.slopes = Slopes(self.values, self.upstream)
         self.positions = self.sample(max_elements)
-        self.numeric = [self.differences(i) for i in range(len(self.wanted))]
-        self.checked = [Checked(name, t.shape, len(p), t.size) for name, t, p in zip(self.names, self.wanted, self.positions)]
-        # Each output alone first: it says more about a mistake than their sum. An unused output's gradient is None there.
-        for which in ([(i,) for i in everything] if len(outputs) > 1 else []) + [everything]:
+        self.numeric = [np.array([self.slopes.central(self.line(i, p)) for p in self.positions[i]]).reshape(-1, len(outputs))
+                        for i in range(len(self.wanted))]
+        self.checked = [Checked(name, t.shape, len(n), t.size, float(np.abs(n).max(initial=0)))
+                        for name, t, n in zip(self.names, self.wanted, self.numeric)]
+        # Each output alone first, since that says more about a mistake. What reaches the others is None then.
+        for which in ([[i] for i in every] if len(outputs) > 1 else []) + [every]:
             self.compare(which)
         directions = 2 if any(c.elements < c.size for c in self.checked) else 0
         for _ in range(directions):
-            self.compare_direction(everything)
-        self.zero_upstream(everything)
+            self.compare_direction(every)
+        self.zero_upstream(every)
         return Report(self.label, self.checked, self.shapes, self.seed, directions)
 
     # Running the function
 
     def forward(self):
-        """The outputs, as a list of Tensors; that they are such, are float64 and finite, and that the inputs were left alone."""
+        """The outputs as a list; that they are finite float64 Tensors, and that the inputs were left alone."""
         try:
             outputs = self.fn(*self.tensors)
         except GradientError as error:
@@ -183,7 +187,7 @@ class _Check:
             if not isinstance(o, Tensor):
                 raise self.failure("type", f"output {i} is a {type(o).__name__}, expected a Tensor")
             if o.dtype != np.float64:
-                raise self.failure("dtype", f"output {i} is {o.dtype}, expected float64 as the inputs are: cast what it is made of "
+                raise self.failure("dtype", f"output {i} is {o.dtype}, expected float64 like the inputs: cast what it is made of "
                                    "(weights, masks, constants) with .astype('float64')")
             if not np.isfinite(to_numpy(o.data)).all():
                 raise self.failure("not finite", f"output {i} {o.shape} has NaN or infinite values at this point")
@@ -191,13 +195,13 @@ class _Check:
         return outputs
 
     def values(self):
-        """The outputs' arrays at the present inputs; copies, since an output may be a view of an input."""
+        """The outputs' arrays at the inputs as they are now; copies, since an output may be a view of an input."""
         with no_grad():
             outputs = self.fn(*self.tensors)
         return [o.data.copy() for o in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
 
     def analytic(self, which, factor=1.0):
-        """(outputs' arrays, gradients of the wanted inputs) with the upstream gradients of the outputs in `which`."""
+        """(the outputs' arrays, the gradients of the wanted tensors)."""
         outputs = self.forward()
         values = [o.data.copy() for o in outputs]
         upstream = [self.upstream[i] * factor for i in which]
@@ -210,79 +214,152 @@ class _Check:
             raise self.failure("raised", f"the backward pass{self.alone(which)} raised {type(error).__name__}: {error}") from error
         self.inputs_unchanged("the backward pass")
         if not all(map(_equal, given, upstream)):
-            raise self.failure("writes into the upstream gradient", "its vjp writes into the upstream gradient it is given, which others still need")
+            raise self.failure("writes", "its vjp writes into the upstream gradient it is given, which others still need")
         if not all(_equal(o.data, v) for o, v in zip(outputs, values)):
-            raise self.failure("writes into the output", "its vjp writes into the output of the forward pass")
+            raise self.failure("writes", "its vjp writes into the output of the forward pass")
         return values, gradients
 
     def inputs_unchanged(self, when):
         for name, t, start in zip(self.all_names, self.tensors, self.start):
             if t is not None and not _equal(t.data, start):
-                raise self.failure("writes into an input", f"{when} changes its input {name} {t.shape}: an op never writes into its inputs")
+                raise self.failure("writes", f"{when} changes its input {name} {t.shape}: an op never writes into its inputs")
 
     def reproducible(self, which):
-        (values, gradients), (again, gradients_again) = self.analytic(which), self.analytic(which)
-        if not all(map(_same, values, again)):
+        (values, gradients), (values_again, gradients_again) = self.analytic(which), self.analytic(which)
+        if not all(map(_same, values, values_again)):
             raise self.failure("not deterministic", "a second call gives another output. Noise must be an argument, drawn once, outside")
         if not all(map(_same, gradients, gradients_again)):
-            raise self.failure("not deterministic", "a second call gives the same output but another gradient")
-
-    # Finite differences
-
-    def sample(self, max_elements):
-        """Flat positions to compare, per input: all while they are few, else max_elements shared out, small inputs first."""
-        left, positions = max_elements, {}
-        for count, i in zip(range(len(self.wanted), 0, -1), sorted(range(len(self.wanted)), key=lambda i: self.wanted[i].size)):
-            size = self.wanted[i].size
-            take = min(size, max(1, left // count))
-            positions[i] = np.sort(self.rng.choice(size, take, replace=False)) if take < size else np.arange(size)
-            left -= take
-        return [positions[i] for i in range(len(self.wanted))]
-
-    def differences(self, i):
-        """The numeric slopes of input i: (elements compared, outputs)."""
-        slopes = [self.slope(*self.along(i, position)) for position in self.positions[i]]
-        return np.array(slopes).reshape(len(slopes), len(self.shapes))
-
-    def along(self, i, position):
-        """(go, h) for one element: go(t) sets it to x + t and returns the t that floating point made of it; h is the step."""
-        data = self.wanted[i].data
-        index = np.unravel_index(position, data.shape)
-        start = float(data[index])
-
-        def go(t):
-            data[index] = start + t if t else start
-            return (start + t) - start
-        return go, self.eps * max(1, abs(start))
-
-    def slope(self, go, h, contract=True):
-        """(f(x + h) - f(x - h)) / 2h, contracted with the upstream gradient: one number per output, or the products themselves."""
-        up, high = go(h), self.values()
-        down, low = go(-h), self.values()
-        go(0)
-        products = [u * ((b - a) / (up - down)) for u, a, b in zip(self.upstream, low, high)]
-        return np.array([float(p.sum()) for p in products]) if contract else [to_numpy(p) for p in products]
+            raise self.failure("not deterministic", "a second call gives the same output and another gradient")
 
     # Comparing
 
-    def compare(self, which):
-        gradients = self.analytic(which)[1]
-        for i, gradient in enumerate(gradients):
-            a = to_numpy(gradient).reshape(-1)[self.positions[i]]
-            n = self.numeric[i][:, which].sum(axis=1)
-            allowed = self.atol + self.rtol * np.abs(n).max(initial=0)
-            wrong = self.wrong(a, n, allowed, lambda k: self.along(i, self.positions[i][k]), which)
-            if wrong.any():
-                raise self.mistake(i, a, n, wrong, allowed, which)
-            record = self.checked[i]
-            error = float(np.abs(a - n).max(initial=0))
-            if error * record.allowed >= record.error * allowed:
-                record.error, record.allowed = error, allowed
+    def sample(self, max_elements):
+        """Flat positions to compare, per input: all while they are few, else max_elements shared out, small inputs first."""
+        left, positions = max_elements, [None] * len(self.wanted)
+        for rank, i in enumerate(sorted(range(len(self.wanted)), key=lambda i: self.wanted[i].size)):
+            size = self.wanted[i].size
+            take = min(size, max(1, left // (len(self.wanted) - rank)))
+            positions[i] = np.sort(self.rng.choice(size, take, replace=False)) if take < size else np.arange(size)
+            left -= take
+        return positions
 
-    def wrong(self, a, n, allowed, along, which):
-        """Which of the elements differ. Those that do are measured again with steps that shrink (into n), the worst first,
-        until one stands: the plain difference may have lost its digits where a slope is steep or tiny."""
-        wrong = ~(np.abs(a - n) <= allowed)
-        for k in sorted(np.flatnonzero(wrong), key=lambda k: -abs(a[k] - n[k])):
-            better, error = diagnosis.extrapolate(lambda h: self.slope(go, h)[list(which)].sum(), (go_h := along(k))[1]) if False else (None, None)
-        return wrong
+    def line(self, i, position):
+        return element_line(self.wanted[i].data, position, self.eps)
+
+    def compare(self, which):
+        """Every input's gradient, at the sampled elements."""
+        found = []
+        for i, gradient in enumerate(self.analytic(which)[1]):
+            a, n = to_numpy(gradient).reshape(-1)[self.positions[i]], self.numeric[i][:, which].sum(axis=1)
+            allowed = self.atol + self.rtol * float(np.abs(n).max(initial=0))
+            wrong = ~(np.abs(a - n) <= allowed)
+            for k in sorted(np.flatnonzero(wrong), key=lambda k: -abs(a[k] - n[k])):
+                n[k] = self.slopes.settle(a[k], n[k], allowed, self.line(i, self.positions[i][k]), which)
+                wrong[k] = not abs(a[k] - n[k]) <= allowed
+                if wrong[k]:  # the others are not worth their time
+                    found.append((i, a, n, wrong, allowed))
+                    break
+            self.note(i, float(np.abs(a - n).max(initial=0)), allowed)
+        if found:
+            raise self.mistake(*found[0], which, also=[self.names[i] for i, *_ in found[1:]])
+
+    def note(self, i, error, allowed):
+        """For the report: the error that came closest to what was allowed."""
+        record = self.checked[i]
+        if error * record.allowed >= record.error * allowed:
+            record.error, record.allowed = error, allowed
+
+    def compare_direction(self, which):
+        """All inputs at once along a random direction: shows an error in an element that was not sampled."""
+        gradients = [to_numpy(g) for g in self.analytic(which)[1]]
+        direction = [self.rng.standard_normal(g.shape) for g in gradients]
+        parts = [float((g * d).sum()) for g, d in zip(gradients, direction)]
+        spread = math.sqrt(sum(((g * d) ** 2).sum() for g, d in zip(gradients, direction)))
+
+        def differs(chosen):
+            line = random_line([self.wanted[i].data for i in chosen], [direction[i] for i in chosen], self.eps)
+            a, n = sum(parts[i] for i in chosen), float(self.slopes.central(line)[which].sum())
+            allowed = self.atol + self.rtol * max(spread, abs(n))
+            n = self.slopes.settle(a, n, allowed, line, which)
+            return None if abs(a - n) <= allowed else (a, n, allowed, self.slopes.kink(line, abs(a - n), which))
+        every = range(len(self.wanted))
+        found = differs(every)
+        if not found:
+            return
+        guilty, found = next(((self.names[i], part) for i in every if (part := differs([i]))), ("all inputs together", found))
+        a, n, allowed, kink = found
+        raise self.failure("not differentiable" if kink else None,
+                           f"the gradient of {guilty} {'cannot be checked' if kink else 'is wrong'} along a random direction: analytic {a:.9g}, "
+                           f"numeric {n:.9g} (allowed difference {allowed:.1e})\n  reading: "
+                           + (kink or "no element of the sample differs; raise max_elements to find those that do"))
+
+    def zero_upstream(self, which):
+        for name, gradient in zip(self.names, self.analytic(which, factor=0.0)[1]):
+            bad = np.count_nonzero(to_numpy(gradient))
+            if bad:
+                raise self.failure("upstream not used", f"the gradient of {name} {gradient.shape} is not zero with zeros upstream, at {bad} of "
+                                   f"{gradient.size} elements: each of its terms has the upstream gradient as a factor")
+
+    # Failing
+
+    def failure(self, kind, text):
+        return _error(kind, f"{self.label}: {text}\n  seed {self.seed}")
+
+    def refused(self, error):
+        """What the engine refused, with a reading."""
+        kind, reading = read_refusal(str(error))
+        return _error(kind, f"{error}\n  reading: {reading}\n  seed {self.seed}")
+
+    def alone(self, which):
+        return f" with only output {which[0]} used" if len(which) < len(self.shapes) else ""
+
+    def mistake(self, i, a, n, wrong, allowed, which, also):
+        """The error for input i: where, by how much, and what it looks like."""
+        gaps = np.where(wrong, np.nan_to_num(np.abs(a - n), nan=np.inf), -1)
+        worst = int(gaps.argmax())
+        position, shape = self.positions[i][worst], self.wanted[i].shape
+        place = [int(k) for k in np.unravel_index(position, shape)]
+        kink = self.slopes.kink(self.line(i, position), gaps[worst], which)
+        kind, reading = ("not differentiable", kink) if kink else read(self.evidence(i, a, n, allowed, which))
+        return self.failure(kind, f"the gradient of {self.names[i]} {shape} {'cannot be checked' if kink else 'is wrong'}{self.alone(which)}: "
+                            f"{wrong.sum()} of {len(a)} elements differ\n"
+                            f"  worst at {place}: analytic {a[worst]:.9g}, numeric {n[worst]:.9g} (allowed difference {allowed:.1e})\n"
+                            f"  reading: {reading}" + (f"\n  also wrong: {', '.join(also)}" if also else ""))
+
+    def evidence(self, i, a, n, allowed, which):
+        shape, at_zero = self.wanted[i].shape, self.analytic(which, factor=0.0)[1][i]
+        full = len(a) == self.wanted[i].size
+        others = {self.names[j]: self.numeric[j][:, which].sum(axis=1) for j, t in enumerate(self.wanted) if j != i and t.shape == shape and full}
+
+        @functools.cache
+        def contributions():
+            if len(a) * sum(math.prod(self.shapes[k]) for k in which) > JACOBIAN:
+                return None
+            lines = [self.line(i, p) for p in self.positions[i]]
+            rows = [self.slopes.products(line, line[1], -line[1]) for line in lines]
+            return [np.stack([row[k] for row in rows]) for k in which]
+        return Evidence(shape, a, n, to_numpy(at_zero).reshape(-1)[self.positions[i]], allowed, full, self.sizes(), others, contributions)
+
+    def sizes(self):
+        """What a forgotten constant may be made of: {8: 'axis 3 of q'}."""
+        found = {}
+        shapes = [*zip(self.names, (t.shape for t in self.wanted)), *((f"output {k}", shape) for k, shape in enumerate(self.shapes))]
+        for name, shape in shapes:
+            for axis, size in enumerate(shape):
+                found.setdefault(size, f"axis {axis} of {name}")
+        for name, shape in shapes:
+            found.setdefault(math.prod(shape), f"all of {name}")
+        return {size: what for size, what in found.items() if size > 1}
+
+
+def _label(fn, outputs=()):
+    """What to call fn: the op's or function's name; a lambda around one op has the op's."""
+    if isinstance(fn, Op):
+        return fn.name
+    name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)  # func: of a functools.partial
+    nodes = {o.node for o in outputs} - {None}
+    if name != "<lambda>" or not nodes:
+        return name
+    last = ", ".join(sorted({node.op.name for node in nodes}))
+    deeper = any(edge and isinstance(edge[0], Node) for node in nodes for edge in node.edges)
+    return f"a lambda that ends in {last}" if deeper else last

@@ -91,7 +91,7 @@ class DynamicViT(ViT):
         for i, block in enumerate(self.blocks):
             if i in self.prune_before:
                 stage, previous = len(decisions), decisions[-1] if decisions else None
-                decision = self._decide(stage, self.patches(x), previous, noise, hard) if keep is None else _mask(keep[stage], x)
+                decision = self._decide(stage, self.patches(x), previous, noise, hard) if keep is None else _mask(keep[stage], x, self.tokens)
                 decisions.append(decision if previous is None else decision * previous)
                 policy = self._policy(x, decisions[-1])
             x = block(x, policy, self.official, attention)
@@ -123,7 +123,7 @@ class DynamicViT(ViT):
                 if keep is None:
                     places = ops.top_k(self.score_predictor[stage](patches)[:, :, 0], self.counts[stage])
                 else:
-                    alive = alive * _mask(keep[stage], x).data
+                    alive = alive * _mask(keep[stage], x, self.tokens).data
                     places = _places(xp.take_along_axis(alive, kept, axis=1))
                 kept = xp.take_along_axis(kept, places, axis=1)
                 record.kept.append(kept)
@@ -142,10 +142,10 @@ def _check_stages(prune_before, keep_ratios, depth):
            f"keep_ratios {tuple(keep_ratios)} rise; they are of the original number of tokens, so they cannot")
 
 
-def _mask(keep, x):
+def _mask(keep, x, patches):
     """A forced decision as a Tensor (B, N) of the model's dtype."""
-    expected = (len(x), None)
-    expect(len(keep.shape) == 2 and len(keep) == expected[0], "DynamicViT", lambda: f"keep {tuple(keep.shape)}, expected (B, N) with B = {expected[0]}")
+    expected = (len(x), patches)
+    expect(tuple(keep.shape) == expected, "DynamicViT", lambda: f"keep {tuple(keep.shape)}, expected (B, N) = {expected}")
     return keep if isinstance(keep, Tensor) else Tensor(keep.astype(x.dtype))
 
 

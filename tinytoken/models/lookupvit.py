@@ -89,12 +89,13 @@ class LookupViT(nn.Module):
         expect(reuse in REUSE, "LookupViT", f"reuse {reuse!r}, expected one of {', '.join(REUSE)}")
         expect(norm in ("qk", "pre"), "LookupViT", f"norm {norm!r}, expected qk or pre")
         expect(classifiers in ("both", "compressed"), "LookupViT", f"classifiers {classifiers!r}, expected both or compressed")
-        check_sizes("LookupViT", dim=dim, depth=depth, heads=heads, num_classes=num_classes, channels=channels)
-        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
-                           num_classes=num_classes, compressed=tuple(compressed), lookup_mlp_ratio=lookup_mlp_ratio, reuse=reuse,
-                           norm=norm, classifiers=classifiers, channels=channels)
+        check_sizes("LookupViT", image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
+                    num_classes=num_classes, channels=channels)
         self.patch_embed = nn.PatchEmbed(image_size, patch_size, dim, channels)
         self.compressed = self._check_grid(compressed)
+        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
+                           num_classes=num_classes, compressed=self.compressed, lookup_mlp_ratio=lookup_mlp_ratio, reuse=reuse,
+                           norm=norm, classifiers=classifiers, channels=channels)
         positions = nn.start_positions(self.patch_embed.grid, dim)
         resized = ops.resize_matrix(self.patch_embed.grid, self.compressed) @ positions
         self.pos_embed = nn.Parameter(positions[None])

@@ -1,0 +1,389 @@
+"""Attention under a mask is attention without the masked tokens; and what else must hold of it, of the official form, of LookupViT's two directions."""
+import itertools
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from tinytoken import InputError, Tensor, checking, ops
+from tinytoken.backend import to_numpy
+
+FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "official_softmax.npz"
+B, H, T, D = 2, 3, 7, 4
+SPREADS = (1, 5, 20)  # standard deviations of the logits
+
+
+def draw(std, seed=0, shape=(B, H, T, D)):
+    """q, k, v and an upstream gradient; the logits q k^T / sqrt(d) have that standard deviation."""
+    q, k, v, g = np.random.default_rng(seed).standard_normal((4, *shape))
+    return q * (std / (q @ k.swapaxes(-1, -2) / math.sqrt(shape[-1])).std()), k, v, g
+
+
+def keeps(count, seed=0, shape=(B, T)):
+    """A hard mask with `count` ones per row, elsewhere in each."""
+    rng = np.random.default_rng(seed + 100 * count)
+    return np.array([rng.permutation(shape[1]) < count for _ in range(shape[0])], float)
+
+
+def run(q, k, v, g, keep=None, g_weights=None, xp=np, **settings):
+    """(out, dq, dk, dv, dkeep) as NumPy arrays for the upstream gradient g (and g_weights of the weights)."""
+    leaves = [Tensor(xp.asarray(a), requires_grad=True) for a in (q, k, v) + (() if keep is None else (keep,))]
+    out = ops.attention(*leaves, weights=g_weights is not None, **settings)
+    if g_weights is None:
+        out.backward(xp.asarray(g))
+    else:
+        out, A = out
+        ((out * xp.asarray(g)).sum() + (A * xp.asarray(g_weights)).sum()).backward()
+    return [to_numpy(out.data), *(to_numpy(t.grad) for t in leaves)]
+
+
+def close(a, b, tolerance=1e-12):
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max(initial=0)))
+
+
+# Against loops
+
+def attention_by_loops(q, k, v, seen):
+    """A_ij = K_ij e^{a_ij} / sum_j K_ij e^{a_ij}; seen (Tq, Tk). One image, one head."""
+    out = []
+    for i, row in enumerate(q.tolist()):
+        weights = [s * math.exp(math.fsum(a * b for a, b in zip(row, key)) / math.sqrt(len(row))) for s, key in zip(seen[i], k.tolist())]
+        total = math.fsum(weights) or 1.0
+        out.append([math.fsum(w * value[c] for w, value in zip(weights, v.tolist())) / total for c in range(v.shape[1])])
+    return np.array(out)
+
+
+@pytest.mark.parametrize("sees_itself", [True, False])
+def test_against_loops(sees_itself, xp):
+    q, k, v, _ = draw(2)
+    rng = np.random.default_rng(1)
+    for keep in (None, rng.uniform(size=(B, T)), keeps(3), keeps(0)):
+        out = ops.attention(*map(xp.asarray, (q, k, v)), None if keep is None else xp.asarray(keep), sees_itself=sees_itself)
+        for b, h in itertools.product(range(B), range(H)):
+            seen = np.ones((T, T)) if keep is None else np.tile(keep[b], (T, 1))
+            if sees_itself:
+                np.fill_diagonal(seen, 1)
+            close(to_numpy(out.data)[b, h], attention_by_loops(q[b, h], k[b, h], v[b, h], seen))
+
+
+def test_cross_attention_and_weights(xp):
+    q, k, v, _ = draw(2)
+    out, A = ops.attention(*map(xp.asarray, (q[:, :, :4], k, v)), weights=True)
+    assert A.shape == (B, H, 4, T)
+    close(to_numpy(A.data).sum(axis=-1), np.ones((B, H, 4)))
+    close(to_numpy(A.data) @ v, to_numpy(out.data))
+    close(to_numpy(out.data), to_numpy(ops.attention(*map(xp.asarray, (q, k, v))).data)[:, :, :4])
+
+
+# Masking is removing
+
+def gather(array, keep):
+    """The kept tokens of (B, H, T, d): every image keeps equally many."""
+    rows = np.stack([np.flatnonzero(row) for row in keep])[:, None, :, None]
+    return np.take_along_axis(array, rows, axis=2)
+
+
+@pytest.mark.parametrize("count", range(1, T + 1))
+@pytest.mark.parametrize("std", SPREADS)
+def test_masked_equals_gathered(std, count, xp):
+    q, k, v, g = draw(std, seed=count)
+    keep = keeps(count)
+    g = g * keep[:, None, :, None]  # read at the kept rows
+    masked = run(q, k, v, g, keep, xp=xp)
+    gathered = run(*(gather(a, keep) for a in (q, k, v, g)), xp=xp)
+    for a, b in zip(masked[:4], gathered):  # out, dq, dk, dv
+        close(gather(a, keep), b)
+    for gradient in masked[1:4]:
+        assert not gather(gradient, 1 - keep).any()
+
+
+@pytest.mark.parametrize("std", SPREADS)
+def test_masked_equals_gathered_through_the_weights(std):
+    keep = keeps(4)
+    q, k, v, g = draw(std)
+    within = np.stack([np.outer(row, row) for row in keep])[:, None]
+    g, g_weights = g * keep[:, None, :, None], np.random.default_rng(9).standard_normal((B, H, T, T)) * within
+    masked = run(q, k, v, g, keep, g_weights)
+    weights = np.stack([a[:, row][:, :, row] for a, row in zip(g_weights, keep.astype(bool))])
+    gathered = run(*(gather(a, keep) for a in (q, k, v, g)), g_weights=weights)
+    for a, b in zip(masked[:4], gathered):
+        close(gather(a, keep), b)
+
+
+@pytest.mark.parametrize("count", [1, 3, T])
+@pytest.mark.parametrize("std", SPREADS)
+def test_masked_equals_gathered_in_cross_attention(std, count):
+    q, k, v, g = draw(std, seed=count)
+    keep = keeps(count)
+    q, g = q[:, :, :5], g[:, :, :5]
+    masked = run(q, k, v, g, keep, sees_itself=False)
+    gathered = run(q, gather(k, keep), gather(v, keep), g)
+    close(masked[0], gathered[0])
+    close(masked[1], gathered[1])
+    for a, b in zip(masked[2:4], gathered[2:]):
+        close(gather(a, keep), b)
+        assert not gather(a, 1 - keep).any()
+
+
+@pytest.mark.parametrize("std", SPREADS)
+def test_keeping_all_is_the_plain_softmax(std, xp):
+    q, k, v, g = draw(std)
+    for sees_itself in (True, False):
+        masked, plain = run(q, k, v, g, np.ones((B, T)), xp=xp, sees_itself=sees_itself), run(q, k, v, g, xp=xp)
+        np.testing.assert_array_equal(masked[0], plain[0])
+        for a, b in zip(masked[1:4], plain[1:]):
+            close(a, b)
+
+
+def test_a_mask_may_be_bool_or_int():
+    q, k, v, g = draw(1)
+    keep = keeps(3)
+    expected = ops.attention(q, k, v, keep).data
+    for dtype in (bool, np.int64, np.uint8, np.float32):
+        np.testing.assert_array_equal(ops.attention(q, k, v, keep.astype(dtype)).data, expected)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_permuting_tokens_permutes(official, xp):
+    q, k, v, g = draw(5)
+    keep = np.random.default_rng(3).uniform(size=(B, T)) * (keeps(5) > 0)
+    order = np.random.default_rng(4).permutation(T)
+    before = run(q, k, v, g, keep, xp=xp, official=official)
+    after = run(*(a[:, :, order] for a in (q, k, v, g)), keep[:, order], xp=xp, official=official)
+    for a, b in zip(before[:4], after):
+        close(a[:, :, order], b)
+    close(before[4][:, order], after[4])
+
+
+# The gradient of the mask
+
+@pytest.mark.parametrize("sees_itself", [True, False])
+def test_keep_gradient_of_hard_masks_is_the_slope_where_no_dropped_key_outweighs(sees_itself):
+    """There the masked softmax is smooth in keep even at 0 and 1. (Soft masks are in the table of cases.)"""
+    keep = keeps(3)
+    q, k, v, _ = draw(0.5)
+    lift(q, k, np.where(keep > 0, 4, 0))
+    logits = q @ k.swapaxes(-1, -2)
+    assert (logits.max(axis=-1, where=keep[:, None, None] > 0, initial=-9) > logits.max(axis=-1, where=keep[:, None, None] == 0, initial=-9)).all()
+    checking.gradcheck(lambda keep: ops.attention(q, k, v, keep, sees_itself=sees_itself), keep, rtol=1e-6)
+
+
+def lift(q, k, heights):
+    """Change q and k so that the logits toward key j of image b are heights[b, j] more."""
+    q[..., 0], k[..., 0] = math.sqrt(q.shape[-1]), heights[:, None]
+
+
+def test_keep_gradient_at_a_dropped_key_counts_at_most_as_the_strongest_kept_one():
+    """Toward a key that outweighs the kept ones the slope would be e^gap; here it is that of a key as strong as they are."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = rng.standard_normal((4, 1, 1, 4, 3))
+    keep = np.array([[1.0, 1, 0, 1]])
+    lift(q, k, np.array([[0, 0, 50, 0]]))
+    as_strong = run(q, k, v, g, keep, sees_itself=False)[4][0, 2]
+    logits = (q @ k.swapaxes(-1, -2) / math.sqrt(3))[0, 0]
+    expected = 0.0
+    for i in range(4):
+        kept = [j for j in range(4) if keep[0, j]]
+        total = math.fsum(math.exp(logits[i, j] - logits[i, kept].max()) for j in kept)
+        mean = sum(math.exp(logits[i, j] - logits[i, kept].max()) / total * (g[0, 0, i] @ v[0, 0, j]) for j in kept)
+        expected += (g[0, 0, i] @ v[0, 0, 2] - mean) / total  # e^min(gap, 0) = 1
+    np.testing.assert_allclose(as_strong, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sees_itself", [True, False])
+@pytest.mark.parametrize("std", SPREADS)
+def test_float32_stays_finite_for_all_masks(std, sees_itself, xp):
+    for count in range(T + 1):  # down to an image that lost every token
+        q, k, v, g = (a.astype("float32") for a in draw(std, seed=count))
+        keep = keeps(count).astype("float32")
+        keep[0] = keep[0] if count % 2 else 0  # images that differ
+        results = run(q, k, v, g, keep, xp=xp, sees_itself=sees_itself)
+        for array in results:
+            assert array.dtype == "float32" and np.isfinite(array).all()
+        for b in np.flatnonzero(keep.sum(axis=1) == 0):
+            np.testing.assert_array_equal(results[0][b], v[b] if sees_itself else 0)
+
+
+@pytest.mark.parametrize("sees_itself", [True, False])
+@pytest.mark.parametrize("gap", [50, 200, 1e4])
+def test_float32_when_a_dropped_key_towers_over_the_kept(gap, sees_itself, xp):
+    q, k, v, g = (a.astype("float32") for a in draw(1))
+    keep = keeps(4).astype("float32")
+    lift(q, k, np.where(keep > 0, 0, gap))
+    out, dq, dk, dv, dkeep = run(q, k, v, g, keep, xp=xp, sees_itself=sees_itself)
+    for array in (out, dq, dk, dv, dkeep, dkeep ** 2):  # the square is AdamW's second moment
+        assert array.dtype == "float32" and np.isfinite(array).all()
+    kept = keep[0] > 0
+    if not sees_itself:
+        close(out[0], run(*(a[:1] for a in (q, *(gather(x, keep) for x in (k, v)), g)))[0][0], 1e-5)
+    else:
+        close(out[0][:, kept], run(*(gather(a, keep)[:1] for a in (q, k, v, g)))[0][0], 1e-5)
+    u = np.abs(g @ v.swapaxes(-1, -2)).max()
+    assert 1e-3 < np.abs(dkeep[keep == 0]).max() <= 2 * H * T * u  # each of H x T rows: |u - mean u| / (total >= 1)
+
+
+# The official form
+
+def official_by_loops(q, k, v, keep, eps=1e-6):
+    out = np.zeros_like(v)
+    for b, h, i in itertools.product(range(len(q)), range(q.shape[1]), range(q.shape[2])):
+        logits = [math.fsum(q[b, h, i] * key) / math.sqrt(q.shape[3]) for key in k[b, h]]
+        w = [math.exp(a - max(logits)) * (1 if i == j else keep[b, j]) for j, a in enumerate(logits)]
+        total = math.fsum(w) + eps
+        out[b, h, i] = sum((x + eps / len(w)) / total * value for x, value in zip(w, v[b, h]))
+    return out
+
+
+@pytest.mark.parametrize("std", SPREADS)
+def test_official_form_is_its_formula(std, xp):
+    q, k, v, _ = draw(std)
+    for keep in (keeps(3), np.random.default_rng(0).uniform(size=(B, T)), np.ones((B, T))):
+        close(to_numpy(ops.attention(*map(xp.asarray, (q, k, v, keep)), official=True).data), official_by_loops(q, k, v, keep))
+
+
+def test_official_form_is_not_removing():
+    """Why it is not the default: at large logits a dropped key that holds the maximum pushes all kept ones down to eps."""
+    far = {}
+    for std in SPREADS:
+        q, k, v, g = draw(std, shape=(16, 3, 33, 4))
+        keep = keeps(8, shape=(16, 33))
+        gathered = run(*(gather(a, keep) for a in (q, k, v, g)))[0]
+        official, exact = (gather(ops.attention(q, k, v, keep, official=form).data, keep) for form in (True, False))
+        close(exact, gathered)
+        far[std] = np.abs(official - gathered).max()
+    print(far)
+    assert far[1] < 1e-3 and far[5] > 1 and far[20] > 1
+
+
+def fixture_cases():
+    with np.load(FIXTURE) as file:
+        return [{name: file[f"case{i}/{name}"] for name in ("q", "k", "v", "keep", "g", "out", "A", "dq", "dk", "dv", "dkeep")}
+                for i in range(int(file["cases"]))]
+
+
+def test_official_form_equals_the_one_made_with_torch(xp):
+    cases = fixture_cases()
+    assert len(cases) >= 10
+    for c in cases:
+        found = run(*(c[name] for name in ("q", "k", "v", "g", "keep")), xp=xp, official=True)
+        for a, name in zip(found, ("out", "dq", "dk", "dv", "dkeep"), strict=True):
+            np.testing.assert_allclose(a, c[name], rtol=0, atol=1e-12 * np.abs(c[name]).max(), err_msg=name)
+        A = ops.attention(*(xp.asarray(c[name]) for name in ("q", "k", "v", "keep")), official=True, weights=True)[1]
+        np.testing.assert_allclose(to_numpy(A.data), c["A"], rtol=1e-12, atol=1e-15)
+
+
+# LookupViT: one score matrix, two directions
+
+def lookup(seed=0, std=2.0):
+    """q (B, H, M, d), k and v (B, H, N, d), and compressed values (B, H, M, e)."""
+    rng = np.random.default_rng(seed)
+    return (std * rng.standard_normal((B, H, 3, D)), rng.standard_normal((B, H, T, D)), rng.standard_normal((B, H, T, D)),
+            rng.standard_normal((B, H, 3, 5)))
+
+
+def test_gather_is_attention_with_its_logits(xp):
+    q, k, v, _ = (xp.asarray(a) for a in lookup())
+    out, A, logits = ops.lookup_gather(q, k, v)
+    plain_out, plain_A = ops.attention(q, k, v, weights=True)
+    close(to_numpy(out.data), to_numpy(plain_out.data))
+    close(to_numpy(A.data), to_numpy(plain_A.data))
+    close(to_numpy(logits.data), to_numpy(q) @ to_numpy(k).swapaxes(-1, -2) / 2)  # sqrt(4)
+    close(to_numpy(A.data).sum(axis=-1), np.ones((B, H, 3)))
+
+
+def test_masses_of_the_reverse_map(xp):
+    """Values of ones show the mass that each lookup token receives."""
+    q, k, v, _ = (xp.asarray(a) for a in lookup())
+    _, A, logits = ops.lookup_gather(q, k, v)
+    ones = xp.ones((B, H, 3, 1))
+    mass = {reuse: to_numpy(ops.lookup_infuse(A, logits, ones, reuse=reuse).data)[..., 0] for reuse in ("probs", "renorm", "resoftmax")}
+    close(mass["probs"], to_numpy(A.data).sum(axis=2))
+    close(mass["probs"].sum(axis=-1), np.full((B, H), 3.0))  # M, shared by N tokens
+    close(mass["renorm"], np.ones((B, H, T)))
+    close(mass["resoftmax"], np.ones((B, H, T)))
+
+
+def reverse_map(A, logits, reuse):
+    """R^T of the infusion, from ops that are checked elsewhere. Tensors in, Tensor out."""
+    if reuse == "resoftmax":
+        return ops.softmax(logits.swapaxes(-1, -2))
+    turned = A.swapaxes(-1, -2)
+    return turned if reuse == "probs" else turned / turned.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("reuse", ["probs", "renorm", "resoftmax"])
+def test_the_gradient_of_the_scores_is_the_sum_of_both_uses(reuse, xp):
+    """Gather, change the compressed values by what was read, infuse: against the same written with plain ops."""
+    q, k, v, w = lookup()
+    rng = np.random.default_rng(5)
+    g_out, g_back = xp.asarray(rng.standard_normal((B, H, 3, D))), xp.asarray(rng.standard_normal((B, H, T, 5 + D)))
+
+    def loss(leaves, coarse):
+        q, k, v, w = leaves
+        if coarse:
+            out, A, logits = ops.lookup_gather(q, k, v)
+        else:
+            logits = q @ k.swapaxes(-1, -2) / math.sqrt(D)
+            A = ops.softmax(logits)
+            out = A @ v
+        values = ops.concat(w, out * out, axis=-1)
+        back = ops.lookup_infuse(A, logits, values, reuse=reuse) if coarse else reverse_map(A, logits, reuse) @ values
+        return (out * g_out).sum() + (back * g_back).sum(), back
+    results = []
+    for coarse in (True, False):
+        leaves = [Tensor(xp.asarray(a), requires_grad=True) for a in (q, k, v, w)]
+        total, back = loss(leaves, coarse)
+        total.backward()
+        results.append([to_numpy(a) for a in (back.data, *(t.grad for t in leaves))])
+    for a, b in zip(*results):
+        close(a, b)
+
+
+@pytest.mark.parametrize("reuse", ["probs", "renorm", "resoftmax"])
+def test_both_uses_by_finite_differences(reuse):
+    def both(q, k, v, w):
+        out, A, logits = ops.lookup_gather(q, k, v)
+        return out, ops.lookup_infuse(A, logits, ops.concat(w, out * out, axis=-1), reuse=reuse)
+    checking.gradcheck(both, *(a[:1, :2] for a in lookup(std=1.0)), rtol=1e-6)
+
+
+def test_renorm_of_a_column_that_nobody_looks_at_gives_zeros():
+    A = np.zeros((1, 1, 2, 3), "float32")
+    A[..., 0] = 1
+    A, v = Tensor(A, requires_grad=True), Tensor(np.ones((1, 1, 2, 4), "float32"), requires_grad=True)
+    out = ops.lookup_infuse(A, np.zeros((1, 1, 2, 3)), v, reuse="renorm")
+    out.sum().backward()
+    np.testing.assert_array_equal(out.data[0, 0], [[1] * 4, [0] * 4, [0] * 4])
+    assert np.isfinite(A.grad).all() and np.isfinite(v.grad).all()
+
+
+# What is refused
+
+def z(*shape):
+    return np.zeros(shape)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: ops.attention(z(2, 3, 4), z(2, 3, 4), z(2, 3, 4)),
+     "attention: q (2, 3, 4), k (2, 3, 4), v (2, 3, 4): expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"),
+    (lambda: ops.attention(z(1, 2, 3, 4), z(1, 2, 3, 5), z(1, 2, 3, 5)),
+     "attention: q (1, 2, 3, 4), k (1, 2, 3, 5), v (1, 2, 3, 5): expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"),
+    (lambda: ops.attention(z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 5, 4)),
+     "attention: q (1, 2, 3, 4), k (1, 2, 3, 4), v (1, 2, 5, 4): expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"),
+    (lambda: ops.attention(*[z(1, 2, 3, 4)] * 3, z(1, 4)), "attention: keep (1, 4) for k (1, 2, 3, 4): expected (B, Tk)"),
+    (lambda: ops.attention(z(1, 2, 3, 4), z(1, 2, 5, 4), z(1, 2, 5, 4), z(1, 5)),
+     "attention: q (1, 2, 3, 4), k (1, 2, 5, 4), v (1, 2, 5, 4): with keep and sees_itself Tq must equal Tk\n"
+     "  likely: sees_itself=False for cross-attention   (lesson 05)"),
+    (lambda: ops.lookup_gather(z(1, 2, 3, 4), z(1, 3, 3, 4), z(1, 3, 3, 4)),
+     "lookup_gather: q (1, 2, 3, 4), k (1, 3, 3, 4), v (1, 3, 3, 4): expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"),
+    (lambda: ops.lookup_infuse(z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 5), reuse="logits"),
+     "lookup_infuse: reuse 'logits', expected probs, renorm, resoftmax (separate: ops.attention with its own q and k)"),
+    (lambda: ops.lookup_infuse(z(1, 2, 3, 4), z(1, 2, 4, 3), z(1, 2, 3, 5), reuse="probs"),
+     "lookup_infuse: A (1, 2, 3, 4), logits (1, 2, 4, 3), v (1, 2, 3, 5): expected two (B, H, M, N) and (B, H, M, d)"),
+])
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(InputError) as error:
+        call()
+    assert str(error.value) == message

@@ -1,0 +1,71 @@
+"""python -m tinytoken compare | predict | doctor."""
+import argparse
+import pathlib
+import sys
+
+from . import backend
+from .errors import InputError
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, 2 for an input that cannot be used, 130 after Ctrl-C."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"stopped: {stop or 'by Ctrl-C'}. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+def parser():
+    top = argparse.ArgumentParser(prog="python -m tinytoken", description="LookupViT and DynamicViT from scratch.")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    job = commands.add_parser("compare", help="train a ViT, a DynamicViT and a LookupViT side by side; a table and a picture")
+    job.add_argument("--data", default="scenes", help="scenes (made on the spot), cifar10, or a folder with CIFAR's binary files")
+    job.add_argument("--steps", type=int, help="training steps of each model")
+    job.add_argument("--seed", type=int, default=0)
+    job.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    job.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    job.add_argument("--out", type=pathlib.Path, help="folder for what is written (default: runs/compare-DATA-SEED)")
+    job.set_defaults(run=run_compare)
+
+    guess = commands.add_parser("predict", help="classes of a picture by a checkpoint, and the tokens it used")
+    guess.add_argument("checkpoint", type=pathlib.Path)
+    guess.add_argument("picture", type=pathlib.Path)
+    guess.add_argument("--out", type=pathlib.Path, help="where to write the picture with its tokens (default: PICTURE.tokens.png)")
+    guess.set_defaults(run=run_predict)
+
+    commands.add_parser("doctor", help="what was found on this machine, and what would fix what is missing").set_defaults(run=run_doctor)
+    return top
+
+
+def run_compare(args):
+    from .compare import Recipe, compare, table_text
+    changes = {name: getattr(args, name) for name in ("data", "steps", "seed") if getattr(args, name) is not None}
+    out = args.out or pathlib.Path("runs") / f"compare-{pathlib.Path(args.data).name}-{args.seed}"
+    device = backend.choose_device(args.device)
+    if args.device == "auto" and device == "cpu":
+        print(f"running on the CPU: {backend.cuda_ready()[1]}")
+    table, picture = compare(Recipe(**changes), out, device=device, threads=args.threads)
+    print(f"\n{table_text(table)}\n{picture}\neverything is in {out}")
+
+
+def run_predict(args):
+    from .predict import predict
+    print(predict(args.checkpoint, args.picture, args.out or args.picture.with_suffix(".tokens.png")))
+
+
+def run_doctor(args):
+    from .doctor import report
+    print(report())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

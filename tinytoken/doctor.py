@@ -1,0 +1,58 @@
+"""What this machine has for tinytoken, and the pip line that would fix what is missing."""
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+
+import numpy as np
+
+from . import backend
+
+
+def report():
+    """The findings as text, one per line."""
+    rows = [("Python", f"{platform.python_version()} on {platform.platform()}"),
+            ("NumPy", np.__version__),
+            ("BLAS", backend.blas_description()),
+            ("settings", ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("OPENBLAS_", "OMP_", "MKL_", "MALLOC_")))
+             or "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set"),
+            ("CPUs", f"{backend.cpu_count()} may be used"),
+            ("allocator", f"for training: {backend.prepare_cpu()}"),
+            ("GPU", gpu()),
+            ("pictures", " and ".join(f"{name} {_version(name) or 'missing'}" for name in ("matplotlib", "pillow"))
+             + ("" if _version("matplotlib") and _version("pillow") else ": pip install 'tinytoken-vit[plot]'"))]
+    return "\n".join(f"{name:<10} {value}" for name, value in rows)
+
+
+def gpu():
+    """One line: the device that works, or why none does and what would help."""
+    ready, reason = backend.cuda_ready()
+    wheels = [name for name in ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy") if _version(name)]
+    if len(wheels) > 1:
+        return f"{' and '.join(wheels)} are installed together, which breaks both: pip uninstall {' '.join(wheels)}, then install one"
+    if ready:
+        cupy = backend.module_for("cuda")
+        name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        return f"{name}, CuPy {cupy.__version__}"
+    return f"none in use: {reason}. {advice()}"
+
+
+def advice():
+    """The exact pip line for this machine's driver, as far as nvidia-smi tells."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "No nvidia-smi here, so probably no NVIDIA driver; with one: pip install 'tinytoken-vit[cuda13]' (driver 580 or newer) or [cuda12]"
+    said = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20).stdout
+    major = int(said.split(".")[0]) if said.split(".")[0].isdigit() else 0
+    if not major:
+        return "nvidia-smi is here but names no driver version: is the driver loaded?"
+    extra = "cuda13" if major >= 580 else "cuda12"
+    return f"Driver {said.splitlines()[0]}: pip install 'tinytoken-vit[{extra}]'"
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

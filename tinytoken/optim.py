@@ -1,0 +1,162 @@
+"""AdamW on flat storage, the learning-rate schedule, and `loss_and_grads`: the one place where the CPU's cores are shared out."""
+import concurrent.futures
+import math
+
+import numpy as np
+
+from . import nn
+from .backend import array_module, blas_threads, cpu_count, prepare_cpu
+from .errors import InputError, expect
+from .tensor import Tensor, grad
+
+BLOCK = 32768  # elements of a pass over the flat buffers: few enough that all its temporaries stay in the cache
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the flat storage of `params`.
+
+    lr times each parameter's lr_scale is its learning rate; weight_decay goes to parameters with decay set (matrices of linear
+    layers). clip: the largest global gradient norm, or None. step(lr) applies what is in the gradients; they are not cleared.
+    """
+
+    def __init__(self, params, lr=1e-3, *, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip=None):
+        expect(lr >= 0 and weight_decay >= 0 and eps > 0 and all(0 <= b < 1 for b in betas), "AdamW",
+               f"lr {lr}, weight_decay {weight_decay}, betas {betas}, eps {eps}: not negative, eps positive, betas below 1 expected")
+        expect(clip is None or clip > 0, "AdamW", f"clip {clip}, expected a positive norm or None")
+        self.params, self.flat = list(params), nn.flatten(params)
+        self.lr, self.weight_decay, self.betas, self.eps, self.clip = lr, weight_decay, betas, eps, clip
+        xp = array_module(self.flat.data)
+        self.m, self.v, self.steps = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data), 0
+
+    def step(self, lr=None):
+        """One update with learning rate lr (default: the optimiser's)."""
+        expect(self.flat.holds(self.params), "AdamW", "a parameter's array, group or place changed since the optimiser was made "
+               "(another dtype or device, a copy, another optimiser): make a new optimiser")
+        lr = self.lr if lr is None else lr
+        flat, self.steps = self.flat, self.steps + 1
+        if self.clip is not None:
+            clip_norm(flat.grad, self.clip)
+        corrections = [1 - beta ** self.steps for beta in self.betas]
+        block = BLOCK if array_module(flat.data) is np else flat.data.size
+        for start, stop, scale, decay in flat.segments:
+            for a in range(start, stop, block):
+                cut = slice(a, min(a + block, stop))
+                self._update(flat.data[cut], flat.grad[cut], self.m[cut], self.v[cut], lr * scale,
+                             self.weight_decay if decay else 0.0, corrections)
+
+    def _update(self, w, g, m, v, lr, decay, corrections):
+        b1, b2 = self.betas
+        change = g - m
+        change *= 1 - b1
+        m += change  # m = b1 m + (1 - b1) g
+        change = g * g
+        change -= v
+        change *= 1 - b2
+        v += change
+        size = v / corrections[1]
+        size **= 0.5
+        size += self.eps
+        change = m / size
+        change *= lr / corrections[0]
+        if decay:
+            w *= 1 - lr * decay
+        w -= change
+
+    def state(self):
+        """What a checkpoint needs: (arrays, steps)."""
+        return {"m": self.m, "v": self.v}, self.steps
+
+    def load_state(self, arrays, steps):
+        """Continue from what state() gave."""
+        for name in ("m", "v"):
+            mine, given = getattr(self, name), arrays[name]
+            expect(given.shape == mine.shape and given.dtype == mine.dtype, "AdamW",
+                   f"moments {name} {given.shape} {given.dtype}, expected {mine.shape} {mine.dtype}")
+            mine[...] = array_module(mine).asarray(given)
+        self.steps = steps
+
+
+def clip_norm(flat_grad, largest):
+    """Scale the flat gradient down in place to at most the Euclidean norm `largest`; returns the norm before, a 0-d array on
+    the gradient's device (it is not read here)."""
+    xp = array_module(flat_grad)
+    norm = xp.sqrt(flat_grad @ flat_grad)
+    flat_grad *= xp.minimum(largest / (norm + 1e-12), 1.0)
+    return norm
+
+
+def warmup_cosine(step, steps, warmup=0.1):
+    """The share of the peak learning rate at `step` of `steps`: linear from 0 over the first `warmup` share of the steps (the
+    first step is not 0), then half a cosine down to 0 at the end."""
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
+    """Loss and gradients of a batch -> (loss, parts), floats; the gradients are left in .grad (flat storage), overwritten.
+
+    batch: a tuple of arrays, cut along axis 0 into micro-batches of `micro` images; noise belongs in it. loss_fn(*slice) is a mean
+    over the slice's images, a Tensor or (Tensor, parts): it is weighted by the slice's share. threads: Python threads that
+    share the micro-batches, by number (thread i takes i, i + threads, ...), each with a gradient buffer of its own, added up in
+    a fixed order: the same thread count gives the same bits. None: the CPUs of this process. BLAS is held to one thread inside.
+    On CuPy the batch is one slice on one thread.
+    """
+    params = list(params)
+    flat = nn.flatten(params)
+    size = _batch_size(batch)
+    if array_module(flat.data) is not np:
+        micro, threads = size, 1
+    expect(micro >= 1 and (threads is None or threads >= 1), "loss_and_grads", f"micro {micro}, threads {threads}: at least 1 each expected")
+    cuts = [slice(a, min(a + micro, size)) for a in range(0, size, micro)]
+    threads = min(threads or cpu_count(), len(cuts))
+    prepare_cpu()
+
+    def work(number):
+        buffer = flat.grad if number == 0 else np.empty_like(flat.grad)
+        buffer[...] = 0
+        views, results = flat.cut(buffer), []
+        for cut in cuts[number::threads]:
+            share = (cut.stop - cut.start) / size
+            out = loss_fn(*(array[cut] for array in batch))
+            loss, parts = out if isinstance(out, tuple) else (out, {})
+            expect(isinstance(loss, Tensor) and loss.size == 1, "loss_and_grads", "loss_fn must return a scalar Tensor, or one and its parts")
+            results.append([array * share for array in (loss.data, *(_raw(p) for p in parts.values()))])
+            grad(loss * share, params, into=views, add=True)
+        return buffer, results, tuple(parts)
+
+    with blas_threads(1):
+        done = [work(0)] if threads == 1 else list(_pool(threads).map(work, range(threads)))
+    for buffer, _, _ in done[1:]:
+        flat.grad += buffer
+    totals = [sum(values) for values in zip(*(row for _, results, _ in done for row in results))]
+    loss, *parts = (float(total) for total in totals)
+    return loss, dict(zip(done[0][2], parts))
+
+
+def _raw(value):
+    return value.data if isinstance(value, Tensor) else value
+
+
+def _batch_size(batch):
+    sizes = {len(array) for array in batch}
+    expect(len(sizes) == 1 and sizes != {0}, "loss_and_grads", lambda: f"batch arrays of {', '.join(str(len(a)) for a in batch)} images: one size expected")
+    return sizes.pop()
+
+
+def share_out(function, items, threads=None):
+    """[function(item) for item in items] on threads, BLAS held to one thread each: inference on all cores."""
+    threads = min(threads or cpu_count(), max(1, len(items)))
+    with blas_threads(1):
+        return [function(item) for item in items] if threads == 1 else list(_pool(threads).map(function, items))
+
+
+_pools = {}
+
+
+def _pool(threads):
+    """Threads are kept: starting them for each step costs more than a small step's work."""
+    if threads not in _pools:
+        _pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "tinytoken")
+    return _pools[threads]

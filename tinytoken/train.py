@@ -1,0 +1,199 @@
+"""Training: what each model minimises, `fit` with its history and checkpoints, and evaluation on all cores."""
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+
+import numpy as np
+import tqdm
+
+from . import checkpoint, models, ops, random
+from .backend import array_module, prepare_cpu, to_numpy
+from .errors import InputError, expect
+from .optim import AdamW, loss_and_grads, share_out, warmup_cosine
+from .tensor import no_grad
+
+
+# Objectives: called with a slice of the batch -> (loss, parts). `noise` makes what is drawn for a whole batch, by image number,
+# before it is cut, so that micro-batches and threads change nothing.
+
+class Classify:
+    """Cross-entropy of a model's logits: ViT's, or both of LookupViT's."""
+
+    def __init__(self, model, smoothing=0.0):
+        self.model, self.smoothing = model, smoothing
+
+    def noise(self, size, step, seed, xp):
+        return ()
+
+    def __call__(self, images, labels):
+        out = self.model(images)
+        if isinstance(out, models.LookupOutput):
+            return models.lookupvit_loss(out, labels, smoothing=self.smoothing)
+        loss = ops.cross_entropy(out, labels, smoothing=self.smoothing)
+        return loss, {"class": loss}
+
+
+class Distil:
+    """DynamicViT's four losses. teacher: the dense ViT it started from; it is run in eval mode and never changed."""
+
+    def __init__(self, model, teacher, smoothing=0.0, weights=(1, 2, 0.5, 0.5)):
+        self.model, self.teacher, self.smoothing, self.weights = model, teacher.eval(), smoothing, weights
+
+    def noise(self, size, step, seed, xp):
+        """Gumbel draws of all stages, (B, S, N, 2)."""
+        draws = [random.gumbel((size, self.model.tokens, 2), site=f"score_predictor.{s}", step=step, seed=seed, xp=xp)
+                 for s in range(len(self.model.keep_ratios))]
+        return (xp.stack(draws, axis=1),)
+
+    def __call__(self, images, labels, draws):
+        with no_grad():
+            logits, seen = self.teacher(images, trace=True)
+        out = self.model(images, noise=[draws[:, s] for s in range(draws.shape[1])])
+        return models.dynamicvit_loss(out, labels, logits, seen.tokens, self.model.keep_ratios, weights=self.weights,
+                                      token_norm="image", smoothing=self.smoothing)
+
+
+class Run:
+    """Where a training run keeps its files: history.jsonl, one line per logged step of any phase, and a checkpoint per phase."""
+
+    def __init__(self, folder, every=200):
+        self.folder, self.every = pathlib.Path(folder), every
+        self.history = self.folder / "history.jsonl"
+
+    def checkpoint(self, phase):
+        return self.folder / f"{phase}.npz"
+
+    def log(self, **row):
+        """Append one line to the history."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.history, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.history}: {error.strerror}") from error
+
+    def forget(self, phase, step):
+        """Drop the history of `phase` from `step` on: what an interrupted run logged after its last checkpoint, and a last line
+        cut off by a crash."""
+        if self.history.exists():
+            kept = [line for line in self.history.read_text().splitlines() if _earlier(line, phase, step)]
+            with checkpoint.replacing(self.history, "w") as file:
+                file.writelines(line + "\n" for line in kept)
+
+
+def _earlier(line, phase, step):
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row["phase"] != phase or row["step"] < step
+
+
+def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, micro=16, threads=None, seed=0,
+        offset=0, run=None, phase="train", header=None, log_every=20, bar=True):
+    """Train `model` for `steps` steps of AdamW with warm-up and cosine decay -> {"seconds": of training, "loss": mean over the last
+    logged steps, and its parts}. The model is left in eval mode.
+
+    objective(*slice) -> (loss, parts) with objective.noise(size, step, seed, xp), see Classify; batches(step) -> a tuple of arrays, a
+    pure function of the step, counted from `offset`. run: a Run for the history (JSON lines) and the checkpoint `phase`.npz,
+    written every run.every steps, at the end, and on Ctrl-C, which ends the run after the step it is in with
+    KeyboardInterrupt. A checkpoint that is there is gone on with, to the same bits as an uninterrupted run with as many threads.
+    header: what else a checkpoint is to say (JSON).
+    """
+    expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
+    prepare_cpu()
+    params = model.parameters()
+    optimizer = AdamW(params, lr, weight_decay=weight_decay, clip=clip)
+    recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
+                  batch=batches.batch_size)
+    start, result = _resume(run, phase, model, optimizer, recipe)
+    model.train()
+    recent, began, xp = [], time.perf_counter() - result["seconds"], array_module(params[0].data)
+    with _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
+        for step in range(start, steps):
+            arrays = batches(offset + step)
+            arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
+            loss, parts = loss_and_grads(objective, params, arrays, micro, threads)
+            if not math.isfinite(loss):
+                raise InputError(f"fit: the loss is {loss} at step {step} of {phase}: try a learning rate below {lr}. "
+                                 "The last checkpoint is unharmed.")
+            rate = lr * warmup_cosine(step, steps, warmup)
+            optimizer.step(rate)
+            recent.append({"loss": loss, **parts})
+            progress.update()
+            done, last = step + 1, step + 1 == steps
+            result["seconds"] = round(time.perf_counter() - began, 3)
+            if done % log_every == 0 or last:
+                result.update({name: sum(row[name] for row in recent) / len(recent) for name in recent[0]})
+                recent.clear()
+                progress.set_postfix({name: f"{value:.3f}" for name, value in result.items() if name != "seconds"}, refresh=False)
+                if run:
+                    run.log(phase=phase, step=step, lr=rate, **result)
+            if run and (done % run.every == 0 or last or interrupt.asked):
+                checkpoint.save(run.checkpoint(phase), model, None if last else optimizer, phase=phase, step=done, recipe=recipe,
+                                result=result, **(header or {}))
+            if interrupt.asked and not last:
+                raise KeyboardInterrupt(f"{phase} stopped after step {done} of {steps}")
+    model.eval()
+    return result
+
+
+def _resume(run, phase, model, optimizer, recipe):
+    """(step to go on from, what fit had to report by then). A checkpoint of another recipe is refused: it is another run's."""
+    fresh = 0, {"seconds": 0.0}
+    if run is None:
+        return fresh
+    path = run.checkpoint(phase)
+    if path.exists():
+        header, _ = checkpoint.load(path)
+        old = header.get("recipe") or {}
+        differences = ", ".join(f"{name} {old.get(name)} there, {recipe[name]} now" for name in recipe if old.get(name) != recipe[name])
+        expect(not differences, "fit", f"{path} belongs to another run ({differences}): choose another --out, or delete it")
+        checkpoint.restore(path, model, optimizer if header["step"] < recipe["steps"] else None)
+        fresh = header["step"], header["result"]
+    run.forget(phase, fresh[0])
+    return fresh
+
+
+class _Interrupt:
+    """Context: Ctrl-C sets `asked` instead of raising, so that a step is never left half done. A second Ctrl-C raises. Only the
+    main thread gets signals; elsewhere this does nothing."""
+    asked = False
+
+    def __enter__(self):
+        self.before = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def infer(model, images, prepare=lambda images: images, batch_size=128, threads=None, **call):
+    """Logits (B, K) in host memory of a model in eval mode, batch by batch on all cores. prepare: raw images -> model input."""
+    cuts = [slice(a, a + batch_size) for a in range(0, len(images), batch_size)]
+    mode, xp = model.training, array_module(model.parameters()[0].data)
+    model.eval()
+
+    def logits(cut):
+        with no_grad():
+            return to_numpy(model(prepare(images[cut]), **call).data)
+    try:
+        return np.concatenate(share_out(logits, cuts, threads if xp is np else 1))
+    finally:
+        model.train(mode)
+
+
+def accuracy(logits, labels):
+    """The share of images whose largest logit is their label's."""
+    return float((logits.argmax(axis=1) == to_numpy(labels)).mean())
