@@ -1,10 +1,10 @@
-"""Multiply-adds (MACs), counted from the ops that ran. Biases, and the ops in FREE, count zero."""
+"""Multiply-adds (MACs), counted from the ops that ran, and the graph as text. Biases, and the ops in FREE, count zero."""
 import collections
 import dataclasses
 
 from . import nn
 from .errors import GraphError
-from .tensor import no_grad, observe
+from .tensor import no_grad, observe, topological_order
 
 # Norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves values. An op that is neither here nor
 # declares its MACs makes the count fail.
@@ -53,3 +53,30 @@ def macs(model, images, **call):
             module.training = mode
     share = lambda counts: {name: n // len(images) for name, n in counts.items()}
     return Macs(sum(by_op.values()) // len(images), share(by_op), share(by_module))
+
+
+def explain(loss):
+    """Print the graph under a tensor in the order in which it was computed: op, shapes, multiply-adds (MACs). A freed node
+    no longer knows where its inputs came from."""
+    print(graph_text(loss))
+
+
+def graph_text(loss):
+    """What `explain` prints."""
+    if loss.node is None:
+        return f"{'a leaf' if loss.requires_grad else 'no graph'}: shape {loss.shape}"
+    rows, total, number = [], 0, {}
+    for node in topological_order(loss.node):
+        number[node] = len(rows)
+        inputs = []
+        for i, shape in enumerate(node.shapes):
+            edge = node.edges[i] if node.edges else None
+            made = "" if edge is None else f"%{number[edge[0][0]]}" if isinstance(edge[0], tuple) else "leaf"
+            if shape is not None:
+                inputs.append(f"{made}{tuple(shape)}")
+        macs = node.op.shapes_to_macs(*node.shapes) if node.op.shapes_to_macs else 0
+        total += macs
+        outputs = ", ".join(str(tuple(s)) for s in node.outputs)
+        freed = "  (freed)" if node.vjp is None else ""
+        rows.append(f"%{number[node]:<4} {node.op.name:<16} {' '.join(inputs)} -> {outputs}" + (f"  {macs:,} MACs" if macs else "") + freed)
+    return "\n".join(rows + [f"{len(rows)} ops, {total:,} multiply-adds (MACs)"])

@@ -136,7 +136,7 @@ def not_summed(e):
 
 
 def duplicates(e):
-    parts = e.contributions()
+    parts = None if e.wrong.all() else e.contributions()  # those used once are right
     if not parts:
         return None
     parts = np.concatenate([c.reshape(len(c), -1) for c in parts], axis=1)
@@ -155,7 +155,7 @@ def offset(e):
             return "offset", f"off by the same number all along axis {axis}: a mean or a sum over that axis is missing, or one too many"
 
 
-READINGS = (not_finite, zeros, flat, upstream_not_used, sign, factor, swapped, transposed, permuted, not_summed, duplicates, offset)
+READINGS = (not_finite, zeros, sign, swapped, flat, upstream_not_used, factor, transposed, permuted, not_summed, duplicates, offset)
 
 
 def read_refusal(message):

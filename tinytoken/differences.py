@@ -15,7 +15,7 @@ def element_line(array, position, eps):
     start = float(array[index])
 
     def go(t):
-        array[index] = start + t
+        array[index] = start + t if t else start
         return (start + t) - start
     return go, eps * max(1, abs(start))
 

@@ -124,10 +124,10 @@ def grad(loss, wrt, into=None, *, gradient=None, add=False):
     if not add:
         for array in into:
             array[...] = 0
-    place = {_source(t): array for t, array in zip(wrt, into)}
+    place = {_key(t): array for t, array in zip(wrt, into)}
 
-    def add_to_place(source, g):
-        place[source] += g
+    def add_to_place(key, g):
+        place[key] += g
 
     if loss.requires_grad:
         _backward(loss, gradient, place, add_to_place)
@@ -270,16 +270,24 @@ def fused(function):
 # The graph
 
 class Node:
-    """One run of an op. `edges` holds, per array argument, None or (source, place, shape, dtype): the source is the Node
-    that made the input, or the leaf Tensor itself. Intermediate Tensors are not held: they live as long as a vjp needs them."""
+    """One run of an op. `edges` holds, per array argument, None or (key, shape, dtype). A key is what a gradient is addressed to:
+    (node, place) for output `place` of a node, the leaf Tensor itself otherwise. Intermediate Tensors are not held: their
+    arrays live as long as a vjp needs them."""
     __slots__ = ("op", "edges", "vjp", "shapes", "outputs")
 
     def __init__(self, op, args, arrays, outputs, vjp):
         self.op, self.vjp = op, vjp
-        self.edges = tuple((a.node or a, a.place, a.data.shape, a.data.dtype)
-                           if isinstance(a, Tensor) and a.requires_grad else None for a in args)
+        self.edges = tuple((_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad else None for a in args)
         self.shapes = tuple(getattr(a, "shape", None) for a in arrays)
         self.outputs = tuple(o.shape for o in outputs)
+
+    def parents(self):
+        """The nodes that made its inputs."""
+        return [edge[0][0] for edge in self.edges if edge and isinstance(edge[0], tuple)]
+
+
+def _key(tensor):
+    return (tensor.node, tensor.place) if tensor.node else tensor
 
 
 def topological_order(root):
@@ -294,13 +302,8 @@ def topological_order(root):
                 order.append(node)
         else:
             entered.add(node)
-            stack.extend(e[0] for e in node.edges if e and isinstance(e[0], Node) and e[0] not in entered)
+            stack.extend(parent for parent in node.parents() if parent not in entered)
     return order
-
-
-def _source(tensor):
-    """What a gradient is addressed to: (node, place) of an intermediate tensor, the leaf itself otherwise."""
-    return (tensor.node, tensor.place) if tensor.node else tensor
 
 
 def _add_to_leaf(leaf, g):
@@ -311,34 +314,46 @@ def _add_to_leaf(leaf, g):
 
 
 def _backward(root, gradient, wanted, deliver):
-    """Run the graph backward from `root`, and deliver(source, gradient) what arrives at the wanted sources (all leaves if
-    wanted is None). Nodes that lead to none of them are not run."""
+    """Run the graph backward from `root`, and deliver(key, gradient) whatever arrives at a wanted key (None: at every leaf).
+    Nodes that lead to none of them are not run."""
     gradient = _upstream(root, gradient)
-    if wanted is None or _source(root) in wanted:
-        if root.node is None:
-            return deliver(root, gradient)
-        if wanted is not None:
-            deliver(_source(root), gradient)
     order = topological_order(root.node) if root.node else []
     if any(node.vjp is None for node in order):
         raise GraphError("backward: this graph is already freed: backward() or grad() ran through it before. Run the forward pass again.")
-    needed = _leading_to(order, wanted)
-    arrived = {root.node: {root.place: (gradient, False)}}
+    needed, arrived = _leading_to(order, wanted), {}
+
+    def arrive(key, g):
+        if isinstance(key, Tensor) if wanted is None else key in wanted:
+            deliver(key, g)
+        if isinstance(key, tuple):
+            _accumulate(arrived, key, g)
+
+    arrive(_key(root), gradient)
     while order:
         node = order.pop()
-        held = arrived.pop(node, None)
-        if node not in needed or held is None:
+        upstream = [arrived.pop((node, place), (None,))[0] for place in range(len(node.outputs))]
+        if node not in needed or all(g is None for g in upstream):
             continue
-        edges, entries = node.edges, _run_vjp(node, held)
-        for i, (edge, g) in enumerate(zip(edges, entries)):
-            if edge is None or g is None or not (edge[0] in needed or _address(edge) in needed):
-                continue
-            g = _checked(node.op, i, g() if callable(g) else g, edge)
-            source, place = edge[:2]
-            if wanted is None and isinstance(source, Tensor) or wanted is not None and _address(edge) in wanted:
-                deliver(_address(edge), g)
-            if isinstance(source, Node):
-                _accumulate(arrived.setdefault(source, {}), place, g)
+        edges = node.edges
+        for i, (edge, g) in enumerate(zip(edges, _run_vjp(node, upstream))):
+            if edge and g is not None and _is_needed(edge[0], needed):
+                arrive(edge[0], _checked(node.op, i, g() if callable(g) else g, edge))
+
+
+def _leading_to(order, wanted):
+    """The wanted keys in the graph, and the nodes that a gradient must run through to reach them. `order`: producers first."""
+    needed = set()
+    for node in order:
+        for edge in node.edges:
+            if edge and (isinstance(edge[0], Tensor) if wanted is None else edge[0] in wanted):
+                needed.update((edge[0], node))
+            elif edge and _is_needed(edge[0], needed):
+                needed.add(node)
+    return needed
+
+
+def _is_needed(key, needed):
+    return key in needed or isinstance(key, tuple) and key[0] in needed
 
 
 def _upstream(root, gradient):
@@ -352,52 +367,33 @@ def _upstream(root, gradient):
     return gradient
 
 
-def _address(edge):
-    return (edge[0], edge[1]) if isinstance(edge[0], Node) else edge[0]
-
-
-def _leading_to(order, wanted):
-    """The nodes and wanted sources that a gradient must reach. `order` has producers first."""
-    needed = set()
-    for node in order:
-        for edge in node.edges:
-            if edge is None:
-                continue
-            if isinstance(edge[0], Tensor) if wanted is None else _address(edge) in wanted:
-                needed.update((_address(edge), node))
-            elif edge[0] in needed:
-                needed.add(node)
-    return needed
-
-
-def _run_vjp(node, held):
-    """One entry per array argument. Frees the node first, so that what only its vjp held can go as soon as it has run."""
-    vjp, node.vjp, edges = node.vjp, None, node.edges
-    node.edges = ()
-    upstream = [held[place][0] if place in held else None for place in range(len(node.outputs))]
+def _run_vjp(node, upstream):
+    """One entry per array argument. The node is freed first, so that what only its vjp held goes as soon as it has run."""
+    vjp, count = node.vjp, len(node.edges)
+    node.vjp, node.edges = None, ()
     entries = vjp(*upstream)
     entries = entries if isinstance(entries, tuple) else (entries,)
-    if len(entries) != len(edges):
-        raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array arguments")
+    if len(entries) != count:
+        raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {count} array arguments")
     return entries
 
 
-def _accumulate(slots, place, g):
+def _accumulate(arrived, key, g):
     """The first gradient is held by reference, the second makes a new array, and only that one is added to in place."""
-    if place not in slots:
-        slots[place] = (g, False)
+    held, ours = arrived.get(key, (None, False))
+    if held is None:
+        arrived[key] = (g, False)
+        return
+    if ours:
+        held += g  # not in place where held is a NumPy scalar, as the sum of 0-d arrays is: so it is stored again
     else:
-        array, ours = slots[place]
-        if ours:
-            array += g  # a NumPy scalar (the sum of 0-d arrays is one) is not changed in place: hence stored again
-        else:
-            array = array + g
-        slots[place] = (array, True)
+        held = held + g
+    arrived[key] = (held, True)
 
 
 def _checked(op, i, g, edge):
     """The gradient with broadcasting undone; GradientError naming the op if its shape or dtype cannot be the input's."""
-    shape, dtype = edge[2:]
+    _, shape, dtype = edge
     if is_array(g) and g.shape == shape and g.dtype == dtype:
         return g
     name = f"input {i}" if op.variadic else op.arrays[i]
@@ -419,24 +415,3 @@ def unbroadcast(g, shape):
     axes = (*range(extra), *(extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1))
     out = g.sum(axis=axes, keepdims=True) if axes else g
     return array_module(g).asarray(out).reshape(shape)
-
-
-def explain(loss):
-    """The graph under a tensor as text, in the order in which it was computed: op, shapes, multiply-adds (MACs)."""
-    if loss.node is None:
-        return f"{'a leaf' if loss.requires_grad else 'no graph'}: shape {loss.shape}"
-    rows, total, number = [], 0, {}
-    for node in topological_order(loss.node):
-        number[node] = len(rows)
-        inputs = []
-        for i, shape in enumerate(node.shapes):
-            edge = node.edges[i] if node.edges else None
-            made = "" if edge is None else f"%{number[edge[0]]}" if isinstance(edge[0], Node) else "leaf"
-            if shape is not None:
-                inputs.append(f"{made}{tuple(shape)}")
-        macs = node.op.shapes_to_macs(*node.shapes) if node.op.shapes_to_macs else 0
-        total += macs
-        outputs = ", ".join(str(tuple(s)) for s in node.outputs)
-        freed = "  (freed)" if node.vjp is None else ""
-        rows.append(f"%{number[node]:<4} {node.op.name:<16} {' '.join(inputs)} -> {outputs}" + (f"  {macs:,} MACs" if macs else "") + freed)
-    return "\n".join(rows + [f"{len(rows)} ops, {total:,} multiply-adds (MACs)"])

@@ -248,13 +248,12 @@ def test_official_form_is_not_removing():
     far = {}
     for std in SPREADS:
         q, k, v, g = draw(std, shape=(16, 3, 33, 4))
-        keep = keeps(8, shape=(16, 33))
+        keep = keeps(2, shape=(16, 33))
         gathered = run(*(gather(a, keep) for a in (q, k, v, g)))[0]
         official, exact = (gather(ops.attention(q, k, v, keep, official=form).data, keep) for form in (True, False))
         close(exact, gathered)
         far[std] = np.abs(official - gathered).max()
-    print(far)
-    assert far[1] < 1e-3 and far[5] > 1 and far[20] > 1
+    assert far[1] < 1e-4 and far[5] > 1 and far[20] > 1
 
 
 def fixture_cases():

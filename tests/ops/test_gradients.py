@@ -40,10 +40,9 @@ def sign(g):
 
 def one_entry_zeroed(g):
     """The middle one in size: an entry of ordinary weight."""
-    g = np.array(g)
+    g = g.copy()
     places = np.flatnonzero(g)
-    middle = places[np.argsort(np.abs(g.reshape(-1)[places]))[len(places) // 2]]
-    g.reshape(-1)[middle] = 0
+    g.flat[places[np.argsort(np.abs(g.flat[places]))[len(places) // 2]]] = 0
     return g
 
 
@@ -115,7 +114,6 @@ def test_damaged_gradients_are_refused(case):
 
 def test_the_damage_alone_makes_it_fail():
     before = dict(tensor.registry)
-    for case in SMOOTH:
-        for input in case.moving(case.arrays()):
-            check(case, damaged(case.op, input, lambda g: g))
+    for case in {c.name: c for c in SMOOTH}.values():
+        check(case, damaged(case.op, case.moving(case.arrays())[0], lambda g: g))
     assert tensor.registry == before

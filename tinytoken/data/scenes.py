@@ -20,9 +20,9 @@ from ..errors import expect
 SPLITS = ("train", "val", "test")
 CLUTTER = (6, 12)  # strokes and blobs in a picture, both ends included
 RADII = ((0.28, 0.34), (0.23, 0.27), (0.20, 0.23))  # of the circle around each object, in pictures of 1, 2, 3 objects
-TURN = math.pi  # objects are turned by up to this angle, either way
-LEVEL = (80, 180)  # mean brightness of the background, of 255
-NOISE = ((4, 60), (8, 40))  # its smooth noise: cells across the picture, and strength
+TURN = math.pi / 8  # objects are turned by up to this angle, either way
+LEVEL = (20, 50)  # mean brightness of the background, of 255
+NOISE = ((4, 20), (8, 10))  # its smooth noise: cells across the picture, and strength
 TRIES = 64  # arrangements tried; objects that have no room in any are left out
 PALETTE = np.array([[225, 60, 55], [240, 145, 40], [235, 215, 65], [85, 180, 75],
                     [60, 185, 190], [70, 110, 215], [150, 85, 195], [235, 130, 175]], "float32")
@@ -51,7 +51,7 @@ def triangle(x, y):
 
 def cross(x, y):
     x, y = np.abs(x), np.abs(y)
-    return np.minimum(np.maximum(x - 0.8, y - 0.2385), np.maximum(y - 0.8, x - 0.2385))
+    return np.minimum(np.maximum(x - 0.93, y - 0.195), np.maximum(y - 0.93, x - 0.195))
 
 
 def star(x, y):
@@ -66,24 +66,24 @@ def crescent(x, y):
     return np.maximum(np.hypot(x, y) - 0.92, 0.7021 - np.hypot(x - 0.4, y))
 
 
-def heart(x, y):
-    """A square standing on its corner, and a disc on each of its upper sides."""
-    side = 0.4265
-    u, v = (x + y) * math.sqrt(0.5), (x - y) * math.sqrt(0.5)
-    discs = np.minimum(np.hypot(u, v - side), np.hypot(u + side, v)) - side
-    return np.minimum(np.maximum(np.abs(u), np.abs(v)) - side, discs)
-
-
 def bars(x, y):
     return np.maximum(np.minimum(np.abs(y), np.abs(np.abs(y) - 0.5)) - 0.1443, np.abs(x) - 0.75)
 
 
-def hourglass(x, y):
-    slope = 0.697
-    return np.maximum((np.abs(x) - 0.22 - slope * np.abs(y)) / math.hypot(1, slope), np.abs(y) - 0.7)
+def dots(x, y):
+    """Four discs in a square."""
+    return np.hypot(np.abs(x) - 0.5, np.abs(y) - 0.5) - 0.3215
 
 
-SHAPES = (disc, ring, square, triangle, cross, star, crescent, heart, bars, hourglass)
+def checker(x, y):
+    """The five dark fields of a board of 3 x 3: the centre and the corners."""
+    side = 0.2549
+    x, y = np.abs(x), np.abs(y)
+    corner = np.maximum(np.abs(x - 2 * side), np.abs(y - 2 * side))
+    return np.minimum(np.maximum(x, y), corner) - side
+
+
+SHAPES = (disc, ring, square, triangle, cross, star, crescent, bars, dots, checker)
 NAMES = tuple(shape.__name__ for shape in SHAPES)
 
 
@@ -198,7 +198,7 @@ def _paint_clutter(draw, picture):
     centre, angle = draw.uniform("clutter.centre", (high, 2)), draw.uniform("clutter.angle", (high,), 0, math.pi)
     stroke = draw.uniform("clutter.kind", (high,)) < 0.5
     length = draw.uniform("clutter.length", (high,)) * np.where(stroke, 0.2, 0.05).astype("float32")
-    radius = draw.uniform("clutter.radius", (high,)) * 0.03 + np.where(stroke, 0.015, 0.05)
+    radius = (1 + draw.uniform("clutter.radius", (high,))) * np.where(stroke, 0.014, 0.03)
     colour = draw.colours("clutter", (high,))
     for k in range(high):
         x, y = _frame(picture.shape[-1], centre[:, k], angle[:, k])

@@ -41,7 +41,7 @@ class Predictor(nn.Module):
         if keep is None:
             mean = shared.mean(axis=1, keepdims=True) if x.shape[1] else ops.broadcast_to(shared, shape=(len(x), 0, half))
         else:
-            keep = keep.reshape(len(x), -1, 1)
+            keep = _mask(keep, x, x.shape[1]).reshape(len(x), -1, 1)
             total = keep.sum(axis=1, keepdims=True)
             mean = (shared * keep).sum(axis=1, keepdims=True) / (total + (total.data == 0))
         x = ops.concat(local, ops.broadcast_to(mean, shape=local.shape), axis=2)
@@ -167,6 +167,7 @@ def dynamicvit_loss(out, targets, teacher_logits, teacher_tokens, keep_ratios, *
     """
     expect(len(keep_ratios) == len(out.decisions), "dynamicvit_loss", f"{len(keep_ratios)} keep ratios for {len(out.decisions)} stages")
     expect(token_norm in ("pooled", "image"), "dynamicvit_loss", f"token_norm {token_norm!r}, expected pooled or image")
+    expect(len(weights) == 4, "dynamicvit_loss", f"{len(weights)} weights, expected 4: class, ratio, kl, token")
     ratio = 0
     for decision, wanted in zip(out.decisions, keep_ratios):
         ratio = ratio + ((decision.mean(axis=1) - wanted) ** 2).mean()

@@ -10,6 +10,7 @@ from ..tensor import op
 from .norm import softmax_of, softmax_vjp
 
 OFFICIAL_EPS = 1e-6
+LOWEST = -1e30  # stands for minus infinity, with which a row that sees nothing would compute NaN
 
 
 @op
@@ -104,9 +105,7 @@ def _masked_softmax(scores, seen):
     kept ones would push them all to zero. Toward a dropped key's K the slope is e^a / sum: there min(a - max, 0) keeps it
     finite, so that a dropped key counts at most as much as the strongest kept one."""
     xp = array_module(scores)
-    highest = xp.where(seen > 0, scores, -math.inf).max(axis=-1, keepdims=True)
-    highest[xp.isneginf(highest)] = 0  # a row that sees nothing
-    slope = scores - highest
+    slope = scores - xp.where(seen > 0, scores, LOWEST).max(axis=-1, keepdims=True)
     xp.minimum(slope, 0, out=slope)
     xp.exp(slope, out=slope)
     total = (slope * seen).sum(axis=-1, keepdims=True)

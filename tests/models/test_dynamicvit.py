@@ -1,0 +1,579 @@
+"""DynamicViT: the official code's values and gradients, masking equals removing, Gumbel decisions, the four losses."""
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tinytoken as tt
+from tinytoken.checking import gradcheck
+from tinytoken.models import DynamicOutput, DynamicViT, ViT, dynamicvit_loss
+
+SMALL = dict(image_size=8, patch_size=2, dim=8, depth=3, heads=2, num_classes=5)  # 16 patches
+STAGES = dict(prune_before=(1, 2), keep_ratios=(0.7, 0.4))
+PARTS = ("class", "ratio", "kl", "token")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    tt.manual_seed(0)
+
+
+def shaken(model, seed=0, spread=None):
+    """The model in float64 with no parameter left at a special value. spread: the standard deviation of its attention logits:
+    rows x after a norm have |x|^2 near D, so weights of variance spread / D give q and k entries of variance spread."""
+    rng = np.random.default_rng(seed)
+    for name, p in model.astype("float64").named_parameters():
+        p.data += 0.3 * rng.standard_normal(p.shape)
+        if spread and name.endswith("qkv.weight"):
+            p.data[...] = rng.standard_normal(p.shape) * (spread / p.shape[1]) ** 0.5
+            p.data[2 * len(p) // 3:] /= spread ** 0.5  # the values
+    return model
+
+
+def pictures(batch=2, seed=0, size=8):
+    return np.random.default_rng(seed).standard_normal((batch, 3, size, size))
+
+
+def gumbel(stages=2, batch=2, tokens=16, seed=0):
+    return list(np.random.default_rng(seed).gumbel(size=(stages, batch, tokens, 2)))
+
+
+def masks(counts, batch=3, tokens=16, seed=0):
+    """Nested decisions, counts[s] tokens left by stage s, other ones in each image. Every second mask also names tokens that
+    are gone already: a decision counts times the earlier ones."""
+    places = np.array([np.random.default_rng((seed, i)).permutation(tokens) for i in range(batch)]).argsort(axis=1)
+    kept = [places < n for n in counts]
+    return [k | (places == counts[s - 1]) if s % 2 else k for s, k in enumerate(kept)]
+
+
+def teacher(batch=2, classes=5, tokens=16, dim=8, seed=7):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((batch, classes)), rng.standard_normal((batch, tokens, dim))
+
+
+def refuses(text):
+    return pytest.raises(tt.InputError, match=f"^{re.escape(text)}$")
+
+
+def same(a, b, tolerance=1e-12):
+    """Equal to `tolerance` of b's largest value."""
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max(initial=0)))
+
+
+# Parity with the official code
+
+@pytest.fixture(scope="module")
+def official():
+    with np.load(Path(__file__).parents[1] / "fixtures" / "official_dynamicvit.npz") as file:
+        return dict(file)
+
+
+def under(arrays, prefix):
+    return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+
+
+@pytest.fixture
+def loaded(official, xp):
+    """(model, images, noise, loss settings) as the official run had them."""
+    config = {name: a.tolist() for name, a in under(official, "config/").items()}
+    weights = config.pop("loss_weights")
+    model = DynamicViT(**config, official=True)
+    assert model.load_state_dict(under(official, "weights/")) == ([], [])
+    noise = [xp.asarray(official[f"noise/{s}"]) for s in range(3)]
+    return model.to("cpu" if xp is np else "cuda"), xp.asarray(official["images"]), noise, dict(keep_ratios=config["keep_ratios"], weights=weights)
+
+
+def test_official_training_pass_and_losses(official, loaded, xp):
+    model, images, noise, settings = loaded
+    out = model.train()(images, noise=noise)
+    same(out.logits.numpy(), official["train/logits"])
+    same(out.tokens.numpy(), official["train/tokens"])
+    for s in range(3):
+        assert np.array_equal(out.decisions[s].numpy(), official[f"train/decisions/{s}"])
+    assert np.array_equal(out.keep.numpy(), official["train/decisions/2"]) and not out.keep.requires_grad
+    given = [xp.asarray(official[name]) for name in ("targets", "teacher_logits", "teacher_tokens")]
+    loss, parts = dynamicvit_loss(out, *given, **settings)
+    assert tuple(parts) == PARTS
+    for name, part in [*parts.items(), ("total", loss)]:
+        assert part.item() == pytest.approx(official[f"losses/{name}"].item(), rel=1e-12), name
+    loss.backward()
+    gradients = under(official, "gradients/")
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    rounding = 1e-14 * max(np.abs(g).max() for g in gradients.values())  # the gradient of k's bias is nothing else
+    for name, p in model.named_parameters():
+        wanted = gradients[name]
+        np.testing.assert_allclose(tt.backend.to_numpy(p.grad), wanted, rtol=0, atol=1e-9 * np.abs(wanted).max() + rounding, err_msg=name)
+
+
+def test_official_inference(official, loaded):
+    model, images, _, _ = loaded
+    logits, trace = model.eval()(images, trace=True)
+    same(logits.numpy(), official["eval/logits"])
+    assert len(trace.kept) == 3
+    for s, kept in enumerate(trace.kept):
+        assert np.array_equal(tt.backend.to_numpy(kept), official[f"eval/kept/{s}"])
+
+
+def test_the_official_form_is_another_function_than_the_exact_one(official, loaded):
+    model, images, noise, _ = loaded
+    exact = DynamicViT(**model.config | dict(official=False))
+    exact.load_state_dict(under(official, "weights/"))
+    gap = np.abs(exact(tt.backend.to_numpy(images), noise=[tt.backend.to_numpy(n) for n in noise]).logits.data - official["train/logits"]).max()
+    assert 1e-9 < gap < 1e-2  # eps is 1e-6
+
+
+# Gradients
+
+@pytest.mark.parametrize("form", [False, True], ids=["exact", "official"])
+def test_gradients_of_the_whole_model_with_soft_decisions(form):
+    model, images, noise = shaken(DynamicViT(**SMALL, **STAGES, official=form)), pictures(), gumbel()
+    targets, (teacher_logits, teacher_tokens) = np.array([4, 0]), teacher()
+
+    def outputs(*parameters):
+        out = model(images, noise=noise, hard=False)
+        loss, _ = dynamicvit_loss(out, targets, teacher_logits, teacher_tokens, (0.7, 0.4), smoothing=0.1)
+        return loss, out.logits, out.tokens, *out.decisions
+    names = [name for name, _ in model.named_parameters()]
+    report = gradcheck(outputs, *model.parameters(), names=names, max_elements=160)
+    assert report.directions == 2 and len(report.inputs) == len(names)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["masked", "gathered"])
+def test_gradients_of_the_whole_model_with_forced_decisions(training):
+    model, images, keep = shaken(DynamicViT(**SMALL, **STAGES)).train(training), pictures(), masks((9, 4), batch=2)
+
+    def outputs(*parameters):
+        out, trace = model(images, keep=keep, trace=True)
+        return (out.logits if training else out), trace.tokens
+    gradcheck(outputs, *model.parameters(), max_elements=100)
+
+
+@pytest.mark.parametrize("stage_before", [0, 2])
+def test_straight_through_equals_soft_exactly(stage_before):
+    """The gradient of the hard decisions is that of the soft ones, to the bit: both are taken at the same soft value."""
+    model = shaken(DynamicViT(**SMALL, prune_before=(stage_before,), keep_ratios=(0.5,)))
+    upstream = np.random.default_rng(3).standard_normal((2, 16))
+    wrt = [p for name, p in model.named_parameters() if not name.startswith(("head", "norm", "blocks.2"))]
+    wrt = wrt if stage_before else [p for name, p in model.named_parameters() if name.startswith(("score", "patch", "pos"))]
+    gradients, values = {}, {}
+    for hard in (True, False):
+        decision = model(pictures(), noise=gumbel(1), hard=hard).decisions[0]
+        values[hard] = decision.data
+        gradients[hard] = tt.grad((decision * upstream).sum(), wrt)
+    assert set(np.unique(values[True])) == {0, 1} and ((values[False] > 0) & (values[False] < 1)).all()
+    for hard, soft in zip(gradients[True], gradients[False]):
+        assert np.array_equal(hard, soft)
+    assert sum(np.abs(g).max() > 0 for g in gradients[True]) >= len(wrt) - 1
+
+
+# Masking is removing
+
+@pytest.mark.parametrize("counts", [(16, 16, 16), (11, 7, 5), (12, 12, 3), (9, 1, 1), (1, 1, 1), (5, 2, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("spread", [1, 5, 20])
+def test_masked_equals_gathered(counts, spread, xp):
+    """The same forced decisions by masking and by gathering: the same class logits, and the same gradient of every weight."""
+    model = shaken(DynamicViT(**SMALL | dict(depth=4), prune_before=(1, 2, 3), keep_ratios=(0.7, 0.49, 0.343)), spread=spread)
+    model.to("cpu" if xp is np else "cuda")
+    images, keep = xp.asarray(pictures(3)), [xp.asarray(m) for m in masks(counts)]
+    upstream = xp.asarray(np.random.default_rng(1).standard_normal((3, 5)))
+    masked = model.train()(images, keep=keep)
+    gathered, trace = model.eval()(images, keep=keep, trace=True)
+    assert [k.shape for k in trace.kept] == [(3, n) for n in counts]
+    assert [d.numpy().sum(axis=1).tolist() for d in masked.decisions] == [[n] * 3 for n in counts]
+    same(masked.logits.numpy(), gathered.numpy())
+    params = [p for name, p in model.named_parameters() if "score_predictor" not in name]
+    of_masked, of_gathered = (tt.grad((logits * upstream).sum(), params) for logits in (masked.logits, gathered))
+    for a, b in zip(of_masked, of_gathered):
+        same(tt.backend.to_numpy(a), tt.backend.to_numpy(b))
+    assert all(xp.abs(g).max() > 0 for g in of_gathered)
+    kept = xp.asarray(np.sort(tt.backend.to_numpy(trace.kept[-1]), axis=1))
+    same(xp.take_along_axis(masked.tokens.data, kept[:, :, None], axis=1), trace.tokens.data)  # the kept tokens are the same too
+
+
+@pytest.mark.parametrize("spread", [1, 5, 20])
+def test_the_spread_of_the_attention_logits_is_what_the_tests_say(spread):
+    model = shaken(DynamicViT(**SMALL, **STAGES), spread=spread)
+    block, x = model.blocks[0], model.embed(pictures(3))
+    q, k, _ = tt.ops.split_heads(block.attn.qkv(block.norm1(x)), heads=2, parts=3)
+    assert spread / 2.5 < (q.data @ k.data.swapaxes(-1, -2) / 2).std() < 2.5 * spread
+
+
+def test_the_official_mask_is_not_removing():
+    """Why the exact form exists: under the official formula a dropped key can win the row's maximum."""
+    model = shaken(DynamicViT(**SMALL, **STAGES, official=True), spread=20)
+    keep = masks((4, 2))
+    masked, gathered = model.train()(pictures(3), keep=keep).logits, model.eval()(pictures(3), keep=keep)
+    assert np.abs(masked.data - gathered.data).max() > 1e-2
+
+
+def test_tokens_that_are_gone_do_not_reach_the_logits():
+    """What a dropped patch shows changes nothing: for decisions before block 0 not a bit."""
+    model = shaken(DynamicViT(**SMALL, prune_before=(0,), keep_ratios=(0.5,)))
+    keep, images = masks((5,)), pictures(3)
+    hidden = images.reshape(3, 3, 4, 2, 4, 2).copy()
+    hidden.transpose(0, 2, 4, 1, 3, 5)[~keep[0].reshape(3, 4, 4)] = 99  # the pixels of the dropped patches
+    hidden = hidden.reshape(images.shape)
+    assert np.array_equal(model.eval()(images, keep=keep).data, model(hidden, keep=keep).data)
+    same(model.train()(images, keep=keep).logits.data, model(hidden, keep=keep).logits.data)
+
+
+def test_forced_decisions_in_eval_mode_must_keep_as_many_in_every_image():
+    model = shaken(DynamicViT(**SMALL, **STAGES)).eval()
+    keep = [np.arange(16) < np.array([[9], [7]]), np.ones((2, 16))]
+    with refuses("DynamicViT: forced decisions keep 7 to 9 tokens: in eval mode every image must keep as many"):
+        model(pictures(), keep=keep)
+    assert model.train()(pictures(), keep=keep).keep.data.sum(axis=1).tolist() == [9, 7]
+
+
+@pytest.mark.parametrize("spread", [1, 20, 200])
+@pytest.mark.parametrize("lost", ["forced", "by noise", "none", "one left"])
+@pytest.mark.parametrize("token_norm", ["pooled", "image"])
+def test_float32_training_stays_finite(spread, lost, token_norm):
+    """Whatever is dropped, values, losses and gradients are finite, and so are the gradients' squares (AdamW's moments)."""
+    model = shaken(DynamicViT(**SMALL, **STAGES), spread=spread).astype("float32").train()
+    noise, keep = gumbel(batch=3), None
+    if lost == "forced":
+        keep = [np.ones((3, 16)) - (np.arange(3) == 1)[:, None], np.zeros((3, 16))]
+    elif lost == "by noise":
+        noise[0][0, :, 1] = 1e6   # image 0 loses all at the first stage, images 1 and 2 at the second
+        noise[1][1:, :, 1] = 1e6
+    elif lost == "one left":
+        noise[0][:, 1:, 1], noise[0][:, 0, 0] = 1e6, 1e6
+        noise[1][:, 0, 0] = 1e6
+    out = model(pictures(3), noise=noise, keep=keep)
+    left = {"forced": [0, 0, 0], "by noise": [0, 0, 0], "one left": [1, 1, 1]}.get(lost)
+    assert left is None or out.keep.data.sum(axis=1).tolist() == left
+    teacher_logits, teacher_tokens = (a.astype("float32") for a in teacher(3))
+    loss, parts = dynamicvit_loss(out, np.array([0, 1, 2]), teacher_logits, teacher_tokens, (0.7, 0.4), token_norm=token_norm)
+    loss.backward()
+    assert loss.dtype == np.float32 and out.logits.dtype == np.float32
+    assert all(np.isfinite(t.data).all() for t in (loss, *parts.values(), out.logits, out.tokens, *out.decisions))
+    assert lost in ("none", "one left") or parts["token"].item() == 0
+    for name, p in model.named_parameters():
+        if keep is None or "score_predictor" not in name:
+            assert p.grad.dtype == np.float32 and np.isfinite(p.grad ** 2).all(), name
+
+
+# Keep ratios
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_keep_ratios_of_one_are_the_vit_to_the_bit(dtype):
+    vit = shaken(ViT(**SMALL)).astype(dtype)
+    model = DynamicViT(**SMALL, prune_before=(0, 1, 2), keep_ratios=(1, 1.0, 1)).eval()
+    model.load_state_dict(vit.state_dict(), strict=False)
+    logits, trace = model(pictures(4), trace=True)
+    wanted, wanted_trace = vit(pictures(4), trace=True)
+    assert logits.dtype == dtype and np.array_equal(logits.data, wanted.data) and np.array_equal(trace.tokens.data, wanted_trace.tokens.data)
+    assert [k.tolist() for k in trace.kept] == [[list(range(16))] * 4] * 3
+    if dtype == "float64":  # by masking with ones it is another formula of the same numbers
+        same(model.train()(pictures(4), keep=[np.ones((4, 16))] * 3).logits.data, wanted.data)
+
+
+@pytest.mark.parametrize("ratios, counts", [  # of 196 tokens, as published (shared papers/dynamicvit.md, section 1)
+    ((0.9, 0.9 ** 2, 0.9 ** 3), (176, 158, 142)), ((0.8, 0.8 ** 2, 0.8 ** 3), (156, 125, 100)), ((0.7, 0.49, 0.343), (137, 96, 67)),
+    ((0.7, 0.7 - 0.2, 0.7 - 0.4), (137, 97, 58)),  # 0.7 - 0.2 is a little less than 0.5
+])
+def test_kept_counts_of_196_tokens(ratios, counts):
+    model = DynamicViT(28, 2, 4, 3, 1, prune_before=(0, 1, 2), keep_ratios=ratios).eval()
+    _, trace = model(pictures(2, size=28), trace=True)
+    assert [k.shape for k in trace.kept] == [(2, n) for n in counts] and trace.tokens.shape == (2, counts[-1], 4)
+
+
+@pytest.mark.parametrize("size, patch, ratios", [(8, 2, (0.7, 0.49, 0.343)), (12, 2, (1, 0.5, 0.5)), (6, 2, (0.34, 0.23, 0.12)), (20, 2, (0.29, 0.29, 0.01))])
+def test_kept_counts_are_of_the_original_number_and_the_indices_ascend(size, patch, ratios):
+    model = DynamicViT(size, patch, 8, 4, 2, prune_before=(1, 2, 3), keep_ratios=ratios).eval()
+    n = (size // patch) ** 2
+    _, trace = model(pictures(3, size=size), trace=True)
+    assert [k.shape[1] for k in trace.kept] == [int(n * r) for r in ratios]
+    for s, kept in enumerate(trace.kept):
+        assert kept.dtype.kind == "i" and (np.diff(kept, axis=1) > 0).all() and kept.min() >= 0 and kept.max() < n
+        assert s == 0 or all(set(a) >= set(b) for a, b in zip(trace.kept[s - 1], kept))
+
+
+def test_inference_keeps_the_highest_scores():
+    """Stage 0 against its definition: the patches with the highest log-probability of keep, all of them counted in the mean."""
+    model = shaken(DynamicViT(**SMALL, **STAGES)).eval()
+    scores = model.score_predictor[0](model.blocks[0](model.embed(pictures(3)))[:, 1:]).data[:, :, 0]
+    wanted = np.sort(np.argsort(-scores, axis=1)[:, :11], axis=1)
+    assert np.array_equal(model(pictures(3), trace=True)[1].kept[0], wanted)
+
+
+# Decisions
+
+def test_decisions_are_exactly_zero_or_one_and_nested():
+    model = DynamicViT(**SMALL, prune_before=(0, 1, 2), keep_ratios=(0.9, 0.8, 0.7)).train()
+    out = model(pictures(8), noise=gumbel(3, batch=8))
+    decisions = [d.data for d in out.decisions]
+    for s, d in enumerate(decisions):
+        assert d.shape == (8, 16) and d.dtype == np.float32 and set(np.unique(d)) == {0, 1}
+        assert s == 0 or (d <= decisions[s - 1]).all()
+    assert decisions[2].sum() < decisions[1].sum() < decisions[0].sum()
+    assert np.array_equal(out.keep.data, decisions[2]) and not out.keep.requires_grad and out.decisions[2].requires_grad
+
+
+def test_noise_of_the_caller_decides():
+    """Column 0 is keep, and draws are added to the log-probabilities: a large one settles the matter."""
+    model = DynamicViT(**SMALL, **STAGES).train()
+    wanted = [m.astype(float) for m in masks((9, 4), batch=2)]
+    noise = [np.stack([1e3 * m, 1e3 * (1 - m)], axis=-1) for m in wanted]
+    out = model(pictures(), noise=noise)
+    assert np.array_equal(out.decisions[0].data, wanted[0]) and np.array_equal(out.decisions[1].data, wanted[0] * wanted[1])
+    forced = model(pictures(), keep=wanted)
+    assert np.array_equal(out.logits.data, forced.logits.data) and np.array_equal(out.tokens.data, forced.tokens.data)
+
+
+def test_soft_decisions_are_the_softmax_of_log_probabilities_and_noise():
+    model, noise = shaken(DynamicViT(**SMALL, **STAGES)), gumbel()
+    out = model(pictures(), noise=noise, hard=False)
+    patches = model.blocks[0](model.embed(pictures()))[:, 1:]
+    scores = model.score_predictor[0](patches, np.ones((2, 16))).data + noise[0]
+    first = 1 / (1 + np.exp(scores[:, :, 1] - scores[:, :, 0]))
+    same(out.decisions[0].data, first)
+    assert ((0 < first) & (first < 1)).all() and (out.decisions[1].data < out.decisions[0].data).all()
+
+
+def test_noise_is_drawn_anew_and_again_after_the_seed():
+    model = DynamicViT(**SMALL, **STAGES).train()
+    tt.manual_seed(5)
+    first, second = (np.stack([d.data for d in model(pictures(8)).decisions]) for _ in range(2))
+    assert not np.array_equal(first, second)
+    tt.manual_seed(5)
+    again = np.stack([d.data for d in model(pictures(8)).decisions])
+    assert np.array_equal(first, again)
+    tt.manual_seed(6)
+    assert not np.array_equal(first, np.stack([d.data for d in model(pictures(8)).decisions]))
+
+
+def test_inference_draws_nothing():
+    model = DynamicViT(**SMALL, **STAGES).eval()
+    assert np.array_equal(model(pictures()).data, model(pictures()).data)
+
+
+def test_the_predictor_averages_over_kept_tokens_only():
+    predictor = shaken(DynamicViT(**SMALL, **STAGES)).score_predictor[0]
+    x, keep = np.random.default_rng(0).standard_normal((2, 6, 8)), np.array([[1, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1]])
+    masked, kept = predictor(x, keep).data, keep.astype(bool)
+    gathered = predictor(x[kept].reshape(2, 3, 8)).data
+    same(masked[kept].reshape(2, 3, 2), gathered)
+    np.testing.assert_allclose(np.exp(masked).sum(axis=-1), 1, rtol=0, atol=1e-12)
+    assert np.isfinite(predictor(x, np.zeros((2, 6))).data).all()
+
+
+def test_later_stages_send_gradient_into_earlier_decisions():
+    """The keep mask enters the predictor undetached: through its mean, and through the product of decisions."""
+    model = shaken(DynamicViT(**SMALL, prune_before=(0, 1), keep_ratios=(0.7, 0.4)))
+    out = model(pictures(), noise=gumbel(), hard=False)
+    patches = model.patches(model.embed(pictures()))
+    mean_only = model.score_predictor[1](patches, out.decisions[0])[:, :, 0].sum()
+    first = list(model.score_predictor[0].parameters())
+    assert any(np.abs(g).max() > 1e-6 for g in tt.grad(mean_only, first))
+
+
+# Traces, names, weights
+
+@pytest.mark.parametrize("training", [True, False])
+def test_trace(training):
+    model, images = shaken(DynamicViT(**SMALL, **STAGES)).train(training), pictures(3)
+    call = dict(noise=gumbel(batch=3)) if training else {}
+    out, trace = model(images, trace=True, **call)
+    without = model(images, **call)
+    if training:
+        assert isinstance(out, DynamicOutput) and np.array_equal(out.logits.data, without.logits.data)
+        assert [A.shape for A in trace.attention] == [(3, 2, 17, 17)] * 3 and trace.kept == []
+        assert np.array_equal(trace.tokens.data, out.tokens.data) and out.tokens.shape == (3, 16, 8)
+        dropped = np.broadcast_to(out.decisions[0].data[:, None, :] == 0, (3, 2, 16))
+        assert dropped.any() and (trace.attention[1].data[:, :, 0, 1:][dropped] == 0).all()  # the class token sees no dropped patch
+    else:
+        assert np.array_equal(out.data, without.data)
+        assert [A.shape for A in trace.attention] == [(3, 2, 17, 17), (3, 2, 12, 12), (3, 2, 7, 7)]
+        assert [k.shape for k in trace.kept] == [(3, 11), (3, 6)] and trace.tokens.shape == (3, 6, 8)
+    for A in trace.attention:
+        np.testing.assert_allclose(A.data.sum(axis=-1), 1, rtol=0, atol=1e-12)
+
+
+def test_a_vits_weights_go_in():
+    vit, model = shaken(ViT(**SMALL)), DynamicViT(**SMALL, **STAGES)
+    before = model.state_dict()
+    missing, unexpected = model.load_state_dict(vit.state_dict(), strict=False)
+    assert missing == [name for name in before if name.startswith("score_predictor.")] and len(missing) == 20 and unexpected == []
+    assert model.dtype == np.float64 and all(p.dtype == np.float64 for p in model.parameters())
+    for name, array in vit.state_dict().items():
+        assert np.array_equal(model.state_dict()[name], array)
+    for name in missing:
+        assert np.array_equal(model.state_dict()[name], before[name])
+    missing, unexpected = vit.load_state_dict(model.state_dict(), strict=False)
+    assert missing == [] and len(unexpected) == 20
+
+
+def test_a_vit_and_a_dynamicvit_of_one_seed_start_from_the_same_backbone():
+    backbone, model = ViT(**SMALL).state_dict(), DynamicViT(**SMALL, **STAGES).state_dict()
+    assert all(np.array_equal(model[name], a) for name, a in backbone.items())
+
+
+def test_the_configuration_makes_the_same_model_again():
+    model = DynamicViT(**SMALL, **STAGES, qkv_bias=False, official=True)
+    again = DynamicViT(**model.config)
+    assert again.load_state_dict(model.state_dict()) == ([], [])
+    assert np.array_equal(again(pictures(), noise=gumbel()).logits.data, model(pictures(), noise=gumbel()).logits.data)
+
+
+# The losses
+
+def outputs_of(decisions, batch=3, classes=5, tokens=16, dim=8, seed=2):
+    """A DynamicOutput made by hand, its tensors leaves that ask for gradients."""
+    rng = np.random.default_rng(seed)
+    leaf = lambda *shape: tt.Tensor(rng.standard_normal(shape), requires_grad=True)
+    decisions = [tt.Tensor(np.asarray(d, float), requires_grad=True) for d in decisions]
+    return DynamicOutput(leaf(batch, classes), leaf(batch, tokens, dim), decisions, decisions[-1].detach())
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("token_norm", ["pooled", "image"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_losses_by_their_formulas(token_norm, smoothing):
+    first = np.random.default_rng(0).random((3, 16)) < [[0.9], [0.6], [0.4]]
+    last = first & (np.random.default_rng(1).random((3, 16)) < 0.6)
+    assert len({*last.sum(axis=1)}) > 1  # pooled and per image differ
+    out, targets, (z, f), ratios, weights = outputs_of([first, last]), np.array([1, 4, 0]), teacher(3), (0.7, 0.4), (1.5, 3, 0.25, 0.75)
+    loss, parts = dynamicvit_loss(out, targets, z, f, ratios, weights=weights, token_norm=token_norm, smoothing=smoothing)
+    log_q, p = np.log(softmax(out.logits.data)), softmax(z)
+    wanted = np.full((3, 5), smoothing / 5) + (1 - smoothing) * np.eye(5)[targets]
+    squares = ((out.tokens.data - f) ** 2).mean(axis=2)
+    by_image = [squares[b][last[b]].mean() for b in range(3)]
+    expected = {
+        "class": -np.mean([wanted[b] @ log_q[b] for b in range(3)]),
+        "ratio": sum(np.mean([(d[b].mean() - r) ** 2 for b in range(3)]) for d, r in zip((first, last), ratios)),
+        "kl": np.mean([sum(p[b, k] * (np.log(p[b, k]) - log_q[b, k]) for k in range(5)) for b in range(3)]),
+        "token": np.mean(by_image) if token_norm == "image" else squares[last].mean(),
+    }
+    for name in PARTS:
+        assert parts[name].item() == pytest.approx(expected[name], rel=1e-12), name
+    total = 1.5 * expected["class"] + 3 * expected["ratio"] / 2 + 0.25 * expected["kl"] + 0.75 * expected["token"]
+    assert loss.item() == pytest.approx(total, rel=1e-12)
+
+
+def test_default_weights_are_the_papers():
+    out, targets, (z, f) = outputs_of(masks((9, 4))), np.array([1, 4, 0]), teacher(3)
+    loss, parts = dynamicvit_loss(out, targets, z, f, (0.7, 0.4))
+    assert loss.item() == pytest.approx(parts["class"].item() + parts["ratio"].item() + 0.5 * parts["kl"].item() + 0.5 * parts["token"].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("token_norm", ["pooled", "image"])
+def test_gradients_of_the_losses(token_norm):
+    out, (z, f) = outputs_of(masks((9, 4))), teacher(3)
+
+    def parts(*leaves):
+        return tuple(dynamicvit_loss(out, np.array([1, 4, 0]), z, f, (0.7, 0.4), token_norm=token_norm)[1].values())
+    gradcheck(parts, out.logits, out.tokens, *out.decisions, max_elements=120)
+
+
+@pytest.mark.parametrize("token_norm", ["pooled", "image"])
+@pytest.mark.parametrize("lost", ["all", "one image"])
+def test_without_kept_tokens_the_token_loss_is_zero_and_finite(token_norm, lost):
+    last = np.zeros((3, 16))
+    if lost == "one image":
+        last[1:, :4] = 1
+    out, (z, f) = outputs_of([np.ones((3, 16)), last]), teacher(3)
+    loss, parts = dynamicvit_loss(out, np.array([1, 4, 0]), z, f, (0.7, 0.4), token_norm=token_norm)
+    squares = ((out.tokens.data - f) ** 2).mean(axis=2)[1:, :4]
+    images = 3 if token_norm == "image" else 2  # an image without tokens counts as 0 in the mean over images
+    assert parts["token"].item() == (0 if lost == "all" else pytest.approx(squares.mean(axis=1).sum() / images, rel=1e-12))
+    loss.backward()
+    assert np.isfinite(out.tokens.grad).all() and (out.tokens.grad[last == 0] == 0).all()
+    assert lost == "all" or (out.tokens.grad[last == 1] != 0).all()
+
+
+def test_per_image_the_loss_of_a_batch_is_the_mean_over_its_slices():
+    """Why token_norm="image" exists: micro-batches of a cut batch, weighted by their share, give the batch's loss and gradient."""
+    model, images, noise = shaken(DynamicViT(**SMALL, **STAGES)), pictures(5), gumbel(batch=5, seed=1)
+    targets, (z, f) = np.array([0, 3, 1, 4, 2]), teacher(5)
+    ends = [p for name, p in model.named_parameters() if name.startswith(("norm", "head", "score_predictor"))]
+
+    def run(part, token_norm):
+        out = model(images[part], noise=[n[part] for n in noise])
+        assert len({*out.keep.data.sum(axis=1)}) > 1
+        loss, _ = dynamicvit_loss(out, targets[part], z[part], f[part], (0.7, 0.4), token_norm=token_norm)
+        return loss.item(), tt.grad(loss, ends)
+    gaps = {}
+    for token_norm in ("image", "pooled"):
+        (whole, whole_gradients), *slices = (run(slice(*cut), token_norm) for cut in ((0, 5), (0, 2), (2, 5)))
+        mean = 0.4 * slices[0][0] + 0.6 * slices[1][0]
+        gaps[token_norm] = abs(mean - whole)
+        if token_norm == "image":
+            for g, a, b in zip(whole_gradients, slices[0][1], slices[1][1]):
+                same(0.4 * a + 0.6 * b, g)
+    assert gaps["image"] < 1e-12 and gaps["pooled"] > 1e-4
+
+
+# What it refuses
+
+@pytest.mark.parametrize("options, text", [
+    (dict(keep_ratios=(0.7, 0)), "DynamicViT: keep_ratios (0.7, 0), expected 0 < ratio <= 1"),
+    (dict(keep_ratios=(1.1, 0.5)), "DynamicViT: keep_ratios (1.1, 0.5), expected 0 < ratio <= 1"),
+    (dict(keep_ratios=(0.7, float("nan"))), "DynamicViT: keep_ratios (0.7, nan), expected 0 < ratio <= 1"),
+    (dict(keep_ratios=(0.5, 0.7)), "DynamicViT: keep_ratios (0.5, 0.7) rise; they are of the original number of tokens, so they cannot"),
+    (dict(keep_ratios=(0.5, 0.05)), "DynamicViT: keep ratio 0.05 of 16 tokens keeps none"),
+    (dict(keep_ratios=(0.5,)), "DynamicViT: 2 places to prune and 1 keep ratios"),
+    (dict(prune_before=(), keep_ratios=()), "DynamicViT: 0 places to prune and 0 keep ratios"),
+    (dict(prune_before=(1, 3)), "DynamicViT: prune_before (1, 3), expected rising block numbers from 0 to 2"),
+    (dict(prune_before=(2, 1)), "DynamicViT: prune_before (2, 1), expected rising block numbers from 0 to 2"),
+    (dict(prune_before=(1, 1)), "DynamicViT: prune_before (1, 1), expected rising block numbers from 0 to 2"),
+    (dict(prune_before=(-1, 1)), "DynamicViT: prune_before (-1, 1), expected rising block numbers from 0 to 2"),
+    (dict(dim=10), "DynamicViT: dim 10, expected a multiple of 4 (the predictor's last hidden width is dim / 4)"),
+    (dict(heads=3), "Attention: heads 3 do not divide dim 8"),
+], ids=str)
+def test_options_that_make_no_model(options, text):
+    with refuses(text):
+        DynamicViT(**SMALL | STAGES | options)
+
+
+def ones(*shape):
+    return np.ones(shape)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("call, text", [
+    (dict(keep=[ones(2, 16)]), "DynamicViT: 1 arrays of keep for 2 stages"),
+    (dict(noise=[ones(2, 16, 2)] * 3), "DynamicViT: 3 arrays of noise for 2 stages"),
+    (dict(keep=[ones(2, 15), ones(2, 16)]), "DynamicViT: keep (2, 15), expected (B, N) = (2, 16)"),
+    (dict(keep=[ones(2, 16), ones(2, 17)]), "DynamicViT: keep (2, 17), expected (B, N) = (2, 16)"),
+    (dict(keep=[ones(3, 16)] * 2), "DynamicViT: keep (3, 16), expected (B, N) = (2, 16)"),
+    (dict(keep=[ones(2, 16, 1)] * 2), "DynamicViT: keep (2, 16, 1), expected (B, N) = (2, 16)"),
+], ids=str)
+def test_decisions_that_do_not_fit(training, call, text):
+    with refuses(text):
+        DynamicViT(**SMALL, **STAGES).train(training)(pictures(), **call)
+
+
+@pytest.mark.parametrize("images, text", [
+    (np.zeros((2, 3, 16, 16)), "images: (2, 3, 16, 16), expected (B, 3, 8, 8)"),
+    (np.zeros((2, 3, 8, 8), "uint8"), "images: dtype uint8, expected float32: normalise them first (tt.data.normalise)"),
+], ids=["size", "uint8"])
+def test_images_that_do_not_fit(images, text):
+    with refuses(text):
+        DynamicViT(**SMALL, **STAGES)(images)
+
+
+def test_noise_of_another_shape():
+    with refuses("gumbel_softmax: log_probs (2, 16, 2), noise (2, 15, 2): equal shapes expected"):
+        DynamicViT(**SMALL, **STAGES)(pictures(), noise=[ones(2, 15, 2)] * 2)
+
+
+@pytest.mark.parametrize("change, text", [
+    (dict(targets=np.array([0, 5, 1])), "cross_entropy: labels from 0 to 5, expected 0 to 4"),
+    (dict(keep_ratios=(0.7,)), "dynamicvit_loss: 1 keep ratios for 2 stages"),
+    (dict(token_norm="batch"), "dynamicvit_loss: token_norm 'batch', expected pooled or image"),
+    (dict(weights=(1, 2)), "dynamicvit_loss: 2 weights, expected 4: class, ratio, kl, token"),
+    (dict(teacher_logits=ones(3, 4)), "kl_divergence: logits (3, 5), teacher_logits (3, 4): two of one shape (B, K) expected"),
+    (dict(teacher_tokens=ones(3, 15, 8)), "mse: x (3, 16, 8), target (3, 15, 8): equal shapes expected"),
+], ids=str)
+def test_losses_that_do_not_fit(change, text):
+    given = dict(targets=np.array([0, 1, 2]), teacher_logits=ones(3, 5), teacher_tokens=ones(3, 16, 8), keep_ratios=(0.7, 0.4))
+    with refuses(text):
+        dynamicvit_loss(outputs_of(masks((9, 4))), **given | change)

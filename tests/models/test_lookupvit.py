@@ -1,0 +1,447 @@
+"""LookupViT: its equations written once more in NumPy, properties that pin each part, every compressed grid, overfitting."""
+import copy
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+
+import tinytoken as tt
+from tinytoken.checking import gradcheck
+from tinytoken.models import LookupBlock, LookupOutput, LookupViT, lookupvit_loss
+
+SMALL = dict(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5, compressed=(2, 2))  # 16 lookup tokens
+REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
+VARIANTS = [dict(reuse=r, norm=n, classifiers=c) for r, n, c in itertools.product(REUSE, ("qk", "pre"), ("both", "compressed"))]
+named = lambda options: "-".join(options.values())
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    tt.manual_seed(0)
+
+
+def shaken(module, seed=0):
+    """The module in float64 with no parameter left at a special value."""
+    rng = np.random.default_rng(seed)
+    for p in module.astype("float64").parameters():
+        p.data += 0.3 * rng.standard_normal(p.shape)
+    return module
+
+
+def pictures(batch=2, seed=0, size=8):
+    return np.random.default_rng(seed).standard_normal((batch, 3, size, size))
+
+
+def sets(lookup=16, compressed=4, batch=2, dim=8, seed=4):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((batch, lookup, dim)), rng.standard_normal((batch, compressed, dim))
+
+
+def same(a, b, tolerance=1e-12):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+
+
+def refuses(text):
+    return pytest.raises(tt.InputError, match=f"^{re.escape(text)}$")
+
+
+# The equations of papers/lookupvit.md, sections 1 and 2, once more, by loops where that is clearer
+
+def softmax(x, axis=-1):
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def resize_by_loops(grid, size):
+    def axis(n, m):
+        s, R = n / m, np.zeros((m, n))
+        for o in range(m):
+            for i in range(n):
+                R[o, i] = max(0, 1 - abs(i - ((o + 0.5) * s - 0.5)) / max(s, 1))
+        return R / R.sum(axis=1, keepdims=True)
+    R = np.zeros((size[0], size[1], grid[0], grid[1]))
+    for (a, row), (b, column) in itertools.product(enumerate(axis(grid[0], size[0])), enumerate(axis(grid[1], size[1]))):
+        R[a, b] = np.outer(row, column)
+    return R.reshape(size[0] * size[1], grid[0] * grid[1])
+
+
+class Equations:
+    """One image through a LookupViT of the given weights: (compressed logits, lookup logits or None)."""
+
+    def __init__(self, weights, heads, reuse, norm):
+        self.w, self.heads, self.reuse, self.norm = weights, heads, reuse, norm
+
+    def linear(self, name, x):
+        return x @ self.w[name + ".weight"].T + self.w[name + ".bias"]
+
+    def ln(self, name, x):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / np.sqrt((centred ** 2).mean(axis=-1, keepdims=True) + 1e-6) * self.w[name + ".weight"] + self.w[name + ".bias"]
+
+    def mlp(self, name, x):
+        hidden = self.linear(name + ".fc1", x)
+        return self.linear(name + ".fc2", hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))))
+
+    def per_head(self, function, *xs):
+        """function of each head's columns, side by side."""
+        return np.concatenate([function(h, *parts) for h, parts in enumerate(zip(*(np.split(x, self.heads, axis=1) for x in xs)))], axis=1)
+
+    def block(self, b, l, p):
+        d = l.shape[1] // self.heads
+        pre = self.norm == "pre"
+        p_in, l_in = (self.ln(b + "gather_norm_q", p), self.ln(b + "gather_norm_k", l)) if pre else (p, l)
+        q, k, v = self.linear(b + "gather_q", p_in), self.linear(b + "gather_k", l_in), self.linear(b + "gather_v", l_in)
+        if not pre:
+            q, k = self.ln(b + "gather_norm_q", q), self.ln(b + "gather_norm_k", k)
+        logits = [qh @ kh.T / math.sqrt(d) for qh, kh in zip(np.split(q, self.heads, axis=1), np.split(k, self.heads, axis=1))]
+        p = p + self.linear(b + "gather_proj", self.per_head(lambda h, vh: softmax(logits[h]) @ vh, v))
+        qkv = self.linear(b + "refine.attn.qkv", self.ln(b + "refine.norm1", p))
+        mixed = self.per_head(lambda h, qh, kh, vh: softmax(qh @ kh.T / math.sqrt(d)) @ vh, *np.split(qkv, 3, axis=1))
+        p = p + self.linear(b + "refine.attn.proj", mixed)
+        p = p + self.mlp(b + "refine.mlp", self.ln(b + "refine.norm2", p))
+        if self.reuse != "none":
+            l = l + self.linear(b + "infuse_proj", self.infused(b, l, p, logits, d))
+        return l + self.mlp(b + "lookup_mlp", self.ln(b + "lookup_norm", l)), p
+
+    def infused(self, b, l, p, logits, d):
+        p = self.ln(b + "infuse_norm", p)
+        v = self.linear(b + "infuse_v", p)
+        if self.reuse == "separate":
+            q, k = self.linear(b + "infuse_q", self.ln(b + "infuse_norm_q", l)), self.linear(b + "infuse_k", p)
+            return self.per_head(lambda h, qh, kh, vh: softmax(qh @ kh.T / math.sqrt(d)) @ vh, q, k, v)
+        A = [softmax(a) for a in logits]
+        reverse = {"probs": lambda h: A[h].T, "renorm": lambda h: A[h].T / A[h].sum(axis=0)[:, None], "resoftmax": lambda h: softmax(logits[h].T)}
+        return self.per_head(lambda h, vh: reverse[self.reuse](h) @ vh, v)
+
+    def __call__(self, image, depth, patch, size, own):
+        grid = (image.shape[1] // patch, image.shape[2] // patch)
+        patches = [image[:, r * patch:(r + 1) * patch, c * patch:(c + 1) * patch].ravel() for r in range(grid[0]) for c in range(grid[1])]
+        x = np.stack(patches) @ self.w["patch_embed.proj.weight"].reshape(len(self.w["norm.bias"]), -1).T + self.w["patch_embed.proj.bias"]
+        l, p = x + self.w["pos_embed"][0], resize_by_loops(grid, size) @ x + resize_by_loops(own, size) @ self.w["pos_embed_compressed"][0]
+        for i in range(depth):
+            l, p = self.block(f"blocks.{i}.", l, p)
+        logits = self.linear("head", self.ln("norm", p).mean(axis=0))
+        return logits, self.linear("lookup_head", self.ln("lookup_norm", l).mean(axis=0)) if "lookup_head.bias" in self.w else None
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+@pytest.mark.parametrize("size", [(2, 2), (3, 2)], ids=str)
+def test_the_model_is_its_equations(options, size, xp):
+    model, images = shaken(LookupViT(**SMALL, **options)), pictures()
+    equations = Equations(model.state_dict(), 2, options["reuse"], options["norm"])
+    wanted, wanted_lookup = zip(*(equations(image, 2, 2, size, (2, 2)) for image in images))
+    model.to("cpu" if xp is np else "cuda")
+    out = model.train()(xp.asarray(images), compressed=size)
+    same(out.logits.numpy(), np.stack(wanted))
+    if options["classifiers"] == "both":
+        same(out.lookup_logits.numpy(), np.stack(wanted_lookup))
+        mean = model.eval()(xp.asarray(images), compressed=size, mean_of_heads=True)
+        same(mean.numpy(), (np.stack(wanted) + np.stack(wanted_lookup)) / 2)
+    else:
+        assert out.lookup_logits is None and wanted_lookup[0] is None
+    same(model.eval()(xp.asarray(images), compressed=size).numpy(), np.stack(wanted))
+
+
+def test_the_readings_of_reuse_and_norm_differ():
+    outs = {}
+    for options in VARIANTS:
+        model = LookupViT(**SMALL, **options)
+        for name, p in model.astype("float64").named_parameters():  # the same weights where the names are the same
+            p.data[...] = np.random.default_rng(list(name.encode())).standard_normal(p.shape)
+        outs[named(options)] = model.eval()(pictures()).data
+    for a, b in itertools.combinations(outs, 2):
+        only_the_head = a.split("-")[:2] == b.split("-")[:2]
+        assert np.array_equal(outs[a], outs[b]) == only_the_head, (a, b)
+
+
+# Gradients
+
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+def test_gradients_of_the_whole_model(options):
+    model, images, targets = shaken(LookupViT(**SMALL, **options)).train(), pictures(), np.array([4, 1])
+    used = [p for name, p in model.named_parameters() if options["classifiers"] == "both" or not dead(name, 2)]
+
+    def outputs(*parameters):
+        out = model(images, compressed=(2, 3))
+        loss, _ = lookupvit_loss(out, targets, smoothing=0.1)
+        return (loss, out.logits) if out.lookup_logits is None else (loss, out.logits, out.lookup_logits)
+    assert gradcheck(outputs, *used, max_elements=60).directions == 2
+
+
+def dead(name, depth):
+    """Parts of the last block that only lookup tokens see: without a lookup head nothing reads them."""
+    return name.startswith((f"blocks.{depth - 1}.infuse", f"blocks.{depth - 1}.lookup"))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+def test_every_parameter_learns_unless_nothing_reads_it(options):
+    model = shaken(LookupViT(**SMALL, **options)).train()
+    lookupvit_loss(model(pictures()), np.array([4, 1]))[0].backward()
+    for name, p in model.named_parameters():
+        unread = options["classifiers"] == "compressed" and dead(name, 2)
+        assert (p.grad is None) == unread, name
+        # A constant added to all keys moves no softmax over them, so that bias cannot learn (resoftmax reads the other axis too).
+        silent = name.endswith(("gather_k.bias", "gather_norm_k.bias", "infuse_k.bias"))
+        assert unread or silent or np.abs(p.grad).max() > 1e-9, name
+
+
+@pytest.mark.parametrize("reuse", ["probs", "renorm", "resoftmax"])
+def test_the_gradient_of_the_attention_is_the_sum_of_its_two_uses(reuse):
+    """A is read by the gather and by the infusion. The gradient of the queries' weights is that through one plus that through the
+    other, and neither is nothing."""
+    lookup, compressed = sets()
+    block = shaken(LookupBlock(8, 2, reuse=reuse))
+    upstream = np.random.default_rng(9).standard_normal(lookup.shape)
+
+    def gradient(detach_gather=False, detach_infusion=False):
+        probe = copy.deepcopy(block)
+        gather, infuse = probe.gather, probe.infuse
+
+        def cut_gather(lookup, compressed):
+            out, A, logits = gather(lookup, compressed)
+            return out.detach() if detach_gather else out, A, logits
+        probe.gather = cut_gather
+        probe.infuse = lambda lookup, compressed, A, logits: (
+            infuse(lookup, compressed, A.detach(), logits.detach()) if detach_infusion else infuse(lookup, compressed, A, logits))
+        out, _ = probe(tt.Tensor(lookup), tt.Tensor(compressed))
+        return tt.grad((out * upstream).sum(), [probe.gather_q.weight])[0]
+    through_gather, through_infusion = gradient(detach_infusion=True), gradient(detach_gather=True)
+    assert np.abs(through_gather).max() > 1e-4 and np.abs(through_infusion).max() > 1e-4
+    same(through_gather + through_infusion, gradient())
+
+
+# Properties of a block and of its tokens
+
+@pytest.mark.parametrize("grid, size", [((8, 8), (3, 3)), ((8, 8), (8, 8)), ((7, 5), (2, 4)), ((4, 4), (1, 1)), ((2, 3), (5, 7))], ids=str)
+def test_the_resize_matrix(grid, size):
+    R = tt.ops.resize_matrix(grid, size)
+    same(R.sum(axis=1), np.ones(size[0] * size[1]))
+    same(R, resize_by_loops(grid, size))
+    assert (R >= 0).all() and (size[0] > grid[0] or (R.sum(axis=0) > 0).all())  # antialiased: every token is read
+    if size == grid:
+        assert np.array_equal(R, np.eye(size[0] * size[1]))
+
+
+def test_resizing_patches_and_projecting_commute():
+    model, images = shaken(LookupViT(**SMALL)), pictures()
+    raw = tt.ops.patchify(images, patch=2)
+    small = tt.ops.resize(raw, grid=(4, 4), size=(3, 2))
+    same(model.patch_embed.proj(small).data, tt.ops.resize(model.patch_embed(images), grid=(4, 4), size=(3, 2)).data)
+
+
+def test_the_compressed_tokens_are_the_patches_without_lookup_positions():
+    """Resized before positions are added, with a table of their own; on the lookup grid they are the patches themselves."""
+    model, images = shaken(LookupViT(**SMALL | dict(compressed=(4, 4)))), pictures()
+    lookup, compressed = model.embed(images, (4, 4))
+    patches = model.patch_embed(images).data
+    assert np.array_equal(lookup.data, patches + model.pos_embed.data)
+    assert np.array_equal(compressed.data, patches + model.pos_embed_compressed.data)
+    model.pos_embed.data += 1
+    assert np.array_equal(model.embed(images, (4, 4))[1].data, compressed.data)
+
+
+@pytest.mark.parametrize("reuse", REUSE)
+@pytest.mark.parametrize("norm", ["qk", "pre"])
+def test_permuting_the_lookup_tokens_permutes_what_comes_out(reuse, norm):
+    block, (lookup, compressed) = shaken(LookupBlock(8, 2, reuse=reuse, norm=norm)), sets()
+    order = np.random.default_rng(5).permutation(16)
+    out, refined = block(tt.Tensor(lookup), tt.Tensor(compressed))
+    permuted, refined_again = block(tt.Tensor(lookup[:, order]), tt.Tensor(compressed))
+    same(refined_again.data, refined.data)
+    same(permuted.data, out.data[:, order])
+    order = np.random.default_rng(6).permutation(4)  # and the order of compressed tokens is nothing to the lookup tokens
+    again, permuted = block(tt.Tensor(lookup), tt.Tensor(compressed[:, order]))
+    same(again.data, out.data)
+    same(permuted.data, refined.data[:, order])
+
+
+@pytest.mark.parametrize("reuse", REUSE)
+def test_without_infusion_and_light_mlp_the_lookup_tokens_stay(reuse):
+    block, (lookup, compressed) = shaken(LookupBlock(8, 2, reuse=reuse)), sets()
+    ends = [block.lookup_mlp.fc2] if reuse == "none" else [block.lookup_mlp.fc2, block.infuse_proj]
+    for end in ends:
+        assert not np.array_equal(block(tt.Tensor(lookup), tt.Tensor(compressed))[0].data, lookup)
+        end.weight.data[...] = end.bias.data[...] = 0
+    out, refined = block(tt.Tensor(lookup), tt.Tensor(compressed))
+    assert np.array_equal(out.data, lookup) and not np.array_equal(refined.data, compressed)
+
+
+def test_masses_of_the_attention_and_of_its_readings():
+    block, (lookup, compressed) = shaken(LookupBlock(8, 2)), sets()
+    _, A, logits = block.gather(tt.Tensor(lookup), tt.Tensor(compressed))
+    same(A.data.sum(axis=3), np.ones((2, 2, 4)))               # rows
+    same(A.data.sum(axis=(2, 3)), np.full((2, 2), 4.0))        # A^T hands out M in all
+    ones = np.ones((2, 2, 4, 1))
+    received = {reuse: tt.ops.lookup_infuse(A, logits, ones, reuse=reuse).data[..., 0] for reuse in ("probs", "renorm", "resoftmax")}
+    same(received["probs"], A.data.sum(axis=2))
+    assert np.ptp(received["probs"]) > 0.01                    # gated by how attended a token is; the others are not
+    same(received["renorm"], np.ones((2, 2, 16)))
+    same(received["resoftmax"], np.ones((2, 2, 16)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("reuse", REUSE)
+def test_skipping_the_last_tail_leaves_the_compressed_logits_to_the_bit(reuse, dtype):
+    model, images = shaken(LookupViT(**SMALL, reuse=reuse)).astype(dtype), pictures(3)
+    skipped = model.eval()(images)
+    assert skipped.dtype == dtype and np.array_equal(skipped.data, model.train()(images).logits.data)
+    for name, p in model.named_parameters():
+        if dead(name, 2):
+            p.data[...] = np.nan
+    assert np.array_equal(model.eval()(images).data, skipped.data)  # not merely unused: not computed
+    assert np.isnan(model.eval()(images, mean_of_heads=True).data).all()
+
+
+def test_one_set_of_weights_serves_every_compressed_grid():
+    model, images = shaken(LookupViT(**SMALL)).eval(), pictures()
+    logits = {}
+    for size in itertools.product(range(1, 5), repeat=2):
+        out, trace = model(images, compressed=size, trace=True)
+        tokens = size[0] * size[1]
+        assert out.shape == (2, 5) and np.isfinite(out.data).all() and trace.tokens.shape == (2, tokens, 8)
+        assert [A.shape for A in trace.attention] == [(2, 2, tokens, 16)] * 2
+        logits[size] = out.data
+    assert all(not np.array_equal(logits[a], logits[b]) for a, b in itertools.combinations(logits, 2))
+    assert np.array_equal(logits[2, 2], model(images).data)  # None is the model's own grid
+    assert np.array_equal(logits[3, 2], model(images, compressed=[3, 2]).data)
+    assert np.array_equal(logits[3, 2], model(images, compressed=tuple(np.array([3, 2]))).data)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mean_of_heads", [True, False])
+def test_trace(training, mean_of_heads):
+    model, images = shaken(LookupViT(**SMALL)).train(training), pictures(3)
+    out, trace = model(images, trace=True, mean_of_heads=mean_of_heads)
+    again = model(images, mean_of_heads=mean_of_heads)
+    if training:
+        assert isinstance(out, LookupOutput) and np.array_equal(out.lookup_logits.data, again.lookup_logits.data)
+        out, again = out.logits, again.logits
+    assert np.array_equal(out.data, again.data)
+    assert trace.tokens.shape == (3, 4, 8) and trace.kept == []
+    assert (trace.lookup is None) == (not training and not mean_of_heads)
+    assert trace.lookup is None or trace.lookup.shape == (3, 16, 8)
+    assert [A.shape for A in trace.attention] == [(3, 2, 4, 16)] * 2
+    for A in trace.attention:
+        assert not A.requires_grad and (A.data >= 0).all()
+        np.testing.assert_allclose(A.data.sum(axis=-1), 1, rtol=0, atol=1e-12)
+
+
+def test_images_of_a_batch_do_not_meet():
+    model, images = shaken(LookupViT(**SMALL)).eval(), pictures(3)
+    same(model(images).data, np.concatenate([model(images[i:i + 1]).data for i in range(3)]))
+
+
+# Parameters and losses
+
+@pytest.mark.parametrize("dim, heads", [(8, 2), (24, 3)])
+@pytest.mark.parametrize("reuse, matrices, biases, norms", [  # in D^2; in D; norms of 2 D
+    ("probs", 19, 6 + 3 + 1 + 4 + 1 + 0.5 + 1, 6), ("renorm", 19, 16.5, 6), ("resoftmax", 19, 16.5, 6), ("separate", 21, 18.5, 7), ("none", 17, 14.5, 5)])
+def test_parameters_of_a_block(dim, heads, reuse, matrices, biases, norms):
+    """19 D^2: q, k, v, W_O of the gather 4, the refining block 12, W_V' and W_O' 2, the light MLP 1 (a ViT block has 12)."""
+    if reuse == "probs":
+        assert biases == 16.5
+    block = LookupBlock(dim, heads, reuse=reuse)
+    assert block.parameter_count() == matrices * dim ** 2 + biases * dim + norms * 2 * dim
+
+
+def test_parameters_of_a_model():
+    D, N, M, K = 8, 16, 4, 5
+    block = 19 * D ** 2 + 16.5 * D + 6 * 2 * D
+    ends = (2 * 2 * 3 + 1) * D + (N + M) * D + 2 * (2 * D + (D + 1) * K)  # patches, positions, two heads with their norms
+    assert LookupViT(**SMALL).parameter_count() == 2 * block + ends
+    assert LookupViT(**SMALL, classifiers="compressed").parameter_count() == 2 * block + ends - 2 * D - (D + 1) * K
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_is_the_sum_of_both_heads(smoothing):
+    out, targets = shaken(LookupViT(**SMALL)).train()(pictures()), np.array([4, 1])
+    loss, parts = lookupvit_loss(out, targets, smoothing=smoothing)
+    wanted = [-(((1 - smoothing) * np.eye(5)[targets] + smoothing / 5) * np.log(softmax(t.data))).sum(axis=1).mean() for t in (out.logits, out.lookup_logits)]
+    assert list(parts) == ["class", "lookup"] and [p.item() for p in parts.values()] == pytest.approx(wanted, rel=1e-12)
+    assert loss.item() == pytest.approx(sum(wanted), rel=1e-12)
+    loss, parts = lookupvit_loss(LookupOutput(out.logits, None), targets, smoothing=smoothing)
+    assert list(parts) == ["class"] and loss.item() == pytest.approx(wanted[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("reuse", REUSE)
+def test_a_tiny_set_can_be_overfitted(reuse):
+    """Eight noise pictures with labels of chance, Adam by hand (Kingma & Ba 2015, algorithm 1): both heads know them all."""
+    model = LookupViT(**SMALL | dict(dim=16), reuse=reuse).train()
+    images, targets = pictures(8).astype("float32"), np.array([0, 1, 2, 3, 4, 0, 1, 2])
+    params = model.parameters()
+    m, v = ([np.zeros_like(p.data) for p in params] for _ in range(2))
+    for step in range(1, 41):
+        loss, _ = lookupvit_loss(model(images), targets)
+        for i, (p, g) in enumerate(zip(params, tt.grad(loss, params))):
+            m[i] += 0.1 * (g - m[i])
+            v[i] += 0.01 * (g * g - v[i])
+            p.data -= 0.01 * (m[i] / (1 - 0.9 ** step)) / (np.sqrt(v[i] / (1 - 0.99 ** step)) + 1e-8)
+    out = model(images)
+    assert lookupvit_loss(out, targets)[0].item() < 0.2
+    for logits in (out.logits, out.lookup_logits):
+        assert (logits.data.argmax(axis=1) == targets).all()
+
+
+def test_the_configuration_makes_the_same_model_again():
+    model = LookupViT(**SMALL, reuse="separate", norm="pre", classifiers="compressed", lookup_mlp_ratio=1, mlp_ratio=2)
+    again = LookupViT(**model.config)
+    assert again.load_state_dict(model.state_dict()) == ([], [])
+    assert np.array_equal(again.eval()(pictures()).data, model.eval()(pictures()).data)
+
+
+# What it refuses
+
+GRID = "expected (m, n) from (1, 1) to the lookup grid (4, 4)"
+
+
+@pytest.mark.parametrize("grid, text", [
+    ((5, 2), f"LookupViT: compressed (5, 2), {GRID}"),
+    ((2, 5), f"LookupViT: compressed (2, 5), {GRID}"),
+    ((0, 2), f"LookupViT: compressed (0, 2), {GRID}"),
+    ((2, -1), f"LookupViT: compressed (2, -1), {GRID}"),
+    (3, f"LookupViT: compressed 3, {GRID}"),
+    ((2, 2, 2), f"LookupViT: compressed (2, 2, 2), {GRID}"),
+    ((1.5, 2), f"LookupViT: compressed (1.5, 2), {GRID}"),
+    ("22", f"LookupViT: compressed '22', {GRID}"),
+], ids=str)
+def test_compressed_grids_that_do_not_fit(grid, text):
+    with refuses(text):
+        LookupViT(**SMALL | dict(compressed=grid))
+    with refuses(text):
+        LookupViT(**SMALL)(pictures(), compressed=grid)
+
+
+@pytest.mark.parametrize("options, text", [
+    (dict(reuse="logits"), "LookupViT: reuse 'logits', expected one of probs, renorm, resoftmax, separate, none"),
+    (dict(norm="post"), "LookupViT: norm 'post', expected qk or pre"),
+    (dict(classifiers="lookup"), "LookupViT: classifiers 'lookup', expected both or compressed"),
+    (dict(heads=3), "Attention: heads 3 do not divide dim 8"),
+    (dict(depth=0), "LookupViT: depth 0, expected a positive whole number"),
+    (dict(patch_size=3), "PatchEmbed: patch_size 3 does not divide image_size 8"),
+    (dict(patch_size=0), "LookupViT: patch_size 0, expected a positive whole number"),
+], ids=str)
+def test_options_that_make_no_model(options, text):
+    with refuses(text):
+        LookupViT(**SMALL | options)
+
+
+@pytest.mark.parametrize("images, text", [
+    (np.zeros((2, 3, 16, 16)), "images: (2, 3, 16, 16), expected (B, 3, 8, 8)"),
+    (np.zeros((2, 4, 8, 8)), "images: (2, 4, 8, 8), expected (B, 3, 8, 8)"),
+    (np.zeros((2, 3, 8, 8), "uint8"), "images: dtype uint8, expected float32: normalise them first (tt.data.normalise)"),
+], ids=["size", "channels", "uint8"])
+def test_images_that_do_not_fit(images, text):
+    with refuses(text):
+        LookupViT(**SMALL)(images)
+
+
+def test_labels_that_do_not_fit():
+    with refuses("cross_entropy: labels from 1 to 5, expected 0 to 4"):
+        lookupvit_loss(LookupViT(**SMALL)(pictures()), np.array([1, 5]))
+
+
+def test_a_mean_of_heads_needs_two():
+    with refuses("LookupViT: mean_of_heads asked of a model with classifiers='compressed'"):
+        LookupViT(**SMALL, classifiers="compressed").eval()(pictures(), mean_of_heads=True)

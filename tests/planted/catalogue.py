@@ -1,0 +1,55 @@
+"""How a mistake is planted: the op's own forward pass, under another name, with a vjp that a student might write."""
+import dataclasses
+import functools
+
+import numpy as np
+
+from tinytoken import Tensor, op
+
+CATALOGUE, STRAIGHT_THROUGH = [], []
+
+
+@dataclasses.dataclass
+class Planted:
+    """`wrong` and `right`: the two ops. inputs(rng): a tuple of tiny arrays. kind: what gradcheck should call it, or None if
+    no simple reading fits."""
+    name: str
+    wrong: object
+    right: object
+    inputs: object
+    kind: str
+    settings: dict
+
+    def call(self, function):
+        """The function of the inputs alone, settings filled in."""
+        return lambda *inputs: function(*inputs, **self.settings)
+
+
+def plant(right, inputs, kind=None, into=CATALOGUE, **settings):
+    """Decorator of wrong(output, *arrays, **settings) -> vjp: plants it in place of right's own vjp."""
+    def decorate(wrong):
+        @functools.wraps(right.function)
+        def function(*arrays, **given):
+            out, _ = right.function(*arrays, **given)
+            return out, wrong(out, *arrays, **given)
+        function.__name__, function.__module__ = wrong.__name__, wrong.__module__
+        into.append(Planted(wrong.__name__, op(function), right, inputs, kind, settings))
+        return wrong
+    return decorate
+
+
+def normal(*shapes):
+    """Makes standard normal arrays of these shapes; an array or None among them is taken as it is."""
+    return lambda rng: tuple(rng.standard_normal(s) if isinstance(s, tuple) else s for s in shapes)
+
+
+def positive(*shapes):
+    """Makes arrays of these shapes with values from 0.5 to 2."""
+    return lambda rng: tuple(rng.uniform(0.5, 2, s) for s in shapes)
+
+
+def gradients(function, inputs, upstream, **settings):
+    """The gradients of all inputs, as arrays."""
+    tensors = [Tensor(np.array(x), requires_grad=True) for x in inputs]
+    function(*tensors, **settings).backward(upstream)
+    return [t.grad for t in tensors]
