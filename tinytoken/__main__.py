@@ -13,13 +13,13 @@ def main(argv=None):
     try:
         return args.run(args) or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, also where a text has a hint below it
         return 2
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"stopped: {stop or 'by Ctrl-C'}. The same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"stopped: {str(stop) or 'by Ctrl-C'}. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
 
 
@@ -59,7 +59,7 @@ def run_compare(args):
 
 def run_predict(args):
     from .predict import predict
-    print(predict(args.checkpoint, args.picture, args.out or args.picture.with_suffix(".tokens.png")))
+    print(predict(args.checkpoint, args.picture, args.out or args.picture.parent / f"{args.picture.stem}.tokens.png"))
 
 
 def run_doctor(args):

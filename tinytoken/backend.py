@@ -38,14 +38,13 @@ def cuda_ready():
     """(True, "") if CuPy can compile and run a kernel here, else (False, reason). Never raises."""
     try:
         import cupy
-    except ImportError as error:
-        return False, f"CuPy cannot be imported ({error})"
-    try:
         if not cupy.is_available():
             return False, "CuPy finds no usable CUDA device or driver"
         (cupy.arange(2, dtype="float32") + 1).get()  # compiles: proves NVRTC, headers and a launch
+    except ImportError as error:
+        return False, f"CuPy cannot be imported ({error})"
     except Exception as error:  # whatever a broken installation raises is the reason we report
-        return False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return False, type(error).__name__ + ": " + str(error).partition("\n")[0]
     return True, ""
 
 

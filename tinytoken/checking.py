@@ -11,10 +11,10 @@ import math
 import numpy as np
 
 from .backend import array_module, is_array, to_device, to_numpy
-from .diagnosis import Evidence, read, read_refusal
+from .diagnosis import Evidence, read, read_crash, read_refusal
 from .differences import Slopes, element_line, random_line
 from .errors import GradientError, expect
-from .tensor import Node, Op, Tensor, grad, no_grad, op
+from .tensor import Op, Tensor, grad, no_grad, op
 
 SAME = 1e-10  # two calls agree to this share of the largest value: a threaded BLAS may add in another order
 JACOBIAN = 2_000_000  # numbers that a diagnosis may ask for
@@ -217,7 +217,8 @@ class _Check:
         except GradientError as error:
             raise self.refused(error) from error
         except Exception as error:
-            raise self.failure("raised", f"the backward pass{self.alone(which)} raised {type(error).__name__}: {error}") from error
+            raise self.failure("raised", f"the backward pass{self.alone(which)} raised {type(error).__name__}: {error}\n"
+                               f"  reading: {read_crash(error)}") from error
         self.inputs_unchanged("the backward pass")
         if not all(map(_equal, given, upstream)):
             raise self.failure("writes", "its vjp writes into the upstream gradient it is given, which others still need")
@@ -228,7 +229,7 @@ class _Check:
     def inputs_unchanged(self, when):
         for name, t, start in zip(self.all_names, self.tensors, self.start):
             if t is not None and not _equal(t.data, start):
-                raise self.failure("writes", f"{when} changes its input {name} {t.shape}: an op never writes into its inputs")
+                raise self.failure("writes", f"{when} writes into {name} {t.shape}: an op never writes into its inputs")
 
     def reproducible(self, which):
         """The gradients, if a second call gives the same."""
@@ -362,12 +363,12 @@ class _Check:
 
 def _label(fn, outputs=()):
     """What to call fn: the op's or function's name; a lambda around one op has the op's."""
+    fn = getattr(fn, "func", fn)  # of a functools.partial
     if isinstance(fn, Op):
         return fn.name
-    name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)  # func: of a functools.partial
+    name = getattr(fn, "__name__", type(fn).__name__)
     nodes = {o.node for o in outputs} - {None}
     if name != "<lambda>" or not nodes:
         return name
     last = ", ".join(sorted({node.op.name for node in nodes}))
-    deeper = any(edge and isinstance(edge[0], Node) for node in nodes for edge in node.edges)
-    return f"a lambda that ends in {last}" if deeper else last
+    return f"a lambda that ends in {last}" if any(node.parents() for node in nodes) else last

@@ -60,21 +60,24 @@ def save(path, model, optimizer=None, **header):
 def load(path):
     """(header, {group: {name: array}}) of a checkpoint. InputError says what is wrong with a file that is not one."""
     path = pathlib.Path(path)
+    expect(path.exists(), "checkpoint", f"{path} does not exist")
+    groups = {"model": {}, "optimizer": {}}
     try:
-        with np.load(path, allow_pickle=False) as box:
-            header = json.loads(str(box["header"])) if "header" in getattr(box, "files", ()) else {}
-            expect(header.get("format") == FORMAT, "checkpoint", f"{path} is not a {FORMAT!r} (its header says {header.get('format')!r})")
-            groups = {"model": {}, "optimizer": {}}
-            for name in box.files:
-                if name != "header":
-                    group, _, rest = name.partition("/")
-                    groups[group][rest] = box[name]
-    except FileNotFoundError:
-        raise InputError(f"checkpoint: {path} does not exist") from None
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"checkpoint: {path} is not a readable .npz checkpoint ({type(error).__name__}: {error})") from error
+        with open(path, "rb") as file:
+            expect(zipfile.is_zipfile(file), "checkpoint", f"{path} is not a whole .npz file: truncated, or not a checkpoint")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as box:
+                header = json.loads(str(box["header"])) if "header" in box.files else {}
+                expect(header.get("format") == FORMAT, "checkpoint", f"{path} is not a {FORMAT!r} (its header says {header.get('format')!r})")
+                expect({"model", "config"} <= header.keys(), "checkpoint", f"{path} does not say its model and config")
+                for name in box.files:
+                    if name != "header":
+                        group, _, rest = name.partition("/")
+                        groups[group][rest] = box[name]
+    except InputError:
+        raise
+    except Exception as error:  # zipfile, zlib, json and NumPy raise a dozen kinds for a damaged file
+        raise InputError(f"checkpoint: {path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
     return header, groups
 
 

@@ -58,6 +58,8 @@ def compare(recipe, out, device="auto", every=200, threads=None, bar=True):
     that says where the picture is). What an interrupted run has finished there is not done again."""
     out, device = pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
+    expect(threads is None or threads >= 1, "compare", f"{threads} threads, expected at least 1")
+    random.manual_seed(recipe.seed)  # refuses a bad one, too
     check_writable(out)
     train, test = load_pictures(recipe)
     batches = Batches(backend.to_device(train.images, device), backend.to_device(train.labels, device), recipe.batch,
@@ -79,15 +81,15 @@ def load_pictures(recipe):
 
 
 def check_writable(folder):
-    """Find out before the work, not after it."""
-    with checkpoint.replacing(folder / ".writable") as file:
+    """Find out before the work, not after it: by a file in the folder, or in the nearest one above it that is there."""
+    probe = next(place for place in (folder, *folder.absolute().parents) if place.exists()) / ".tinytoken-writable"
+    with checkpoint.replacing(probe) as file:
         file.write(b"\0" * 65536)
-    (folder / ".writable").unlink()
+    probe.unlink()
 
 
 def train_all(recipe, batches, names, run, device, threads=None, bar=True):
     """({name: trained model}, {phase: what fit reported})."""
-    random.manual_seed(recipe.seed)
     first, results = recipe.steps - recipe.further, {}
     header = {"classes": list(names), "mean": batches.mean, "std": batches.std, "data": recipe.data}
 

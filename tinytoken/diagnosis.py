@@ -79,7 +79,7 @@ def factor(e):
         return None
     names = _factor_names(abs(c), e.sizes)
     if names or (np.abs(e.numeric) > 100 * e.allowed).sum() > 1:  # one number is always a multiple of another
-        return "factor", f"a constant factor: analytic is {c:.6g} x numeric" + (f"; {abs(c):.4g} = {' or '.join(names)}" if names else "")
+        return "factor", f"a constant factor: analytic is {c:.6g} x numeric" + (f", perhaps {' or '.join(names)}" if names else "")
 
 
 def _factor_names(c, sizes):
@@ -102,7 +102,7 @@ def transposed(e):
     for axes in itertools.permutations(range(len(e.shape))):
         moved = e.analytic.reshape([e.shape[i] for i in axes]).transpose(np.argsort(axes))
         if e.near(moved.reshape(-1), e.numeric):
-            return "transposed", f"transposed: analytic has the numeric values with the axes in the order {axes} (a reshape in place of a transpose?)"
+            return "transposed", f"transposed: analytic has the numeric values with the axes in the order {axes} (a transpose missing, or a reshape in place of one?)"
 
 
 def permuted(e):
@@ -163,7 +163,8 @@ def read_refusal(message):
     if "entries for" in message:
         return "entries", "one entry per array argument, in the order of the signature; None where there is no gradient"
     if "NumPy scalar" in message:
-        return "dtype", "constants are Python floats: math.sqrt(2), not np.sqrt(2)"
+        return "dtype", ("the upstream gradient is not used: a mask alone is no gradient. Multiply by g" if re.search("returned (bool|u?int)", message)
+                         else "constants are Python floats: math.sqrt(2), not np.sqrt(2); zeros are made like x: np.zeros_like(x)")
     found = re.search(r"returned shape \(([\d, ]*)\) for .*?, which is \(([\d, ]*)\)", message)
     if not found:
         return "type", "each entry is an array of its input's shape, None, or a function that returns one"
@@ -176,3 +177,12 @@ def read_refusal(message):
     if math.prod(returned) == math.prod(shape):
         return "shape", "the values may be right: reshape them to the input's shape"
     return "shape", "a gradient has its input's shape: was an axis summed away (keepdims), or not brought back?"
+
+
+def read_crash(error):
+    """A text for an exception that came out of a vjp."""
+    if isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error):
+        return "the upstream gradient of an output that nothing used is None: the vjp has to allow for it"
+    if isinstance(error, ValueError):
+        return "shapes that do not fit: is a transpose missing, or are two factors in the wrong order?"
+    return "the vjp fails by itself: call it with an array like the output"

@@ -43,7 +43,10 @@ def advice():
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "No nvidia-smi here, so probably no NVIDIA driver; with one: pip install 'tinytoken-vit[cuda13]' (driver 580 or newer) or [cuda12]"
-    said = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20).stdout
+    try:
+        said = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi is here but cannot be run ({error})"
     major = int(said.split(".")[0]) if said.split(".")[0].isdigit() else 0
     if not major:
         return "nvidia-smi is here but names no driver version: is the driver loaded?"

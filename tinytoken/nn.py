@@ -106,9 +106,10 @@ class Module:
         return self
 
     def to(self, device):
-        """Move all parameters to 'cpu' or 'cuda'. Voids flat storage. Returns self."""
+        """Move all parameters to 'cpu' or 'cuda'. What is there already stays as it is; a move voids flat storage. Returns self."""
         for p in self.parameters():
-            p.data, p.grad = to_device(p.data, device), None
+            if p.device != device:
+                p.data, p.grad = to_device(p.data, device), None
         return self
 
     @property
@@ -188,8 +189,8 @@ class Flat:
             else:
                 self.segments.append((start, stop, *_group(p)))
             start = stop
-        self.views, grads = self.cut(self.data), self.cut(self.grad)
-        for p, view, g in zip(params, self.views, grads):
+        self.views, self.grads = self.cut(self.data), self.cut(self.grad)
+        for p, view, g in zip(params, self.views, self.grads):
             view[...] = p.data
             if p.grad is not None:
                 g[...] = p.grad
@@ -200,9 +201,10 @@ class Flat:
         return [buffer[start:stop].reshape(shape) for start, stop, shape in self.bounds]
 
     def holds(self, params):
-        """True while every parameter still is the view that it was given, in the group that it was in."""
+        """True while every parameter and its gradient still are the views that they were given, in the group that it was in."""
         return len(params) == len(self.views) and all(
-            p.flat is self and p.data is view and _group(p) == group for p, view, group in zip(params, self.views, self.groups))
+            p.flat is self and p.data is view and p.grad is g and _group(p) == group
+            for p, view, g, group in zip(params, self.views, self.grads, self.groups))
 
 
 def _group(p):

@@ -6,7 +6,7 @@ import numpy as np
 
 from . import nn
 from .backend import array_module, blas_threads, cpu_count, prepare_cpu
-from .errors import InputError, expect
+from .errors import expect
 from .tensor import Tensor, grad
 
 BLOCK = 32768  # elements of a pass over the flat buffers: few enough that all its temporaries stay in the cache
@@ -23,7 +23,8 @@ class AdamW:
         expect(lr >= 0 and weight_decay >= 0 and eps > 0 and all(0 <= b < 1 for b in betas), "AdamW",
                f"lr {lr}, weight_decay {weight_decay}, betas {betas}, eps {eps}: not negative, eps positive, betas below 1 expected")
         expect(clip is None or clip > 0, "AdamW", f"clip {clip}, expected a positive norm or None")
-        self.params, self.flat = list(params), nn.flatten(params)
+        self.params = list(params)
+        self.flat = nn.flatten(self.params)
         self.lr, self.weight_decay, self.betas, self.eps, self.clip = lr, weight_decay, betas, eps, clip
         xp = array_module(self.flat.data)
         self.m, self.v, self.steps = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data), 0
@@ -35,7 +36,8 @@ class AdamW:
         lr = self.lr if lr is None else lr
         flat, self.steps = self.flat, self.steps + 1
         if self.clip is not None:
-            clip_norm(flat.grad, self.clip)
+            with blas_threads(1):  # more of them would sum in another order
+                clip_norm(flat.grad, self.clip)
         corrections = [1 - beta ** self.steps for beta in self.betas]
         block = BLOCK if array_module(flat.data) is np else flat.data.size
         for start, stop, scale, decay in flat.segments:
@@ -68,11 +70,13 @@ class AdamW:
 
     def load_state(self, arrays, steps):
         """Continue from what state() gave."""
-        for name in ("m", "v"):
-            mine, given = getattr(self, name), arrays[name]
+        moments, _ = self.state()
+        for name, mine in moments.items():
+            given = arrays[name]
             expect(given.shape == mine.shape and given.dtype == mine.dtype, "AdamW",
                    f"moments {name} {given.shape} {given.dtype}, expected {mine.shape} {mine.dtype}")
-            mine[...] = array_module(mine).asarray(given)
+        for name, mine in moments.items():
+            mine[...] = array_module(mine).asarray(arrays[name])
         self.steps = steps
 
 
@@ -121,13 +125,12 @@ def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
             share = (cut.stop - cut.start) / size
             out = loss_fn(*(array[cut] for array in batch))
             loss, parts = out if isinstance(out, tuple) else (out, {})
-            expect(isinstance(loss, Tensor) and loss.size == 1, "loss_and_grads", "loss_fn must return a scalar Tensor, or one and its parts")
+            expect(isinstance(loss, Tensor) and loss.shape == (), "loss_and_grads", "loss_fn must return a scalar Tensor, or one and its parts")
             results.append([array * share for array in (loss.data, *(_raw(p) for p in parts.values()))])
             grad(loss * share, params, into=views, add=True)
         return buffer, results, tuple(parts)
 
-    with blas_threads(1):
-        done = [work(0)] if threads == 1 else list(_pool(threads).map(work, range(threads)))
+    done = share_out(work, range(threads), threads)
     for buffer, _, _ in done[1:]:
         flat.grad += buffer
     totals = [sum(values) for values in zip(*(row for _, results, _ in done for row in results))]
@@ -146,10 +149,19 @@ def _batch_size(batch):
 
 
 def share_out(function, items, threads=None):
-    """[function(item) for item in items] on threads, BLAS held to one thread each: inference on all cores."""
+    """[function(item) for item in items] on threads, BLAS held to one thread each. The first exception is raised when all have
+    ended: nothing goes on writing into arrays that the caller uses again."""
     threads = min(threads or cpu_count(), max(1, len(items)))
     with blas_threads(1):
-        return [function(item) for item in items] if threads == 1 else list(_pool(threads).map(function, items))
+        if threads == 1:
+            return [function(item) for item in items]
+        futures = [_pool(threads).submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+            concurrent.futures.wait(futures)
 
 
 _pools = {}

@@ -26,13 +26,13 @@ def predict(path, picture, out):
 def read_picture(path, size):
     """(1, 3, size, size) uint8."""
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
     except ImportError:
         raise InputError("predict reads pictures with pillow, which is not installed: pip install 'tinytoken-vit[plot]'") from None
     try:
         with Image.open(path) as image:
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise InputError(f"predict: {path} is not a picture that pillow can read ({error})") from error
     return np.asarray(image).transpose(2, 0, 1)[None]
 

@@ -2,6 +2,7 @@
 import json
 import math
 import pathlib
+import reprlib
 import signal
 import threading
 import time
@@ -60,6 +61,7 @@ class Run:
     """Where a training run keeps its files: history.jsonl, one line per logged step of any phase, and a checkpoint per phase."""
 
     def __init__(self, folder, every=200):
+        expect(every >= 1, "Run", f"a checkpoint every {every} steps, expected at least 1")
         self.folder, self.every = pathlib.Path(folder), every
         self.history = self.folder / "history.jsonl"
 
@@ -89,7 +91,7 @@ def _earlier(line, phase, step):
         row = json.loads(line)
     except ValueError:
         return False
-    return row["phase"] != phase or row["step"] < step
+    return row.get("phase") != phase or row["step"] < step
 
 
 def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, micro=16, threads=None, seed=0,
@@ -98,10 +100,10 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     logged steps, and its parts}. The model is left in eval mode.
 
     objective(*slice) -> (loss, parts) with objective.noise(size, step, seed, xp), see Classify; batches(step) -> a tuple of arrays, a
-    pure function of the step, counted from `offset`. run: a Run for the history (JSON lines) and the checkpoint `phase`.npz,
-    written every run.every steps, at the end, and on Ctrl-C, which ends the run after the step it is in with
-    KeyboardInterrupt. A checkpoint that is there is gone on with, to the same bits as an uninterrupted run with as many threads.
-    header: what else a checkpoint is to say (JSON).
+    pure function of the step, counted from `offset`; batches.batch_size is its size. run: a Run for the history (JSON lines) and
+    the checkpoint `phase`.npz, written every run.every steps, at the end, and on Ctrl-C, which ends the run after the step it is
+    in with KeyboardInterrupt. A checkpoint that is there is gone on with, to the same bits as an uninterrupted run with as many
+    threads; one that says another recipe or header (JSON: what else a checkpoint is to say) is another run's, and refused.
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
     prepare_cpu()
@@ -109,9 +111,10 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     optimizer = AdamW(params, lr, weight_decay=weight_decay, clip=clip)
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
                   batch=batches.batch_size)
-    start, result = _resume(run, phase, model, optimizer, recipe)
+    header = header or {}
+    start, result, recent = _resume(run, phase, model, optimizer, header | {"recipe": recipe})
     model.train()
-    recent, began, xp = [], time.perf_counter() - result["seconds"], array_module(params[0].data)
+    began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
     with _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
         for step in range(start, steps):
             arrays = batches(offset + step)
@@ -134,28 +137,38 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
                     run.log(phase=phase, step=step, lr=rate, **result)
             if run and (done % run.every == 0 or last or interrupt.asked):
                 checkpoint.save(run.checkpoint(phase), model, None if last else optimizer, phase=phase, step=done, recipe=recipe,
-                                result=result, **(header or {}))
-            if interrupt.asked and not last:
+                                result=result, recent=recent, **header)
+            if interrupt.asked:
                 raise KeyboardInterrupt(f"{phase} stopped after step {done} of {steps}")
     model.eval()
     return result
 
 
-def _resume(run, phase, model, optimizer, recipe):
-    """(step to go on from, what fit had to report by then). A checkpoint of another recipe is refused: it is another run's."""
-    fresh = 0, {"seconds": 0.0}
+def _resume(run, phase, model, optimizer, says):
+    """(step to go on from, what fit had to report by then, the losses since the last logged step). A checkpoint that does not
+    say what `says` says is refused: it is another run's."""
+    fresh = 0, {"seconds": 0.0}, []
     if run is None:
         return fresh
     path = run.checkpoint(phase)
     if path.exists():
         header, _ = checkpoint.load(path)
-        old = header.get("recipe") or {}
-        differences = ", ".join(f"{name} {old.get(name)} there, {recipe[name]} now" for name in recipe if old.get(name) != recipe[name])
+        differences = ", ".join(_differences(header, json.loads(json.dumps(says))))
         expect(not differences, "fit", f"{path} belongs to another run ({differences}): choose another --out, or delete it")
-        checkpoint.restore(path, model, optimizer if header["step"] < recipe["steps"] else None)
-        fresh = header["step"], header["result"]
+        checkpoint.restore(path, model, optimizer if header["step"] < says["recipe"]["steps"] else None)
+        fresh = header["step"], header["result"], header.get("recent", [])
     run.forget(phase, fresh[0])
     return fresh
+
+
+def _differences(there, now):
+    """What differs between two JSON objects, one text per name, as far as `now` has it."""
+    for name, value in now.items():
+        old = there.get(name)
+        if isinstance(value, dict):
+            yield from _differences(old or {}, value)
+        elif old != value:
+            yield f"{name} {reprlib.repr(old)} there, {reprlib.repr(value)} now"
 
 
 class _Interrupt:

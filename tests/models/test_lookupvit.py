@@ -1,17 +1,18 @@
-"""LookupViT: its equations written once more in NumPy, properties that pin each part, every compressed grid, overfitting."""
+"""LookupViT: its equations once more (equations.py), properties that pin each part, every compressed grid, overfitting."""
 import copy
 import itertools
-import math
-import re
 
 import numpy as np
 import pytest
 
+import small
 import tinytoken as tt
+from equations import Equations, resize_by_loops
+from small import pictures, refuses, same, shaken, softmax
 from tinytoken.checking import gradcheck
 from tinytoken.models import LookupBlock, LookupOutput, LookupViT, lookupvit_loss
 
-SMALL = dict(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5, compressed=(2, 2))  # 16 lookup tokens
+SMALL = small.SMALL | dict(compressed=(2, 2))
 REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
 VARIANTS = [dict(reuse=r, norm=n, classifiers=c) for r, n, c in itertools.product(REUSE, ("qk", "pre"), ("both", "compressed"))]
 named = lambda options: "-".join(options.values())
@@ -22,109 +23,12 @@ def seeded():
     tt.manual_seed(0)
 
 
-def shaken(module, seed=0):
-    """The module in float64 with no parameter left at a special value."""
-    rng = np.random.default_rng(seed)
-    for p in module.astype("float64").parameters():
-        p.data += 0.3 * rng.standard_normal(p.shape)
-    return module
-
-
-def pictures(batch=2, seed=0, size=8):
-    return np.random.default_rng(seed).standard_normal((batch, 3, size, size))
-
-
 def sets(lookup=16, compressed=4, batch=2, dim=8, seed=4):
     rng = np.random.default_rng(seed)
     return rng.standard_normal((batch, lookup, dim)), rng.standard_normal((batch, compressed, dim))
 
 
-def same(a, b, tolerance=1e-12):
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
-
-
-def refuses(text):
-    return pytest.raises(tt.InputError, match=f"^{re.escape(text)}$")
-
-
-# The equations of papers/lookupvit.md, sections 1 and 2, once more, by loops where that is clearer
-
-def softmax(x, axis=-1):
-    e = np.exp(x - x.max(axis=axis, keepdims=True))
-    return e / e.sum(axis=axis, keepdims=True)
-
-
-def resize_by_loops(grid, size):
-    def axis(n, m):
-        s, R = n / m, np.zeros((m, n))
-        for o in range(m):
-            for i in range(n):
-                R[o, i] = max(0, 1 - abs(i - ((o + 0.5) * s - 0.5)) / max(s, 1))
-        return R / R.sum(axis=1, keepdims=True)
-    R = np.zeros((size[0], size[1], grid[0], grid[1]))
-    for (a, row), (b, column) in itertools.product(enumerate(axis(grid[0], size[0])), enumerate(axis(grid[1], size[1]))):
-        R[a, b] = np.outer(row, column)
-    return R.reshape(size[0] * size[1], grid[0] * grid[1])
-
-
-class Equations:
-    """One image through a LookupViT of the given weights: (compressed logits, lookup logits or None)."""
-
-    def __init__(self, weights, heads, reuse, norm):
-        self.w, self.heads, self.reuse, self.norm = weights, heads, reuse, norm
-
-    def linear(self, name, x):
-        return x @ self.w[name + ".weight"].T + self.w[name + ".bias"]
-
-    def ln(self, name, x):
-        centred = x - x.mean(axis=-1, keepdims=True)
-        return centred / np.sqrt((centred ** 2).mean(axis=-1, keepdims=True) + 1e-6) * self.w[name + ".weight"] + self.w[name + ".bias"]
-
-    def mlp(self, name, x):
-        hidden = self.linear(name + ".fc1", x)
-        return self.linear(name + ".fc2", hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))))
-
-    def per_head(self, function, *xs):
-        """function of each head's columns, side by side."""
-        return np.concatenate([function(h, *parts) for h, parts in enumerate(zip(*(np.split(x, self.heads, axis=1) for x in xs)))], axis=1)
-
-    def block(self, b, l, p):
-        d = l.shape[1] // self.heads
-        pre = self.norm == "pre"
-        p_in, l_in = (self.ln(b + "gather_norm_q", p), self.ln(b + "gather_norm_k", l)) if pre else (p, l)
-        q, k, v = self.linear(b + "gather_q", p_in), self.linear(b + "gather_k", l_in), self.linear(b + "gather_v", l_in)
-        if not pre:
-            q, k = self.ln(b + "gather_norm_q", q), self.ln(b + "gather_norm_k", k)
-        logits = [qh @ kh.T / math.sqrt(d) for qh, kh in zip(np.split(q, self.heads, axis=1), np.split(k, self.heads, axis=1))]
-        p = p + self.linear(b + "gather_proj", self.per_head(lambda h, vh: softmax(logits[h]) @ vh, v))
-        qkv = self.linear(b + "refine.attn.qkv", self.ln(b + "refine.norm1", p))
-        mixed = self.per_head(lambda h, qh, kh, vh: softmax(qh @ kh.T / math.sqrt(d)) @ vh, *np.split(qkv, 3, axis=1))
-        p = p + self.linear(b + "refine.attn.proj", mixed)
-        p = p + self.mlp(b + "refine.mlp", self.ln(b + "refine.norm2", p))
-        if self.reuse != "none":
-            l = l + self.linear(b + "infuse_proj", self.infused(b, l, p, logits, d))
-        return l + self.mlp(b + "lookup_mlp", self.ln(b + "lookup_norm", l)), p
-
-    def infused(self, b, l, p, logits, d):
-        p = self.ln(b + "infuse_norm", p)
-        v = self.linear(b + "infuse_v", p)
-        if self.reuse == "separate":
-            q, k = self.linear(b + "infuse_q", self.ln(b + "infuse_norm_q", l)), self.linear(b + "infuse_k", p)
-            return self.per_head(lambda h, qh, kh, vh: softmax(qh @ kh.T / math.sqrt(d)) @ vh, q, k, v)
-        A = [softmax(a) for a in logits]
-        reverse = {"probs": lambda h: A[h].T, "renorm": lambda h: A[h].T / A[h].sum(axis=0)[:, None], "resoftmax": lambda h: softmax(logits[h].T)}
-        return self.per_head(lambda h, vh: reverse[self.reuse](h) @ vh, v)
-
-    def __call__(self, image, depth, patch, size, own):
-        grid = (image.shape[1] // patch, image.shape[2] // patch)
-        patches = [image[:, r * patch:(r + 1) * patch, c * patch:(c + 1) * patch].ravel() for r in range(grid[0]) for c in range(grid[1])]
-        x = np.stack(patches) @ self.w["patch_embed.proj.weight"].reshape(len(self.w["norm.bias"]), -1).T + self.w["patch_embed.proj.bias"]
-        l, p = x + self.w["pos_embed"][0], resize_by_loops(grid, size) @ x + resize_by_loops(own, size) @ self.w["pos_embed_compressed"][0]
-        for i in range(depth):
-            l, p = self.block(f"blocks.{i}.", l, p)
-        logits = self.linear("head", self.ln("norm", p).mean(axis=0))
-        return logits, self.linear("lookup_head", self.ln("lookup_norm", l).mean(axis=0)) if "lookup_head.bias" in self.w else None
-
+# The equations
 
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 @pytest.mark.parametrize("size", [(2, 2), (3, 2)], ids=str)
@@ -214,7 +118,8 @@ def test_the_gradient_of_the_attention_is_the_sum_of_its_two_uses(reuse):
 
 # Properties of a block and of its tokens
 
-@pytest.mark.parametrize("grid, size", [((8, 8), (3, 3)), ((8, 8), (8, 8)), ((7, 5), (2, 4)), ((4, 4), (1, 1)), ((2, 3), (5, 7))], ids=str)
+@pytest.mark.parametrize("grid, size", [
+    ((8, 8), (3, 3)), ((8, 8), (8, 8)), ((7, 5), (2, 4)), ((4, 4), (1, 1)), ((2, 3), (5, 7))], ids=str)
 def test_the_resize_matrix(grid, size):
     R = tt.ops.resize_matrix(grid, size)
     same(R.sum(axis=1), np.ones(size[0] * size[1]))
@@ -274,7 +179,8 @@ def test_masses_of_the_attention_and_of_its_readings():
     same(A.data.sum(axis=3), np.ones((2, 2, 4)))               # rows
     same(A.data.sum(axis=(2, 3)), np.full((2, 2), 4.0))        # A^T hands out M in all
     ones = np.ones((2, 2, 4, 1))
-    received = {reuse: tt.ops.lookup_infuse(A, logits, ones, reuse=reuse).data[..., 0] for reuse in ("probs", "renorm", "resoftmax")}
+    readings = ("probs", "renorm", "resoftmax")
+    received = {reuse: tt.ops.lookup_infuse(A, logits, ones, reuse=reuse).data[..., 0] for reuse in readings}
     same(received["probs"], A.data.sum(axis=2))
     assert np.ptp(received["probs"]) > 0.01                    # gated by how attended a token is; the others are not
     same(received["renorm"], np.ones((2, 2, 16)))
@@ -337,11 +243,10 @@ def test_images_of_a_batch_do_not_meet():
 
 @pytest.mark.parametrize("dim, heads", [(8, 2), (24, 3)])
 @pytest.mark.parametrize("reuse, matrices, biases, norms", [  # in D^2; in D; norms of 2 D
-    ("probs", 19, 6 + 3 + 1 + 4 + 1 + 0.5 + 1, 6), ("renorm", 19, 16.5, 6), ("resoftmax", 19, 16.5, 6), ("separate", 21, 18.5, 7), ("none", 17, 14.5, 5)])
+    ("probs", 19, 16.5, 6), ("renorm", 19, 16.5, 6), ("resoftmax", 19, 16.5, 6), ("separate", 21, 18.5, 7),
+    ("none", 17, 14.5, 5)])
 def test_parameters_of_a_block(dim, heads, reuse, matrices, biases, norms):
-    """19 D^2: q, k, v, W_O of the gather 4, the refining block 12, W_V' and W_O' 2, the light MLP 1 (a ViT block has 12)."""
-    if reuse == "probs":
-        assert biases == 16.5
+    """19 D^2: q, k, v and W_O of the gather 4, the refining block 12, W_V' and W_O' 2, the light MLP 1 (a ViT block has 12)."""
     block = LookupBlock(dim, heads, reuse=reuse)
     assert block.parameter_count() == matrices * dim ** 2 + biases * dim + norms * 2 * dim
 
@@ -358,7 +263,8 @@ def test_parameters_of_a_model():
 def test_the_loss_is_the_sum_of_both_heads(smoothing):
     out, targets = shaken(LookupViT(**SMALL)).train()(pictures()), np.array([4, 1])
     loss, parts = lookupvit_loss(out, targets, smoothing=smoothing)
-    wanted = [-(((1 - smoothing) * np.eye(5)[targets] + smoothing / 5) * np.log(softmax(t.data))).sum(axis=1).mean() for t in (out.logits, out.lookup_logits)]
+    smooth = (1 - smoothing) * np.eye(5)[targets] + smoothing / 5
+    wanted = [-(smooth * np.log(softmax(t.data))).sum(axis=1).mean() for t in (out.logits, out.lookup_logits)]
     assert list(parts) == ["class", "lookup"] and [p.item() for p in parts.values()] == pytest.approx(wanted, rel=1e-12)
     assert loss.item() == pytest.approx(sum(wanted), rel=1e-12)
     loss, parts = lookupvit_loss(LookupOutput(out.logits, None), targets, smoothing=smoothing)

@@ -1,16 +1,13 @@
 """The ViT: timm's outputs from timm's weights, whole-model gradients, what it refuses."""
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tinytoken as tt
+from small import SMALL, pictures, refuses, same, shaken
 from tinytoken.checking import gradcheck
 from tinytoken.models import ViT
-
-SMALL = dict(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5)
-
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -28,18 +25,6 @@ def timm_model(reference, dtype, xp):
     model = ViT(32, 8, 48, 3, 3, num_classes=10)
     assert model.load_state_dict(weights) == ([], [])
     return model.to("cpu" if xp is np else "cuda"), xp.asarray(reference["images"])
-
-
-def shaken(model, seed=0):
-    """The model in float64, with no parameter left at a special value: a zero bias or a unit scale hides mistakes."""
-    rng = np.random.default_rng(seed)
-    for p in model.astype("float64").parameters():
-        p.data += 0.3 * rng.standard_normal(p.shape)
-    return model
-
-
-def pictures(batch=2, seed=0, dtype="float64", size=8):
-    return np.random.default_rng(seed).standard_normal((batch, 3, size, size)).astype(dtype)
 
 
 # Parity with timm
@@ -76,7 +61,7 @@ def test_gradients_of_the_whole_model(options):
         logits, trace = model(images, trace=True)
         return tt.ops.cross_entropy(logits, targets), logits, trace.tokens
     names = [name for name, _ in model.named_parameters()]
-    assert gradcheck(outputs, *model.parameters(), names=names, max_elements=120).directions == 2
+    assert gradcheck(outputs, *model.parameters(), names=names, max_elements=80).directions == 2
 
 
 def test_the_gradient_of_the_images():
@@ -102,7 +87,7 @@ def test_trace_shows_tokens_and_attention_and_changes_nothing():
     assert [A.shape for A in trace.attention] == [(3, 2, 17, 17)] * 2
     for A in trace.attention:
         assert not A.requires_grad and (A.data >= 0).all()
-        np.testing.assert_allclose(A.data.sum(axis=-1), 1, rtol=0, atol=1e-12)
+        same(A.data.sum(axis=-1), 1)
 
 
 def test_pool_mean_has_no_class_token_and_averages_the_normed_tokens():
@@ -111,7 +96,7 @@ def test_pool_mean_has_no_class_token_and_averages_the_normed_tokens():
     logits, trace = model(images, trace=True)
     assert trace.tokens.shape == (2, 16, 8) and trace.attention[0].shape == (2, 2, 16, 16)
     by_hand = trace.tokens.data.mean(axis=1) @ model.head.weight.data.T + model.head.bias.data
-    np.testing.assert_allclose(logits.data, by_hand, rtol=0, atol=1e-12)
+    same(logits.data, by_hand)
 
 
 def test_pool_token_reads_the_class_token_alone():
@@ -125,7 +110,7 @@ def test_pool_token_reads_the_class_token_alone():
 def test_images_of_a_batch_do_not_meet(pool):
     model, images = shaken(ViT(**SMALL, pool=pool)), pictures(3)
     alone = np.concatenate([model(images[i:i + 1]).data for i in range(3)])
-    np.testing.assert_allclose(model(images).data, alone, rtol=0, atol=1e-12)
+    same(model(images).data, alone)
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
@@ -135,7 +120,7 @@ def test_without_positions_the_order_of_patches_does_not_matter(pool):
     flipped = images.reshape(1, 3, 4, 2, 8)[:, :, ::-1].reshape(1, 3, 8, 8)  # rows of patches in reverse order
     assert np.abs(model(flipped).data - model(images).data).max() > 1e-3
     model.pos_embed.data[...] = 0
-    np.testing.assert_allclose(model(flipped).data, model(images).data, rtol=0, atol=1e-12)
+    same(model(flipped).data, model(images).data)
 
 
 def test_train_and_eval_modes_give_the_same():
@@ -152,10 +137,6 @@ def test_the_configuration_makes_the_same_model_again():
 
 
 # What it refuses
-
-def refuses(text):
-    return pytest.raises(tt.InputError, match=f"^{re.escape(text)}$")
-
 
 @pytest.mark.parametrize("options, text", [
     (dict(heads=3), "Attention: heads 3 do not divide dim 8"),

@@ -22,7 +22,7 @@ class Planted:
 
     def call(self, function):
         """The function of the inputs alone, settings filled in."""
-        return lambda *inputs: function(*inputs, **self.settings)
+        return functools.partial(function, **self.settings)
 
 
 def plant(right, inputs, kind=None, into=CATALOGUE, **settings):

@@ -19,8 +19,8 @@ from ..errors import expect
 
 SPLITS = ("train", "val", "test")
 CLUTTER = (6, 12)  # strokes and blobs in a picture, both ends included
-RADII = ((0.28, 0.34), (0.23, 0.27), (0.20, 0.23))  # of the circle around each object, in pictures of 1, 2, 3 objects
-TURN = math.pi / 8  # objects are turned by up to this angle, either way
+RADII = ((0.28, 0.34), (0.22, 0.26), (0.18, 0.21))  # of the circle around each object, in pictures of 1, 2, 3 objects
+TURN = math.pi / 9  # objects are turned by up to this angle, either way
 LEVEL = (20, 50)  # mean brightness of the background, of 255
 NOISE = ((4, 20), (8, 10))  # its smooth noise: cells across the picture, and strength
 TRIES = 64  # arrangements tried; objects that have no room in any are left out
@@ -72,18 +72,16 @@ def bars(x, y):
 
 def dots(x, y):
     """Four discs in a square."""
-    return np.hypot(np.abs(x) - 0.5, np.abs(y) - 0.5) - 0.3215
+    return np.hypot(np.abs(x) - 0.479, np.abs(y) - 0.479) - 0.3215
 
 
-def checker(x, y):
-    """The five dark fields of a board of 3 x 3: the centre and the corners."""
-    side = 0.2549
+def grid(x, y):
+    """Two bars across two bars."""
     x, y = np.abs(x), np.abs(y)
-    corner = np.maximum(np.abs(x - 2 * side), np.abs(y - 2 * side))
-    return np.minimum(np.maximum(x, y), corner) - side
+    return np.minimum(np.maximum(np.abs(x - 0.38) - 0.1315, y - 0.75), np.maximum(np.abs(y - 0.38) - 0.1315, x - 0.75))
 
 
-SHAPES = (disc, ring, square, triangle, cross, star, crescent, bars, dots, checker)
+SHAPES = (disc, ring, square, triangle, cross, star, crescent, bars, dots, grid)
 NAMES = tuple(shape.__name__ for shape in SHAPES)
 
 
@@ -186,8 +184,13 @@ def _frame(size, centre, angle):
 def _paint(picture, distance, colour):
     """Lay `colour` (rows, 3) over the picture where distance < 0, and return the coverage (rows, size, size), which rises
     from 0 to 1 across one pixel at the edge."""
-    coverage = np.clip(0.5 - distance * picture.shape[-1], 0, 1)
-    picture += coverage[:, None] * (colour[:, :, None, None] - picture)
+    coverage = distance
+    coverage *= -picture.shape[-1]
+    coverage += 0.5
+    np.clip(coverage, 0, 1, out=coverage)
+    change = colour[:, :, None, None] - picture
+    change *= coverage[:, None]
+    picture += change
     return coverage
 
 

@@ -1,0 +1,240 @@
+"""Scenes: what a picture depends on, that masks, boxes and instances are exact, and that nothing but shape tells the class."""
+import itertools
+import math
+import zlib
+
+import numpy as np
+import pytest
+
+from tinytoken.data import scenes
+from tinytoken.data.scenes import SHAPES, SPLITS, make_scenes
+from tinytoken.errors import InputError
+
+FIELDS = ("images", "labels", "instances", "boxes")
+
+
+@pytest.fixture(scope="module")
+def some():
+    return make_scenes(3000, seed=1)
+
+
+@pytest.fixture(scope="module")
+def fine():
+    """Scenes drawn finely enough to count holes."""
+    return make_scenes(250, seed=2, size=128)
+
+
+def test_shapes_and_dtypes(some):
+    assert some.images.shape == (3000, 3, 32, 32) and some.images.dtype == "uint8"
+    assert some.labels.shape == (3000,) and some.labels.dtype == "int64"
+    assert some.masks.shape == (3000, 32, 32) and some.masks.dtype == bool
+    assert some.instances.shape == (3000, 32, 32) and some.instances.dtype == "uint8"
+    assert some.boxes.shape == (3000, 3, 4) and some.boxes.dtype == "int64"
+    assert len(some) == 3000 and len(some.names) == len(set(some.names)) == len(SHAPES) == 10
+    assert set(some.labels.tolist()) == set(range(10))
+    with pytest.raises(AttributeError):
+        some.images = None
+
+
+@pytest.mark.parametrize("short", [1, 5, scenes.CHUNK - 1, scenes.CHUNK, scenes.CHUNK + 1])
+def test_a_longer_set_begins_with_the_shorter_one(short):
+    one, other = make_scenes(short, seed=3), make_scenes(scenes.CHUNK + 40, seed=3)
+    for field in FIELDS:
+        assert (getattr(one, field) == getattr(other, field)[:short]).all(), field
+
+
+def test_the_same_call_gives_the_same_and_another_seed_or_split_another():
+    drawn = {(seed, split): make_scenes(60, seed=seed, split=split) for seed in (0, 1) for split in SPLITS}
+    again = make_scenes(60, seed=1, split="test")
+    for field in FIELDS:
+        assert (getattr(again, field) == getattr(drawn[1, "test"], field)).all()
+    pictures = [picture.tobytes() for scene in drawn.values() for picture in scene.images]
+    assert len(set(pictures)) == 6 * 60
+    for one, other in itertools.combinations(drawn.values(), 2):
+        assert 0 <= (one.labels == other.labels).mean() < 0.35
+        assert abs(np.corrcoef(one.images.reshape(-1), other.images.reshape(-1))[0, 1]) < 0.1
+
+
+def test_no_two_draws_share_a_stream(monkeypatch):
+    sites = {}
+    for name in ("uniform", "integers"):
+        real = getattr(scenes.random, name)
+
+        def spy(*args, site, step, seed, real=real):
+            sites.setdefault(site, []).append(step)
+            return real(*args, site=site, step=step, seed=seed)
+        monkeypatch.setattr(scenes.random, name, spy)
+    for split in SPLITS:
+        make_scenes(scenes.CHUNK + 1, split=split)
+    assert len(sites) >= 3 * 15 and len({zlib.crc32(site.encode()) for site in sites}) == len(sites)
+    assert all(steps == [0, 1] for steps in sites.values())  # one draw per site and chunk
+
+
+def test_size_is_only_resolution():
+    small, large = make_scenes(40, seed=4, size=32), make_scenes(40, seed=4, size=96)
+    assert (small.labels == large.labels).all()
+    shrunk = large.images.reshape(40, 3, 32, 3, 32, 3).mean(axis=(3, 5))
+    assert abs(shrunk - small.images).mean() < 4
+    assert (small.boxes.max(axis=(1, 2)) <= 32).all() and abs(small.boxes - large.boxes / 3).max() <= 1.5
+    assert abs(small.masks.mean(axis=(1, 2)) - large.masks.mean(axis=(1, 2))).max() < 0.02
+
+
+def test_boxes_and_instances_are_tight_and_complete(some):
+    for instances, boxes in zip(some.instances[:200], some.boxes[:200]):
+        present = sorted(set(instances[instances > 0].tolist()))
+        assert present == list(range(1, len(present) + 1)) and 1 <= len(present) <= 3
+        for number in (1, 2, 3):
+            rows, columns = np.nonzero(instances == number)
+            expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else (0, 0, 0, 0)
+            assert tuple(boxes[number - 1].tolist()) == expected
+    assert (some.masks == (some.instances > 0)).all()
+
+
+def test_objects_lie_wholly_inside_and_apart(fine):
+    """Nothing is cut off by the border or by another object: every object has the area of its shape."""
+    draw = scenes._Draws(250, 2, "train", 0)
+    centre, radius, present = scenes._place(draw)
+    assert (present[:, 0] & (present[:, 1] | ~present[:, 2])).all()
+    assert (centre - radius[..., None] >= 0)[present].all() and (centre + radius[..., None] <= 1)[present].all()
+    for i, j in itertools.combinations(range(3), 2):
+        apart = np.hypot(*(centre[:, i] - centre[:, j]).T)
+        assert (apart > radius[:, i] + radius[:, j])[present[:, i] & present[:, j]].all()
+    for k in range(3):
+        area = (fine.instances == k + 1).mean(axis=(1, 2))
+        assert (area[~present[:, k]] == 0).all()
+        np.testing.assert_allclose(area[present[:, k]], 1.299 * radius[present[:, k], k]**2, rtol=0.08)
+
+
+def test_number_and_share_of_objects(some):
+    number = some.instances.max(axis=(1, 2))
+    assert set(number.tolist()) == {1, 2, 3} and (np.bincount(number)[1:] > 0.2 * len(some)).all()
+    assert 0.08 < some.masks.mean() <= 0.25
+    centre = some.boxes[:, 0, :2] + some.boxes[:, 0, 2:]
+    assert (centre.std(axis=0) > 8).all()  # anywhere, not in the middle: in half pixels
+
+
+def test_object_share(some):
+    for patch in (1, 4, 8, 32):
+        share = some.object_share(patch)
+        side = 32 // patch
+        assert share.shape == (3000, side * side) and share.dtype == "float32"
+        for i, token in ((0, 0), (1, side), (2, side * side - 1), (3, side // 2)):
+            row, column = divmod(token % (side * side), side)
+            part = some.masks[i, row * patch:(row + 1) * patch, column * patch:(column + 1) * patch]
+            assert share[i, token % (side * side)] == np.float32(part.mean())
+    with pytest.raises(InputError, match="object_share: patch size 5 does not divide the picture's 32 pixels"):
+        some.object_share(5)
+
+
+def test_the_mask_is_where_the_objects_colour_is(some):
+    """Inside a mask (a pixel from its edge) there is one colour; outside (again a pixel) nothing of the object is left."""
+    for i in range(100):
+        for number in range(1, some.instances[i].max() + 1):
+            mask = np.pad(some.instances[i] == number, 1)
+            shifts = [np.roll(mask, (a, b), (0, 1))[1:-1, 1:-1] for a in (-1, 0, 1) for b in (-1, 0, 1)]
+            inner = some.images[i][:, np.all(shifts, axis=0)]
+            assert inner.shape[1] == 0 or (inner == inner[:, :1]).all()
+
+
+def euler_number(mask):
+    """Pieces less holes of a picture (Gray 1971, bit quads; pixels that touch at a corner are one piece)."""
+    m = np.pad(mask, 1).astype(int)
+    quads = m[:-1, :-1] + m[:-1, 1:] + m[1:, :-1] + m[1:, 1:]
+    diagonal = (quads == 2) & (m[:-1, :-1] == m[1:, 1:])
+    return ((quads == 1).sum() - (quads == 3).sum() - 2 * diagonal.sum()) / 4
+
+
+def test_the_label_is_the_shape_that_is_there(fine):
+    """Each class has a fact of its own that can be measured on the mask, by another way than the one it was drawn by."""
+    euler = {"ring": 0, "bars": 3, "dots": 4, "grid": 0}
+    seen = set()
+    for i, label in enumerate(fine.labels):
+        name = fine.names[label]
+        for k, (left, top, right, bottom) in enumerate(fine.boxes[i]):
+            mask = fine.instances[i, top:bottom, left:right] == k + 1
+            if mask.size:
+                seen.add(name)
+                assert euler_number(mask) == euler.get(name, 1), name
+                fill = mask.mean()
+                low, high = {"disc": (0.75, 0.82), "square": (0.6, 1.0), "triangle": (0.4, 0.55), "cross": (0.3, 0.45),
+                             "star": (0.34, 0.5), "ring": (0.41, 0.47)}.get(name, (0.3, 0.7))
+                assert low < fill < high, (name, fill)
+    assert seen == set(fine.names)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+def test_shapes_have_one_area_and_fit_the_unit_circle(shape):
+    axis = (np.arange(1200, dtype="float32") + 0.5) / 600 * 1.1 - 1.1
+    x, y = np.meshgrid(axis, axis)
+    distance = shape(x, y)
+    assert distance.dtype == "float32" and distance.shape == x.shape
+    inside = distance < 0
+    assert inside.mean() * 2.2**2 == pytest.approx(1.299, rel=0.005)
+    assert np.hypot(x, y)[inside].max() < 1.003
+    slope = np.hypot(*np.gradient(distance, axis[1] - axis[0]))[abs(distance) < 0.02]
+    assert 0.95 < np.median(slope) < 1.05  # a distance: edges of all shapes are equally sharp
+
+
+def test_the_class_has_no_say_in_place_size_and_number(some):
+    """Class means of everything but shape are one number, to five standard errors."""
+    number = some.instances.max(axis=(1, 2)).astype(float)
+    where = [(some.masks * axis).sum(axis=(1, 2)) / some.masks.sum(axis=(1, 2)) for axis in (np.arange(32), np.arange(32)[:, None])]
+    for values in (number, some.masks.mean(axis=(1, 2)), *where):
+        for label in range(10):
+            group = values[some.labels == label]
+            assert abs(group.mean() - values.mean()) < 5 * values.std() / math.sqrt(len(group))
+
+
+def linear_accuracy(features, labels, train):
+    """Test accuracy of ridge regression to one-hot targets, fitted on the first `train` rows."""
+    features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-9)
+    features = np.c_[features, np.ones(len(features))]
+    a, b = features[:train], np.eye(10)[labels[:train]]
+    weights = np.linalg.solve(a.T @ a + 10 * np.eye(a.shape[1]), a.T @ b)
+    return ((features[train:] @ weights).argmax(axis=1) == labels[train:]).mean()
+
+
+def test_colour_does_not_tell_the_class(some):
+    """Chance is 10 %; a classifier that sees the masks' holes and edges, to compare with, does far better."""
+    images = some.images.astype("float32")
+    mean = np.c_[images.mean(axis=(2, 3)), images.std(axis=(2, 3))]
+    bins = (some.images // 64 * np.array([16, 4, 1], "uint8")[:, None, None]).sum(axis=1)
+    histogram = np.stack([(bins == k).mean(axis=(1, 2)) for k in range(64)], axis=1)
+    assert linear_accuracy(mean, some.labels, 2000) < 0.14
+    assert linear_accuracy(histogram, some.labels, 2000) < 0.14
+    edges = np.stack([(some.masks[:, a:, b:] != some.masks[:, :32 - a or None, :32 - b or None]).mean(axis=(1, 2))
+                      for a in range(6) for b in range(6)], axis=1)
+    assert linear_accuracy(edges, some.labels, 2000) > 0.25
+
+
+def test_objects_and_clutter_have_the_same_colours():
+    """Pixel by pixel where clutter or object covers wholly: the same means, spreads and palette shares."""
+    draw = scenes._Draws(scenes.CHUNK, 0, "train", 0)
+    colours = {"clutter": draw.colours("clutter", (12,)).reshape(-1, 3), "object": draw.colours("object", (3,)).reshape(-1, 3)}
+    n = len(colours["object"])
+    for moment in (lambda x: x, lambda x: (x - x.mean(axis=0))**2):
+        one, other = (moment(colours[kind]) for kind in ("clutter", "object"))
+        assert (abs(one.mean(axis=0) - other.mean(axis=0)) < 5 * other.std(axis=0) / math.sqrt(n)).all()
+    near = {kind: np.bincount(np.square(c[:, None] - scenes.PALETTE).sum(axis=2).argmin(axis=1), minlength=8) / len(c)
+            for kind, c in colours.items()}
+    assert abs(near["clutter"] - near["object"]).max() < 0.06
+    for paint, kind in ((lambda p: scenes._paint_clutter(draw, p), "clutter"),
+                        (lambda p: scenes._paint_objects(draw, p, draw.integers("label", (), 10)), "object")):
+        picture = np.full((scenes.CHUNK, 3, 64, 64), -1000, "float32")
+        paint(picture)
+        pixels = picture.transpose(0, 2, 3, 1)[(picture > 0).all(axis=1)]
+        assert len(pixels) > 10_000
+        spread = np.square(pixels[::7, None] - scenes.PALETTE).sum(axis=2).min(axis=1)
+        assert spread.max() <= 3 * scenes.JITTER**2 * 1.01, kind
+
+
+@pytest.mark.parametrize("call, message", [
+    (dict(count=0), "make_scenes: count is 0, expected an int of at least 1"),
+    (dict(count=2.5), "make_scenes: count is 2.5, expected an int of at least 1"),
+    (dict(count=1, split="dev"), "make_scenes: split is 'dev', expected one of train, val, test"),
+    (dict(count=1, size=8), "make_scenes: size is 8, expected an int from 16 to 256"),
+    (dict(count=1, seed=-1), "random: seed -1, expected 0 <= int < 2..64"),
+])
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        make_scenes(**call)

@@ -1,0 +1,103 @@
+"""The house rules of design.md section 1, read off the sources: sizes, floors, what may be imported, names."""
+import ast
+import graphlib
+import importlib
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+import house
+import tinytoken
+
+FILES = house.files()
+every_file = pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
+
+ANYWHERE = {"numpy", "tqdm"}                        # the core dependencies
+IN_FUNCTIONS = {"matplotlib", "PIL"}                # the `plot` extra
+IN_BACKEND_AND_CUDA = {"cupy", "cupyx"}
+NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}
+
+
+def test_sizes(capsys):
+    """Prints the table beside its aims; only the ceilings are asserted."""
+    with capsys.disabled():
+        print("\n" + house.table())
+    assert {file.name: file.lines() for file in FILES if file.lines() > 400} == {}
+    assert {f"{file.name}: {name}": n for file in FILES for name, n in file.functions() if n > 60} == {}
+
+
+def test_code_lines_are_counted_without_blanks_comments_and_docstrings(tmp_path, monkeypatch):
+    monkeypatch.setattr(house, "PACKAGE", tmp_path)
+    (tmp_path / "example.py").write_text('"""Two\nlines."""\n\n# a comment\nX = """a\nstring"""  # 2\n\n\ndef f(\n    a):\n    """Doc."""\n'
+                                         '    # why\n    return a\n')
+    file = house.File(tmp_path / "example.py")
+    assert (file.code_lines(), file.lines(), file.functions()) == (5, 13, [("f", 5)])
+
+
+@every_file
+def test_imports_come_from_floors_below(file):
+    own, _ = file.imports()
+    floor = house.floor_of(file.module)
+    assert floor is not None, f"{file.module} has no floor: give it one in tests/house.py"
+    above = {name for name in own if house.floor_of(name) is None or house.floor_of(name) > floor}
+    assert not above, f"{file.name} imports from above: {', '.join(sorted(above))}"
+
+
+def test_imports_make_no_circle():
+    graph = {}
+    for file in FILES:
+        own, _ = file.imports()
+        package = file.module if file.path.name == "__init__.py" else file.module.rpartition(".")[0]
+        graph[file.module] = {name for name in own if name != file.module and name != package}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@every_file
+def test_only_what_may_be_imported_is(file):
+    def first(names):
+        return {name.split(".")[0] for name in names}
+    everywhere, at_top = first(file.imports()[1]), first(file.imports(inside=False)[1])
+    gpu = file.name == "backend.py" or file.name.startswith("cuda/")
+    allowed = ANYWHERE | IN_FUNCTIONS | set(sys.stdlib_module_names) | (IN_BACKEND_AND_CUDA if gpu else set())
+    assert everywhere - (allowed - NEVER) == set()
+    assert at_top & (IN_FUNCTIONS | (set() if file.name.startswith("cuda/") else IN_BACKEND_AND_CUDA)) == set()
+
+
+@every_file
+def test_nothing_is_unpickled_or_evaluated(file):
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Call):
+            assert getattr(node.func, "id", "") not in ("exec", "eval")
+            assert not any(k.arg == "allow_pickle" and getattr(k.value, "value", True) is not False for k in node.keywords)
+
+
+@every_file
+def test_no_function_bears_its_modules_name(file):
+    own = file.path.parent.name if file.path.name == "__init__.py" else file.path.stem
+    defined = {node.name for node in file.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert own not in defined, f"{file.name} defines {own}"
+
+
+def test_no_name_hides_a_module():
+    """tinytoken.random stays the module, whatever a package takes in from its files."""
+    for file in FILES:
+        parent, _, name = f"tinytoken.{file.module}".rpartition(".")
+        if name not in ("__init__", "__main__"):
+            importlib.import_module(f"{parent}.{name}")
+            assert isinstance(getattr(importlib.import_module(parent), name), types.ModuleType), f"{parent}.{name}"
+
+
+def test_import_loads_nothing_optional():
+    code = "import sys, tinytoken; print({'cupy', 'cupyx', 'matplotlib', 'PIL', 'torch', 'jax'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=house.ROOT, check=True,
+                         env={**os.environ, "PYTHONPATH": str(house.ROOT)})
+    assert out.stdout == "set()\n"
+
+
+def test_design_names_are_there():
+    """Section 9: names that others call."""
+    for name in ("Tensor", "op", "grad", "no_grad", "plain", "gradcheck", "GradientError", "manual_seed", "ops", "models", "macs", "explain"):
+        assert hasattr(tinytoken, name), name
