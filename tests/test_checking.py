@@ -254,15 +254,33 @@ def test_a_kink_along_a_direction():
     assert error.kind == "not differentiable" and "cannot be checked along a random direction" in str(error)
 
 
-def test_the_sample_is_seeded():
-    seen = [set(), set(), set()]
-    for calls, seed in zip(seen, (0, 0, 1)):
+def test_a_direction_blames_the_input_and_is_relative_to_the_slopes():
+    @op
+    def one_wrong(x, y):
+        def vjp(g):
+            of_y = g * x
+            of_y[7] *= 1.005
+            return g * y, of_y
+        return x * y, vjp
+    small = 1e-4 * normal(500)
+    error = refuses(one_wrong, small, 1e-4 * normal(500, seed=1), max_elements=10)
+    assert "the gradient of y is wrong along a random direction" in str(error) and error.kind is None
+
+
+def test_the_sample_is_seeded_and_differences_record_nothing():
+    seen, recorded = [], []
+    for seed in (0, 0, 1):
+        moved = set()
+
         def fn(x):
-            calls.update(np.flatnonzero(x.data).tolist())
-            return ops.multiply(x, 2.0)
-        gradcheck(fn, np.zeros(1000), max_elements=4, seed=seed, wrt=[0])
-        calls -= set(range(1000)) if len(calls) > 999 else set()
-    assert seen[0] == seen[1]
+            places = np.flatnonzero(x.data)
+            moved.update(places if len(places) == 1 else ())  # not a direction, which moves all
+            out = ops.multiply(x, 2.0)
+            recorded.append(out.requires_grad == (len(places) == 0))
+            return out
+        gradcheck(fn, np.zeros(1000), max_elements=4, seed=seed)
+        seen.append(moved)
+    assert seen[0] == seen[1] != seen[2] and len(seen[0]) == 4 and max(seen[0]) > 100 and all(recorded)
 
 
 # 4. The tolerance
@@ -287,9 +305,13 @@ def test_the_small_gradients_of_a_mean_are_compared():
 
 
 def test_measured_again_where_a_plain_difference_has_no_digits():
-    x = np.array([1e-5, 2e-5, 0.3])  # (1 / x)''' is 1e20 there: eps is a tenth of x
-    assert gradcheck(lambda x: ops.divide(1.0, x), x).inputs[0].error < 1e4
-    gradcheck(ops.mean, 1e6 + normal(200))
+    x = np.array([1e-4, 2e-4, 0.3])  # there a central difference of 1 / x with eps is right to 1e-4 only
+    report = gradcheck(lambda x: ops.divide(1.0, x), x)
+    assert report.inputs[0].error < 1e-7 * report.inputs[0].slope
+    error = refuses(lambda x: x + 1e12, normal(3))
+    assert error.kind == "rounding" and "cannot be checked" in str(error) and "take a larger eps" in str(error)
+    assert "or take a smaller eps" in str(refuses(lambda x: ops.divide(1.0, x), x / 10))
+    gradcheck(lambda x: ops.mean(x + 1e4), normal(200))
 
 
 def test_extrapolation_is_exact_where_the_central_difference_is_not():
@@ -311,6 +333,8 @@ def test_lines_come_back():
         go(0)
         assert x.tobytes() + y.tobytes() == before
     assert element_line(x, 1, 1e-6)[1] == 1e3
+    third = np.array([1 / 3])
+    assert element_line(third, 0, 1e-6)[0](1e-12) == third[0] - 1 / 3 != 1e-12  # the step that rounding left, not the one asked for
 
 
 # 5. Shapes, dtypes, inputs unchanged, the same twice
@@ -429,7 +453,10 @@ def test_not_finite():
     with np.errstate(all="ignore"):
         error = refuses(ops.log, np.array([1.0, -1.0]))
         assert error.kind == "not finite" and "output 0 (2,) has NaN" in str(error)
-        assert refuses(ops.sqrt, np.array([1.0, 0.0])).kind == "not finite"  # the gradient at the edge is infinite
+        error = refuses(ops.sqrt, np.array([1.0, 0.0]))
+        assert error.kind == "not finite" and "the analytic gradient has NaN or infinite values" in str(error)
+    error = refuses(ops.log, np.array([1.0, 1e-6]), eps=2e-6)
+    assert error.kind == "not finite" and "1 of 2 elements differ" in str(error) and "a small step leads to NaN or infinite outputs" in str(error)
 
     @op
     def broken(x):
@@ -464,7 +491,12 @@ def test_wrong_is_not_called_a_kink():
     @op
     def steep(x):
         return np.exp(20 * x), lambda g: 20 * g * np.exp(20 * x) * 1.001
-    assert refuses(steep, np.array([0.5, 1.0])).kind == "factor"
+    assert refuses(steep, np.array([0.9, 1.0])).kind == "factor"
+
+    @op
+    def bent(x):  # the slopes to the left and right differ by as much as the mistake
+        return np.exp(100 * x), lambda g: 100 * g * np.exp(100 * x) * 1.0001
+    assert refuses(bent, np.array([0.010, 0.011])).kind == "factor"
 
     @op
     def relu(x):
@@ -508,6 +540,11 @@ def test_readings_of_a_sample_do_not_look_at_places():
     assert read(evidence(n.T.copy(), n))[0] == "transposed"
     assert read(evidence(n.T.reshape(-1)[:6], n.reshape(-1)[:6], shape=(3, 3), full=False))[0] is None
     assert read(evidence(-n.reshape(-1)[:6], n.reshape(-1)[:6], shape=(3, 3), full=False))[0] == "sign"
+
+
+def test_rows_are_compared_as_a_set():
+    n = np.array([[1.0, 2.0], [2.0, 1.0], [0.0, 3.0]])  # their sums are equal
+    assert read(evidence(n[[2, 0, 1]], n)) == ("permuted", "rows permuted: along axis 0 the slices are right but in another order")
 
 
 def test_no_reading_fits():

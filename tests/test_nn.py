@@ -283,7 +283,8 @@ def test_starting_weights_are_xavier_with_small_ends_of_branches(make):
         if weight.size > 60:  # it fills the interval evenly
             assert np.abs(weight).max() > 0.9 * bound and abs(weight.std() - bound / 3 ** 0.5) < 0.15 * bound, name
             assert abs(weight.mean()) < 0.2 * bound, name
-        assert module.bias is None or (module.bias.data == 0).all()
+        if not name.endswith("out_conv.4"):  # a predictor's last: see test_untrained_predictors_keep_what_the_ratios_ask
+            assert module.bias is None or (module.bias.data == 0).all(), name
 
 
 @each_model

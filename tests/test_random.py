@@ -44,10 +44,10 @@ def test_bits_are_the_blocks_of_counter_element_site_step(xp):
 
 
 def test_both_array_modules_give_the_same_integers(xp):
-    for draw in (random.bits((5, 7), site="a", step=3, seed=11, xp=xp), random.permutation(99, site="a", step=3, seed=11, xp=xp)):
-        assert draw.dtype in ("uint32", "int64")
-    assert (host(random.bits((5, 7), site="a", step=3, seed=11, xp=xp)) == random.bits((5, 7), site="a", step=3, seed=11)).all()
-    assert (host(random.permutation(99, site="a", step=3, seed=11, xp=xp)) == random.permutation(99, site="a", step=3, seed=11)).all()
+    stream = dict(site="a", step=3, seed=11)
+    for draw, shape, dtype in ((random.bits, (5, 7), "uint32"), (random.permutation, 99, "int64")):
+        drawn = draw(shape, xp=xp, **stream)
+        assert drawn.dtype == dtype and (host(drawn) == draw(shape, **stream)).all()
 
 
 # Means to five standard errors, Kolmogorov-Smirnov at a level of 1e-6 (2.69 / sqrt(n)).

@@ -12,11 +12,8 @@ def main(argv=None):
     args = parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except InputError as error:
+    except (InputError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, also where a text has a hint below it
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"stopped: {str(stop) or 'by Ctrl-C'}. The same command goes on from the last checkpoint.", file=sys.stderr)

@@ -260,7 +260,7 @@ class _Check:
         found = []
         for i, gradient in enumerate(gradients):
             a, n = to_numpy(gradient).reshape(-1)[self.positions[i]], self.numeric[i][:, which].sum(axis=1)
-            allowed = self.atol + self.rtol * float(np.abs(n).max(initial=0))
+            allowed = self.atol + self.rtol * float(np.abs(n[np.isfinite(n)]).max(initial=0))
             wrong = ~(np.abs(a - n) <= allowed)
             for k in sorted(np.flatnonzero(wrong), key=lambda k: -abs(a[k] - n[k])):
                 n[k] = self.slopes.settle(a[k], n[k], allowed, self.line(i, self.positions[i][k]), which)
@@ -290,17 +290,16 @@ class _Check:
             a, n = sum(parts[i] for i in chosen), float(self.slopes.central(line)[which].sum())
             allowed = self.atol + self.rtol * max(spread, abs(n))
             n = self.slopes.settle(a, n, allowed, line, which)
-            return None if abs(a - n) <= allowed else (a, n, allowed, self.slopes.kink(line, abs(a - n), which))
+            return None if abs(a - n) <= allowed else (a, n, allowed, self.slopes.excuse(line, abs(a - n), which))
         every = range(len(self.wanted))
         found = differs(every)
         if not found:
             return
         guilty, found = next(((self.names[i], part) for i in every if (part := differs([i]))), ("all inputs together", found))
-        a, n, allowed, kink = found
-        raise self.failure("not differentiable" if kink else None,
-                           f"the gradient of {guilty} {'cannot be checked' if kink else 'is wrong'} along a random direction: analytic {a:.9g}, "
-                           f"numeric {n:.9g} (allowed difference {allowed:.1e})\n  reading: "
-                           + (kink or "no element of the sample differs; raise max_elements to find those that do"))
+        a, n, allowed, excuse = found
+        kind, reading = excuse or (None, "no element of the sample differs; raise max_elements to find those that do")
+        raise self.failure(kind, f"the gradient of {guilty} {'cannot be checked' if excuse else 'is wrong'} along a random direction: analytic "
+                           f"{a:.9g}, numeric {n:.9g} (allowed difference {allowed:.1e})\n  reading: {reading}")
 
     def zero_upstream(self, which):
         for name, gradient in zip(self.names, self.analytic(which, factor=0.0)[1]):
@@ -324,13 +323,13 @@ class _Check:
 
     def mistake(self, i, a, n, wrong, allowed, which, also):
         """The error for input i: where, by how much, and what it looks like."""
-        gaps = np.where(wrong, np.nan_to_num(np.abs(a - n), nan=np.inf), -1)
+        gaps = np.where(wrong, np.where(np.isfinite(a - n), np.abs(a - n), np.inf), -1)
         worst = int(gaps.argmax())
         position, shape = self.positions[i][worst], self.wanted[i].shape
         place = [int(k) for k in np.unravel_index(position, shape)]
-        kink = self.slopes.kink(self.line(i, position), gaps[worst], which)
-        kind, reading = ("not differentiable", kink) if kink else read(self.evidence(i, a, n, allowed, which))
-        return self.failure(kind, f"the gradient of {self.names[i]} {shape} {'cannot be checked' if kink else 'is wrong'}{self.alone(which)}: "
+        excuse = self.slopes.excuse(self.line(i, position), gaps[worst], which) if np.isfinite(gaps[worst]) else None
+        kind, reading = excuse or read(self.evidence(i, a, n, allowed, which))
+        return self.failure(kind, f"the gradient of {self.names[i]} {shape} {'cannot be checked' if excuse else 'is wrong'}{self.alone(which)}: "
                             f"{wrong.sum()} of {len(a)} elements differ\n"
                             f"  worst at {place}: analytic {a[worst]:.9g}, numeric {n[worst]:.9g} (allowed difference {allowed:.1e})\n"
                             f"  reading: {reading}" + (f"\n  also wrong: {', '.join(also)}" if also else ""))

@@ -56,10 +56,10 @@ class Recipe:
 def compare(recipe, out, device="auto", every=200, threads=None, bar=True):
     """Run the comparison: writes the checkpoints, history.jsonl, table.json and tokens.png into the folder `out` -> (table, a line
     that says where the picture is). What an interrupted run has finished there is not done again."""
-    out, device = pathlib.Path(out), backend.choose_device(device)
+    began, out, device = time.perf_counter(), pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
     expect(threads is None or threads >= 1, "compare", f"{threads} threads, expected at least 1")
-    random.manual_seed(recipe.seed)  # refuses a bad one, too
+    random.manual_seed(recipe.seed)  # refuses a bad one before any work
     check_writable(out)
     train, test = load_pictures(recipe)
     batches = Batches(backend.to_device(train.images, device), backend.to_device(train.labels, device), recipe.batch,
@@ -67,7 +67,7 @@ def compare(recipe, out, device="auto", every=200, threads=None, bar=True):
     trained, training = train_all(recipe, batches, train.names, Run(out, every), device, threads, bar)
     prepare = lambda images: normalise(backend.to_device(images, device), batches.mean, batches.std)
     table = measure(recipe, trained, test, prepare, device, threads)
-    table["training"] = training
+    table |= {"training": training, "this_call": {"seconds": round(time.perf_counter() - began, 1), "peak_memory_mb": peak_memory()}}
     checkpoint.write_json(out / "table.json", table)
     return table, draw(recipe, trained, test, prepare, out / "tokens.png")
 
@@ -90,6 +90,7 @@ def check_writable(folder):
 
 def train_all(recipe, batches, names, run, device, threads=None, bar=True):
     """({name: trained model}, {phase: what fit reported})."""
+    random.manual_seed(recipe.seed)
     first, results = recipe.steps - recipe.further, {}
     header = {"classes": list(names), "mean": batches.mean, "std": batches.std, "data": recipe.data}
 
@@ -164,6 +165,16 @@ def machine(device):
             "blas": backend.blas_description(), "environment": {k: v for k, v in sorted(os.environ.items())
                                                                if k.startswith(("OPENBLAS_", "MKL_", "OMP_", "MALLOC_"))},
             "python": platform.python_version(), "numpy": np.__version__, "system": platform.platform(), "device": device}
+
+
+def peak_memory():
+    """The most memory this process ever held, in MB (10**6 bytes), or None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
 
 
 def draw(recipe, trained, test, prepare, path, count=6):

@@ -26,7 +26,7 @@ def random_line(arrays, direction, eps):
 
     def go(t):
         for array, start, d in zip(arrays, starts, direction):
-            array[...] = start + t * to_device(d, device_of(array))
+            array[...] = start + t * to_device(d, device_of(array)) if t else start
         return t
     return go, eps
 
@@ -39,12 +39,14 @@ class Slopes:
         self.values, self.upstream = values, upstream
 
     def products(self, line, high, low):
-        """Per output, upstream * (f(x + high) - f(x + low)) / (high - low), elementwise."""
+        """Per output, upstream * (f(x + high) - f(x + low)) / (high - low), elementwise. Not finite where a step leaves the
+        function's domain: then the caller says so, and no warning does."""
         go = line[0]
-        top, above = go(high), self.values()
-        bottom, below = go(low), self.values()
-        go(0)
-        return [to_numpy(u * ((b - a) / (top - bottom))) for u, a, b in zip(self.upstream, below, above)]
+        with np.errstate(all="ignore"):
+            top, above = go(high), self.values()
+            bottom, below = go(low), self.values()
+            go(0)
+            return [to_numpy(u * ((b - a) / (top - bottom))) for u, a, b in zip(self.upstream, below, above)]
 
     def central(self, line, scale=1.0):
         """The slope of each output, by a central difference of `scale` times the line's step."""
@@ -56,18 +58,22 @@ class Slopes:
         products = self.products(line, scale * line[1], 0)
         return float(sum(products[i].sum() for i in which))
 
+    def rounding(self, which):
+        """What rounding the outputs may do to a difference of them; over the step, what it may do to a slope."""
+        values = self.values()
+        return 2.0 ** -52 * sum(float(abs(self.upstream[i] * values[i]).sum()) for i in which)
+
     def extrapolated(self, line, which):
         """(slope at step 0, its estimated error), from steps of 4096 h, 2048 h, ... h. Ridders 1982."""
-        row, best, error = [], float("nan"), float("inf")
-        with np.errstate(all="ignore"):  # a large step may leave the function's domain; that estimate then loses
-            for k in range(12, -1, -1):
-                new = [float(self.central(line, 2.0 ** k)[which].sum())]
-                for j, old in enumerate(row):
-                    new.append(new[j] + (new[j] - old) / (4 ** (j + 1) - 1))
-                    estimate = max(abs(new[j + 1] - new[j]), abs(new[j + 1] - old))
-                    if estimate < error:
-                        best, error = new[j + 1], estimate
-                row = new
+        row, best, error, rounding = [], float("nan"), float("inf"), self.rounding(which)
+        for k in range(12, -1, -1):
+            new = [float(self.central(line, 2.0 ** k)[which].sum())]
+            for j, old in enumerate(row):
+                new.append(new[j] + (new[j] - old) / (4 ** (j + 1) - 1))
+                estimate = max(abs(new[j + 1] - new[j]), abs(new[j + 1] - old)) + rounding / (line[1] * 2.0 ** k)
+                if estimate < error:  # NaN, from a step that was too large, is not
+                    best, error = new[j + 1], estimate
+            row = new
         return best, error
 
     def settle(self, analytic, numeric, allowed, line, which):
@@ -78,13 +84,16 @@ class Slopes:
         value, error = self.extrapolated(line, which)
         return value if error <= allowed else numeric
 
-    def kink(self, line, gap, which):
-        """A sentence if there is no slope at this point that a gap of this size could be blamed on, else ''. Either the steps
-        h/2, h and 2h disagree, or the slopes to the left and right do and stay apart as the step shrinks."""
+    def excuse(self, line, gap, which):
+        """(kind, sentence) if a gap of this size may be nobody's mistake, else None. No slope: the steps h/2, h and 2h disagree,
+        or the slopes to the left and right do and stay apart as the step shrinks."""
+        if gap <= self.rounding(which) / line[1]:
+            return "rounding", "the difference drowns in rounding: the outputs are large beside their slopes. Shift them, or take a larger eps"
         central = [float(self.central(line, scale)[which].sum()) for scale in (0.5, 1, 2)]
         (left, right), (closer_left, closer_right) = ([self.sided(line, s * side, which) for side in (-1, 1)] for s in (1, 0.5))
         apart, closer = abs(right - left), abs(closer_right - closer_left)
         if np.ptp(central) <= 0.1 * gap and not closer > max(0.75 * apart, 0.1 * gap):
-            return ""
-        return (f"not differentiable here: steps of eps/2, eps and 2 eps give {', '.join(f'{c:.4g}' for c in central)}; to the left "
-                f"{left:.4g}, to the right {right:.4g}. Move the input off the kink (a tie, a hard decision)")
+            return None
+        return "not differentiable", (f"not differentiable here: steps of eps/2, eps and 2 eps give {', '.join(f'{c:.4g}' for c in central)}; to the "
+                                      f"left {left:.4g}, to the right {right:.4g}. Move the input off the kink (a tie, a hard decision), or "
+                                      "take a smaller eps")

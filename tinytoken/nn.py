@@ -106,7 +106,7 @@ class Module:
         return self
 
     def to(self, device):
-        """Move all parameters to 'cpu' or 'cuda'. What is there already stays as it is; a move voids flat storage. Returns self."""
+        """Move all parameters to 'cpu' or 'cuda'; those that are there stay as they are. A move voids flat storage. Returns self."""
         for p in self.parameters():
             if p.device != device:
                 p.data, p.grad = to_device(p.data, device), None

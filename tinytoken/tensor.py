@@ -119,6 +119,7 @@ def grad(loss, wrt, into=None, *, gradient=None, add=False):
     """
     expect(into is None or len(into) == len(wrt), "grad", lambda: f"{len(into)} arrays in `into` for {len(wrt)} tensors in `wrt`")
     expect(all(t.requires_grad for t in wrt), "grad", "a tensor in `wrt` does not require a gradient")
+    expect(len({id(t) for t in wrt}) == len(wrt), "grad", "a tensor in `wrt` is given twice")
     if into is None:
         into, add = [array_module(t.data).zeros_like(t.data) for t in wrt], True
     if not add:
@@ -148,10 +149,10 @@ class Op:
         self.name, self.module, self.__doc__ = function.__name__, function.__module__, function.__doc__
         self.__wrapped__ = function  # so that inspect and help show the function's own signature
         self.implementations, self.shapes_to_macs = {}, None
-        parameters = inspect.signature(function).parameters.values()
+        self.signature = inspect.signature(function)
+        parameters = self.signature.parameters.values()
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.arrays = [p.name for p in positional]
-        self.defaults = {p.name: p.default for p in positional if p.default is not p.empty}
         self.variadic = any(p.kind == p.VAR_POSITIONAL for p in parameters)
         self.settings = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
         self.index = {i for i, p in enumerate(positional) if p.annotation is Index}
@@ -202,19 +203,14 @@ class Op:
         return tuple(wrapped) if several else wrapped[0]
 
     def _bind(self, args, settings):
-        unknown = settings.keys() - self.settings - set(() if self.variadic else self.arrays)
-        expect(not unknown, self.name, lambda: f"unknown argument {', '.join(sorted(unknown))}; it takes {inspect.signature(self.function)}")
-        if self.variadic:
-            return args, settings
-        expect(len(args) <= len(self.arrays), self.name,
-               lambda: f"{len(args)} array arguments, expected at most {len(self.arrays)} ({', '.join(self.arrays)})")
-        named = dict(zip(self.arrays, args))
-        twice = named.keys() & settings.keys()
-        expect(not twice, self.name, lambda: f"{', '.join(twice)} given twice")
-        named = self.defaults | named | {k: v for k, v in settings.items() if k in self.arrays}
-        missing = [name for name in self.arrays if name not in named]
-        expect(not missing, self.name, lambda: f"missing argument {', '.join(missing)}; it takes {inspect.signature(self.function)}")
-        return tuple(named[name] for name in self.arrays), {k: v for k, v in settings.items() if k in self.settings}
+        """Arrays in the signature's order, and settings, from a call that names or leaves out some."""
+        try:
+            bound = self.signature.bind(*args, **settings)
+        except TypeError as error:
+            raise InputError(f"{self.name}: {error}; it takes {self.signature}") from None
+        bound.apply_defaults()
+        given = bound.arguments
+        return args if self.variadic else tuple(given[name] for name in self.arrays), {name: given[name] for name in self.settings}
 
     def _float_dtype(self, args):
         """The float dtype of the op: that of its tensors, which must agree; without tensors the widest of its arrays."""

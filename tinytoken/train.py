@@ -112,7 +112,7 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
                   batch=batches.batch_size)
     header = header or {}
-    start, result, recent = _resume(run, phase, model, optimizer, header | {"recipe": recipe})
+    start, result, recent = _resume(run, phase, model, optimizer, {"recipe": recipe} | header)
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
     with _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:

@@ -242,6 +242,14 @@ def test_noise_is_drawn_anew_and_again_after_the_seed():
     assert not np.array_equal(first, np.stack([d.data for d in model(pictures(8)).decisions]))
 
 
+def test_untrained_predictors_keep_what_the_ratios_ask():
+    model = DynamicViT(**SMALL, prune_before=(0, 1, 2), keep_ratios=(0.8, 0.8, 0.3)).train()
+    for predictor in model.score_predictor:
+        predictor.out_conv[-1].weight.data[...] = 0  # what is left is the bias
+    shares = [d.data.mean() for d in model(pictures(256), noise=gumbel(3, batch=256)).decisions]
+    assert shares == pytest.approx([0.8, 0.8 * 0.99, 0.8 * 0.99 * 0.375], abs=0.03)  # 0.99: never sure of a token
+
+
 def test_inference_draws_nothing():
     model = DynamicViT(**SMALL, **STAGES).eval()
     assert np.array_equal(model(pictures()).data, model(pictures()).data)

@@ -9,6 +9,7 @@ from small import SMALL, pictures, refuses, same, shaken
 from tinytoken.checking import gradcheck
 from tinytoken.models import ViT
 
+
 @pytest.fixture(autouse=True)
 def seeded():
     tt.manual_seed(0)
@@ -97,6 +98,11 @@ def test_pool_mean_has_no_class_token_and_averages_the_normed_tokens():
     assert trace.tokens.shape == (2, 16, 8) and trace.attention[0].shape == (2, 2, 16, 16)
     by_hand = trace.tokens.data.mean(axis=1) @ model.head.weight.data.T + model.head.bias.data
     same(logits.data, by_hand)
+
+
+def test_qkv_bias_can_be_left_out():
+    with_bias, without = (dict(ViT(**SMALL, qkv_bias=wanted).named_parameters()) for wanted in (True, False))
+    assert with_bias.keys() - without.keys() == {"blocks.0.attn.qkv.bias", "blocks.1.attn.qkv.bias"}
 
 
 def test_pool_token_reads_the_class_token_alone():

@@ -69,7 +69,8 @@ class Batches:
 def normalise(images, mean, std):
     """uint8 (B, 3, H, W) -> float32, (images / 255 - mean) / std per channel. mean and std: three floats in units of [0, 1]."""
     _check_images("normalise", images)
-    expect(len(mean) == len(std) == 3 and min(std) > 0, "normalise", f"mean {mean} and std {std}, expected three of each, std above 0")
+    expect(len(mean) == len(std) == 3 and min(std) > 0, "normalise",
+           f"mean {mean} and std {std}, expected three of each, std above 0")
     xp = array_module(images)
     scale = xp.asarray([1 / (255 * s) for s in std], dtype="float32")[:, None, None]
     offset = xp.asarray([-m / s for m, s in zip(mean, std)], dtype="float32")[:, None, None]

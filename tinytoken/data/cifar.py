@@ -221,7 +221,7 @@ def _parse(files, source, split, layout, names):
         images[part] = table[:, layout.label_bytes:].reshape(records, 3, 32, 32)
         labels[part] = table[:, layout.label_bytes - 1]
         wrong = np.flatnonzero(labels[part] >= len(names))
-        expect(not len(wrong), f"{source}: {name}", lambda: f"record {wrong[0]} has label {table[wrong[0], layout.label_bytes - 1]}, "
+        expect(not len(wrong), f"{source}: {name}", lambda: f"record {wrong[0]} has label {labels[part][wrong[0]]}, "
                f"expected 0 to {len(names) - 1}")
         start += records
     return Pictures(images, labels, names)

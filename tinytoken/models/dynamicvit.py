@@ -6,6 +6,7 @@ inference the int(N * ratio) best tokens are gathered and the rest is gone. The 
 that for the same decisions both give the same class logits. Column 0 of a predictor's output is "keep", as in the official code.
 """
 import dataclasses
+import math
 
 from .. import nn, ops, random
 from ..backend import array_module
@@ -69,6 +70,16 @@ class DynamicViT(ViT):
         self.prune_before, self.keep_ratios, self.official = tuple(prune_before), tuple(keep_ratios), official
         self.counts = [int(self.tokens * ratio) for ratio in keep_ratios]
         expect(self.counts[-1] > 0, "DynamicViT", f"keep ratio {keep_ratios[-1]} of {self.tokens} tokens keeps none")
+        self._start_at_ratios()
+
+    def _start_at_ratios(self):
+        """Bias the untrained predictors to the ratios that they are to reach. The official ones start at one half per stage, which
+        costs a short fine-tuning most of its steps."""
+        before = 1.0
+        for predictor, ratio in zip(self.score_predictor, self.keep_ratios):
+            keep = min(ratio / before, 0.99)
+            predictor.out_conv[-1].bias.data[...] = math.log(keep), math.log(1 - keep)
+            before = ratio
 
     def forward(self, images, noise=None, hard=True, keep=None, trace=False):
         """noise: per stage, Gumbel draws (B, N, 2) added to the log-probabilities; None draws them. hard=False: decisions stay
@@ -91,7 +102,10 @@ class DynamicViT(ViT):
         for i, block in enumerate(self.blocks):
             if i in self.prune_before:
                 stage, previous = len(decisions), decisions[-1] if decisions else None
-                decision = self._decide(stage, self.patches(x), previous, noise, hard) if keep is None else _mask(keep[stage], x, self.tokens)
+                if keep is None:
+                    decision = self._decide(stage, self.patches(x), previous, noise, hard)
+                else:
+                    decision = _mask(keep[stage], x, self.tokens)
                 decisions.append(decision if previous is None else decision * previous)
                 policy = self._policy(x, decisions[-1])
             x = block(x, policy, self.official, attention)

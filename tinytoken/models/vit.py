@@ -29,8 +29,8 @@ class ViT(nn.Module):
         expect(pool in ("token", "mean"), "ViT", f"pool {pool!r}, expected token or mean")
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
                            num_classes=num_classes, pool=pool, channels=channels, qkv_bias=qkv_bias)
-        check_sizes("ViT", image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads, num_classes=num_classes,
-                    channels=channels)
+        check_sizes("ViT", image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
+                    num_classes=num_classes, channels=channels)
         self.pool = pool
         self.patch_embed = nn.PatchEmbed(image_size, patch_size, dim, channels)
         rows, columns = self.patch_embed.grid

@@ -1,0 +1,102 @@
+"""The pictures: which pixels are faded and which are red, which panel stands where, and nothing half-written."""
+import errno
+import struct
+import types
+
+import numpy as np
+import pytest
+
+from small import refuses
+from tinytoken import plot
+
+RED = np.array([255, 40, 20])
+
+
+def test_hide_fades_what_is_not_kept():
+    picture = np.arange(4 * 4 * 3, dtype="uint8").reshape(4, 4, 3) * 5
+    shown = plot.hide(picture, np.array([1, 2]), 2)  # upper right and lower left
+    faded = 225 + picture // 10
+    assert shown.dtype == "uint8" and shown.shape == (4, 4, 3)
+    for rows, columns, expected in ((slice(0, 2), slice(2, 4), picture), (slice(2, 4), slice(0, 2), picture),
+                                    (slice(0, 2), slice(0, 2), faded), (slice(2, 4), slice(2, 4), faded)):
+        assert np.array_equal(shown[rows, columns], expected[rows, columns])
+    assert np.array_equal(plot.hide(picture, np.arange(4), 2), picture)
+    assert np.array_equal(plot.hide(picture, np.array([], int), 2), faded)
+    white = np.full((2, 2, 3), 255, "uint8")
+    assert plot.hide(white, np.array([0]), 1)[1, 1].tolist() == [250] * 3  # no overflow
+
+
+def test_heat_is_red_where_the_weight_is():
+    picture = np.zeros((4, 4, 3), "uint8")
+    picture[:, :, 1] = 150  # grey 50
+    shown = plot.heat(picture, np.array([0.0, 0.2, 0.1, 0.0]), 2)
+    grey = 50 * 0.7 + 60
+    assert shown.dtype == "uint8" and shown.shape == (4, 4, 3)
+    for b, weight in enumerate((0, 1, 0.5, 0)):  # scaled to the largest
+        block = shown[b // 2 * 2:b // 2 * 2 + 2, b % 2 * 2:b % 2 * 2 + 2]
+        expected = (grey * (1 - 0.8 * weight) + RED * 0.8 * weight).astype("uint8")
+        assert (block == expected).all(), weight
+    assert plot.heat(np.full((1, 1, 3), 255, "uint8"), np.ones(1), 1).max() <= 255
+
+
+def example(count=2):
+    """Pictures of 4 x 4 in patches of 2, kept patches of two stages, and attention of two heads from three tokens."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 3, 4, 4)).astype("uint8")
+    attention = rng.dirichlet(np.ones(4), (count, 2, 3))
+    return images, [np.array([[0, 1, 3], [0, 2, 3]])[:count], np.array([[3], [0]])[:count]], attention
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are made."""
+    made, real = [], plot._figure().Figure
+    monkeypatch.setattr(plot, "_figure", lambda: types.SimpleNamespace(Figure=lambda **size: made.append(real(**size)) or made[-1]))
+    return made
+
+
+def test_tokens_draws_a_row_per_picture(tmp_path, figures):
+    images, kept, attention = example()
+    predictions = {"ViT": ["cat", "dog"], "DynamicViT": ["cat", "cat"], "LookupViT": ["cat", "frog"]}
+    plot.tokens(tmp_path / "t.png", images, ["cat", "dog"], predictions, kept, attention, 2)
+    data = (tmp_path / "t.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and [path.name for path in tmp_path.iterdir()] == ["t.png"]
+    assert struct.unpack(">II", data[16:24]) == (round(5 * 1.9 * 110), round(2 * 2.15 * 110))
+
+    axes = np.array(figures[0].axes).reshape(2, 5)
+    assert [axis.get_title() for axis in axes[0]] == ["picture", "DynamicViT keeps 3 of 4", "DynamicViT keeps 1 of 4", "LookupViT gathers",
+                                                      "its most peaked token"]
+    assert not any(axis.get_title() for axis in axes[1])
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["cat", "dog"]
+    assert [axis.get_xlabel() for axis in axes[:, 0]] == ["all three right", "DynamicViT: cat\nLookupViT: frog"]
+    for b in range(2):
+        picture, weights = images[b].transpose(1, 2, 0), attention[b].mean(axis=0)
+        peaked = max(range(3), key=lambda m: weights[m].max())
+        expected = [picture, plot.hide(picture, kept[0][b], 2), plot.hide(picture, kept[1][b], 2),
+                    plot.heat(picture, weights.sum(axis=0), 2), plot.heat(picture, weights[peaked], 2)]
+        for axis, panel in zip(axes[b], expected):
+            assert np.array_equal(axis.images[0].get_array(), panel)
+
+
+@pytest.mark.parametrize("kept, attention, titles", [
+    (True, False, ["picture", "DynamicViT keeps 3 of 4", "DynamicViT keeps 1 of 4"]),
+    (False, True, ["picture", "LookupViT gathers", "its most peaked token"]),
+])
+def test_tokens_of_one_model(kept, attention, titles, tmp_path, figures):
+    images, stages, weights = example(1)
+    plot.tokens(tmp_path / "t.png", images, ["cat"], {}, stages if kept else [], weights if attention else None, 2)
+    assert [axis.get_title() for axis in figures[0].axes] == titles and figures[0].axes[0].get_xlabel() == ""
+
+
+def test_a_failing_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch, figures):
+    path = tmp_path / "t.png"
+    path.write_bytes(b"old")
+
+    def savefig(self, file, **_):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(type(plot._figure().Figure()), "savefig", savefig)
+    images, kept, attention = example()
+    with refuses(f"cannot write {path}: No space left on device"):
+        plot.tokens(path, images, ["a", "b"], {}, kept, attention, 2)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["t.png"]

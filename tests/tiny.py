@@ -1,0 +1,103 @@
+"""What the tests of training and of the command line share: models and pictures that train in milliseconds, and ways to stop."""
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+import tinytoken as tt
+from tinytoken import compare
+from tinytoken.__main__ import main
+from tinytoken.data import Batches, cifar
+from tinytoken.models import DynamicViT, LookupViT, ViT
+from tinytoken.train import Classify, Distil, fit
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIZES = dict(image_size=8, patch_size=4, dim=8, depth=1, heads=2, num_classes=3)
+STEPS = 20
+
+
+def batches(batch_size=6, seed=0):
+    """40 pictures of 8 x 8 in three classes, the class being the channel that is bright."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 40)
+    images = rng.integers(0, 128, (40, 3, 8, 8))
+    images[np.arange(40), labels] += 100
+    return Batches(images.astype("uint8"), labels, batch_size, seed=seed, pad=1, flip=True)
+
+
+def vit():
+    tt.manual_seed(3)
+    model = ViT(**SIZES)
+    return model, Classify(model, smoothing=0.1)
+
+
+def lookupvit():
+    tt.manual_seed(3)
+    model = LookupViT(**SIZES, compressed=(1, 1))
+    return model, Classify(model)
+
+
+def dynamicvit():
+    """Its noise is drawn anew at each step; a part of its predictor has a learning rate of its own."""
+    tt.manual_seed(3)
+    model = DynamicViT(**SIZES, prune_before=(0,), keep_ratios=(0.5,))
+    for layer in model.score_predictor[0].in_conv:
+        for p in layer.parameters():
+            p.lr_scale = 3.0
+    return model, Distil(model, ViT(**SIZES))
+
+
+def train(make, run=None, **more):
+    """20 steps on two threads with micro-batches that do not divide the batch -> the model, and what fit reported. make: one of
+    the functions above, or what it made."""
+    model, objective = make() if callable(make) else make
+    return model, fit(model, objective, batches(), **dict(steps=STEPS, lr=0.01, micro=4, threads=2, seed=5, offset=100, log_every=3,
+                                                         run=run, bar=False) | more)
+
+
+# The main job in a second or two
+RECIPE = compare.Recipe(steps=16, batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.5,), compressed=(2, 2),
+                        train_pictures=24, test_pictures=20)
+SmallRecipe = functools.partial(compare.Recipe, **{k: v for k, v in dataclasses.asdict(RECIPE).items() if k not in ("data", "steps", "seed")})
+
+
+def command(argv):
+    """The command line, with the small recipe and no picture: matplotlib takes longer than all the rest."""
+    compare.Recipe, compare.draw = SmallRecipe, lambda *_: "no picture"
+    return main(argv)
+
+
+def small_cifar(folder, monkeypatch, records=8):
+    """Files in CIFAR-10's binary layout, with `records` pictures each, and the reader told to expect as many -> (path, images, labels),
+    training and test pictures together."""
+    layout = cifar.LAYOUTS["cifar10"]
+    few = {split: dict.fromkeys(getattr(layout, split), records) for split in ("train", "test")}
+    monkeypatch.setitem(cifar.LAYOUTS, "cifar10", dataclasses.replace(layout, **few))
+    table = np.random.default_rng(0).integers(0, 256, (6, records, 1 + cifar.PIXELS), dtype="uint8")
+    table[:, :, 0] %= 10
+    for rows, name in zip(table, (*layout.train, *layout.test)):
+        (folder / name).write_bytes(rows.tobytes())
+    return folder, table[:, :, 1:].reshape(-1, 3, 32, 32), table[:, :, 0].reshape(-1)
+
+
+def bits(model):
+    return {name: array.tobytes() for name, array in model.state_dict().items()}
+
+
+def history(folder):
+    """The rows of history.jsonl, less the seconds, which are never the same."""
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert all(row.pop("seconds") >= 0 for row in rows)
+    return rows
+
+
+def python(*arguments, **settings):
+    """Start a Python of its own that finds this checkout's tinytoken and the tests' modules -> subprocess.Popen."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONPATH": path}, **settings)
