@@ -12,8 +12,9 @@ PACKAGE = ROOT / "tinytoken"
 AIMS = {"tensor.py": 250, "tensor.py and ops/": 700, "a model file": 200, "without cuda/ and course/": 3500}
 
 # A file imports only from floors below, and without circles from its own.
-FLOORS = (("errors",), ("backend",), ("random",), ("tensor",), ("ops",), ("cuda",), ("checking", "diagnosis", "differences", "cost", "nn"),
-          ("models",), ("optim", "train", "checkpoint", "data", "plot"), ("compare", "predict", "doctor"), ("course",), ("__init__", "__main__"))
+FLOORS = (("errors",), ("backend",), ("random",), ("tensor",), ("ops",), ("cuda",),
+          ("checking", "diagnosis", "differences", "cost", "nn"), ("models",), ("optim", "train", "checkpoint", "data", "plot"),
+          ("compare", "predict", "doctor"), ("course",), ("__init__", "__main__"))
 
 
 @dataclasses.dataclass

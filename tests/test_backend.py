@@ -69,7 +69,8 @@ def raising(error):
     (broken_cupy(is_available=lambda: False), "CuPy finds no usable CUDA device or driver"),
     (broken_cupy(is_available=raising(RuntimeError("cudaErrorInsufficientDriver: too old\nmore"))),
      "RuntimeError: cudaErrorInsufficientDriver: too old"),
-    (broken_cupy(is_available=lambda: True, arange=raising(OSError("libnvrtc.so.12 not found"))), "OSError: libnvrtc.so.12 not found"),
+    (broken_cupy(is_available=lambda: True, arange=raising(OSError("libnvrtc.so.12 not found"))),
+     "OSError: libnvrtc.so.12 not found"),
     (broken_cupy(is_available=raising(RuntimeError())), "RuntimeError: "),
 ])
 def test_a_gpu_that_does_not_work_is_a_reason_and_no_error(monkeypatch, cupy, reason):
@@ -126,7 +127,8 @@ def test_vecdot(dtype, xp):
     np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5 if dtype == "float32" else 1e-13)
 
 
-@pytest.mark.parametrize("shape, index", [((5, 3), [4, 0, 4, 4, 2]), ((5,), [1, 1, 1]), ((4, 2, 3), [[3, 0], [3, 3]]), ((5, 3), [])])
+@pytest.mark.parametrize("shape, index", [((5, 3), [4, 0, 4, 4, 2]), ((5,), [1, 1, 1]), ((4, 2, 3), [[3, 0], [3, 3]]),
+                                          ((5, 3), [])])
 def test_scatter_add(shape, index, xp):
     rng = np.random.default_rng(1)
     index = np.array(index, "int64")

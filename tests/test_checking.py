@@ -169,7 +169,8 @@ def test_the_upstream_gradient_is_not_the_input_drawn_from_the_same_seed():
 
 
 def test_seeds_give_other_upstream_gradients():
-    numbers = {re.search("numeric (.*) \\(", str(refuses(double, np.array([1.0, 2.0]), seed=seed))).group(1) for seed in (0, 1, 0)}
+    errors = [str(refuses(double, np.array([1.0, 2.0]), seed=seed)) for seed in (0, 1, 0)]
+    numbers = {re.search("numeric (.*) \\(", error).group(1) for error in errors}
     assert len(numbers) == 2
 
 
@@ -244,7 +245,8 @@ def test_a_direction_sees_what_the_sample_missed():
         return x * y, vjp
     error = refuses(one_wrong, normal(500), normal(500, seed=1), max_elements=10)
     assert "the gradient of x is wrong along a random direction" in str(error) and "raise max_elements" in str(error)
-    assert "1 of 500 elements differ\n  worst at [7]" in str(refuses(one_wrong, normal(500), normal(500, seed=1), max_elements=1000))
+    error = refuses(one_wrong, normal(500), normal(500, seed=1), max_elements=1000)
+    assert "1 of 500 elements differ\n  worst at [7]" in str(error)
 
 
 def test_a_kink_along_a_direction():
@@ -259,7 +261,7 @@ def test_a_direction_blames_the_input_and_is_relative_to_the_slopes():
     def one_wrong(x, y):
         def vjp(g):
             of_y = g * x
-            of_y[7] *= 1.005
+            of_y[abs(of_y).argmax()] *= 1.0005
             return g * y, of_y
         return x * y, vjp
     small = 1e-4 * normal(500)
@@ -311,7 +313,7 @@ def test_measured_again_where_a_plain_difference_has_no_digits():
     error = refuses(lambda x: x + 1e12, normal(3))
     assert error.kind == "rounding" and "cannot be checked" in str(error) and "take a larger eps" in str(error)
     assert "or take a smaller eps" in str(refuses(lambda x: ops.divide(1.0, x), x / 10))
-    gradcheck(lambda x: ops.mean(x + 1e4), normal(200))
+    gradcheck(lambda x: ops.mean(x + 1e4), normal(40))
 
 
 def test_extrapolation_is_exact_where_the_central_difference_is_not():
@@ -334,7 +336,7 @@ def test_lines_come_back():
         assert x.tobytes() + y.tobytes() == before
     assert element_line(x, 1, 1e-6)[1] == 1e3
     third = np.array([1 / 3])
-    assert element_line(third, 0, 1e-6)[0](1e-12) == third[0] - 1 / 3 != 1e-12  # the step that rounding left, not the one asked for
+    assert element_line(third, 0, 1e-6)[0](1e-12) == third[0] - 1 / 3 != 1e-12  # the step that rounding left of it
 
 
 # 5. Shapes, dtypes, inputs unchanged, the same twice
@@ -346,7 +348,8 @@ def test_the_engine_refuses_a_shape_and_gradcheck_reads_it():
     error = refuses(spread, normal(2, 3, 4), normal(2))
     assert error.kind == "not summed" and isinstance(error.__cause__, GradientError)
     assert str(error) == ("spread: its vjp returned shape (2, 3, 4) for s, which is (2,)\n"
-                          "  reading: not summed over a broadcast axis: the extra axes are those along which this input was repeated\n  seed 0")
+                          "  reading: not summed over a broadcast axis: the extra axes are those along which this input was repeated\n"
+                          "  seed 0")
 
 
 @pytest.mark.parametrize("message, kind", [
@@ -370,8 +373,8 @@ def test_the_refusals_are_those_of_the_engine():
             return x @ y, vjp
         return f
     x, y = normal(2, 3), normal(3, 2)
-    returned = {"transposed": lambda g: ((g @ y.T).T, None), "shape": lambda g: (g.reshape(4)[:3], None), "type": lambda g: (1.5, None),
-                "dtype": lambda g: ((g @ y.T).astype("float32"), None), "entries": lambda g: g @ y.T}
+    returned = {"transposed": lambda g: ((g @ y.T).T, None), "shape": lambda g: (g.reshape(4)[:3], None),
+                "type": lambda g: (1.5, None), "dtype": lambda g: ((g @ y.T).astype("float32"), None), "entries": lambda g: g @ y.T}
     for kind, vjp in returned.items():
         error = refuses(with_vjp(vjp), x, y)
         assert error.kind == kind and str(error).startswith("f: its vjp returned")
@@ -425,7 +428,8 @@ def test_a_vjp_that_writes():
             x[...] *= g
             return x.copy()
         return x * x / 2, vjp
-    for function, what in ((upstream, "into the upstream gradient"), (output, "into the output"), (inside, "backward pass writes into x (3,)")):
+    places = {upstream: "into the upstream gradient", output: "into the output", inside: "backward pass writes into x (3,)"}
+    for function, what in places.items():
         error = refuses(function, normal(3))
         assert error.kind == "writes" and what in str(error)
 
@@ -456,7 +460,8 @@ def test_not_finite():
         error = refuses(ops.sqrt, np.array([1.0, 0.0]))
         assert error.kind == "not finite" and "the analytic gradient has NaN or infinite values" in str(error)
     error = refuses(ops.log, np.array([1.0, 1e-6]), eps=2e-6)
-    assert error.kind == "not finite" and "1 of 2 elements differ" in str(error) and "a small step leads to NaN or infinite outputs" in str(error)
+    assert error.kind == "not finite" and "1 of 2 elements differ" in str(error)
+    assert "a small step leads to NaN or infinite outputs" in str(error)
 
     @op
     def broken(x):
@@ -513,13 +518,15 @@ def test_a_smaller_eps_comes_closer_to_a_kink():
 # 7. The diagnosis (the kinds on real mistakes are in test_planted)
 
 def evidence(analytic, numeric, contributions=None, **changes):
-    values = dict(shape=numeric.shape, analytic=analytic.reshape(-1), numeric=numeric.reshape(-1), at_zero=np.zeros(numeric.size), allowed=1e-7,
-                  full=True, sizes={8: "axis 3 of q"}, others={}, contributions=lambda: contributions)
+    values = dict(shape=numeric.shape, analytic=analytic.reshape(-1), numeric=numeric.reshape(-1), at_zero=np.zeros(numeric.size),
+                  allowed=1e-7, full=True, sizes={8: "axis 3 of q"}, others={}, contributions=lambda: contributions)
     return Evidence(**values | changes)
 
 
-@pytest.mark.parametrize("factor, name", [(1 / math.sqrt(8), "1/sqrt(8) (axis 3 of q)"), (math.sqrt(8), "sqrt(8) (axis 3 of q)"), (8, "8 (axis 3 of q)"),
-                                          (0.125, "1/8 (axis 3 of q)"), (2, "perhaps 2"), (0.5, "1/2"), (-8, "analytic is -8 x numeric, perhaps 8")])
+@pytest.mark.parametrize("factor, name", [
+    (1 / math.sqrt(8), "0.353553 x numeric, perhaps 1/sqrt(8) (axis 3 of q)"), (math.sqrt(8), "perhaps sqrt(8) (axis 3 of q)"),
+    (8, "perhaps 8 (axis 3 of q)"), (0.125, "perhaps 1/8 (axis 3 of q)"), (2, "perhaps 2"), (0.5, "perhaps 1/2"),
+    (-8, "analytic is -8 x numeric, perhaps 8 (axis 3 of q)")])
 def test_factors_that_have_a_name(factor, name):
     n = normal(2, 3)
     kind, text = read(evidence(factor * n, n))
@@ -542,9 +549,16 @@ def test_readings_of_a_sample_do_not_look_at_places():
     assert read(evidence(-n.reshape(-1)[:6], n.reshape(-1)[:6], shape=(3, 3), full=False))[0] == "sign"
 
 
+def test_a_cycle_of_three_axes_is_a_transpose():
+    n = normal(2, 3, 4)
+    kind, text = read(evidence(n.transpose(1, 2, 0), n))
+    assert kind == "transposed" and "in the order (1, 2, 0)" in text
+
+
 def test_rows_are_compared_as_a_set():
     n = np.array([[1.0, 2.0], [2.0, 1.0], [0.0, 3.0]])  # their sums are equal
-    assert read(evidence(n[[2, 0, 1]], n)) == ("permuted", "rows permuted: along axis 0 the slices are right but in another order")
+    kind, text = read(evidence(n[[2, 0, 1]], n))
+    assert kind == "permuted" and text == "rows permuted: along axis 0 the slices are right but in another order"
 
 
 def test_no_reading_fits():
@@ -575,8 +589,10 @@ def test_the_message():
     error = refuses(double, np.array([[1.0, 2.0], [3.0, 4.0]]), seed=7)
     lines = str(error).split("\n")
     assert lines[0] == "double: the gradient of x (2, 2) is wrong: 4 of 4 elements differ"
-    place, analytic, numeric, allowed = re.fullmatch(r"  worst at \[(\d, \d)\]: analytic (\S+), numeric (\S+) \(allowed difference (\S+)\)", lines[1]).groups()
-    assert math.isclose(float(analytic), 1.5 * float(numeric), rel_tol=1e-6) and math.isclose(float(allowed), 1e-6 * abs(float(numeric)), rel_tol=0.1)
+    form = r"  worst at \[(\d), (\d)\]: analytic (\S+), numeric (\S+) \(allowed difference (\S+)\)"
+    row, column, analytic, numeric, allowed = map(float, re.fullmatch(form, lines[1]).groups())
+    assert 0 <= row < 2 and 0 <= column < 2 and math.isclose(analytic, 1.5 * numeric, rel_tol=1e-6)
+    assert math.isclose(allowed, 1e-6 * abs(numeric), rel_tol=0.1)
     assert lines[2:] == ["  reading: a constant factor: analytic is 1.5 x numeric", "  seed 7"]
 
 
@@ -604,8 +620,8 @@ def test_the_function_is_named():
             return double(x)
     scaled = op(lambda x, *, by: (x * by, lambda g: g))
     scaled.name = "scaled"
-    named = {my_function: "my_function", Layer(): "Layer", functools.partial(scaled, by=2): "scaled", lambda x: double(x): "double",
-             lambda x: double(ops.exp(x)): "a lambda that ends in double", lambda x: x.detach(): "<lambda>"}
+    named = {my_function: "my_function", Layer(): "Layer", functools.partial(scaled, by=2): "scaled",
+             lambda x: double(x): "double", lambda x: double(ops.exp(x)): "a lambda that ends in double", lambda x: x.detach(): "<lambda>"}
     for fn, name in named.items():
         assert str(refuses(fn, normal(3))).startswith(f"{name}: the gradient of")
 
@@ -633,7 +649,8 @@ def test_the_report():
 
 def test_the_report_says_what_has_no_effect():
     report = gradcheck(lambda x, unused: ops.exp(x), normal(2), normal(2))
-    assert "unused (2,): 2 of 2 elements, largest error 0.0e+00, allowed 1.0e-08; the outputs do not change with it" in str(report)
+    line = "unused (2,): 2 of 2 elements, largest error 0.0e+00, allowed 1.0e-08; the outputs do not change with it"
+    assert line in str(report)
     assert "do not change" not in str(report.inputs[0])
 
 

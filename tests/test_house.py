@@ -22,17 +22,18 @@ NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}
 
 
 def test_sizes(capsys):
-    """Prints the table beside its aims; only the ceilings are asserted."""
+    """Prints the table beside its aims; only the ceilings are asserted: 400 lines of a file, 60 of a function."""
     with capsys.disabled():
         print("\n" + house.table())
-    assert {file.name: file.lines() for file in FILES if file.lines() > 400} == {}
-    assert {f"{file.name}: {name}": n for file in FILES for name, n in file.functions() if n > 60} == {}
+    too_long = {file.name: file.lines() for file in FILES if file.lines() > 400}
+    too_long |= {f"{file.name}: {name}": n for file in FILES for name, n in file.functions() if n > 60}
+    assert too_long == {}
 
 
 def test_code_lines_are_counted_without_blanks_comments_and_docstrings(tmp_path, monkeypatch):
     monkeypatch.setattr(house, "PACKAGE", tmp_path)
-    (tmp_path / "example.py").write_text('"""Two\nlines."""\n\n# a comment\nX = """a\nstring"""  # 2\n\n\ndef f(\n    a):\n    """Doc."""\n'
-                                         '    # why\n    return a\n')
+    (tmp_path / "example.py").write_text('"""Two\nlines."""\n\n# a comment\nX = """a\nstring"""  # 2\n\n\n'
+                                         'def f(\n    a):\n    """Doc."""\n    # why\n    return a\n')
     file = house.File(tmp_path / "example.py")
     assert (file.code_lines(), file.lines(), file.functions()) == (5, 13, [("f", 5)])
 
@@ -99,5 +100,6 @@ def test_import_loads_nothing_optional():
 
 def test_design_names_are_there():
     """Section 9: names that others call."""
-    for name in ("Tensor", "op", "grad", "no_grad", "plain", "gradcheck", "GradientError", "manual_seed", "ops", "models", "macs", "explain"):
+    for name in ("Tensor", "op", "grad", "no_grad", "plain", "gradcheck", "GradientError", "manual_seed", "ops", "models", "macs",
+                 "explain"):
         assert hasattr(tinytoken, name), name

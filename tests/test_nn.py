@@ -106,6 +106,14 @@ def test_zero_grad_fills_with_zeros_in_place():
     assert all(p.grad is g and (g == 0).all() for p, g in zip(model.parameters(), before))
 
 
+def test_another_dtype_drops_the_gradients_of_the_old_one():
+    model = ViT(**SMALL)
+    loss_of(model).backward()
+    assert model.astype("float64") is model and all(p.dtype == np.float64 and p.grad is None for p in model.parameters())
+    loss_of(model).backward()
+    assert all(p.grad.dtype == np.float64 for p in model.parameters())
+
+
 def test_the_innermost_module_is_known_per_thread():
     seen = []
 

@@ -117,6 +117,14 @@ def test_the_teacher_is_never_changed():
     assert all(bits(model)[name] != value for name, value in student.items())
 
 
+def test_the_teacher_is_not_in_the_graph():
+    model, objective = dynamicvit()
+    images, labels = batches()(0)
+    loss, _ = objective(images, labels, *objective.noise(len(images), 0, 0, np))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters()) and all(p.grad is None for p in objective.teacher.parameters())
+
+
 def test_distil_draws_for_the_whole_batch_by_image_number():
     model = DynamicViT(**SIZES | {"depth": 2}, prune_before=(0, 1), keep_ratios=(0.75, 0.5))
     objective = Distil(model, ViT(**SIZES))

@@ -34,8 +34,8 @@ class Checked:
     allowed: float = 0.0
 
     def __str__(self):
-        note = "" if self.slope else "; the outputs do not change with it"
-        return f"{self.name} {self.shape}: {self.elements} of {self.size} elements, largest error {self.error:.1e}, allowed {self.allowed:.1e}{note}"
+        return (f"{self.name} {self.shape}: {self.elements} of {self.size} elements, largest error {self.error:.1e}, "
+                f"allowed {self.allowed:.1e}" + ("" if self.slope else "; the outputs do not change with it"))
 
 
 @dataclasses.dataclass
@@ -49,7 +49,8 @@ class Report:
     directions: int
 
     def __str__(self):
-        lines = [f"{self.name}: gradients agree with finite differences (output {', '.join(map(str, self.outputs))}; seed {self.seed})", *self.inputs]
+        outputs = ", ".join(map(str, self.outputs))
+        lines = [f"{self.name}: gradients agree with finite differences (output {outputs}; seed {self.seed})", *self.inputs]
         lines += [f"{self.directions} random directions over all inputs"] if self.directions else []
         return "\n  ".join(map(str, lines))
 
@@ -100,8 +101,8 @@ def _positions(wrt, tensors, names):
     expect(chosen, "gradcheck", "no float input to check: integers and None have no gradient")
     for i in floats:
         if tensors[i].dtype != np.float64:
-            raise _error("dtype", f"gradcheck: {names[i]} {tensors[i].shape} is {tensors[i].dtype}, expected float64: finite differences "
-                         "need its digits. Cast it: x.astype('float64'), a model's p.data = p.data.astype('float64')")
+            raise _error("dtype", f"gradcheck: {names[i]} {tensors[i].shape} is {tensors[i].dtype}, expected float64: finite "
+                         "differences need its digits. Cast it: x.astype('float64'), a model's p.data = p.data.astype('float64')")
     expect(len({id(tensors[i]) for i in chosen}) == len(chosen), "gradcheck", "one Tensor is given twice: give it once")
     return chosen
 
@@ -160,7 +161,7 @@ class _Check:
     def run(self, max_elements):
         outputs = self.forward()
         self.label, self.shapes = _label(self.fn, outputs), [o.shape for o in outputs]
-        # Never ones: the sum of a softmax or a layer norm does not depend on its input, nor that of moved tokens on where they went.
+        # Never ones: the sum of a softmax does not depend on its input, nor that of moved tokens on where they went.
         self.upstream = [to_device(np.asarray(self.rng.standard_normal(o.shape)), o.device) for o in outputs]
         every = list(range(len(outputs)))
         gradients = self.reproducible(every)
@@ -235,7 +236,7 @@ class _Check:
         """The gradients, if a second call gives the same."""
         (values, gradients), (values_again, gradients_again) = self.analytic(which), self.analytic(which)
         if not all(map(_same, values, values_again)):
-            raise self.failure("not deterministic", "a second call gives another output. Noise must be an argument, drawn once, outside")
+            raise self.failure("not deterministic", "a second call gives another output. Noise must be an argument, drawn outside")
         if not all(map(_same, gradients, gradients_again)):
             raise self.failure("not deterministic", "a second call gives the same output and another gradient")
         return gradients
@@ -298,15 +299,15 @@ class _Check:
         guilty, found = next(((self.names[i], part) for i in every if (part := differs([i]))), ("all inputs together", found))
         a, n, allowed, excuse = found
         kind, reading = excuse or (None, "no element of the sample differs; raise max_elements to find those that do")
-        raise self.failure(kind, f"the gradient of {guilty} {'cannot be checked' if excuse else 'is wrong'} along a random direction: analytic "
-                           f"{a:.9g}, numeric {n:.9g} (allowed difference {allowed:.1e})\n  reading: {reading}")
+        raise self.failure(kind, f"the gradient of {guilty} {'cannot be checked' if excuse else 'is wrong'} along a random direction: "
+                           f"analytic {a:.9g}, numeric {n:.9g} (allowed difference {allowed:.1e})\n  reading: {reading}")
 
     def zero_upstream(self, which):
         for name, gradient in zip(self.names, self.analytic(which, factor=0.0)[1]):
             bad = np.count_nonzero(to_numpy(gradient))
             if bad:
-                raise self.failure("upstream not used", f"the gradient of {name} {gradient.shape} is not zero with zeros upstream, at {bad} of "
-                                   f"{gradient.size} elements: each of its terms has the upstream gradient as a factor")
+                raise self.failure("upstream not used", f"the gradient of {name} {gradient.shape} is not zero with zeros upstream, at "
+                                   f"{bad} of {gradient.size} elements: each of its terms has the upstream gradient as a factor")
 
     # Failing
 
@@ -329,15 +330,17 @@ class _Check:
         place = [int(k) for k in np.unravel_index(position, shape)]
         excuse = self.slopes.excuse(self.line(i, position), gaps[worst], which) if np.isfinite(gaps[worst]) else None
         kind, reading = excuse or read(self.evidence(i, a, n, allowed, which))
-        return self.failure(kind, f"the gradient of {self.names[i]} {shape} {'cannot be checked' if excuse else 'is wrong'}{self.alone(which)}: "
-                            f"{wrong.sum()} of {len(a)} elements differ\n"
-                            f"  worst at {place}: analytic {a[worst]:.9g}, numeric {n[worst]:.9g} (allowed difference {allowed:.1e})\n"
-                            f"  reading: {reading}" + (f"\n  also wrong: {', '.join(also)}" if also else ""))
+        verdict = f"{'cannot be checked' if excuse else 'is wrong'}{self.alone(which)}: {wrong.sum()} of {len(a)} elements differ"
+        lines = [f"the gradient of {self.names[i]} {shape} {verdict}",
+                 f"worst at {place}: analytic {a[worst]:.9g}, numeric {n[worst]:.9g} (allowed difference {allowed:.1e})",
+                 f"reading: {reading}"]
+        return self.failure(kind, "\n  ".join(lines + [f"also wrong: {', '.join(also)}"] * bool(also)))
 
     def evidence(self, i, a, n, allowed, which):
         shape, at_zero = self.wanted[i].shape, self.analytic(which, factor=0.0)[1][i]
         full = len(a) == self.wanted[i].size
-        others = {self.names[j]: self.numeric[j][:, which].sum(axis=1) for j, t in enumerate(self.wanted) if j != i and t.shape == shape and full}
+        others = {self.names[j]: self.numeric[j][:, which].sum(axis=1) for j, t in enumerate(self.wanted)
+                  if full and j != i and t.shape == shape}
 
         @functools.cache
         def contributions():
@@ -346,12 +349,14 @@ class _Check:
             lines = [self.line(i, p) for p in self.positions[i]]
             rows = [self.slopes.products(line, line[1], -line[1]) for line in lines]
             return [np.stack([row[k] for row in rows]) for k in which]
-        return Evidence(shape, a, n, to_numpy(at_zero).reshape(-1)[self.positions[i]], allowed, full, self.sizes(), others, contributions)
+        at_zero = to_numpy(at_zero).reshape(-1)[self.positions[i]]
+        return Evidence(shape, a, n, at_zero, allowed, full, self.sizes(), others, contributions)
 
     def sizes(self):
         """What a forgotten constant may be made of: {8: 'axis 3 of q'}."""
         found = {}
-        shapes = [*zip(self.names, (t.shape for t in self.wanted)), *((f"output {k}", shape) for k, shape in enumerate(self.shapes))]
+        shapes = [(name, t.shape) for name, t in zip(self.names, self.wanted)]
+        shapes += [(f"output {k}", shape) for k, shape in enumerate(self.shapes)]
         for name, shape in shapes:
             for axis, size in enumerate(shape):
                 found.setdefault(size, f"axis {axis} of {name}")

@@ -1,4 +1,5 @@
-"""Attention under a mask is attention without the masked tokens; and what else must hold of it, of the official form, of LookupViT's two directions."""
+"""Attention under a mask is attention without the masked tokens; and what else must hold of it, of the official form and of
+LookupViT's two directions."""
 import itertools
 import math
 import pathlib
@@ -49,7 +50,8 @@ def attention_by_loops(q, k, v, seen):
     """A_ij = K_ij e^{a_ij} / sum_j K_ij e^{a_ij}; seen (Tq, Tk). One image, one head."""
     out = []
     for i, row in enumerate(q.tolist()):
-        weights = [s * math.exp(math.fsum(a * b for a, b in zip(row, key)) / math.sqrt(len(row))) for s, key in zip(seen[i], k.tolist())]
+        logits = [math.fsum(a * b for a, b in zip(row, key)) / math.sqrt(len(row)) for key in k.tolist()]
+        weights = [s * math.exp(a) for s, a in zip(seen[i], logits)]
         total = math.fsum(weights) or 1.0
         out.append([math.fsum(w * value[c] for w, value in zip(weights, v.tolist())) / total for c in range(v.shape[1])])
     return np.array(out)
@@ -166,7 +168,8 @@ def test_keep_gradient_of_hard_masks_is_the_slope_where_no_dropped_key_outweighs
     q, k, v, _ = draw(0.5)
     lift(q, k, np.where(keep > 0, 4, 0))
     logits = q @ k.swapaxes(-1, -2)
-    assert (logits.max(axis=-1, where=keep[:, None, None] > 0, initial=-9) > logits.max(axis=-1, where=keep[:, None, None] == 0, initial=-9)).all()
+    kept, dropped = (logits.max(axis=-1, where=keep[:, None, None] == value, initial=-9) for value in (1, 0))
+    assert (kept > dropped).all()
     checking.gradcheck(lambda keep: ops.attention(q, k, v, keep, sees_itself=sees_itself), keep, rtol=1e-6)
 
 
@@ -297,7 +300,8 @@ def test_masses_of_the_reverse_map(xp):
     q, k, v, _ = (xp.asarray(a) for a in lookup())
     _, A, logits = ops.lookup_gather(q, k, v)
     ones = xp.ones((B, H, 3, 1))
-    mass = {reuse: to_numpy(ops.lookup_infuse(A, logits, ones, reuse=reuse).data)[..., 0] for reuse in ("probs", "renorm", "resoftmax")}
+    mass = {reuse: to_numpy(ops.lookup_infuse(A, logits, ones, reuse=reuse).data)[..., 0]
+            for reuse in ("probs", "renorm", "resoftmax")}
     close(mass["probs"], to_numpy(A.data).sum(axis=2))
     close(mass["probs"].sum(axis=-1), np.full((B, H), 3.0))  # M, shared by N tokens
     close(mass["renorm"], np.ones((B, H, T)))

@@ -1,5 +1,5 @@
-"""What the engine asks of every op, besides right gradients: writes into nothing that is not its own, keeps nothing alive, and the
-same result however it is called."""
+"""What the engine asks of every op, besides right gradients: it writes into nothing that is not its own, keeps nothing alive,
+and gives the same result however it is called."""
 import gc
 import weakref
 

@@ -51,8 +51,9 @@ def test_top_k_refuses(scores, k, message):
 
 def test_take_tokens(xp):
     x, index = rng.standard_normal((2, 5, 3)), np.array([[4, 0, 4], [1, 2, 3]])
-    equal(ops.take_tokens(xp.asarray(x), xp.asarray(index)), [[x[b, i] for i in row] for b, row in enumerate(index)])
-    equal(ops.take_tokens(xp.asarray(x), xp.asarray(index.astype("int32"))), [[x[b, i] for i in row] for b, row in enumerate(index)])
+    expected = [[x[b, i] for i in row] for b, row in enumerate(index)]
+    equal(ops.take_tokens(xp.asarray(x), xp.asarray(index)), expected)
+    equal(ops.take_tokens(xp.asarray(x), xp.asarray(index.astype("int32"))), expected)
 
 
 def test_put_tokens_adds_duplicates(xp):
@@ -100,11 +101,16 @@ def test_no_tokens_at_all(xp):
     (lambda x: ops.take_tokens(x, np.array([[0, 1], [-1, 1]])), "take_tokens: index from -1 to 1, expected 0 to 4"),
     (lambda x: ops.put_tokens(x, np.array([[0, 1, 2, 3, 7]] * 2), length=7), "put_tokens: index from 0 to 7, expected 0 to 6"),
     (lambda x: ops.put_tokens(x, np.array([[0, 1, 2, 3, -2]] * 2), length=7), "put_tokens: index from -2 to 3, expected 0 to 6"),
-    (lambda x: ops.put_tokens(x, np.array([[0, 1]] * 2), length=7), "put_tokens: index (2, 2) for x (2, 5, 3): one place per row expected"),
-    (lambda x: ops.take_tokens(x, np.array([0, 1])), "take_tokens: x (2, 5, 3), index (2,) int64: expected (B, N, D) and integers (B, k)"),
-    (lambda x: ops.take_tokens(x, np.array([[0, 1]])), "take_tokens: x (2, 5, 3), index (1, 2) int64: expected (B, N, D) and integers (B, k)"),
-    (lambda x: ops.take_tokens(x, np.ones((2, 2))), "take_tokens: x (2, 5, 3), index (2, 2) float64: expected (B, N, D) and integers (B, k)"),
-    (lambda x: ops.take_tokens(x[0], np.array([[0]])), "take_tokens: x (5, 3), index (1, 1) int64: expected (B, N, D) and integers (B, k)"),
+    (lambda x: ops.put_tokens(x, np.array([[0, 1]] * 2), length=7),
+     "put_tokens: index (2, 2) for x (2, 5, 3): one place per row expected"),
+    (lambda x: ops.take_tokens(x, np.array([0, 1])),
+     "take_tokens: x (2, 5, 3), index (2,) int64: expected (B, N, D) and integers (B, k)"),
+    (lambda x: ops.take_tokens(x, np.array([[0, 1]])),
+     "take_tokens: x (2, 5, 3), index (1, 2) int64: expected (B, N, D) and integers (B, k)"),
+    (lambda x: ops.take_tokens(x, np.ones((2, 2))),
+     "take_tokens: x (2, 5, 3), index (2, 2) float64: expected (B, N, D) and integers (B, k)"),
+    (lambda x: ops.take_tokens(x[0], np.array([[0]])),
+     "take_tokens: x (5, 3), index (1, 1) int64: expected (B, N, D) and integers (B, k)"),
 ])
 def test_wrong_places_are_refused(call, message):
     with pytest.raises(InputError) as error:
@@ -117,8 +123,8 @@ def test_wrong_places_are_refused(call, message):
 @pytest.mark.parametrize("tau", [0.3, 1.0, 2.5])
 def test_soft_sample_is_its_formula(tau, xp):
     log_probs, noise = rng.standard_normal((2, 3, 4)), rng.gumbel(size=(2, 3, 4))
-    exps = [[[math.exp((a + n) / tau) for a, n in zip(row, row_noise)] for row, row_noise in zip(*block)] for block in zip(log_probs, noise)]
-    expected = np.array(exps) / np.sum(exps, axis=-1, keepdims=True)
+    exps = np.array([math.exp(a / tau) for a in (log_probs + noise).ravel().tolist()]).reshape(2, 3, 4)
+    expected = exps / exps.sum(axis=-1, keepdims=True)
     out = to_numpy(ops.gumbel_softmax(xp.asarray(log_probs), xp.asarray(noise), tau=tau).data)
     np.testing.assert_allclose(out, expected, rtol=1e-13)
 

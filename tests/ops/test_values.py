@@ -115,7 +115,7 @@ def test_matmul(xp):
 
 def test_linear_is_x_times_the_weight_transposed(xp):
     x, weight, bias = rng.standard_normal((2, 3, 4)), rng.standard_normal((5, 4)), rng.standard_normal(5)
-    product = np.array([[[math.fsum(x[n, i, k] * weight[o, k] for k in range(4)) for o in range(5)] for i in range(3)] for n in range(2)])
+    product = np.array([[[math.fsum(row[k] * weight[o, k] for k in range(4)) for o in range(5)] for row in block] for block in x])
     close(ops.linear(xp.asarray(x), xp.asarray(weight), xp.asarray(bias)), product + bias)
     close(ops.linear(xp.asarray(x), xp.asarray(weight)), product)
     close(ops.linear(xp.asarray(x[0, 0]), xp.asarray(weight)), product[0, 0])
@@ -265,7 +265,8 @@ def test_cross_entropy(smoothing, xp):
     close(hard, cross_entropy_by_loops(logits, one_hot, smoothing))
     assert hard.item() == ops.cross_entropy(xp.asarray(logits), xp.asarray(one_hot), smoothing=smoothing).item()
     soft = rng.dirichlet(np.ones(5), 4)
-    close(ops.cross_entropy(xp.asarray(logits), xp.asarray(soft), smoothing=smoothing), cross_entropy_by_loops(logits, soft, smoothing))
+    found = ops.cross_entropy(xp.asarray(logits), xp.asarray(soft), smoothing=smoothing)
+    close(found, cross_entropy_by_loops(logits, soft, smoothing))
 
 
 def test_cross_entropy_of_uniform_logits_is_log_k(xp):
@@ -338,7 +339,8 @@ def ones(*shape):
     (lambda: ops.cross_entropy(ones(2, 3), np.array([-1, 1])), "cross_entropy: labels from -1 to 1, expected 0 to 2"),
     (lambda: ops.cross_entropy(ones(2, 3), ones(2)),
      "cross_entropy: targets (2,) float64, expected (2,) integer labels or (2, 3) probabilities"),
-    (lambda: ops.cross_entropy(ones(2, 3), np.array([0, 1]), smoothing=1.0), "cross_entropy: smoothing 1.0, expected 0 <= smoothing < 1"),
+    (lambda: ops.cross_entropy(ones(2, 3), np.array([0, 1]), smoothing=1.0),
+     "cross_entropy: smoothing 1.0, expected 0 <= smoothing < 1"),
     (lambda: ops.kl_divergence(ones(2, 3), ones(3, 2)),
      "kl_divergence: logits (2, 3), teacher_logits (3, 2): two of one shape (B, K) expected"),
     (lambda: ops.mse(ones(2, 3), ones(2, 1)), "mse: x (2, 3), target (2, 1): equal shapes expected"),

@@ -1,6 +1,7 @@
 """How a mistake is planted: the op's own forward pass, under another name, with a vjp that a student might write."""
 import dataclasses
 import functools
+import inspect
 
 import numpy as np
 
@@ -26,12 +27,14 @@ class Planted:
 
 
 def plant(right, inputs, kind=None, into=CATALOGUE, **settings):
-    """Decorator of wrong(output, *arrays, **settings) -> vjp: plants it in place of right's own vjp."""
+    """Decorator of wrong(output, *arrays, **the settings it names) -> vjp: plants it in place of right's own vjp."""
     def decorate(wrong):
+        names = inspect.signature(wrong).parameters
+
         @functools.wraps(right.function)
         def function(*arrays, **given):
             out, _ = right.function(*arrays, **given)
-            return out, wrong(out, *arrays, **given)
+            return out, wrong(out, *arrays, **{name: value for name, value in given.items() if name in names})
         function.__name__, function.__module__ = wrong.__name__, wrong.__module__
         into.append(Planted(wrong.__name__, op(function), right, inputs, kind, settings))
         return wrong

@@ -92,7 +92,8 @@ def layer_norm_forgets_scale(*arrays):
 
 @plant(ops.layer_norm, NORM)
 def layer_norm_forgets_weight(out, x, weight, bias):
-    return norm_with(lambda normed, scale, u, along: scale * (u - u.mean(axis=-1, keepdims=True) - normed * along))(out, x, 1, bias)
+    of_x = norm_with(lambda normed, scale, u, along: scale * (u - u.mean(axis=-1, keepdims=True) - normed * along))
+    return of_x(out, x, 1, bias)
 
 
 @plant(ops.layer_norm, NORM)

@@ -3,7 +3,8 @@
 A scene is smooth noise, 6 to 12 strokes and blobs of clutter, and 1 to 3 objects in front. The label is the shape of the
 objects. All objects of one picture share it, so the label is true of each of them, and a model may look at any.
 Nothing but shape tells the classes apart: colours of objects and clutter come from one palette by one rule, and the
-place, size, turn, number and area of the objects are drawn without looking at the class.
+place, size, turn, number and area of the objects are drawn without looking at the class. (What a fine histogram of
+colours still knows of the class, about 20 % right where chance is 10, is the length of the outlines, whose pixels are mixed.)
 
 Image i is a pure function of (seed, split, i): a longer set begins with the shorter one, and `size` only changes the
 resolution at which the same scene is drawn. Inside, lengths are in units of the picture's side.
