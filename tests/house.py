@@ -37,7 +37,8 @@ class File:
         return ".".join(parts)
 
     def lines(self):
-        return len(self.text.splitlines())
+        """Lines that are not blank."""
+        return sum(bool(line.strip()) for line in self.text.splitlines())
 
     def code_lines(self):
         """Lines that hold a token which is not a comment, outside docstrings."""

@@ -348,8 +348,8 @@ def test_the_engine_refuses_a_shape_and_gradcheck_reads_it():
     error = refuses(spread, normal(2, 3, 4), normal(2))
     assert error.kind == "not summed" and isinstance(error.__cause__, GradientError)
     assert str(error) == ("spread: its vjp returned shape (2, 3, 4) for s, which is (2,)\n"
-                          "  reading: not summed over a broadcast axis: the extra axes are those along which this input was repeated\n"
-                          "  seed 0")
+                          "  reading: not summed over a broadcast axis: the extra axes are those along which this input was "
+                          "repeated\n  seed 0")
 
 
 @pytest.mark.parametrize("message, kind", [
@@ -374,7 +374,8 @@ def test_the_refusals_are_those_of_the_engine():
         return f
     x, y = normal(2, 3), normal(3, 2)
     returned = {"transposed": lambda g: ((g @ y.T).T, None), "shape": lambda g: (g.reshape(4)[:3], None),
-                "type": lambda g: (1.5, None), "dtype": lambda g: ((g @ y.T).astype("float32"), None), "entries": lambda g: g @ y.T}
+                "type": lambda g: (1.5, None), "dtype": lambda g: ((g @ y.T).astype("float32"), None),
+                "entries": lambda g: g @ y.T}
     for kind, vjp in returned.items():
         error = refuses(with_vjp(vjp), x, y)
         assert error.kind == kind and str(error).startswith("f: its vjp returned")
@@ -621,7 +622,8 @@ def test_the_function_is_named():
     scaled = op(lambda x, *, by: (x * by, lambda g: g))
     scaled.name = "scaled"
     named = {my_function: "my_function", Layer(): "Layer", functools.partial(scaled, by=2): "scaled",
-             lambda x: double(x): "double", lambda x: double(ops.exp(x)): "a lambda that ends in double", lambda x: x.detach(): "<lambda>"}
+             lambda x: double(x): "double", lambda x: double(ops.exp(x)): "a lambda that ends in double",
+             lambda x: x.detach(): "<lambda>"}
     for fn, name in named.items():
         assert str(refuses(fn, normal(3))).startswith(f"{name}: the gradient of")
 

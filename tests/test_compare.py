@@ -23,7 +23,7 @@ RUN = dict(device="cpu", every=5, threads=2, bar=False)
 def done(tmp_path_factory):
     """(folder, table, last line) of a whole run, the picture included."""
     out = tmp_path_factory.mktemp("compare") / "run"
-    return out, *compare.compare(RECIPE, out, **RUN)
+    return out, *compare.run(RECIPE, out, **RUN)
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_all_get_the_same_steps_and_dynamicvit_starts_from_the_vits_first_part(m
 
 def test_a_finished_run_is_only_measured_again(copied, done, no_picture, monkeypatch):
     monkeypatch.setattr(train, "loss_and_grads", lambda *_: pytest.fail("a step was trained again"))
-    table, _ = compare.compare(RECIPE, copied, **RUN)
+    table, _ = compare.run(RECIPE, copied, **RUN)
     same = lambda t: [{k: v for k, v in row.items() if k != "images_per_second"} for row in t["rows"]]
     assert same(table) == same(done[1]) and table["training"] == done[1]["training"] and table["kept_on_object"] == done[1]["kept_on_object"]
     assert (copied / "history.jsonl").read_text() == (done[0] / "history.jsonl").read_text()
@@ -209,7 +209,7 @@ def test_an_interrupted_run_goes_on_where_it_was(copied, done, no_picture, monke
         (copied / f"{phase}.npz").unlink()
     steps, real = [], train.loss_and_grads
     monkeypatch.setattr(train, "loss_and_grads", lambda objective, *rest: steps.append(type(objective.model).__name__) or real(objective, *rest))
-    compare.compare(RECIPE, copied, **RUN)
+    compare.run(RECIPE, copied, **RUN)
     assert steps == ["DynamicViT"] * 4 + ["LookupViT"] * 16
     assert {name: bits(model) for name, model in trained(copied).items()} == {name: bits(model) for name, model in trained(done[0]).items()}
     assert sorted(map(str, history(copied))) == sorted(map(str, history(done[0])))
@@ -219,7 +219,7 @@ def test_without_matplotlib_it_says_how_to_get_the_picture(copied, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what Python leaves where an import is refused
     for name in ("tokens.png", "table.json"):
         (copied / name).unlink()
-    _, line = compare.compare(RECIPE, copied, **RUN)
+    _, line = compare.run(RECIPE, copied, **RUN)
     assert line == ("no tokens.png: matplotlib is not installed (pip install 'tinytoken-vit[plot]'); run the command again for it, "
                     "nothing is trained twice")
     assert (copied / "table.json").exists() and not (copied / "tokens.png").exists()
@@ -235,13 +235,13 @@ def test_cifar_from_a_folder(tmp_path, monkeypatch, no_picture):
     seen, real = {}, compare.Batches
     monkeypatch.setattr(compare, "Batches", lambda *args, **settings: seen.update(settings) or real(*args, **settings))
     recipe = dataclasses.replace(RECIPE, data=str(folder), steps=4)
-    table, _ = compare.compare(recipe, tmp_path / "out", **RUN)
+    table, _ = compare.run(recipe, tmp_path / "out", **RUN)
     assert seen == {"seed": 0, "pad": 4, "flip": True} and table["kept_on_object"] is None and table["test_pictures"] == 8
     assert "chance" not in compare.table_text(table)
     with pytest.raises(tt.InputError, match=r"vit-start.npz belongs to another run \(classes .*, data '.*data' there, 'scenes' now\)"):
-        compare.compare(dataclasses.replace(recipe, data="scenes"), tmp_path / "out", **RUN)
+        compare.run(dataclasses.replace(recipe, data="scenes"), tmp_path / "out", **RUN)
     seen.clear()
-    compare.compare(dataclasses.replace(recipe, data="scenes", seed=3), tmp_path / "scenes", **RUN)
+    compare.run(dataclasses.replace(recipe, data="scenes", seed=3), tmp_path / "scenes", **RUN)
     assert seen == {"seed": 3}  # scenes are neither moved nor mirrored
 
 
@@ -257,7 +257,7 @@ def test_cifar_from_a_folder(tmp_path, monkeypatch, no_picture):
 def test_refused_before_any_work(changes, settings, text, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "load_pictures", lambda *_: pytest.fail("pictures were loaded"))
     with refuses(text):
-        compare.compare(dataclasses.replace(RECIPE, **changes), tmp_path / "out", **RUN | settings)
+        compare.run(dataclasses.replace(RECIPE, **changes), tmp_path / "out", **RUN | settings)
     assert not list(tmp_path.iterdir())
 
 
@@ -266,6 +266,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
     (tmp_path / "file").write_text("no folder")
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(tt.InputError, match=rf"^cannot write {tmp_path}/file/\S+: (File exists|Not a directory)$"):
-            compare.compare(RECIPE, out, **RUN)
+            compare.run(RECIPE, out, **RUN)
     compare.check_writable(tmp_path / "new" / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

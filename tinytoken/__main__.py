@@ -44,19 +44,19 @@ def parser():
 
 
 def run_compare(args):
-    from .compare import Recipe, compare, table_text
+    from . import compare
     changes = {name: getattr(args, name) for name in ("data", "steps", "seed") if getattr(args, name) is not None}
     out = args.out or pathlib.Path("runs") / f"compare-{pathlib.Path(args.data).name}-{args.seed}"
     device = backend.choose_device(args.device)
     if args.device == "auto" and device == "cpu":
         print(f"running on the CPU: {backend.cuda_ready()[1]}")
-    table, picture = compare(Recipe(**changes), out, device=device, threads=args.threads)
-    print(f"\n{table_text(table)}\n{picture}\neverything is in {out}")
+    table, picture = compare.run(compare.Recipe(**changes), out, device=device, threads=args.threads)
+    print(f"\n{compare.table_text(table)}\n{picture}\neverything is in {out}")
 
 
 def run_predict(args):
-    from .predict import predict
-    print(predict(args.checkpoint, args.picture, args.out or args.picture.parent / f"{args.picture.stem}.tokens.png"))
+    from . import predict
+    print(predict.classify(args.checkpoint, args.picture, args.out or args.picture.parent / f"{args.picture.stem}.tokens.png"))
 
 
 def run_doctor(args):

@@ -100,9 +100,9 @@ def normal_cdf(x):
         from cupyx.scipy.special import erf as cuda_erf
         return 0.5 * (1 + cuda_erf(x * math.sqrt(0.5)))
     if x.dtype == np.float64:
-        return 0.5 * (1 + _exact_erf(x * math.sqrt(0.5)).astype(np.float64))
-    square = x * x
-    out = square * CDF_POLYNOMIAL[-1]
+        return 0.5 * (1 + np.asarray(_exact_erf(x * math.sqrt(0.5)), np.float64))
+    square = np.multiply(x, x, out=np.empty_like(x))  # out=: a product of 0-d arrays would be a scalar, which has no in-place
+    out = np.multiply(square, CDF_POLYNOMIAL[-1], out=np.empty_like(x))
     for coefficient in CDF_POLYNOMIAL[-2:0:-1]:
         out += coefficient
         out *= square

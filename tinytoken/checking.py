@@ -236,7 +236,7 @@ class _Check:
         """The gradients, if a second call gives the same."""
         (values, gradients), (values_again, gradients_again) = self.analytic(which), self.analytic(which)
         if not all(map(_same, values, values_again)):
-            raise self.failure("not deterministic", "a second call gives another output. Noise must be an argument, drawn outside")
+            raise self.failure("not deterministic", "a second call gives another output. Noise must be an argument")
         if not all(map(_same, gradients, gradients_again)):
             raise self.failure("not deterministic", "a second call gives the same output and another gradient")
         return gradients
@@ -299,15 +299,16 @@ class _Check:
         guilty, found = next(((self.names[i], part) for i in every if (part := differs([i]))), ("all inputs together", found))
         a, n, allowed, excuse = found
         kind, reading = excuse or (None, "no element of the sample differs; raise max_elements to find those that do")
-        raise self.failure(kind, f"the gradient of {guilty} {'cannot be checked' if excuse else 'is wrong'} along a random direction: "
-                           f"analytic {a:.9g}, numeric {n:.9g} (allowed difference {allowed:.1e})\n  reading: {reading}")
+        verdict = "cannot be checked" if excuse else "is wrong"
+        raise self.failure(kind, f"the gradient of {guilty} {verdict} along a random direction: analytic {a:.9g}, numeric {n:.9g} "
+                           f"(allowed difference {allowed:.1e})\n  reading: {reading}")
 
     def zero_upstream(self, which):
         for name, gradient in zip(self.names, self.analytic(which, factor=0.0)[1]):
             bad = np.count_nonzero(to_numpy(gradient))
             if bad:
-                raise self.failure("upstream not used", f"the gradient of {name} {gradient.shape} is not zero with zeros upstream, at "
-                                   f"{bad} of {gradient.size} elements: each of its terms has the upstream gradient as a factor")
+                raise self.failure("upstream not used", f"the gradient of {name} {gradient.shape} is not zero with zeros upstream, "
+                                   f"at {bad} of {gradient.size} elements: each of its terms needs the upstream gradient as a factor")
 
     # Failing
 

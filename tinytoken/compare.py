@@ -53,7 +53,7 @@ class Recipe:
         return kind(32, self.patch, self.dim, self.depth, self.heads, **more)
 
 
-def compare(recipe, out, device="auto", every=200, threads=None, bar=True):
+def run(recipe, out, device="auto", every=200, threads=None, bar=True):
     """Run the comparison: writes the checkpoints, history.jsonl, table.json and tokens.png into the folder `out` -> (table, a line
     that says where the picture is). What an interrupted run has finished there is not done again."""
     began, out, device = time.perf_counter(), pathlib.Path(out), backend.choose_device(device)

@@ -57,13 +57,13 @@ def zeros(e):
 
 def flat(e):
     if np.abs(e.numeric).max() <= e.allowed:
-        return "flat", ("the output does not change with this input, so its gradient should be zero. A hard or rounded value? Check "
-                        "the soft path by differences, then that the hard output has its gradient")
+        return "flat", ("the output does not change with this input, so its gradient should be zero. A hard or rounded value? "
+                        "Check the soft path by differences, then that the hard output has its gradient")
 
 
 def upstream_not_used(e):
     if e.near(e.analytic, e.at_zero):
-        return "upstream not used", "the upstream gradient is not used: with zeros upstream this gradient is the same. Multiply by g"
+        return "upstream not used", "the upstream gradient is not used: with zeros upstream nothing changes. Multiply by g"
     if np.abs(e.at_zero).max() > e.allowed:
         return "upstream not used", "the upstream gradient is not used in one term: with zeros upstream the gradient is not zero"
 
@@ -103,8 +103,8 @@ def transposed(e):
     for axes in itertools.permutations(range(len(e.shape))):
         moved = e.analytic.reshape([e.shape[i] for i in axes]).transpose(np.argsort(axes))
         if e.near(moved.reshape(-1), e.numeric):
-            return "transposed", (f"transposed: analytic has the numeric values with the axes in the order {axes} (a transpose missing, "
-                                  "or a reshape in place of one?)")
+            return "transposed", (f"transposed: analytic has the numeric values with the axes in the order {axes} (a transpose "
+                                  "missing, or a reshape in place of one?)")
 
 
 def permuted(e):
@@ -131,12 +131,11 @@ def not_summed(e):
             slices = np.moveaxis(c, axis, -1).reshape(len(c), -1, c.shape[axis]).sum(axis=1)
             for place in range(c.shape[axis]) if c.shape[axis] > 1 else ():
                 if e.near(slices[:, place], e.analytic):
-                    return "not summed", (f"not summed over a broadcast axis: only place {place} of axis {axis - 1} of output {output} is "
-                                          "in it")
+                    return "not summed", (f"not summed over a broadcast axis: only place {place} of axis {axis - 1} of output "
+                                          f"{output} is in it")
             everything = c.sum(axis=(0, *(i for i in range(1, c.ndim) if i != axis)))
             if math.prod(e.shape) == max(e.shape, default=0) and e.near(everything, e.analytic):
-                return "not summed", (f"summed over the wrong axes: axis {axis - 1} of output {output} was left, which is not this "
-                                      "input's")
+                return "not summed", f"summed over the wrong axes: what is left is axis {axis - 1} of output {output}, not this input's"
 
 
 def duplicates(e):
@@ -156,8 +155,7 @@ def offset(e):
     gap = (e.analytic - e.numeric).reshape(e.shape) if e.full else None
     for axis in range(len(e.shape)) if e.full else ():
         if e.shape[axis] > 1 and np.ptp(gap, axis=axis).max() <= 10 * e.allowed:
-            return "offset", (f"off by the same number all along axis {axis}: a mean or a sum over that axis is missing, or one too "
-                              "many")
+            return "offset", f"off by the same number all along axis {axis}: a mean or a sum over it is missing, or one too many"
 
 
 READINGS = (not_finite, zeros, sign, swapped, flat, upstream_not_used, factor, transposed, permuted, not_summed, duplicates,

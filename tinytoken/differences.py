@@ -88,13 +88,13 @@ class Slopes:
         """(kind, sentence) if a gap of this size may be nobody's mistake, else None. No slope: the steps h/2, h and 2h disagree,
         or the slopes to the left and right do and stay apart as the step shrinks."""
         if gap <= self.rounding(which) / line[1]:
-            return "rounding", ("the difference drowns in rounding: the outputs are large beside their slopes. Shift them, or take a "
-                                "larger eps")
+            return "rounding", "the difference drowns in rounding: the outputs are large beside their slopes. Take a larger eps"
         central = [float(self.central(line, scale)[which].sum()) for scale in (0.5, 1, 2)]
         (left, right), (closer_left, closer_right) = ([self.sided(line, s * side, which) for side in (-1, 1)] for s in (1, 0.5))
         apart, closer = abs(right - left), abs(closer_right - closer_left)
         if np.ptp(central) <= 0.1 * gap and not closer > max(0.75 * apart, 0.1 * gap):
             return None
         steps = ", ".join(f"{c:.4g}" for c in central)
-        return "not differentiable", (f"not differentiable here: steps of eps/2, eps and 2 eps give {steps}; to the left {left:.4g}, to "
-                                      f"the right {right:.4g}. Move the input off the kink (a tie, a hard decision), or take a smaller eps")
+        return "not differentiable", (f"not differentiable here: steps of eps/2, eps and 2 eps give {steps}; to the left {left:.4g}, "
+                                      f"to the right {right:.4g}. Move the input off the kink (a tie, a hard decision), "
+                                      "or take a smaller eps")

@@ -9,7 +9,7 @@ from .ops import softmax
 from .tensor import no_grad
 
 
-def predict(path, picture, out):
+def classify(path, picture, out):
     """Classify `picture` (any format that pillow reads; its central square is scaled to the model's size) with the checkpoint at
     `path`, write it with its tokens to `out` -> the text to print. Raises InputError for files that cannot be used."""
     model, header = checkpoint.load_model(path)

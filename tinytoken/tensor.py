@@ -190,10 +190,17 @@ class Op:
         if not uniform or dtype is None or dtype.kind != "f":  # the usual call has tensors of one dtype and nothing to convert
             dtype = self._float_dtype(args)
             arrays = [self._raw(i, a, dtype, xp) for i, a in enumerate(arrays)]
+            if not any(map(is_array, arrays)):
+                arrays = [a if a is None else xp.asarray(a, dtype) for a in arrays]
         run = self.implementations.get(xp.__name__) if self.implementations and not _mode.plain else None
         if self.composition and run is None:
             return self.function(*args, **settings)
-        out, vjp = (run or self.function)(*arrays, **settings)
+        try:
+            out, vjp = (run or self.function)(*arrays, **settings)
+        except (ValueError, IndexError) as error:  # what no check of the op foresaw, in its form
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.name}: {', '.join(str(a.shape) for a in arrays if is_array(a))}: {error}") from error
         if _mode.observer:
             _mode.observer(self, [getattr(a, "shape", None) for a in arrays])
         several = isinstance(out, tuple)
@@ -290,15 +297,13 @@ def topological_order(root):
     """The nodes under `root`, each after all that it depends on. Iterative: a graph may be deeper than Python's stack."""
     order, entered, done, stack = [], set(), set(), [root]
     while stack:
-        node = stack[-1]
-        if node in entered:
-            stack.pop()
-            if node not in done:
-                done.add(node)
-                order.append(node)
-        else:
+        node = stack.pop()
+        if node not in entered:
             entered.add(node)
-            stack.extend(parent for parent in node.parents() if parent not in entered)
+            stack += [node, *(parent for parent in node.parents() if parent not in entered)]
+        elif node not in done:
+            done.add(node)
+            order.append(node)
     return order
 
 
@@ -330,10 +335,7 @@ def _backward(root, gradient, wanted, deliver):
         upstream = [arrived.pop((node, place), (None,))[0] for place in range(len(node.outputs))]
         if node not in needed or all(g is None for g in upstream):
             continue
-        edges = node.edges
-        for i, (edge, g) in enumerate(zip(edges, _run_vjp(node, upstream))):
-            if edge and g is not None and _is_needed(edge[0], needed):
-                arrive(edge[0], _checked(node.op, i, g() if callable(g) else g, edge))
+        _run_node(node, upstream, needed, arrive)
 
 
 def _leading_to(order, wanted):
@@ -363,15 +365,17 @@ def _upstream(root, gradient):
     return gradient
 
 
-def _run_vjp(node, upstream):
-    """One entry per array argument. The node is freed first, so that what only its vjp held goes as soon as it has run."""
-    vjp, count = node.vjp, len(node.edges)
+def _run_node(node, upstream, needed, arrive):
+    """Free a node, run its vjp, and send on the gradients that are needed. What only the vjp held goes when this returns."""
+    vjp, edges = node.vjp, node.edges
     node.vjp, node.edges = None, ()
     entries = vjp(*upstream)
     entries = entries if isinstance(entries, tuple) else (entries,)
-    if len(entries) != count:
-        raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {count} array arguments")
-    return entries
+    if len(entries) != len(edges):
+        raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array arguments")
+    for i, (edge, g) in enumerate(zip(edges, entries)):
+        if edge and g is not None and _is_needed(edge[0], needed):
+            arrive(edge[0], _checked(node.op, i, g() if callable(g) else g, edge))
 
 
 def _accumulate(arrived, key, g):

@@ -177,3 +177,8 @@ def test_gumbel_softmax_refuses(call, message):
     with pytest.raises(InputError) as error:
         call(np.zeros((2, 3)))
     assert str(error.value) == message
+
+
+def test_unsigned_indices_are_indices():
+    x = np.arange(12.0).reshape(1, 4, 3)
+    assert np.array_equal(ops.take_tokens(x, np.array([[3, 1]], "uint64")), x[:, [3, 1]])

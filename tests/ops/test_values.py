@@ -349,3 +349,47 @@ def test_wrong_arguments_are_named(call, message):
     with pytest.raises(InputError) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gelu_of_a_single_number(dtype):
+    x = Tensor(np.array(0.3, dtype), requires_grad=True)
+    out = ops.gelu(x)
+    out.backward()
+    assert out.shape == x.grad.shape == () and out.dtype == x.grad.dtype == dtype
+    cdf = 0.5 * (1 + math.erf(0.3 / math.sqrt(2)))
+    assert np.isclose(out.item(), 0.3 * cdf, atol=4e-6)
+    assert np.isclose(x.grad, cdf + 0.3 * math.exp(-0.045) / math.sqrt(2 * math.pi), atol=1e-5)
+
+
+def test_integer_one_hot_targets_are_probabilities():
+    logits, labels = np.random.default_rng(0).standard_normal((3, 4)).astype("float32"), np.array([2, 0, 3])
+    assert ops.cross_entropy(logits, np.eye(4, dtype=int)[labels]).item() == pytest.approx(ops.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_the_gradient_of_a_zeroth_power_is_zero_even_at_zero():
+    x = Tensor(np.array([0.0, 2.0]), requires_grad=True)
+    (x ** 0).sum().backward()
+    assert np.array_equal(x.grad, [0.0, 0.0])
+
+
+def test_indexing_whole_numbers_keeps_them_whole():
+    labels = Tensor(np.arange(5))
+    assert labels[1:3].dtype == labels.dtype and np.array_equal(labels[1:3], [1, 2])
+
+
+@pytest.mark.parametrize("call, text", [
+    (lambda x: x + np.ones(4), "add: (3,), (4,): operands could not be broadcast together"),
+    (lambda x: x.sum(axis=2), "sum: (3,): axis 2 is out of bounds"),
+    (lambda x: x[5], "index: (3,): index 5 is out of bounds"),
+    (lambda x: ops.broadcast_to(x, shape=(2,)), "broadcast_to: (3,): operands could not be broadcast together"),
+    (lambda x: ops.swapaxes(x, 0, 1), "swapaxes: axes 0 and 1 of x (3,)"),
+])
+def test_what_numpy_refuses_is_refused_in_our_form(call, text):
+    with pytest.raises(InputError) as error:
+        call(Tensor(np.ones(3)))
+    assert str(error.value).startswith(text)
+
+
+def test_an_op_takes_bare_numbers():
+    assert ops.exp(1.0).dtype == np.float32 and ops.exp(1.0).item() == pytest.approx(math.e)

@@ -19,15 +19,16 @@ from .. import random
 from ..errors import expect
 
 SPLITS = ("train", "val", "test")
+# How hard the scenes are. Tuned once, for the ViT alone: dim 96, depth 6, 36,000 pictures seen -> 90 to 95 % on new ones.
 CLUTTER = (6, 12)  # strokes and blobs in a picture, both ends included
 RADII = ((0.25, 0.30), (0.22, 0.26), (0.19, 0.21))  # of the circle around each object, in pictures of 1, 2, 3 objects
 TURN = math.pi / 9  # objects are turned by up to this angle, either way
 LEVEL = (20, 50)  # mean brightness of the background, of 255
 NOISE = ((4, 20), (8, 10))  # its smooth noise: cells across the picture, and strength
+JITTER = 20.0  # each channel of a colour is moved by up to this much
 TRIES = 64  # arrangements tried; objects that have no room in any are left out
 PALETTE = np.array([[225, 60, 55], [240, 145, 40], [235, 215, 65], [85, 180, 75],
                     [60, 185, 190], [70, 110, 215], [150, 85, 195], [235, 130, 175]], "float32")
-JITTER = 20.0  # each colour channel is moved by up to this much, of 255
 CHUNK = 256  # scenes drawn at a time: bounds memory and fits the cache. Another chunk makes other pictures.
 
 

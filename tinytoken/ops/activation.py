@@ -14,7 +14,7 @@ def gelu(x):
     cdf = normal_cdf(x)
 
     def vjp(g):
-        slope = x * x
+        slope = xp.multiply(x, x, out=xp.empty_like(x))
         slope *= -0.5
         slope -= LOG_SQRT_2PI
         xp.exp(slope, out=slope)  # the normal density: Phi'(x)

@@ -39,7 +39,7 @@ def negative(x):
 def power(x, *, exponent):
     """x ** exponent for a number `exponent`, elementwise."""
     expect(isinstance(exponent, (int, float)), "power", lambda: f"exponent {exponent!r}, expected a number")
-    return _power(x, exponent), lambda g: g * exponent * _power(x, exponent - 1)
+    return _power(x, exponent), lambda g: g * exponent * _power(x, exponent - 1) if exponent else g * 0.0
 
 
 def _power(x, exponent):

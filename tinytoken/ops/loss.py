@@ -17,6 +17,7 @@ def cross_entropy(logits, targets: Index, *, smoothing=0.0):
     batch, classes = logits.shape
     soft = targets.shape == logits.shape
     if soft:
+        targets = targets.astype(logits.dtype, copy=False)  # integer one-hot rows, too
         wanted = targets * (1 - smoothing) + smoothing / classes
     else:
         check_labels("cross_entropy", targets, batch, classes)

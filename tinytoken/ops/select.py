@@ -57,7 +57,7 @@ def _flat_rows(where, x, index, length):
     xp = array_module(x)
     in_range = xp is not np or not index.size or 0 <= index.min() and index.max() < length  # a GPU would have to be waited for
     expect(in_range, where, lambda: f"index from {index.min()} to {index.max()}, expected 0 to {length - 1}")
-    return (index + xp.arange(len(index))[:, None] * length).reshape(-1)
+    return (index.astype("int64", copy=False) + xp.arange(len(index))[:, None] * length).reshape(-1)
 
 
 def top_k(scores, k):

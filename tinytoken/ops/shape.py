@@ -27,6 +27,7 @@ def transpose(x, *, axes=None):
 def swapaxes(x, a, b):
     """x with axes a and b exchanged."""
     axes = list(range(x.ndim))
+    expect(-x.ndim <= min(a, b) and max(a, b) < x.ndim, "swapaxes", lambda: f"axes {a} and {b} of {shape_of('x', x)}")
     axes[a], axes[b] = axes[b], axes[a]
     return transpose(x, axes=axes)
 
@@ -66,7 +67,7 @@ def index(x, *, key):
 def getitem(x, key):
     """x[key] as Tensor.__getitem__ gets it: Tensors in the key become their arrays."""
     raw = tuple(part.data if isinstance(part, Tensor) else part for part in (key if isinstance(key, tuple) else (key,)))
-    return index(x, key=raw)
+    return index(x, key=raw) if x.dtype.kind == "f" else Tensor(x.data[raw])  # an op would cast whole numbers to floats
 
 
 @op
