@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
+from equations import resize_by_loops
 from small import MODELS, SMALL, each_model, loss_of, refuses
 from tinytoken import nn
 from tinytoken.models import LookupViT, ViT
@@ -335,6 +336,8 @@ def test_models_start_from_the_scaled_table():
     mean = ViT(**SMALL, pool="mean")
     for p in (vit.pos_embed.data[:, 1:], mean.pos_embed, look.pos_embed, look.pos_embed_compressed):
         np.testing.assert_allclose(p, 0.7 * table[None], rtol=0, atol=1e-6)
+    smaller = LookupViT(**SMALL, compressed=(2, 3)).pos_embed_compressed.data[0]
+    np.testing.assert_allclose(smaller, resize_by_loops((4, 4), (2, 3)) @ (0.7 * table), rtol=0, atol=1e-6)
     assert 0.002 < np.abs(vit.cls_token.data).std() < 0.04
 
 

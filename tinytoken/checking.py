@@ -300,15 +300,16 @@ class _Check:
         a, n, allowed, excuse = found
         kind, reading = excuse or (None, "no element of the sample differs; raise max_elements to find those that do")
         verdict = "cannot be checked" if excuse else "is wrong"
-        raise self.failure(kind, f"the gradient of {guilty} {verdict} along a random direction: analytic {a:.9g}, numeric {n:.9g} "
-                           f"(allowed difference {allowed:.1e})\n  reading: {reading}")
+        raise self.failure(kind, f"the gradient of {guilty} {verdict} along a random direction: analytic {a:.9g}, "
+                           f"numeric {n:.9g} (allowed difference {allowed:.1e})\n  reading: {reading}")
 
     def zero_upstream(self, which):
         for name, gradient in zip(self.names, self.analytic(which, factor=0.0)[1]):
             bad = np.count_nonzero(to_numpy(gradient))
             if bad:
-                raise self.failure("upstream not used", f"the gradient of {name} {gradient.shape} is not zero with zeros upstream, "
-                                   f"at {bad} of {gradient.size} elements: each of its terms needs the upstream gradient as a factor")
+                raise self.failure("upstream not used", f"the gradient of {name} {gradient.shape} is not zero with zeros "
+                                   f"upstream, at {bad} of {gradient.size} elements: each of its terms has the upstream gradient "
+                                   "as a factor")
 
     # Failing
 

@@ -194,18 +194,34 @@ def draw(recipe, trained, test, prepare, path, count=6):
     return f"picture: {path}"
 
 
-def table_text(table):
-    """The table as Markdown."""
-    first = table["rows"][0]
+def table_text(*tables):
+    """The table as Markdown. Of several, which differ in their seeds: mean and standard deviation of the accuracies, and the rest
+    of the first."""
+    table = tables[0]
     lines = ["| model | accuracy | M MACs | of ViT's | parameters | images/s, batch 1 | images/s, batch 128 |", "|---|---|---|---|---|---|---|"]
-    for row in table["rows"]:
-        speed = row["images_per_second"]
-        lines.append(f"| {row['model']} | {100 * row['accuracy']:.1f} % | {row['macs'] / 1e6:.2f} | {row['macs'] / first['macs']:.2f} "
-                     f"| {row['parameters']:,} | {speed['1'][0]:.0f} | {speed['128'][0]:.0f} |")
-    lines.append("")
-    lines.append(f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, counted by the engine; images/s are medians.")
+    for i, row in enumerate(table["rows"]):
+        speed, reached = row["images_per_second"], [100 * t["rows"][i]["accuracy"] for t in tables]
+        spread = f" ± {statistics.stdev(reached):.1f}" if len(tables) > 1 else ""
+        lines.append(f"| {row['model']} | {statistics.mean(reached):.1f}{spread} % | {row['macs'] / 1e6:.2f} "
+                     f"| {row['macs'] / table['rows'][0]['macs']:.2f} | {row['parameters']:,} | {speed['1'][0]:.0f} | {speed['128'][0]:.0f} |")
+    lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, counted by the engine; images/s are medians."]
     if table["kept_on_object"]:
-        kept = table["kept_on_object"]
-        stages = ", ".join(f"{100 * share:.1f} %" for share in kept["stages"])
-        lines.append(f"Share of object in the patches that DynamicViT keeps, by stage: {stages}; in all patches (chance): {100 * kept['all']:.1f} %.")
+        stages = ", ".join(f"{100 * statistics.mean(shares):.1f} %" for shares in zip(*(t["kept_on_object"]["stages"] for t in tables)))
+        chance = statistics.mean(t["kept_on_object"]["all"] for t in tables)
+        lines.append(f"Share of object in the patches that DynamicViT keeps, by stage: {stages}; in all patches (chance): {100 * chance:.1f} %.")
     return "\n".join(lines)
+
+
+def conditions_text(*tables):
+    """What the numbers of table_text were measured with: recipe, seeds, machine."""
+    recipe, on = tables[0]["recipe"], tables[0]["machine"]
+    seeds = [t["recipe"]["seed"] for t in tables]
+    minutes = {name: sum(part["seconds"] for phase, part in tables[0]["training"].items() if phase.startswith(name)) / 60
+               for name in ("vit", "dynamicvit", "lookupvit")}
+    taught = tables[0]["training"]["vit-start"]["seconds"] / 60
+    settings = " ".join(f"{k}={v}" for k, v in on["environment"].items()) or "no BLAS variables set"
+    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, the last {recipe['steps'] // 4:,} at learning rate {recipe['further_lr']} after "
+            f"{recipe['lr']}; dim {recipe['dim']}, depth {recipe['depth']}, {recipe['heads']} heads, patch {recipe['patch']}. "
+            f"{'Seeds' if len(seeds) > 1 else 'One seed,'} {', '.join(map(str, seeds))}{': mean and standard deviation' if len(seeds) > 1 else ''}. "
+            f"Training: ViT {minutes['vit']:.1f} min, DynamicViT {minutes['dynamicvit']:.1f} min after the ViT's first {taught:.1f}, "
+            f"LookupViT {minutes['lookupvit']:.1f} min. Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}, {settings}.")

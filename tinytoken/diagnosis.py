@@ -135,7 +135,7 @@ def not_summed(e):
                                           f"{output} is in it")
             everything = c.sum(axis=(0, *(i for i in range(1, c.ndim) if i != axis)))
             if math.prod(e.shape) == max(e.shape, default=0) and e.near(everything, e.analytic):
-                return "not summed", f"summed over the wrong axes: what is left is axis {axis - 1} of output {output}, not this input's"
+                return "not summed", f"summed over the wrong axes: axis {axis - 1} of output {output} is left, not this input's"
 
 
 def duplicates(e):

@@ -95,6 +95,6 @@ class Slopes:
         if np.ptp(central) <= 0.1 * gap and not closer > max(0.75 * apart, 0.1 * gap):
             return None
         steps = ", ".join(f"{c:.4g}" for c in central)
-        return "not differentiable", (f"not differentiable here: steps of eps/2, eps and 2 eps give {steps}; to the left {left:.4g}, "
-                                      f"to the right {right:.4g}. Move the input off the kink (a tie, a hard decision), "
+        return "not differentiable", (f"not differentiable here: steps of eps/2, eps and 2 eps give {steps}; to the left "
+                                      f"{left:.4g}, to the right {right:.4g}. Move the input off the kink (a tie, a hard decision), "
                                       "or take a smaller eps")
