@@ -96,5 +96,5 @@ class Slopes:
             return None
         steps = ", ".join(f"{c:.4g}" for c in central)
         return "not differentiable", (f"not differentiable here: steps of eps/2, eps and 2 eps give {steps}; to the left "
-                                      f"{left:.4g}, to the right {right:.4g}. Move the input off the kink (a tie, a hard decision), "
-                                      "or take a smaller eps")
+                                      f"{left:.4g}, to the right {right:.4g}. Move the input off the kink (a tie, a hard "
+                                      "decision), or take a smaller eps")
