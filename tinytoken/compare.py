@@ -26,7 +26,7 @@ from .train import Classify, Distil, Run, accuracy, fit, infer
 class Recipe:
     """Everything that decides a comparison's accuracies. steps: of each model, both parts together."""
     data: str = "scenes"
-    steps: int = 560
+    steps: int = 500
     batch: int = 64
     seed: int = 0
     dim: int = 96
