@@ -217,6 +217,14 @@ def test_restore_refuses_another_model_and_changes_nothing(saved):
         assert bits(other) == before and optimizer.steps == 0
 
 
+def test_restore_refuses_another_kind_of_the_same_size(tmp_path):
+    class Twin(ViT):
+        pass
+    checkpoint.save(tmp_path / "m.npz", Twin(**SIZES))
+    with pytest.raises(tt.InputError, match=r"holds Twin\(image_size=8, .*\), expected ViT\(image_size=8, .*\)$"):
+        checkpoint.restore(tmp_path / "m.npz", ViT(**SIZES))
+
+
 def test_restore_refuses_a_finished_model_where_moments_are_wanted(saved):
     model = ViT(**SIZES)
     before = bits(model)

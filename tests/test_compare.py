@@ -94,6 +94,23 @@ def test_rows(done):
     assert both["macs"] > one["macs"] and both["parameters"] == one["parameters"]
 
 
+def test_each_row_is_a_way_to_call_its_model(monkeypatch):
+    """infer is replaced by one that is right for a single row."""
+    test = make_scenes(RECIPE.test_pictures, seed=0, split="test")
+    model = RECIPE.model(models.LookupViT, compressed=(2, 2))
+    dynamic = RECIPE.model(models.DynamicViT, prune_before=(1,), keep_ratios=(0.5,))
+    used = set()
+
+    def infer(asked, images, *prepare, threads, batch_size=128, **call):
+        used.add(threads)
+        right = asked is model and call == {"mean_of_heads": True}
+        return np.eye(10)[test.labels if right else (test.labels + 1) % 10]
+    monkeypatch.setattr(compare, "infer", infer)
+    found = {"ViT": RECIPE.model(models.ViT), "DynamicViT": dynamic, "LookupViT": model}
+    table = compare.measure(RECIPE, found, test, lambda images: normalise(images, (0.2,) * 3, (0.2,) * 3), "cpu", threads=7)
+    assert [row["accuracy"] for row in table["rows"]] == [0, 0, 0, 1] and used == {7}
+
+
 def test_what_the_table_says_of_itself(done):
     _, table, _ = done
     assert table["test_pictures"] == 20 and table["recipe"] == dataclasses.asdict(RECIPE)
@@ -108,6 +125,17 @@ def test_machine_names_the_settings_that_decide_speed(monkeypatch):
     assert found["environment"]["OPENBLAS_NUM_THREADS"] == "7" and "SECRET" not in found["environment"]
     monkeypatch.setattr(compare.pathlib.Path, "exists", lambda self: False)
     assert compare.machine("cpu")["processor"]  # a system without /proc/cpuinfo
+
+
+def test_peak_memory_is_in_megabytes_everywhere(monkeypatch, done):
+    assert 20 < compare.peak_memory() < 5000 and 20 < done[1]["this_call"]["peak_memory_mb"] <= compare.peak_memory()
+    usage = types.SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: types.SimpleNamespace(ru_maxrss=3_000_000))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    for system, megabytes in (("Linux", 3072), ("Darwin", 3)):  # kilobytes here, bytes there
+        monkeypatch.setattr(compare.platform, "system", lambda system=system: system)
+        assert compare.peak_memory() == megabytes
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert compare.peak_memory() is None
 
 
 def row(name, accuracy, macs, parameters, one, many):
@@ -127,6 +155,27 @@ def test_table_text():
              "Share of object in the patches that DynamicViT keeps, by stage: 20.0 %, 34.6 %; in all patches (chance): 15.0 %."]
     assert compare.table_text(table) == "\n".join(lines)
     assert compare.table_text(table | {"kept_on_object": None}) == "\n".join(lines[:-1])
+    other = {"rows": [row("ViT", 0.9175, 1, 1, 1, 1), row("DynamicViT", 0.54, 1, 1, 1, 1)], "test_pictures": 2000,
+             "kept_on_object": {"all": 0.17, "stages": [0.3, 0.34567]}}
+    lines[2:4] = ["| ViT | 92.8 ± 1.4 % | 50.00 | 1.00 | 690,000 | 123 | 1234 |",
+                  "| DynamicViT | 52.0 ± 2.8 % | 25.50 | 0.51 | 1,700,000 | 100 | 2000 |"]
+    lines[-1] = ("Share of object in the patches that DynamicViT keeps, by stage: 25.0 %, 34.6 %; in all patches (chance): "
+                 "16.0 %.")
+    assert compare.table_text(table, other) == "\n".join(lines)
+
+
+def test_conditions_text():
+    seconds = {"vit-start": 90, "vit": 30, "dynamicvit": 60, "lookupvit-start": 150, "lookupvit": 60}
+    table = {"recipe": dataclasses.asdict(RECIPE) | {"steps": 6000}, "training": {k: {"seconds": v} for k, v in seconds.items()},
+             "machine": {"processor": "An EPYC", "cpus": 2, "numpy": "2.4", "blas": "OpenBLAS Zen, 2 threads", "environment": {}}}
+    text = ("Recipe: 6,000 steps of 8 pictures, the last 1,500 at learning rate 0.0003 after 0.001; dim 16, depth 2, 2 heads, "
+            "patch 8. One seed, 0. Training: ViT 2.0 min, DynamicViT 1.0 min after the ViT's first 1.5, LookupViT 3.5 min. "
+            "Machine: An EPYC, 2 CPUs, NumPy 2.4, OpenBLAS Zen, 2 threads, no BLAS variables set.")
+    assert compare.conditions_text(table) == text
+    other = table | {"recipe": table["recipe"] | {"seed": 5}}
+    assert compare.conditions_text(table, other) == text.replace("One seed, 0.", "Seeds 0, 5: mean and standard deviation.")
+    table["machine"]["environment"] = {"OMP_NUM_THREADS": "2", "MALLOC_X": "1"}
+    assert compare.conditions_text(table).endswith(", OMP_NUM_THREADS=2 MALLOC_X=1.")
 
 
 def test_kept_on_object_is_the_mean_over_kept_patches_pixel_by_pixel():

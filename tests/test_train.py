@@ -108,6 +108,12 @@ def test_fit_learns_and_leaves_the_model_in_eval_mode():
     assert accuracy(infer(model, data.images, prepare), data.labels) > 0.9
 
 
+def test_fit_trains_a_model_that_was_in_eval_mode(uninterrupted):
+    model, objective = dynamicvit()
+    model.eval()
+    assert bits(train((model, objective))[0]) == uninterrupted[dynamicvit][0]
+
+
 def test_the_teacher_is_never_changed():
     model, objective = dynamicvit()
     before, student = bits(objective.teacher), bits(model)

@@ -36,10 +36,12 @@ def parser():
     guess = commands.add_parser("predict", help="classes of a picture by a checkpoint, and the tokens it used")
     guess.add_argument("checkpoint", type=pathlib.Path)
     guess.add_argument("picture", type=pathlib.Path)
-    guess.add_argument("--out", type=pathlib.Path, help="where to write the picture with its tokens (default: PICTURE.tokens.png)")
+    guess.add_argument("--out", type=pathlib.Path,
+                       help="where to write the picture with its tokens (default: PICTURE.tokens.png)")
     guess.set_defaults(run=run_predict)
 
-    commands.add_parser("doctor", help="what was found on this machine, and what would fix what is missing").set_defaults(run=run_doctor)
+    doctor = commands.add_parser("doctor", help="what was found on this machine, and what would fix what is missing")
+    doctor.set_defaults(run=run_doctor)
     return top
 
 

@@ -87,7 +87,8 @@ def to_numpy(array):
 
 # Functions that NumPy lacks, or that the two modules spell differently
 
-# tanh(x p(x^2)) is erf(x / sqrt 2) to 7e-6. Fitted so that x Phi(x) is right to 4e-6 on [-9, 9]; the last coefficient is positive, so it saturates without a clip.
+# tanh(x p(x^2)) is erf(x / sqrt 2) to 7e-6. Fitted so that x Phi(x) is right to 4e-6 on [-9, 9]; the last coefficient is
+# positive, so it saturates without a clip.
 CDF_POLYNOMIAL = (0.79785240, 0.036438372, -1.1375348e-4, -3.2048421e-5, 1.1802173e-6)
 _exact_erf = np.frompyfunc(math.erf, 1, 1)
 

@@ -68,7 +68,8 @@ def load(path):
             file.seek(0)
             with np.load(file, allow_pickle=False) as box:
                 header = json.loads(str(box["header"])) if "header" in box.files else {}
-                expect(header.get("format") == FORMAT, "checkpoint", f"{path} is not a {FORMAT!r} (its header says {header.get('format')!r})")
+                expect(header.get("format") == FORMAT, "checkpoint",
+                       f"{path} is not a {FORMAT!r} (its header says {header.get('format')!r})")
                 expect({"model", "config"} <= header.keys(), "checkpoint", f"{path} does not say its model and config")
                 for name in box.files:
                     if name != "header":
@@ -86,7 +87,7 @@ def load_model(path):
     header, groups = load(path)
     kind = models.BY_NAME.get(header["model"])
     expect(kind is not None, "checkpoint", f"{path} holds a {header['model']!r}, expected one of {', '.join(models.BY_NAME)}")
-    model = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()})
+    model = kind(**header["config"])
     model.load_state_dict(groups["model"])
     return model, header
 
@@ -99,7 +100,8 @@ def restore(path, model, optimizer=None):
     expected = (type(model).__name__, json.loads(json.dumps(model.config)))
     expect(given == expected, "checkpoint", f"{path} holds {_describe(*given)}, expected {_describe(*expected)}")
     if optimizer is not None:
-        expect(groups["optimizer"], "checkpoint", f"{path} holds no optimiser moments: it is a finished model, not a run to go on with")
+        expect(groups["optimizer"], "checkpoint",
+               f"{path} holds no optimiser moments: it is a finished model, not a run to go on with")
         optimizer.load_state(groups["optimizer"], header["optimizer_steps"])
     model.load_state_dict(groups["model"])
     return header

@@ -54,8 +54,8 @@ class Recipe:
 
 
 def run(recipe, out, device="auto", every=200, threads=None, bar=True):
-    """Run the comparison: writes the checkpoints, history.jsonl, table.json and tokens.png into the folder `out` -> (table, a line
-    that says where the picture is). What an interrupted run has finished there is not done again."""
+    """Run the comparison: writes the checkpoints, history.jsonl, table.json and tokens.png into the folder `out` -> (table, a
+    line that says where the picture is). What an interrupted run has finished there is not done again."""
     began, out, device = time.perf_counter(), pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
     expect(threads is None or threads >= 1, "compare", f"{threads} threads, expected at least 1")
@@ -67,7 +67,8 @@ def run(recipe, out, device="auto", every=200, threads=None, bar=True):
     trained, training = train_all(recipe, batches, train.names, Run(out, every), device, threads, bar)
     prepare = lambda images: normalise(backend.to_device(images, device), batches.mean, batches.std)
     table = measure(recipe, trained, test, prepare, device, threads)
-    table |= {"training": training, "this_call": {"seconds": round(time.perf_counter() - began, 1), "peak_memory_mb": peak_memory()}}
+    table |= {"training": training,
+              "this_call": {"seconds": round(time.perf_counter() - began, 1), "peak_memory_mb": peak_memory()}}
     checkpoint.write_json(out / "table.json", table)
     return table, draw(recipe, trained, test, prepare, out / "tokens.png")
 
@@ -95,8 +96,8 @@ def train_all(recipe, batches, names, run, device, threads=None, bar=True):
     header = {"classes": list(names), "mean": batches.mean, "std": batches.std, "data": recipe.data}
 
     def part(phase, model, objective, steps, lr, offset):
-        results[phase] = fit(model, objective, batches, steps=steps, lr=lr, weight_decay=recipe.weight_decay, seed=recipe.seed, offset=offset,
-                             threads=threads, run=run, phase=phase, header=header, bar=bar)
+        results[phase] = fit(model, objective, batches, steps=steps, lr=lr, weight_decay=recipe.weight_decay,
+                             seed=recipe.seed, offset=offset, threads=threads, run=run, phase=phase, header=header, bar=bar)
 
     vit, teacher = recipe.model(models.ViT).to(device), recipe.model(models.ViT).to(device)
     part("vit-start", vit, Classify(vit, recipe.smoothing), first, recipe.lr, 0)
@@ -153,14 +154,16 @@ def kept_on_object(dynamic, test, prepare, patch, most=2000):
     for a in range(0, len(shares), 128):
         with no_grad():
             _, trace = dynamic.eval()(prepare(test.images[a:min(a + 128, most)]), trace=True)
-        sums.append([np.take_along_axis(shares[a:a + 128], backend.to_numpy(kept), axis=1).mean(axis=1).sum() for kept in trace.kept])
+        sums.append([np.take_along_axis(shares[a:a + 128], backend.to_numpy(kept), axis=1).mean(axis=1).sum()
+                     for kept in trace.kept])
     return {"all": float(shares.mean()), "stages": [float(s) / len(shares) for s in np.sum(sums, axis=0)]}
 
 
 def machine(device):
     """What the numbers were measured on."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {"processor": names[0] if names else platform.processor() or platform.machine(), "cpus": backend.cpu_count(),
             "blas": backend.blas_description(), "environment": {k: v for k, v in sorted(os.environ.items())
                                                                if k.startswith(("OPENBLAS_", "MKL_", "OMP_", "MALLOC_"))},
@@ -182,7 +185,8 @@ def draw(recipe, trained, test, prepare, path, count=6):
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return "no tokens.png: matplotlib is not installed (pip install 'tinytoken-vit[plot]'); run the command again for it, nothing is trained twice"
+        return ("no tokens.png: matplotlib is not installed (pip install 'tinytoken-vit[plot]'); "
+                "run the command again for it, nothing is trained twice")
     images = prepare(test.images[:count])
     with no_grad():
         logits = {name: backend.to_numpy(model.eval()(images).data) for name, model in trained.items()}
@@ -198,17 +202,22 @@ def table_text(*tables):
     """The table as Markdown. Of several, which differ in their seeds: mean and standard deviation of the accuracies, and the rest
     of the first."""
     table = tables[0]
-    lines = ["| model | accuracy | M MACs | of ViT's | parameters | images/s, batch 1 | images/s, batch 128 |", "|---|---|---|---|---|---|---|"]
+    lines = ["| model | accuracy | M MACs | of ViT's | parameters | images/s, batch 1 | images/s, batch 128 |",
+             "|---|---|---|---|---|---|---|"]
     for i, row in enumerate(table["rows"]):
         speed, reached = row["images_per_second"], [100 * t["rows"][i]["accuracy"] for t in tables]
         spread = f" ± {statistics.stdev(reached):.1f}" if len(tables) > 1 else ""
         lines.append(f"| {row['model']} | {statistics.mean(reached):.1f}{spread} % | {row['macs'] / 1e6:.2f} "
-                     f"| {row['macs'] / table['rows'][0]['macs']:.2f} | {row['parameters']:,} | {speed['1'][0]:.0f} | {speed['128'][0]:.0f} |")
-    lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, counted by the engine; images/s are medians."]
+                     f"| {row['macs'] / table['rows'][0]['macs']:.2f} | {row['parameters']:,} "
+                     f"| {speed['1'][0]:.0f} | {speed['128'][0]:.0f} |")
+    lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, counted by the engine; "
+                  "images/s are medians."]
     if table["kept_on_object"]:
-        stages = ", ".join(f"{100 * statistics.mean(shares):.1f} %" for shares in zip(*(t["kept_on_object"]["stages"] for t in tables)))
+        stages = ", ".join(f"{100 * statistics.mean(shares):.1f} %"
+                           for shares in zip(*(t["kept_on_object"]["stages"] for t in tables)))
         chance = statistics.mean(t["kept_on_object"]["all"] for t in tables)
-        lines.append(f"Share of object in the patches that DynamicViT keeps, by stage: {stages}; in all patches (chance): {100 * chance:.1f} %.")
+        lines.append(f"Share of object in the patches that DynamicViT keeps, by stage: {stages}; "
+                     f"in all patches (chance): {100 * chance:.1f} %.")
     return "\n".join(lines)
 
 
@@ -220,8 +229,10 @@ def conditions_text(*tables):
                for name in ("vit", "dynamicvit", "lookupvit")}
     taught = tables[0]["training"]["vit-start"]["seconds"] / 60
     settings = " ".join(f"{k}={v}" for k, v in on["environment"].items()) or "no BLAS variables set"
-    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, the last {recipe['steps'] // 4:,} at learning rate {recipe['further_lr']} after "
-            f"{recipe['lr']}; dim {recipe['dim']}, depth {recipe['depth']}, {recipe['heads']} heads, patch {recipe['patch']}. "
-            f"{'Seeds' if len(seeds) > 1 else 'One seed,'} {', '.join(map(str, seeds))}{': mean and standard deviation' if len(seeds) > 1 else ''}. "
-            f"Training: ViT {minutes['vit']:.1f} min, DynamicViT {minutes['dynamicvit']:.1f} min after the ViT's first {taught:.1f}, "
-            f"LookupViT {minutes['lookupvit']:.1f} min. Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}, {settings}.")
+    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, the last {recipe['steps'] // 4:,} "
+            f"at learning rate {recipe['further_lr']} after {recipe['lr']}; dim {recipe['dim']}, depth {recipe['depth']}, "
+            f"{recipe['heads']} heads, patch {recipe['patch']}. {'Seeds' if len(seeds) > 1 else 'One seed,'} "
+            f"{', '.join(map(str, seeds))}{': mean and standard deviation' if len(seeds) > 1 else ''}. "
+            f"Training: ViT {minutes['vit']:.1f} min, DynamicViT {minutes['dynamicvit']:.1f} min "
+            f"after the ViT's first {taught:.1f}, LookupViT {minutes['lookupvit']:.1f} min. "
+            f"Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}, {settings}.")

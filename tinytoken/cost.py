@@ -26,7 +26,8 @@ class Macs:
         return self.total
 
     def __str__(self):
-        return "\n".join(f"{name:<28}{count:>14,}" for name, count in [*self.by_module.items(), ("total MACs per image", self.total)])
+        rows = [*self.by_module.items(), ("total MACs per image", self.total)]
+        return "\n".join(f"{name:<28}{count:>14,}" for name, count in rows)
 
 
 def macs(model, images, **call):
@@ -78,5 +79,6 @@ def graph_text(loss):
         total += macs
         outputs = ", ".join(str(tuple(s)) for s in node.outputs)
         freed = "  (freed)" if node.vjp is None else ""
-        rows.append(f"%{number[node]:<4} {node.op.name:<16} {' '.join(inputs)} -> {outputs}" + (f"  {macs:,} MACs" if macs else "") + freed)
+        rows.append(f"%{number[node]:<4} {node.op.name:<16} {' '.join(inputs)} -> {outputs}"
+                    + (f"  {macs:,} MACs" if macs else "") + freed)
     return "\n".join(rows + [f"{len(rows)} ops, {total:,} multiply-adds (MACs)"])

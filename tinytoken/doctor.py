@@ -15,7 +15,8 @@ def report():
     rows = [("Python", f"{platform.python_version()} on {platform.platform()}"),
             ("NumPy", np.__version__),
             ("BLAS", backend.blas_description()),
-            ("settings", ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("OPENBLAS_", "OMP_", "MKL_", "MALLOC_")))
+            ("settings", ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items())
+                                   if k.startswith(("OPENBLAS_", "OMP_", "MKL_", "MALLOC_")))
              or "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set"),
             ("CPUs", f"{backend.cpu_count()} may be used"),
             ("allocator", f"for training: {backend.prepare_cpu()}"),
@@ -30,7 +31,8 @@ def gpu():
     ready, reason = backend.cuda_ready()
     wheels = [name for name in ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy") if _version(name)]
     if len(wheels) > 1:
-        return f"{' and '.join(wheels)} are installed together, which breaks both: pip uninstall {' '.join(wheels)}, then install one"
+        return (f"{' and '.join(wheels)} are installed together, which breaks both: "
+                f"pip uninstall {' '.join(wheels)}, then install one")
     if ready:
         cupy = backend.module_for("cuda")
         name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
@@ -42,9 +44,11 @@ def advice():
     """The exact pip line for this machine's driver, as far as nvidia-smi tells."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return "No nvidia-smi here, so probably no NVIDIA driver; with one: pip install 'tinytoken-vit[cuda13]' (driver 580 or newer) or [cuda12]"
+        return ("No nvidia-smi here, so probably no NVIDIA driver; with one: "
+                "pip install 'tinytoken-vit[cuda13]' (driver 580 or newer) or [cuda12]")
     try:
-        said = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20).stdout
+        said = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"],
+                              capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi is here but cannot be run ({error})"
     major = int(said.split(".")[0]) if said.split(".")[0].isdigit() else 0

@@ -106,7 +106,8 @@ class Module:
         return self
 
     def to(self, device):
-        """Move all parameters to 'cpu' or 'cuda'; those that are there stay as they are. A move voids flat storage. Returns self."""
+        """Move all parameters to 'cpu' or 'cuda'; those that are there stay as they are. Returns self.
+        A move voids flat storage."""
         for p in self.parameters():
             if p.device != device:
                 p.data, p.grad = to_device(p.data, device), None
@@ -145,7 +146,8 @@ class Module:
         for name, module in self.named_modules():
             owned = [p for p in vars(module).values() if isinstance(p, Parameter)]
             if owned:
-                rows.append((name or "(model)", type(module).__name__, ", ".join(str(p.shape) for p in owned), sum(p.size for p in owned)))
+                rows.append((name or "(model)", type(module).__name__, ", ".join(str(p.shape) for p in owned),
+                             sum(p.size for p in owned)))
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"{n:<{widths[0]}}  {kind:<{widths[1]}}  {shapes:<{widths[2]}}  {size:>10,}" for n, kind, shapes, size in rows]
         return "\n".join(lines + [f"{type(self).__name__}: {self.parameter_count():,} parameters"])
@@ -162,8 +164,8 @@ def _one_width(arrays):
         warnings.warn(f"load_state_dict: {len(narrow)} arrays of dtype {arrays[narrow[0]].dtype} become float32", stacklevel=3)
         arrays = {n: a.astype("float32") if n in narrow else a for n, a in arrays.items()}
     widths = {a.dtype.name for a in arrays.values()}
-    expect(widths <= {"float32"} or widths <= {"float64"}, "load_state_dict", lambda: f"dtypes {', '.join(sorted(widths))}, expected "
-           "all float32 or all float64")
+    expect(widths <= {"float32"} or widths <= {"float64"}, "load_state_dict",
+           lambda: f"dtypes {', '.join(sorted(widths))}, expected all float32 or all float64")
     return arrays
 
 
@@ -179,7 +181,8 @@ class Flat:
                "parameters of more than one dtype or device")
         xp = array_module(first)
         order = sorted(range(len(params)), key=lambda i: _group(params[i]))
-        self.data, self.grad = xp.empty(sum(p.size for p in params), first.dtype), xp.zeros(sum(p.size for p in params), first.dtype)
+        size = sum(p.size for p in params)
+        self.data, self.grad = xp.empty(size, first.dtype), xp.zeros(size, first.dtype)
         self.groups, self.segments, self.bounds, start = [_group(p) for p in params], [], [None] * len(params), 0
         for i in order:
             p, stop = params[i], start + params[i].size
@@ -336,7 +339,8 @@ class Projection(Module):
     parts = 1
 
     def __init__(self, dim, channels, patch):
-        self.weight, self.bias = Parameter(np.zeros((dim, channels, patch, patch), "float32"), decay=True), Parameter(np.zeros(dim, "float32"))
+        self.weight = Parameter(np.zeros((dim, channels, patch, patch), "float32"), decay=True)
+        self.bias = Parameter(np.zeros(dim, "float32"))
 
     def forward(self, patches):
         return ops.linear(patches, self.weight.reshape(len(self.weight), -1), self.bias)
@@ -356,7 +360,8 @@ class PatchEmbed(Module):
         expected = (self.channels, self.image_size, self.image_size)
         expect(len(images.shape) == 4 and tuple(images.shape[1:]) == expected, "images",
                lambda: f"{tuple(images.shape)}, expected (B, {', '.join(map(str, expected))})")
-        expect(images.dtype.kind == "f", "images", lambda: f"dtype {images.dtype}, expected float32: normalise them first (tt.data.normalise)")
+        expect(images.dtype.kind == "f", "images",
+               lambda: f"dtype {images.dtype}, expected float32: normalise them first (tt.data.normalise)")
         if not isinstance(images, Tensor):
             images = images.astype(self.proj.weight.dtype, copy=False)
         return self.proj(ops.patchify(images, patch=self.patch_size))

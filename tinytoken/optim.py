@@ -21,7 +21,8 @@ class AdamW:
 
     def __init__(self, params, lr=1e-3, *, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip=None):
         expect(lr >= 0 and weight_decay >= 0 and eps > 0 and all(0 <= b < 1 for b in betas), "AdamW",
-               f"lr {lr}, weight_decay {weight_decay}, betas {betas}, eps {eps}: not negative, eps positive, betas below 1 expected")
+               f"lr {lr}, weight_decay {weight_decay}, betas {betas}, eps {eps}: "
+               "not negative, eps positive, betas below 1 expected")
         expect(clip is None or clip > 0, "AdamW", f"clip {clip}, expected a positive norm or None")
         self.params = list(params)
         self.flat = nn.flatten(self.params)
@@ -101,8 +102,8 @@ def warmup_cosine(step, steps, warmup=0.1):
 def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
     """Loss and gradients of a batch -> (loss, parts), floats; the gradients are left in .grad (flat storage), overwritten.
 
-    batch: a tuple of arrays, cut along axis 0 into micro-batches of `micro` images; noise belongs in it. loss_fn(*slice) is a mean
-    over the slice's images, a Tensor or (Tensor, parts): it is weighted by the slice's share. threads: Python threads that
+    batch: a tuple of arrays, cut along axis 0 into micro-batches of `micro` images; noise belongs in it. loss_fn(*slice) is a
+    mean over the slice's images, a Tensor or (Tensor, parts): it is weighted by the slice's share. threads: Python threads that
     share the micro-batches, by number (thread i takes i, i + threads, ...), each with a gradient buffer of its own, added up in
     a fixed order: the same thread count gives the same bits. None: the CPUs of this process. BLAS is held to one thread inside.
     On CuPy the batch is one slice on one thread.
@@ -112,7 +113,8 @@ def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
     size = _batch_size(batch)
     if array_module(flat.data) is not np:
         micro, threads = size, 1
-    expect(micro >= 1 and (threads is None or threads >= 1), "loss_and_grads", f"micro {micro}, threads {threads}: at least 1 each expected")
+    expect(micro >= 1 and (threads is None or threads >= 1), "loss_and_grads",
+           f"micro {micro}, threads {threads}: at least 1 each expected")
     cuts = [slice(a, min(a + micro, size)) for a in range(0, size, micro)]
     threads = min(threads or cpu_count(), len(cuts))
     prepare_cpu()
@@ -125,7 +127,8 @@ def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
             share = (cut.stop - cut.start) / size
             out = loss_fn(*(array[cut] for array in batch))
             loss, parts = out if isinstance(out, tuple) else (out, {})
-            expect(isinstance(loss, Tensor) and loss.shape == (), "loss_and_grads", "loss_fn must return a scalar Tensor, or one and its parts")
+            expect(isinstance(loss, Tensor) and loss.shape == (), "loss_and_grads",
+                   "loss_fn must return a scalar Tensor, or one and its parts")
             results.append([array * share for array in (loss.data, *(_raw(p) for p in parts.values()))])
             grad(loss * share, params, into=views, add=True)
         return buffer, results, tuple(parts)
@@ -144,7 +147,8 @@ def _raw(value):
 
 def _batch_size(batch):
     sizes = {len(array) for array in batch}
-    expect(len(sizes) == 1 and sizes != {0}, "loss_and_grads", lambda: f"batch arrays of {', '.join(str(len(a)) for a in batch)} images: one size expected")
+    expect(len(sizes) == 1 and sizes != {0}, "loss_and_grads",
+           lambda: f"batch arrays of {', '.join(str(len(a)) for a in batch)} images: one size expected")
     return sizes.pop()
 
 

@@ -5,8 +5,8 @@ from .checkpoint import replacing
 
 
 def tokens(path, images, labels, predictions, kept, attention, patch):
-    """One row per picture: the picture; what DynamicViT keeps at each stage; where LookupViT's last gather looks, summed over heads
-    and compressed tokens, and the compressed token with the most peaked attention alone.
+    """One row per picture: the picture; what DynamicViT keeps at each stage; where LookupViT's last gather looks, summed over
+    heads and compressed tokens, and the compressed token with the most peaked attention alone.
 
     images (B, 3, H, W) uint8; labels: B names; predictions: {model: B names}; kept[s] (B, k) patch numbers, ascending; attention
     (B, H, M, N). A model without the one or the other gives [] or None.

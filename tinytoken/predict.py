@@ -28,7 +28,8 @@ def read_picture(path, size):
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise InputError("predict reads pictures with pillow, which is not installed: pip install 'tinytoken-vit[plot]'") from None
+        raise InputError("predict reads pictures with pillow, which is not installed: "
+                         "pip install 'tinytoken-vit[plot]'") from None
     try:
         with Image.open(path) as image:
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)

@@ -69,7 +69,8 @@ class Tensor:
             array = array.data
         array = array if is_array(array) else np.asarray(array)
         kind = array.dtype.kind
-        expect(kind in "biu" or array.dtype.name in FLOATS, "Tensor", f"dtype {array.dtype}, expected float32, float64, int or bool")
+        expect(kind in "biu" or array.dtype.name in FLOATS, "Tensor",
+               f"dtype {array.dtype}, expected float32, float64, int or bool")
         expect(kind == "f" or not requires_grad, "Tensor", f"requires_grad with dtype {array.dtype}, expected float32 or float64")
         self.data, self.grad, self.requires_grad = array, None, bool(requires_grad)
         self.node, self.place = None, 0  # the node that made it, and which of its outputs it is
@@ -217,7 +218,8 @@ class Op:
             raise InputError(f"{self.name}: {error}; it takes {self.signature}") from None
         bound.apply_defaults()
         given = bound.arguments
-        return args if self.variadic else tuple(given[name] for name in self.arrays), {name: given[name] for name in self.settings}
+        arrays = args if self.variadic else tuple(given[name] for name in self.arrays)
+        return arrays, {name: given[name] for name in self.settings}
 
     def _float_dtype(self, args):
         """The float dtype of the op: that of its tensors, which must agree; without tensors the widest of its arrays."""
@@ -232,7 +234,7 @@ class Op:
         return dtype
 
     def _raw(self, i, a, dtype, xp):
-        """One argument as the function gets it: float, bool and int arrays as `dtype`; index arrays, numbers, None as they are."""
+        """One argument as the function gets it: float, bool and int arrays as `dtype`; index arrays, numbers, None unchanged."""
         if not is_array(a):
             if isinstance(a, np.generic):  # a NumPy scalar has a dtype of its own, which would spread
                 return xp.asarray(a, dtype=dtype)
@@ -280,7 +282,8 @@ class Node:
 
     def __init__(self, op, args, arrays, outputs, vjp):
         self.op, self.vjp = op, vjp
-        self.edges = tuple((_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad else None for a in args)
+        self.edges = tuple((_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad else None
+                           for a in args)
         self.shapes = tuple(getattr(a, "shape", None) for a in arrays)
         self.outputs = tuple(o.shape for o in outputs)
 
@@ -320,7 +323,8 @@ def _backward(root, gradient, wanted, deliver):
     gradient = _upstream(root, gradient)
     order = topological_order(root.node) if root.node else []
     if any(node.vjp is None for node in order):
-        raise GraphError("backward: this graph is already freed: backward() or grad() ran through it before. Run the forward pass again.")
+        raise GraphError("backward: this graph is already freed: backward() or grad() ran through it before. "
+                         "Run the forward pass again.")
     needed, arrived = _leading_to(order, wanted), {}
 
     def arrive(key, g):
@@ -357,11 +361,13 @@ def _is_needed(key, needed):
 def _upstream(root, gradient):
     expect(root.requires_grad, "backward", "this tensor does not depend on anything that requires a gradient")
     if gradient is None:
-        expect(root.size == 1, "backward", lambda: f"a tensor of shape {root.shape} needs an upstream gradient; only a scalar does without")
+        expect(root.size == 1, "backward",
+               lambda: f"a tensor of shape {root.shape} needs an upstream gradient; only a scalar does without")
         return array_module(root.data).ones_like(root.data)
     gradient = gradient.data if isinstance(gradient, Tensor) else gradient
     expect(is_array(gradient) and gradient.shape == root.shape and gradient.dtype == root.dtype, "backward",
-           lambda: f"upstream gradient {getattr(gradient, 'shape', gradient)} {getattr(gradient, 'dtype', '')} for a tensor {root.shape} {root.dtype}")
+           lambda: f"upstream gradient {getattr(gradient, 'shape', gradient)} {getattr(gradient, 'dtype', '')} "
+                   f"for a tensor {root.shape} {root.dtype}")
     return gradient
 
 

@@ -96,14 +96,15 @@ def _earlier(line, phase, step):
 
 def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, micro=16, threads=None, seed=0,
         offset=0, run=None, phase="train", header=None, log_every=20, bar=True):
-    """Train `model` for `steps` steps of AdamW with warm-up and cosine decay -> {"seconds": of training, "loss": mean over the last
-    logged steps, and its parts}. The model is left in eval mode.
+    """Train `model` for `steps` steps of AdamW with warm-up and cosine decay -> {"seconds": of training, "loss": mean over the
+    last logged steps, and its parts}. The model is left in eval mode.
 
-    objective(*slice) -> (loss, parts) with objective.noise(size, step, seed, xp), see Classify; batches(step) -> a tuple of arrays, a
-    pure function of the step, counted from `offset`; batches.batch_size is its size. run: a Run for the history (JSON lines) and
-    the checkpoint `phase`.npz, written every run.every steps, at the end, and on Ctrl-C, which ends the run after the step it is
-    in with KeyboardInterrupt. A checkpoint that is there is gone on with, to the same bits as an uninterrupted run with as many
-    threads; one that says another recipe or header (JSON: what else a checkpoint is to say) is another run's, and refused.
+    objective(*slice) -> (loss, parts) with objective.noise(size, step, seed, xp), see Classify; batches(step) -> a tuple of
+    arrays, a pure function of the step, counted from `offset`; batches.batch_size is its size. run: a Run for the history (JSON
+    lines) and the checkpoint `phase`.npz, written every run.every steps, at the end, and on Ctrl-C, which ends the run after
+    the step it is in with KeyboardInterrupt. A checkpoint that is there is gone on with, to the same bits as an uninterrupted run
+    with as many threads; one that says another recipe or header (JSON: what else a checkpoint is to say) is another run's, and
+    refused.
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
     prepare_cpu()

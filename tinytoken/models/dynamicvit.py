@@ -73,8 +73,8 @@ class DynamicViT(ViT):
         self._start_at_ratios()
 
     def _start_at_ratios(self):
-        """Bias the untrained predictors to the ratios that they are to reach. The official ones start at one half per stage, which
-        costs a short fine-tuning most of its steps."""
+        """Bias the untrained predictors to the ratios that they are to reach. The official ones start at one half per stage,
+        which costs a short fine-tuning most of its steps."""
         before = 1.0
         for predictor, ratio in zip(self.score_predictor, self.keep_ratios):
             keep = min(ratio / before, 0.99)
@@ -148,7 +148,8 @@ class DynamicViT(ViT):
 
 
 def _check_stages(prune_before, keep_ratios, depth):
-    expect(len(prune_before) == len(keep_ratios) > 0, "DynamicViT", f"{len(prune_before)} places to prune and {len(keep_ratios)} keep ratios")
+    expect(len(prune_before) == len(keep_ratios) > 0, "DynamicViT",
+           f"{len(prune_before)} places to prune and {len(keep_ratios)} keep ratios")
     expect(list(prune_before) == sorted(set(prune_before)) and 0 <= prune_before[0] and prune_before[-1] < depth, "DynamicViT",
            f"prune_before {tuple(prune_before)}, expected rising block numbers from 0 to {depth - 1}")
     expect(all(0 < r <= 1 for r in keep_ratios), "DynamicViT", f"keep_ratios {tuple(keep_ratios)}, expected 0 < ratio <= 1")
@@ -166,7 +167,8 @@ def _mask(keep, x, patches):
 def _places(mask):
     """The places of the ones in each row, ascending. Every row must have as many, or there is no array to gather into."""
     counts = {int(n) for n in (mask > 0.5).sum(axis=1)}
-    expect(len(counts) == 1, "DynamicViT", lambda: f"forced decisions keep {min(counts)} to {max(counts)} tokens: in eval mode every image must keep as many")
+    expect(len(counts) == 1, "DynamicViT",
+           lambda: f"forced decisions keep {min(counts)} to {max(counts)} tokens: in eval mode every image must keep as many")
     return ops.top_k(mask, counts.pop())
 
 
@@ -179,7 +181,8 @@ def dynamicvit_loss(out, targets, teacher_logits, teacher_tokens, keep_ratios, *
     student). token: mean squared difference over the tokens that the last decision keeps; token_norm="pooled" averages over all
     kept tokens of the batch (official), "image" over each image's and then over images, which a batch may be cut for.
     """
-    expect(len(keep_ratios) == len(out.decisions), "dynamicvit_loss", f"{len(keep_ratios)} keep ratios for {len(out.decisions)} stages")
+    expect(len(keep_ratios) == len(out.decisions), "dynamicvit_loss",
+           f"{len(keep_ratios)} keep ratios for {len(out.decisions)} stages")
     expect(token_norm in ("pooled", "image"), "dynamicvit_loss", f"token_norm {token_norm!r}, expected pooled or image")
     expect(len(weights) == 4, "dynamicvit_loss", f"{len(weights)} weights, expected 4: class, ratio, kl, token")
     ratio = 0

@@ -80,8 +80,8 @@ class LookupViT(nn.Module):
     """A LookupViT on square pictures. images (B, channels, S, S); no class token.
 
     compressed: the grid (m, n) of compressed tokens, for which their position table is made; a call may ask for any other up to
-    the lookup grid. classifiers: "both" trains a head on each token set, "compressed" one. train mode -> LookupOutput; eval mode ->
-    the compressed head's logits (B, K), without the last block's part that only the lookup tokens would see.
+    the lookup grid. classifiers: "both" trains a head on each token set, "compressed" one. train mode -> LookupOutput; eval mode
+    -> the compressed head's logits (B, K), without the last block's part that only the lookup tokens would see.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=6, heads=3, mlp_ratio=4, num_classes=10, *, compressed=(3, 3),

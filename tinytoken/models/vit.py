@@ -9,9 +9,10 @@ from ..errors import expect
 
 @dataclasses.dataclass
 class Trace:
-    """What a forward pass with trace=True saw. tokens: final-norm tokens (B, N, D) without the class token. attention[l]: the
-    weights of block l, (B, H, T, T), for LookupViT those of the gather, (B, H, M, N). kept[s]: DynamicViT in eval mode, the
-    original numbers (B, k) of the patches kept by stage s, ascending. lookup: LookupViT's lookup tokens where they were finished."""
+    """What a forward pass with trace=True saw. tokens: final-norm tokens (B, N, D) without the class token.
+    attention[l]: the weights of block l, (B, H, T, T), for LookupViT those of the gather, (B, H, M, N).
+    kept[s]: DynamicViT in eval mode, the original numbers (B, k) of the patches kept by stage s, ascending.
+    lookup: LookupViT's lookup tokens where they were finished."""
     tokens: object = None
     attention: list = dataclasses.field(default_factory=list)
     kept: list = dataclasses.field(default_factory=list)

@@ -15,7 +15,8 @@ LOWEST = -1e30  # stands for minus infinity, with which a row that sees nothing 
 
 @op
 def split_heads(x, *, heads, parts=1):
-    """x (B, T, parts H d) -> `parts` arrays (B, H, T, d), views of x; a bare array for one part (q, k and v of a packed qkv: 3)."""
+    """x (B, T, parts H d) -> `parts` arrays (B, H, T, d), views of x;
+    a bare array for one part (q, k and v of a packed qkv: 3)."""
     expect(x.ndim == 3 and x.shape[2] % (parts * heads) == 0, "split_heads",
            lambda: f"{shape_of('x', x)}: the last size must be a multiple of {parts} parts x {heads} heads")
     batch, tokens, width = x.shape
@@ -77,12 +78,13 @@ def _(q, k, v, keep=None):
 
 def _check_attention(name, q, k, v, keep, sees_itself):
     shapes = lambda: f"{shape_of('q', q)}, {shape_of('k', k)}, {shape_of('v', v)}"
-    expect(q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and k.shape[:3] == v.shape[:3],
-           name, lambda: f"{shapes()}: expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)")
+    expect(q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+           and k.shape[:3] == v.shape[:3], name, lambda: f"{shapes()}: expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)")
     if keep is not None:
-        expect(keep.shape == (k.shape[0], k.shape[2]), name, lambda: f"{shape_of('keep', keep)} for {shape_of('k', k)}: expected (B, Tk)")
-        expect(not sees_itself or q.shape[2] == k.shape[2], name, lambda: f"{shapes()}: with keep and sees_itself Tq must equal Tk",
-               "sees_itself=False for cross-attention", "05")
+        expect(keep.shape == (k.shape[0], k.shape[2]), name,
+               lambda: f"{shape_of('keep', keep)} for {shape_of('k', k)}: expected (B, Tk)")
+        expect(not sees_itself or q.shape[2] == k.shape[2], name,
+               lambda: f"{shapes()}: with keep and sees_itself Tq must equal Tk", "sees_itself=False for cross-attention", "05")
 
 
 def _seen(keep, shape, sees_itself):
@@ -172,9 +174,11 @@ def lookup_infuse(A, logits, v, *, reuse):
     probs: R = A. Token n receives sum_m A_mn of mass, M / N on average.    renorm: R = A / sum_m A, every token receives 1.
     resoftmax: R = softmax over m of the logits.    (The fourth reading, separate queries and keys, is `attention`.)
     """
-    expect(reuse in REUSE, "lookup_infuse", lambda: f"reuse {reuse!r}, expected {', '.join(REUSE)} (separate: ops.attention with its own q and k)")
+    expect(reuse in REUSE, "lookup_infuse",
+           lambda: f"reuse {reuse!r}, expected {', '.join(REUSE)} (separate: ops.attention with its own q and k)")
     expect(A.ndim == v.ndim == 4 and A.shape == logits.shape and A.shape[:3] == v.shape[:3], "lookup_infuse",
-           lambda: f"{shape_of('A', A)}, {shape_of('logits', logits)}, {shape_of('v', v)}: expected two (B, H, M, N) and (B, H, M, d)")
+           lambda: f"{shape_of('A', A)}, {shape_of('logits', logits)}, {shape_of('v', v)}: "
+                   "expected two (B, H, M, N) and (B, H, M, d)")
     mass = A.sum(axis=2, keepdims=True) if reuse == "renorm" else None
     mass = None if mass is None else mass + (mass == 0)  # a token whose column underflowed receives nothing
     R = A if reuse == "probs" else A / mass if reuse == "renorm" else softmax_of(logits, axis=2)

@@ -11,9 +11,11 @@ from ..tensor import Index, op
 @op
 def matmul(a, b):
     """a (..., M, K) @ b (..., K, N) -> (..., M, N); leading axes broadcast."""
-    expect(a.ndim >= 2 and b.ndim >= 2, "matmul", lambda: f"{shape_of('a', a)} @ {shape_of('b', b)}: at least two axes each expected")
-    expect(a.shape[-1] == b.shape[-2], "matmul", lambda: f"{shape_of('a', a)} @ {shape_of('b', b)}: "
-           f"inner sizes {a.shape[-1]} and {b.shape[-2]} differ.", *(("k.swapaxes(-1, -2)", "03") if a.shape[-1] == b.shape[-1] else ()))
+    expect(a.ndim >= 2 and b.ndim >= 2, "matmul",
+           lambda: f"{shape_of('a', a)} @ {shape_of('b', b)}: at least two axes each expected")
+    expect(a.shape[-1] == b.shape[-2], "matmul",
+           lambda: f"{shape_of('a', a)} @ {shape_of('b', b)}: inner sizes {a.shape[-1]} and {b.shape[-2]} differ.",
+           *(("k.swapaxes(-1, -2)", "03") if a.shape[-1] == b.shape[-1] else ()))
     if b.ndim == 2:  # one 2-D product: many small ones are slower, and would need their gradients of b summed
         rows = a.reshape(-1, a.shape[-1])
 

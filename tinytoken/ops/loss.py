@@ -34,7 +34,8 @@ def cross_entropy(logits, targets: Index, *, smoothing=0.0):
 def check_labels(where, labels, batch, classes):
     """Labels must be integers (batch,) from 0 to classes - 1. On a GPU the range is not read: that would wait for it."""
     expect(labels.dtype.kind in "iu" and labels.shape == (batch,), where,
-           lambda: f"{shape_of('targets', labels)} {labels.dtype}, expected ({batch},) integer labels or ({batch}, {classes}) probabilities")
+           lambda: f"{shape_of('targets', labels)} {labels.dtype}, "
+                   f"expected ({batch},) integer labels or ({batch}, {classes}) probabilities")
     in_range = array_module(labels) is not np or 0 <= labels.min() and labels.max() < classes
     expect(in_range, where, lambda: f"labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
 
@@ -43,7 +44,8 @@ def check_labels(where, labels, batch, classes):
 def kl_divergence(logits, teacher_logits):
     """Mean over the batch of KL(softmax(teacher) || softmax(student)), both (B, K): sum_k p_k (log p_k - log q_k)."""
     expect(logits.shape == teacher_logits.shape and logits.ndim == 2, "kl_divergence",
-           lambda: f"{shape_of('logits', logits)}, {shape_of('teacher_logits', teacher_logits)}: two of one shape (B, K) expected")
+           lambda: f"{shape_of('logits', logits)}, {shape_of('teacher_logits', teacher_logits)}: "
+                   "two of one shape (B, K) expected")
     xp, batch = array_module(logits), len(logits)
     student, teacher = log_softmax_of(logits), log_softmax_of(teacher_logits)
     probs, gap = xp.exp(teacher), teacher - student

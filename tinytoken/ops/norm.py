@@ -50,7 +50,8 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
     Ba, Kiros & Hinton 2016; eps is 1e-6 in timm's ViT, 1e-5 in DynamicViT's predictor."""
     size = x.shape[-1]
     for name, p in (("weight", weight), ("bias", bias)):
-        expect(p is None or p.shape == (size,), "layer_norm", lambda: f"{shape_of(name, p)} for {shape_of('x', x)}: expected ({size},)")
+        expect(p is None or p.shape == (size,), "layer_norm",
+               lambda: f"{shape_of(name, p)} for {shape_of('x', x)}: expected ({size},)")
     xp = array_module(x)
     rows = x.reshape(-1, size)
     average = xp.full(size, 1 / size, x.dtype)  # row means as a product: faster than .mean(-1)

@@ -43,7 +43,8 @@ def take_tokens(x, index: Index):
 def put_tokens(x, index: Index, *, length):
     """The reverse: a (B, length, D) array of zeros with x's rows added at `index`. x (B, k, D), index (B, k) integers."""
     rows = _flat_rows("put_tokens", x, index, length)
-    expect(index.shape == x.shape[:2], "put_tokens", lambda: f"{shape_of('index', index)} for {shape_of('x', x)}: one place per row expected")
+    expect(index.shape == x.shape[:2], "put_tokens",
+           lambda: f"{shape_of('index', index)} for {shape_of('x', x)}: one place per row expected")
     batch, _, width = x.shape
     out = array_module(x).zeros((batch * length, width), x.dtype)
     scatter_add(out, rows, x.reshape(-1, width))
