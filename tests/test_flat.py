@@ -81,7 +81,7 @@ def test_what_re_points_a_parameter_voids_flat_storage(change):
     lambda m: m.load_state_dict(m.state_dict()),
     lambda m: loss_of(m).backward(),
     lambda m: m.zero_grad(),
-    lambda m: m.eval().requires_grad(False).requires_grad(True),
+    lambda m: m.eval().requires_grad_(False).requires_grad_(True),
     lambda m: copy.deepcopy(m),
 ], ids=["to", "load", "backward", "zero_grad", "modes", "deepcopy"])
 def test_what_leaves_parameters_in_place_keeps_flat_storage(keep):

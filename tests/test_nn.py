@@ -84,9 +84,9 @@ def test_modes_reach_every_module(make):
 
 @each_model
 def test_requires_grad_freezes(make):
-    model = make().requires_grad(False)
+    model = make().requires_grad_(False)
     assert not loss_of(model).requires_grad
-    model.head.requires_grad()
+    model.head.requires_grad_()
     loss_of(model).backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
     with refuses("Tensor: requires_grad with dtype int64, expected float32 or float64"):

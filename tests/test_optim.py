@@ -1,4 +1,4 @@
-"""AdamW against the paper's algorithm, one parameter at a time; the schedule; and loss_and_grads: cuts and threads change nothing."""
+"""AdamW against the paper's algorithm, one parameter at a time; the schedule; loss_and_grads: cuts and threads change nothing."""
 import copy
 import functools
 import threading
@@ -15,7 +15,8 @@ from tinytoken.optim import AdamW, clip_norm, loss_and_grads, share_out, warmup_
 from tinytoken.train import Classify, Distil
 
 # (shape, decay, lr_scale): two groups of matrices, two of vectors, and not in the order of flat storage
-LAYOUT = [((7, 5), True, 1.0), ((5,), False, 1.0), ((3, 3), True, 3.0), ((4,), False, 0.5), ((2, 3), False, 3.0), ((6, 2), True, 1.0)]
+LAYOUT = [((7, 5), True, 1.0), ((5,), False, 1.0), ((3, 3), True, 3.0), ((4,), False, 0.5), ((2, 3), False, 3.0),
+          ((6, 2), True, 1.0)]
 
 
 def host(array):
@@ -153,16 +154,17 @@ def test_a_deep_copy_and_an_equal_optimiser_change_nothing():
     assert not any(np.array_equal(p.data, before[n]) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("arguments, text", [
-    (dict(lr=-1), "AdamW: lr -1, weight_decay 0.05, betas (0.9, 0.999), eps 1e-08: not negative, eps positive, betas below 1 expected"),
-    (dict(betas=(0.9, 1.0)), "AdamW: lr 0.001, weight_decay 0.05, betas (0.9, 1.0), eps 1e-08: not negative, eps positive, betas below 1 expected"),
-    (dict(weight_decay=-0.1), "AdamW: lr 0.001, weight_decay -0.1, betas (0.9, 0.999), eps 1e-08: not negative, eps positive, betas below 1 expected"),
-    (dict(eps=0), "AdamW: lr 0.001, weight_decay 0.05, betas (0.9, 0.999), eps 0: not negative, eps positive, betas below 1 expected"),
-    (dict(clip=0), "AdamW: clip 0, expected a positive norm or None"),
+@pytest.mark.parametrize("arguments, given", [
+    (dict(lr=-1), "lr -1, weight_decay 0.05, betas (0.9, 0.999), eps 1e-08"),
+    (dict(betas=(0.9, 1.0)), "lr 0.001, weight_decay 0.05, betas (0.9, 1.0), eps 1e-08"),
+    (dict(weight_decay=-0.1), "lr 0.001, weight_decay -0.1, betas (0.9, 0.999), eps 1e-08"),
+    (dict(eps=0), "lr 0.001, weight_decay 0.05, betas (0.9, 0.999), eps 0"),
 ])
-def test_adamw_refuses(arguments, text):
-    with refuses(text):
+def test_adamw_refuses(arguments, given):
+    with refuses(f"AdamW: {given}: not negative, eps positive, betas below 1 expected"):
         AdamW(some_parameters(), **arguments)
+    with refuses("AdamW: clip 0, expected a positive norm or None"):
+        AdamW(some_parameters(), clip=0)
 
 
 def test_state_goes_on_to_the_same_bits():
@@ -183,7 +185,8 @@ def test_state_goes_on_to_the_same_bits():
     second.load_state({name: array.copy() for name, array in arrays.items()}, count)
     steps(second, gradients[3:])
     assert second.steps == whole.steps == len(gradients)
-    assert np.array_equal(second.flat.data, whole.flat.data) and np.array_equal(second.m, whole.m) and np.array_equal(second.v, whole.v)
+    for mine, others in ((second.flat.data, whole.flat.data), (second.m, whole.m), (second.v, whole.v)):
+        assert np.array_equal(mine, others)
 
 
 def test_load_state_refuses_and_changes_nothing():
@@ -222,7 +225,8 @@ def classify(dtype="float64", xp=np):
 
 def distil(dtype="float64", xp=np):
     tt.manual_seed(0)
-    model, teacher = DynamicViT(**SMALL, prune_before=(0, 1), keep_ratios=(0.7, 0.4)).astype(dtype).train(), ViT(**SMALL).astype(dtype)
+    model = DynamicViT(**SMALL, prune_before=(0, 1), keep_ratios=(0.7, 0.4)).astype(dtype).train()
+    teacher = ViT(**SMALL).astype(dtype)
     objective = Distil(*((model, teacher) if xp is np else (model.to("cuda"), teacher.to("cuda"))))
     return objective, (*one_batch(xp), *objective.noise(10, 3, 0, xp))
 
@@ -304,9 +308,9 @@ def test_loss_and_grads_refuses():
         run((x, x[:3], x))
     with refuses("loss_and_grads: batch arrays of 0, 0 images: one size expected"):
         run((x[:0], x[:0]))
-    for arguments in (dict(micro=0), dict(threads=0), dict(threads=-1)):
-        with refuses("loss_and_grads: micro {micro}, threads {threads}: at least 1 each expected".format(**dict(micro=16, threads=None) | arguments)):
-            run((x,), **arguments)
+    for micro, threads in ((0, None), (16, 0), (16, -1)):
+        with refuses(f"loss_and_grads: micro {micro}, threads {threads}: at least 1 each expected"):
+            run((x,), micro=micro, threads=threads)
     for wrong in (lambda x: p * x, lambda x: (p * x).mean(axis=0), lambda x: 3.0):
         with refuses("loss_and_grads: loss_fn must return a scalar Tensor, or one and its parts"):
             loss_and_grads(wrong, [p], (x[:1],))

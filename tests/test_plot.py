@@ -51,7 +51,11 @@ def example(count=2):
 def figures(monkeypatch):
     """The figures that are made."""
     made, real = [], plot._figure().Figure
-    monkeypatch.setattr(plot, "_figure", lambda: types.SimpleNamespace(Figure=lambda **size: made.append(real(**size)) or made[-1]))
+
+    def figure(**size):
+        made.append(real(**size))
+        return made[-1]
+    monkeypatch.setattr(plot, "_figure", lambda: types.SimpleNamespace(Figure=figure))
     return made
 
 
@@ -64,8 +68,8 @@ def test_tokens_draws_a_row_per_picture(tmp_path, figures):
     assert struct.unpack(">II", data[16:24]) == (round(5 * 1.9 * 110), round(2 * 2.15 * 110))
 
     axes = np.array(figures[0].axes).reshape(2, 5)
-    assert [axis.get_title() for axis in axes[0]] == ["picture", "DynamicViT keeps 3 of 4", "DynamicViT keeps 1 of 4", "LookupViT gathers",
-                                                      "its most peaked token"]
+    titles = ["picture", "DynamicViT keeps 3 of 4", "DynamicViT keeps 1 of 4", "LookupViT gathers", "its most peaked token"]
+    assert [axis.get_title() for axis in axes[0]] == titles
     assert not any(axis.get_title() for axis in axes[1])
     assert [axis.get_ylabel() for axis in axes[:, 0]] == ["cat", "dog"]
     assert [axis.get_xlabel() for axis in axes[:, 0]] == ["all three right", "DynamicViT: cat\nLookupViT: frog"]

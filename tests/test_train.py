@@ -119,7 +119,8 @@ def test_the_teacher_is_never_changed():
     before, student = bits(objective.teacher), bits(model)
     objective.teacher.train()
     train((model, Distil(model, objective.teacher)))
-    assert bits(objective.teacher) == before and not objective.teacher.training and all(p.grad is None for p in objective.teacher.parameters())
+    assert bits(objective.teacher) == before and not objective.teacher.training
+    assert all(p.grad is None for p in objective.teacher.parameters())
     assert all(bits(model)[name] != value for name, value in student.items())
 
 
@@ -271,7 +272,7 @@ def test_checkpoints_need_no_pickle(tmp_path):
     with np.load(run.checkpoint("train"), allow_pickle=False) as box:
         header = json.loads(str(box["header"]))
         assert all(box[name].dtype.kind in "fU" for name in box.files) and {"optimizer/m", "optimizer/v"} <= set(box.files)
-    assert header["format"] == "tinytoken checkpoint 1" and header["model"] == "DynamicViT" and header["classes"] == ["a", "b", "c"]
+    assert (header["format"], header["model"], header["classes"]) == ("tinytoken checkpoint 1", "DynamicViT", ["a", "b", "c"])
     assert header["step"] == 4 and header["optimizer_steps"] == 4 and header["config"]["keep_ratios"] == [0.5]
 
 
@@ -283,7 +284,8 @@ OTHERS = {
     "micro": (dict(micro=5), "micro 4 there, 5 now"),
     "seed": (dict(seed=6), "seed 5 there, 6 now"),
     "offset": (dict(offset=0), "offset 100 there, 0 now"),
-    "header": (dict(header={"data": "cifar10", "mean": (0.5, 0.5)}), "data 'scenes' there, 'cifar10' now, mean None there, [0.5, 0.5] now"),
+    "header": (dict(header={"data": "cifar10", "mean": (0.5, 0.5)}),
+               "data 'scenes' there, 'cifar10' now, mean None there, [0.5, 0.5] now"),
 }
 
 
@@ -319,7 +321,8 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
         train(at_step(vit, 6, power_cut), run)
     model, objective = lookupvit()
     before = bits(model)
-    with pytest.raises(tt.InputError, match=r"^checkpoint: \S+train.npz holds ViT\(image_size=8, .*\), expected LookupViT\(image_size=8, .*\)$"):
+    text = r"^checkpoint: \S+train.npz holds ViT\(image_size=8, .*\), expected LookupViT\(image_size=8, .*\)$"
+    with pytest.raises(tt.InputError, match=text):
         train((model, objective), run)
     wide = ViT(**SIZES | {"dim": 16})
     with pytest.raises(tt.InputError, match=r"holds ViT\(.*dim=8.*\), expected ViT\(.*dim=16.*\)$"):

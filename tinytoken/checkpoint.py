@@ -54,7 +54,12 @@ def save(path, model, optimizer=None, **header):
         moments, header["optimizer_steps"] = optimizer.state()
         arrays |= {f"optimizer/{name}": to_numpy(array) for name, array in moments.items()}
     with replacing(path) as file:
-        np.savez(file, header=np.array(json.dumps(header)), **arrays)
+        np.savez(file, header=np.array(json.dumps(header, default=_plain)), **arrays)
+
+
+def _plain(value):
+    """JSON for a NumPy number among a model's settings."""
+    return value.item()
 
 
 def load(path):
@@ -97,7 +102,7 @@ def restore(path, model, optimizer=None):
     model is refused, and nothing is changed."""
     header, groups = load(path)
     given = (header["model"], header["config"])
-    expected = (type(model).__name__, json.loads(json.dumps(model.config)))
+    expected = (type(model).__name__, json.loads(json.dumps(model.config, default=_plain)))
     expect(given == expected, "checkpoint", f"{path} holds {_describe(*given)}, expected {_describe(*expected)}")
     if optimizer is not None:
         expect(groups["optimizer"], "checkpoint",

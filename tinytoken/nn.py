@@ -87,7 +87,7 @@ class Module:
         """Inference mode. Returns self."""
         return self.train(False)
 
-    def requires_grad(self, wanted=True):
+    def requires_grad_(self, wanted=True):
         """Freeze (False) or unfreeze all parameters. Returns self."""
         for p in self.parameters():
             p.requires_grad = wanted
@@ -358,7 +358,7 @@ class PatchEmbed(Module):
 
     def forward(self, images):
         expected = (self.channels, self.image_size, self.image_size)
-        expect(len(images.shape) == 4 and tuple(images.shape[1:]) == expected, "images",
+        expect(len(images.shape) == 4 and len(images) and tuple(images.shape[1:]) == expected, "images",
                lambda: f"{tuple(images.shape)}, expected (B, {', '.join(map(str, expected))})")
         expect(images.dtype.kind == "f", "images",
                lambda: f"dtype {images.dtype}, expected float32: normalise them first (tt.data.normalise)")

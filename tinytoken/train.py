@@ -45,7 +45,7 @@ class Distil:
 
     def noise(self, size, step, seed, xp):
         """Gumbel draws of all stages, (B, S, N, 2)."""
-        draws = [random.gumbel((size, self.model.tokens, 2), site=f"score_predictor.{s}", step=step, seed=seed, xp=xp)
+        draws = [random.gumbel((size, self.model.num_patches, 2), site=f"score_predictor.{s}", step=step, seed=seed, xp=xp)
                  for s in range(len(self.model.keep_ratios))]
         return (xp.stack(draws, axis=1),)
 

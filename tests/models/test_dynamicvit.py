@@ -378,3 +378,8 @@ def test_noise_of_another_shape():
         DynamicViT(**SMALL, **STAGES)(pictures(), noise=[ones(2, 15, 2)] * 2)
 
 
+
+
+def test_block_numbers_are_whole():
+    with pytest.raises(tt.InputError, match="prune_before .0.5,., expected rising block numbers"):
+        DynamicViT(prune_before=(0.5,), keep_ratios=(0.5,))

@@ -8,6 +8,8 @@ that for the same decisions both give the same class logits. Column 0 of a predi
 import dataclasses
 import math
 
+import numpy as np
+
 from .. import nn, ops, random
 from ..backend import array_module
 from ..errors import expect
@@ -40,7 +42,7 @@ class Predictor(nn.Module):
         half = x.shape[2] // 2
         local, shared = x[:, :, :half], x[:, :, half:]
         if keep is None:
-            mean = shared.mean(axis=1, keepdims=True) if x.shape[1] else ops.broadcast_to(shared, shape=(len(x), 0, half))
+            mean = shared.mean(axis=1, keepdims=True)
         else:
             keep = _mask(keep, x, x.shape[1]).reshape(len(x), -1, 1)
             total = keep.sum(axis=1, keepdims=True)
@@ -68,8 +70,8 @@ class DynamicViT(ViT):
         del self.config["pool"]
         self.config.update(prune_before=tuple(prune_before), keep_ratios=tuple(keep_ratios), official=official)
         self.prune_before, self.keep_ratios, self.official = tuple(prune_before), tuple(keep_ratios), official
-        self.counts = [int(self.tokens * ratio) for ratio in keep_ratios]
-        expect(self.counts[-1] > 0, "DynamicViT", f"keep ratio {keep_ratios[-1]} of {self.tokens} tokens keeps none")
+        self.counts = [int(self.num_patches * ratio) for ratio in keep_ratios]
+        expect(self.counts[-1] > 0, "DynamicViT", f"keep ratio {keep_ratios[-1]} of {self.num_patches} tokens keeps none")
         self._start_at_ratios()
 
     def _start_at_ratios(self):
@@ -105,7 +107,7 @@ class DynamicViT(ViT):
                 if keep is None:
                     decision = self._decide(stage, self.patches(x), previous, noise, hard)
                 else:
-                    decision = _mask(keep[stage], x, self.tokens)
+                    decision = _mask(keep[stage], x, self.num_patches)
                 decisions.append(decision if previous is None else decision * previous)
                 policy = self._policy(x, decisions[-1])
             x = block(x, policy, self.official, attention)
@@ -129,16 +131,15 @@ class DynamicViT(ViT):
 
     def _gathered(self, x, keep, attention, record):
         xp = array_module(x.data)
-        kept = xp.broadcast_to(xp.arange(self.tokens), (len(x), self.tokens))
-        alive = 1
+        kept = xp.broadcast_to(xp.arange(self.num_patches), (len(x), self.num_patches))
         for i, block in enumerate(self.blocks):
             if i in self.prune_before:
                 stage, patches = len(record.kept), self.patches(x)
                 if keep is None:
                     places = ops.top_k(self.score_predictor[stage](patches)[:, :, 0], self.counts[stage])
                 else:
-                    alive = alive * _mask(keep[stage], x, self.tokens).data
-                    places = _places(xp.take_along_axis(alive, kept, axis=1))
+                    mask = _mask(keep[stage], x, self.num_patches).data
+                    places = _places(xp.take_along_axis(mask, kept, axis=1))
                 kept = xp.take_along_axis(kept, places, axis=1)
                 record.kept.append(kept)
                 x = ops.concat(x[:, :1], ops.take_tokens(patches, places), axis=1)
@@ -150,7 +151,8 @@ class DynamicViT(ViT):
 def _check_stages(prune_before, keep_ratios, depth):
     expect(len(prune_before) == len(keep_ratios) > 0, "DynamicViT",
            f"{len(prune_before)} places to prune and {len(keep_ratios)} keep ratios")
-    expect(list(prune_before) == sorted(set(prune_before)) and 0 <= prune_before[0] and prune_before[-1] < depth, "DynamicViT",
+    expect(all(isinstance(i, (int, np.integer)) for i in prune_before) and list(prune_before) == sorted(set(prune_before))
+           and 0 <= prune_before[0] and prune_before[-1] < depth, "DynamicViT",
            f"prune_before {tuple(prune_before)}, expected rising block numbers from 0 to {depth - 1}")
     expect(all(0 < r <= 1 for r in keep_ratios), "DynamicViT", f"keep_ratios {tuple(keep_ratios)}, expected 0 < ratio <= 1")
     expect(list(keep_ratios) == sorted(keep_ratios, reverse=True), "DynamicViT",

@@ -27,7 +27,7 @@ class LookupOutput:
 class LookupBlock(nn.Module):
     """One block, (a) to (d). lookup (B, N, D), compressed (B, M, D) -> both, refined.
 
-    norm: "qk" norms the projected queries and keys of (a), "pre" its inputs. reuse: how (c) reads the attention of (a)
+    norm: "qk" norms the projected queries and keys of (a), "pre" its inputs, of values too. reuse: how (c) reads the attention of (a)
     (ops.lookup_infuse); "separate" gives (c) queries and keys of its own, "none" leaves (c) out.
     """
 
@@ -90,7 +90,7 @@ class LookupViT(nn.Module):
         expect(norm in ("qk", "pre"), "LookupViT", f"norm {norm!r}, expected qk or pre")
         expect(classifiers in ("both", "compressed"), "LookupViT", f"classifiers {classifiers!r}, expected both or compressed")
         check_sizes("LookupViT", image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
-                    num_classes=num_classes, channels=channels)
+                    num_classes=num_classes, channels=channels, mlp_ratio=min(mlp_ratio, lookup_mlp_ratio))
         self.patch_embed = nn.PatchEmbed(image_size, patch_size, dim, channels)
         self.compressed = self._check_grid(compressed)
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
@@ -123,7 +123,7 @@ class LookupViT(nn.Module):
         """compressed: another grid (m, n) for this call. mean_of_heads: in eval mode, the mean of both heads' logits, at the
         cost of the last block's tail."""
         grid = self.compressed if compressed is None else self._check_grid(compressed)
-        two = hasattr(self, "lookup_head")
+        two = self.config["classifiers"] == "both"
         expect(two or not mean_of_heads, "LookupViT", "mean_of_heads asked of a model with classifiers='compressed'")
         finish = two and (self.training or mean_of_heads)
         record = Trace()

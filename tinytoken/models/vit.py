@@ -9,7 +9,8 @@ from ..errors import expect
 
 @dataclasses.dataclass
 class Trace:
-    """What a forward pass with trace=True saw. tokens: final-norm tokens (B, N, D) without the class token.
+    """What a forward pass with trace=True saw. tokens: final-norm tokens (B, N, D) without the class token, for LookupViT the
+    compressed ones (B, M, D).
     attention[l]: the weights of block l, (B, H, T, T), for LookupViT those of the gather, (B, H, M, N).
     kept[s]: DynamicViT in eval mode, the original numbers (B, k) of the patches kept by stage s, ascending.
     lookup: LookupViT's lookup tokens where they were finished."""
@@ -31,7 +32,7 @@ class ViT(nn.Module):
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
                            num_classes=num_classes, pool=pool, channels=channels, qkv_bias=qkv_bias)
         check_sizes("ViT", image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
-                    num_classes=num_classes, channels=channels)
+                    num_classes=num_classes, channels=channels, mlp_ratio=mlp_ratio)
         self.pool = pool
         self.patch_embed = nn.PatchEmbed(image_size, patch_size, dim, channels)
         rows, columns = self.patch_embed.grid
@@ -41,7 +42,7 @@ class ViT(nn.Module):
             nn.normal(self.cls_token, "cls_token", std=0.02)
             positions = np.concatenate([np.zeros((1, dim), "float32"), positions])
         self.pos_embed = nn.Parameter(positions[None])
-        self.tokens = rows * columns
+        self.num_patches = rows * columns
         self.blocks = [nn.Block(dim, heads, mlp_ratio, qkv_bias) for _ in range(depth)]
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
@@ -75,7 +76,8 @@ class ViT(nn.Module):
         return logits, record
 
 
-def check_sizes(where, **sizes):
-    """Every size must be a positive whole number."""
+def check_sizes(where, mlp_ratio=1, **sizes):
+    """Every size must be a positive whole number, and the MLP's ratio positive."""
+    expect(mlp_ratio > 0, where, f"mlp_ratio {mlp_ratio}, expected a positive number")
     for name, size in sizes.items():
         expect(isinstance(size, (int, np.integer)) and size > 0, where, f"{name} {size!r}, expected a positive whole number")
