@@ -121,6 +121,13 @@ def test_load_model_gives_the_same_logits(make, tmp_path):
         assert bits(again) == bits(model)
 
 
+def test_sizes_that_are_numpy_numbers(tmp_path):
+    model = ViT(**SIZES | {"depth": np.int64(1), "mlp_ratio": np.float32(2.5)})
+    checkpoint.save(tmp_path / "m.npz", model)
+    assert bits(checkpoint.load_model(tmp_path / "m.npz")[0]) == bits(model)
+    checkpoint.restore(tmp_path / "m.npz", model)
+
+
 def test_restore_brings_back_model_and_optimiser(tmp_path):
     model, _ = dynamicvit()
     optimizer = AdamW(model.parameters(), clip=1.0)

@@ -19,6 +19,7 @@ from tinytoken.__main__ import main
 from tinytoken.data import Batches, make_scenes, scenes
 
 Image = pytest.importorskip("PIL.Image", reason="predict reads pictures with pillow")
+MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)
 KINDS = {"ViT": {}, "DynamicViT": dict(prune_before=(1,), keep_ratios=(0.5,)), "LookupViT": dict(compressed=(2, 2))}
 
 
@@ -37,7 +38,7 @@ def saved(path, kind="ViT", **more):
     model = RECIPE.model(getattr(models, kind), **KINDS[kind])
     for p in model.parameters():
         p.data += 0.1
-    checkpoint.save(path, model, **dict(classes=list(scenes.NAMES), mean=(0.2, 0.2, 0.2), std=(0.2, 0.2, 0.2)) | more)
+    checkpoint.save(path, model, **dict(classes=list(scenes.NAMES), mean=MEAN, std=STD) | more)
     return model
 
 
@@ -185,7 +186,7 @@ def test_predict_prints_all_classes_and_writes_the_picture(kind, capsys, tmp_pat
     shares = [float(share) for _, share in found]
     assert sorted(name for name, _ in found) == sorted(scenes.NAMES) and shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100, abs=0.05 * len(shares))
-    logits = model.eval()((pixels.transpose(2, 0, 1)[None] / 255 - 0.2) / 0.2).data[0].astype("float64")
+    logits = model.eval()(((pixels / 255 - MEAN) / STD).transpose(2, 0, 1)[None]).data[0].astype("float64")
     expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     assert dict(found) == {name: f"{100 * share:.1f}" for name, share in zip(scenes.NAMES, expected)}
     if kind == "ViT":
@@ -343,6 +344,26 @@ def test_doctor_on_a_machine_with_a_gpu(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "14.2" if name in ("cupy-cuda12x", "cupy-cuda13x") else None)
     assert doctor.gpu() == ("cupy-cuda12x and cupy-cuda13x are installed together, which breaks both: "
                             "pip uninstall cupy-cuda12x cupy-cuda13x, then install one")
+
+
+BROKEN_CUPY = r"""
+try:
+    raise OSError("libcuda.so.1: cannot open\nshared object file")
+except OSError as error:
+    raise ImportError("\n=====\nFailed to import CuPy.\n") from error
+"""
+
+
+def test_a_broken_cupy_is_one_line(tmp_path, monkeypatch, capsys):
+    """CuPy without a driver's libraries raises a page of text."""
+    (tmp_path / "cupy.py").write_text(BROKEN_CUPY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(backend, "cuda_ready", backend.cuda_ready.__wrapped__)  # without its memory
+    assert refused(capsys, "compare", "--device", "cuda") == (
+        "device: cuda asked for, but CuPy cannot be imported (libcuda.so.1: cannot open shared object file); "
+        "`python -m tinytoken doctor` says how to fix it")
+    assert len(doctor.report().splitlines()) == 8
 
 
 def test_doctor_reads_versions():

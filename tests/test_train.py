@@ -1,4 +1,5 @@
 """Training: the same bits from the same seed, through every way a run can end, and what is refused."""
+import itertools
 import json
 import math
 import pathlib
@@ -183,6 +184,15 @@ def test_ctrl_c_ends_the_run_after_its_step_with_a_checkpoint(make, step, tmp_pa
     assert signal.getsignal(signal.SIGINT) is before
     assert checkpoint.load(run.checkpoint("train"))[0]["step"] == step + 1
     same_run(*train(make, run), tmp_path, uninterrupted[make])
+
+
+def test_seconds_are_of_all_parts_of_a_run(tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(tt.train.time, "perf_counter", lambda: next(ticks))  # a second for each step
+    with pytest.raises(KeyboardInterrupt):
+        train(at_step(vit, 6, ctrl_c), Run(tmp_path))
+    next(ticks)  # what passes between the parts is no training
+    assert train(vit, Run(tmp_path))[1]["seconds"] == STEPS
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):

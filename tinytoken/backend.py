@@ -42,7 +42,8 @@ def cuda_ready():
             return False, "CuPy finds no usable CUDA device or driver"
         (cupy.arange(2, dtype="float32") + 1).get()  # compiles: proves NVRTC, headers and a launch
     except ImportError as error:
-        return False, f"CuPy cannot be imported ({error})"
+        reason = error.__cause__ or error  # CuPy's own text has fifteen lines, and the reason is what it was raised from
+        return False, f"CuPy cannot be imported ({' '.join(str(reason).split())})"
     except Exception as error:  # whatever a broken installation raises is the reason we report
         return False, type(error).__name__ + ": " + str(error).partition("\n")[0]
     return True, ""
