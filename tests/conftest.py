@@ -1,4 +1,6 @@
 """One test body for both array modules: the fixture `xp` is numpy, and cupy where it has a device."""
+import gc
+
 import numpy
 import pytest
 
@@ -21,3 +23,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
 def xp(request):
     return numpy if request.param == "numpy" else backend.module_for("cuda")
+
+
+@pytest.fixture(scope="module")
+def no_collector():
+    """Off for a module's tests of lifetimes, with all older objects out of its sight: a collection then takes no time."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()

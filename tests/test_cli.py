@@ -307,7 +307,7 @@ def test_doctor_prints_what_it_found(capsys, monkeypatch):
 
 def test_doctor_names_the_extra_that_is_missing(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "9.8" if name == "matplotlib" else None)
-    for name in [name for name in doctor.os.environ if name.startswith(("OPENBLAS_", "OMP_", "MKL_", "MALLOC_"))]:
+    for name in backend.blas_environment():
         monkeypatch.delenv(name)
     assert "matplotlib 9.8 and pillow missing: pip install 'tinytoken-vit[plot]'" in doctor.report()
     assert "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set" in doctor.report()

@@ -40,16 +40,6 @@ def test_grad_frees_the_graph_too():
     assert x.grad is None
 
 
-@pytest.fixture
-def no_collector():
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.unfreeze()
-
-
 def network(x, w):
     q, k = ops.split_heads(ops.linear(ops.layer_norm(x), w), heads=2, parts=2)
     out, A = ops.attention(q, k, k, np.array([[1, 0, 1]]), weights=True)

@@ -182,6 +182,11 @@ def blas_description():
     return f"OpenBLAS {found[2]()}, {found[0]()} threads"
 
 
+def blas_environment():
+    """The environment's settings of BLAS, threads and allocator, by name."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OPENBLAS_", "OMP_", "MKL_", "MALLOC_"))}
+
+
 @contextlib.contextmanager
 def blas_threads(count):
     """Hold BLAS to `count` threads inside the block (where it can be told), and restore what was before."""

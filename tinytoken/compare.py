@@ -6,7 +6,6 @@ smaller learning rate. DynamicViT has no first part of its own. It starts from t
 learns in the last quarter what to drop, while ViT and LookupViT simply go on: nobody wins by training longer.
 """
 import dataclasses
-import os
 import pathlib
 import platform
 import statistics
@@ -165,8 +164,7 @@ def machine(device):
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {"processor": names[0] if names else platform.processor() or platform.machine(), "cpus": backend.cpu_count(),
-            "blas": backend.blas_description(), "environment": {k: v for k, v in sorted(os.environ.items())
-                                                               if k.startswith(("OPENBLAS_", "MKL_", "OMP_", "MALLOC_"))},
+            "blas": backend.blas_description(), "environment": backend.blas_environment(),
             "python": platform.python_version(), "numpy": np.__version__, "system": platform.platform(), "device": device}
 
 

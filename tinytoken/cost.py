@@ -6,8 +6,8 @@ from . import nn
 from .errors import GraphError
 from .tensor import no_grad, observe, topological_order
 
-# Ops of tinytoken.ops: norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves values. An op that is neither here nor
-# declares its MACs makes the count fail.
+# Ops of tinytoken.ops: norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves values. An op that
+# is neither here nor declares its MACs makes the count fail.
 FREE = frozenset("""
     add subtract multiply divide negative power exp log sqrt sum mean max reshape transpose concat index pad broadcast_to
     embedding softmax log_softmax layer_norm gelu relu sigmoid tanh split_heads merge_heads gumbel_softmax take_tokens put_tokens

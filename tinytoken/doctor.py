@@ -1,6 +1,5 @@
 """What this machine has for tinytoken, and the pip line that would fix what is missing."""
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -15,8 +14,7 @@ def report():
     rows = [("Python", f"{platform.python_version()} on {platform.platform()}"),
             ("NumPy", np.__version__),
             ("BLAS", backend.blas_description()),
-            ("settings", ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items())
-                                   if k.startswith(("OPENBLAS_", "OMP_", "MKL_", "MALLOC_")))
+            ("settings", ", ".join(f"{k}={v}" for k, v in backend.blas_environment().items())
              or "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set"),
             ("CPUs", f"{backend.cpu_count()} may be used"),
             ("allocator", f"for training: {backend.prepare_cpu()}"),

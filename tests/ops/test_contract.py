@@ -62,17 +62,6 @@ def test_writes_into_nothing_it_was_given(case):
     assert all(map(same, *runs))
 
 
-@pytest.fixture(scope="module")
-def no_collector():
-    """Off for this module's tests of lifetimes, with all older objects out of its sight: a collection then takes no time."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.unfreeze()
-
-
 @every_case
 def test_keeps_nothing_alive(case, no_collector):
     """Everything dies when the last reference to it goes, used by a backward pass or not: there are no reference cycles."""
