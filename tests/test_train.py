@@ -314,6 +314,40 @@ def test_a_checkpoint_of_another_recipe_is_refused(changes, text, step, tmp_path
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
+def test_another_objective_or_group_is_another_run(tmp_path):
+    run, (model, objective) = Run(tmp_path), dynamicvit()
+    fit(model, objective, batches(4), steps=2, run=run, bar=False)
+    for change, text in ((dict(smoothing=0.5), "smoothing 0.0 there, 0.5 now"),
+                         (dict(weights=(1, 2, 3, 4)), "weights [1, 2, 0.5, 0.5] there, [1, 2, 3, 4] now")):
+        with refuses(f"fit: {run.checkpoint('train')} belongs to another run ({text}): choose another --out, or delete it"):
+            fit(model, Distil(model, objective.teacher, **change), batches(4), steps=2, run=run, bar=False)
+    model, objective = dynamicvit()
+    for p in model.parameters():
+        p.lr_scale = 1.0
+    with pytest.raises(tt.InputError, match=r"another run \(groups \[.*3.0.*\] there, \[\[1.0, False\], \[1.0, True\]\] now\)"):
+        fit(model, objective, batches(4), steps=2, run=run, bar=False)
+
+
+def test_numpy_numbers_among_the_settings(tmp_path):
+    for _ in range(2):
+        model, objective = vit()
+        fit(model, objective, batches(4), steps=2, seed=np.int64(3), lr=np.float32(0.5), run=Run(tmp_path), bar=False)
+
+
+@pytest.mark.parametrize("size, threads, slices", [(6, 2, [3, 3]), (7, 2, [4, 3]), (6, 1, [6]), (100, 2, [32, 32, 32, 4]), (3, 8, [1] * 3)])
+def test_each_thread_has_one_slice_of_at_most_32_images(size, threads, slices):
+    model, seen = vit()[0], []
+
+    class Watched(Classify):
+        def __call__(self, images, labels):
+            seen.append(len(images))
+            return super().__call__(images, labels)
+    drawn = lambda step: (np.zeros((size, 3, 8, 8), "float32"), np.zeros(size, int))
+    drawn.batch_size = size
+    fit(model, Watched(model), drawn, steps=1, threads=threads, bar=False)
+    assert sorted(seen, reverse=True) == slices
+
+
 def test_another_batch_size_is_another_run(tmp_path):
     model, objective = vit()
     for size in (4, 5):
@@ -331,11 +365,11 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
         train(at_step(vit, 6, power_cut), run)
     model, objective = lookupvit()
     before = bits(model)
-    text = r"^checkpoint: \S+train.npz holds ViT\(image_size=8, .*\), expected LookupViT\(image_size=8, .*\)$"
+    text = r"^fit: \S+train.npz belongs to another run \(model 'ViT' there, 'LookupViT' now, compressed None there, \[1, 1\] now, "
     with pytest.raises(tt.InputError, match=text):
         train((model, objective), run)
     wide = ViT(**SIZES | {"dim": 16})
-    with pytest.raises(tt.InputError, match=r"holds ViT\(.*dim=8.*\), expected ViT\(.*dim=16.*\)$"):
+    with pytest.raises(tt.InputError, match=r"belongs to another run \(dim 8 there, 16 now, smoothing 0.1 there, 0.0 now\)"):
         train((wide, Classify(wide)), run)
     assert bits(model) == before and checkpoint.load(run.checkpoint("train"))[0]["step"] == 4
 
@@ -371,6 +405,9 @@ def test_a_loss_that_is_no_number_is_refused_and_the_last_checkpoint_unharmed(va
     at = [None]
     with refuses(f"fit: the loss is {text} at step 8 of train: try a learning rate below 0.01. The last checkpoint is unharmed."):
         train((model, Diverging(model, smoothing=0.1)), run)
+    with refuses(f"fit: the loss is {text} at step 8 of train: try a learning rate below 0.01"):
+        at[0] = None
+        train((model, Diverging(model, smoothing=0.1)))
     assert run.checkpoint("train").read_bytes() == saved
     assert all(np.isfinite(array).all() for array in checkpoint.load(run.checkpoint("train"))[1]["model"].values())
 

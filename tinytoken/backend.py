@@ -88,15 +88,15 @@ def to_numpy(array):
 
 # Functions that NumPy lacks, or that the two modules spell differently
 
-# tanh(x p(x^2)) is erf(x / sqrt 2) to 7e-6. Fitted so that x Phi(x) is right to 4e-6 on [-9, 9]; the last coefficient is
-# positive, so it saturates without a clip.
-CDF_POLYNOMIAL = (0.79785240, 0.036438372, -1.1375348e-4, -3.2048421e-5, 1.1802173e-6)
+# erf(x / sqrt 2) is tanh(x p(x^2)) to 7e-6, so Phi(x) is 1 / (1 + exp(x q(x^2))) with q = -2 p, which is what stands here. Fitted
+# so that x Phi(x) is right to 4e-6 on [-9, 9]; the last coefficient is negative, so it saturates without a clip.
+CDF_POLYNOMIAL = (-1.5957048, -0.072876744, 2.2750696e-4, 6.4096842e-5, -2.3604346e-6)
 _exact_erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def normal_cdf(x):
-    """Phi(x) = (1 + erf(x / sqrt 2)) / 2 of a float array. float64: exact, by math.erf, slowly. float32: a tanh of a fitted
-    polynomial, since tanh is NumPy's fastest transcendental (Phi and x Phi(x) are within 4e-6). CuPy: its own erf."""
+    """Phi(x) = (1 + erf(x / sqrt 2)) / 2 of a float array. float64: exact, by math.erf, slowly. float32: the logistic function
+    of a fitted polynomial (Phi and x Phi(x) are within 4e-6). CuPy: its own erf."""
     xp = array_module(x)
     if xp is not np:
         from cupyx.scipy.special import erf as cuda_erf
@@ -110,10 +110,10 @@ def normal_cdf(x):
         out *= square
     out += CDF_POLYNOMIAL[0]
     out *= x
-    np.tanh(out, out=out)
+    np.minimum(out, 80, out=out)  # exp overflows from 88 on
+    np.exp(out, out=out)  # without AVX-512 twice as fast as tanh
     out += 1
-    out *= 0.5
-    return out
+    return np.divide(1, out, out=out)
 
 
 def erf(x):

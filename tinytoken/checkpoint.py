@@ -54,12 +54,17 @@ def save(path, model, optimizer=None, **header):
         moments, header["optimizer_steps"] = optimizer.state()
         arrays |= {f"optimizer/{name}": to_numpy(array) for name, array in moments.items()}
     with replacing(path) as file:
-        np.savez(file, header=np.array(json.dumps(header, default=_plain)), **arrays)
+        np.savez(file, header=np.array(json.dumps(header, default=plain_number)), **arrays)
 
 
-def _plain(value):
-    """JSON for a NumPy number among a model's settings."""
+def plain_number(value):
+    """JSON for a NumPy number among the settings."""
     return value.item()
+
+
+def as_json(value):
+    """The value as it comes back from a header: tuples are lists, NumPy numbers are numbers."""
+    return json.loads(json.dumps(value, default=plain_number))
 
 
 def load(path):
@@ -102,7 +107,7 @@ def restore(path, model, optimizer=None):
     model is refused, and nothing is changed."""
     header, groups = load(path)
     given = (header["model"], header["config"])
-    expected = (type(model).__name__, json.loads(json.dumps(model.config, default=_plain)))
+    expected = (type(model).__name__, as_json(model.config))
     expect(given == expected, "checkpoint", f"{path} holds {_describe(*given)}, expected {_describe(*expected)}")
     if optimizer is not None:
         expect(groups["optimizer"], "checkpoint",

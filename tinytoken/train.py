@@ -11,20 +11,21 @@ import numpy as np
 import tqdm
 
 from . import checkpoint, models, ops, random
-from .backend import array_module, prepare_cpu, to_numpy
+from .backend import array_module, cpu_count, prepare_cpu, to_numpy
 from .errors import InputError, expect
 from .optim import AdamW, loss_and_grads, share_out, warmup_cosine
 from .tensor import no_grad
 
 
 # Objectives: called with a slice of the batch -> (loss, parts). `noise` makes what is drawn for a whole batch, by image number,
-# before it is cut, so that micro-batches and threads change nothing.
+# before it is cut, so that micro-batches and threads change nothing. `settings` is what a checkpoint is to say of it.
 
 class Classify:
     """Cross-entropy of a model's logits: ViT's, or both of LookupViT's."""
 
     def __init__(self, model, smoothing=0.0):
         self.model, self.smoothing = model, smoothing
+        self.settings = {"smoothing": smoothing}
 
     def noise(self, size, step, seed, xp):
         return ()
@@ -42,6 +43,7 @@ class Distil:
 
     def __init__(self, model, teacher, smoothing=0.0, weights=(1, 2, 0.5, 0.5)):
         self.model, self.teacher, self.smoothing, self.weights = model, teacher.eval(), smoothing, weights
+        self.settings = {"smoothing": smoothing, "weights": weights}
 
     def noise(self, size, step, seed, xp):
         """Gumbel draws of all stages, (B, S, N, 2)."""
@@ -73,7 +75,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.history, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, default=checkpoint.plain_number) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {self.history}: {error.strerror}") from error
 
@@ -94,26 +96,28 @@ def _earlier(line, phase, step):
     return row.get("phase") != phase or row["step"] < step
 
 
-def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, micro=16, threads=None, seed=0,
+def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, micro=None, threads=None, seed=0,
         offset=0, run=None, phase="train", header=None, log_every=20, bar=True):
     """Train `model` for `steps` steps of AdamW with warm-up and cosine decay -> {"seconds": of training, "loss": mean over the
     last logged steps, and its parts}. The model is left in eval mode.
 
-    objective(*slice) -> (loss, parts) with objective.noise(size, step, seed, xp), see Classify; batches(step) -> a tuple of
-    arrays, a pure function of the step, counted from `offset`; batches.batch_size is its size. run: a Run for the history (JSON
-    lines) and the checkpoint `phase`.npz, written every run.every steps, at the end, and on Ctrl-C, which ends the run after
-    the step it is in with KeyboardInterrupt. A checkpoint that is there is gone on with, to the same bits as an uninterrupted run
-    with as many threads; one that says another recipe or header (JSON: what else a checkpoint is to say) is another run's, and
-    refused.
+    objective(*slice) -> (loss, parts) with .noise(size, step, seed, xp) and .settings, see Classify; batches(step) -> a tuple of
+    arrays, a pure function of the step, counted from `offset`; batches.batch_size is its size. micro: images of a slice (None:
+    so many that each thread has one, at most 32). run: a Run for the history (JSON lines) and the checkpoint `phase`.npz,
+    written every run.every steps, at the end, and on Ctrl-C, which ends the run after the step it is in with KeyboardInterrupt.
+    A checkpoint that is there is gone on with, to the same bits as an uninterrupted run with as many threads; one that says
+    another model, recipe or header (JSON: what else a checkpoint is to say) is another run's, and refused.
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
     prepare_cpu()
     params = model.parameters()
     optimizer = AdamW(params, lr, weight_decay=weight_decay, clip=clip)
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
-                  batch=batches.batch_size)
+                  batch=batches.batch_size, groups=[s[2:] for s in optimizer.flat.segments], **objective.settings)
     header = header or {}
-    start, result, recent = _resume(run, phase, model, optimizer, {"recipe": recipe} | header)
+    # Few large slices: threads cannot share what Python does between the ops. Beyond 32 images it is only memory.
+    micro = min(32, -(-batches.batch_size // (threads or cpu_count()))) if micro is None else micro
+    start, result, recent = _resume(run, phase, model, optimizer, {"recipe": recipe, **header})
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
     with _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
@@ -122,8 +126,8 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
             arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
             loss, parts = loss_and_grads(objective, params, arrays, micro, threads)
             if not math.isfinite(loss):
-                raise InputError(f"fit: the loss is {loss} at step {step} of {phase}: try a learning rate below {lr}. "
-                                 "The last checkpoint is unharmed.")
+                raise InputError(f"fit: the loss is {loss} at step {step} of {phase}: try a learning rate below {lr}"
+                                 + (". The last checkpoint is unharmed." if run else ""))
             rate = lr * warmup_cosine(step, steps, warmup)
             optimizer.step(rate)
             recent.append({"loss": loss, **parts})
@@ -154,10 +158,11 @@ def _resume(run, phase, model, optimizer, says):
     path = run.checkpoint(phase)
     if path.exists():
         header, _ = checkpoint.load(path)
-        differences = ", ".join(_differences(header, json.loads(json.dumps(says))))
+        says = {"model": type(model).__name__, "config": model.config, **says}
+        differences = ", ".join(_differences(header, checkpoint.as_json(says)))
         expect(not differences, "fit", f"{path} belongs to another run ({differences}): choose another --out, or delete it")
         checkpoint.restore(path, model, optimizer if header["step"] < says["recipe"]["steps"] else None)
-        fresh = header["step"], header["result"], header.get("recent", [])
+        fresh = header["step"], header["result"], header["recent"]
     run.forget(phase, fresh[0])
     return fresh
 
