@@ -189,6 +189,8 @@ FOREIGN = {
                      r"is not a readable checkpoint \(KeyError: 'other'\)"),
     "another model": (lambda path, data: write_header(path, GOOD | {"model": "ResNet"}),
                       "holds a 'ResNet', expected one of ViT, DynamicViT, LookupViT"),
+    "an option of tomorrow": (lambda path, data: write_header(path, GOOD | {"config": {"registers": 4}}),
+                              "does not describe a ViT: .* unexpected keyword argument 'registers'"),
 }
 
 

@@ -176,7 +176,8 @@ def test_conditions_text():
             "Machine: An EPYC, 2 CPUs, NumPy 2.4, OpenBLAS Zen, 2 threads, no BLAS variables set.")
     assert compare.conditions_text(table) == text
     other = table | {"recipe": table["recipe"] | {"seed": 5}}
-    assert compare.conditions_text(table, other) == text.replace("One seed, 0.", "Seeds 0, 5: mean and standard deviation.")
+    several = "Seeds 0, 5: accuracies are mean and standard deviation, speeds and times those of the first."
+    assert compare.conditions_text(table, other) == text.replace("One seed, 0.", several)
     table["machine"]["environment"] = {"OMP_NUM_THREADS": "2", "MALLOC_X": "1"}
     assert compare.conditions_text(table).endswith(", OMP_NUM_THREADS=2 MALLOC_X=1.")
 

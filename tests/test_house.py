@@ -22,7 +22,7 @@ NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}
 
 
 def test_sizes(capsys):
-    """Prints the table beside its aims; only the ceilings are asserted: 400 lines of a file, blank ones aside, 60 of a function."""
+    """Prints the table with its aims; only the ceilings are asserted: 400 lines of a file, blank ones aside, 60 of a function."""
     with capsys.disabled():
         print("\n" + house.table())
     too_long = {file.name: file.lines() for file in FILES if file.lines() > 400}

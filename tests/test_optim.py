@@ -102,6 +102,14 @@ def test_clip_norm(xp):
     assert float(clip_norm(zero, 1.0)) == 0 and not host(zero).any()
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_step_tells_the_norm_before_clipping(clip, xp):
+    p = nn.Parameter(xp.zeros(2, "float32"))
+    optimizer = AdamW([p], clip=clip)
+    p.grad[...] = xp.asarray([3, 4])
+    assert float(optimizer.step()) == 5
+
+
 @pytest.mark.skipif(backend.openblas() is None, reason="BLAS threads can be set in NumPy's own OpenBLAS only")
 def test_a_step_gives_the_same_bits_with_any_number_of_blas_threads():
     """The clipped norm is a BLAS product, and its sum is shared out over threads."""

@@ -334,7 +334,8 @@ def test_numpy_numbers_among_the_settings(tmp_path):
         fit(model, objective, batches(4), steps=2, seed=np.int64(3), lr=np.float32(0.5), run=Run(tmp_path), bar=False)
 
 
-@pytest.mark.parametrize("size, threads, slices", [(6, 2, [3, 3]), (7, 2, [4, 3]), (6, 1, [6]), (100, 2, [32, 32, 32, 4]), (3, 8, [1] * 3)])
+@pytest.mark.parametrize("size, threads, slices", [(6, 2, [3, 3]), (7, 2, [4, 3]), (6, 1, [6]), (100, 2, [32, 32, 32, 4]),
+                                                   (3, 8, [1, 1, 1])])
 def test_each_thread_has_one_slice_of_at_most_32_images(size, threads, slices):
     model, seen = vit()[0], []
 
@@ -384,6 +385,21 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 
 # Refused
+
+def test_a_finite_loss_whose_gradient_is_not_is_refused_before_it_is_saved(tmp_path):
+    model, _ = vit()
+
+    class Steep(Classify):
+        def __call__(self, images, labels):
+            loss, parts = super().__call__(images, labels)
+            return loss + ops.sqrt(loss * 0), parts  # its slope at 0 is infinite, and times 0 it is no number
+    run = Run(tmp_path, every=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        with refuses("fit: the gradient's norm is nan at step 0 of train: try a learning rate below 0.01. "
+                     "The last checkpoint is unharmed."):
+            train((model, Steep(model)), run, threads=1)  # NumPy's error state is the thread's
+    assert not run.checkpoint("train").exists()
+
 
 @pytest.mark.parametrize("value, text", [(math.nan, "nan"), (math.inf, "inf")])
 def test_a_loss_that_is_no_number_is_refused_and_the_last_checkpoint_unharmed(value, text, tmp_path):

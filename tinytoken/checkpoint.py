@@ -97,7 +97,10 @@ def load_model(path):
     header, groups = load(path)
     kind = models.BY_NAME.get(header["model"])
     expect(kind is not None, "checkpoint", f"{path} holds a {header['model']!r}, expected one of {', '.join(models.BY_NAME)}")
-    model = kind(**header["config"])
+    try:
+        model = kind(**header["config"])
+    except TypeError as error:  # an option that this version does not know
+        raise InputError(f"checkpoint: {path} does not describe a {header['model']}: {error}") from error
     model.load_state_dict(groups["model"])
     return model, header
 

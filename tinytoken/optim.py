@@ -31,14 +31,14 @@ class AdamW:
         self.m, self.v, self.steps = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data), 0
 
     def step(self, lr=None):
-        """One update with learning rate lr (default: the optimiser's)."""
+        """One update with learning rate lr (default: the optimiser's). Returns the gradient's norm before clipping,
+        a 0-d array."""
         expect(self.flat.holds(self.params), "AdamW", "a parameter's array, group or place changed since the optimiser was made "
                "(another dtype or device, a copy, another optimiser): make a new optimiser")
         lr = self.lr if lr is None else lr
         flat, self.steps = self.flat, self.steps + 1
-        if self.clip is not None:
-            with blas_threads(1):  # more of them would sum in another order
-                clip_norm(flat.grad, self.clip)
+        with blas_threads(1):  # more of them would sum in another order
+            norm = clip_norm(flat.grad, math.inf if self.clip is None else self.clip)
         corrections = [1 - beta ** self.steps for beta in self.betas]
         block = BLOCK if array_module(flat.data) is np else flat.data.size
         for start, stop, scale, decay in flat.segments:
@@ -46,6 +46,7 @@ class AdamW:
                 cut = slice(a, min(a + block, stop))
                 self._update(flat.data[cut], flat.grad[cut], self.m[cut], self.v[cut], lr * scale,
                              self.weight_decay if decay else 0.0, corrections)
+        return norm
 
     def _update(self, w, g, m, v, lr, decay, corrections):
         b1, b2 = self.betas

@@ -124,12 +124,12 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
         for step in range(start, steps):
             arrays = batches(offset + step)
             arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
-            loss, parts = loss_and_grads(objective, params, arrays, micro, threads)
-            if not math.isfinite(loss):
-                raise InputError(f"fit: the loss is {loss} at step {step} of {phase}: try a learning rate below {lr}"
-                                 + (". The last checkpoint is unharmed." if run else ""))
             rate = lr * warmup_cosine(step, steps, warmup)
-            optimizer.step(rate)
+            loss, parts = loss_and_grads(objective, params, arrays, micro, threads)
+            if not math.isfinite(loss) or not math.isfinite(norm := optimizer.step(rate)):
+                what = f"gradient's norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+                raise InputError(f"fit: the {what} at step {step} of {phase}: try a learning rate below {lr}"
+                                 + (". The last checkpoint is unharmed." if run else ""))
             recent.append({"loss": loss, **parts})
             progress.update()
             done, last = step + 1, step + 1 == steps

@@ -253,6 +253,10 @@ def test_untrained_predictors_keep_what_the_ratios_ask():
 def test_inference_draws_nothing():
     model = DynamicViT(**SMALL, **STAGES).eval()
     assert np.array_equal(model(pictures()).data, model(pictures()).data)
+    for training_only in (dict(noise=gumbel(2)), dict(hard=False)):
+        with refuses("DynamicViT: noise or hard=False in eval mode, where the best scores are kept and nothing is drawn: "
+                     "call .train() first"):
+            model(pictures(), **training_only)
 
 
 def test_the_predictor_averages_over_kept_tokens_only():
@@ -332,6 +336,8 @@ def test_the_configuration_makes_the_same_model_again():
     (dict(keep_ratios=(0.5, 0.7)),
      "DynamicViT: keep_ratios (0.5, 0.7) rise; they are of the original number of tokens, so they cannot"),
     (dict(keep_ratios=(0.5, 0.05)), "DynamicViT: keep ratio 0.05 of 16 tokens keeps none"),
+    (dict(keep_ratios=0.5), "DynamicViT: keep_ratios 0.5, expected one per stage: a tuple or list"),
+    (dict(prune_before=1), "DynamicViT: prune_before 1, expected one per stage: a tuple or list"),
     (dict(keep_ratios=(0.5,)), "DynamicViT: 2 places to prune and 1 keep ratios"),
     (dict(prune_before=(), keep_ratios=()), "DynamicViT: 0 places to prune and 0 keep ratios"),
     (dict(prune_before=(1, 3)), "DynamicViT: prune_before (1, 3), expected rising block numbers from 0 to 2"),

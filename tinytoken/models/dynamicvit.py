@@ -85,11 +85,13 @@ class DynamicViT(ViT):
 
     def forward(self, images, noise=None, hard=True, keep=None, trace=False):
         """noise: per stage, Gumbel draws (B, N, 2) added to the log-probabilities; None draws them. hard=False: decisions stay
-        soft. keep: per stage, a mask (B, N) that replaces the decision; it holds by masking in train mode and by gathering in
-        eval mode, where every image must keep the same number."""
+        soft. Both belong to train mode. keep: per stage, a mask (B, N) that replaces the decision; it holds by masking in train
+        mode and by gathering in eval mode, where every image must keep the same number."""
         for name, given in (("noise", noise), ("keep", keep)):
             expect(given is None or len(given) == len(self.prune_before), "DynamicViT",
                    lambda: f"{len(given)} arrays of {name} for {len(self.prune_before)} stages")
+        expect(self.training or noise is None and hard, "DynamicViT",
+               "noise or hard=False in eval mode, where the best scores are kept and nothing is drawn: call .train() first")
         record = Trace()
         attention = record.attention if trace else None
         x = self.embed(images)
@@ -149,6 +151,8 @@ class DynamicViT(ViT):
 
 
 def _check_stages(prune_before, keep_ratios, depth):
+    for name, given in (("prune_before", prune_before), ("keep_ratios", keep_ratios)):
+        expect(isinstance(given, (tuple, list)), "DynamicViT", f"{name} {given!r}, expected one per stage: a tuple or list")
     expect(len(prune_before) == len(keep_ratios) > 0, "DynamicViT",
            f"{len(prune_before)} places to prune and {len(keep_ratios)} keep ratios")
     expect(all(isinstance(i, (int, np.integer)) for i in prune_before) and list(prune_before) == sorted(set(prune_before))

@@ -27,8 +27,8 @@ class LookupOutput:
 class LookupBlock(nn.Module):
     """One block, (a) to (d). lookup (B, N, D), compressed (B, M, D) -> both, refined.
 
-    norm: "qk" norms the projected queries and keys of (a), "pre" its inputs, of values too. reuse: how (c) reads the attention of (a)
-    (ops.lookup_infuse); "separate" gives (c) queries and keys of its own, "none" leaves (c) out.
+    norm: "qk" norms the projected queries and keys of (a), "pre" its inputs, of values too. reuse: how (c) reads the attention
+    of (a) (ops.lookup_infuse); "separate" gives (c) queries and keys of its own, "none" leaves (c) out.
     """
 
     def __init__(self, dim, heads, mlp_ratio=4, lookup_mlp_ratio=0.5, reuse="probs", norm="qk"):
