@@ -366,7 +366,7 @@ def test_the_checkpoint_of_another_model_is_refused(tmp_path):
         train(at_step(vit, 6, power_cut), run)
     model, objective = lookupvit()
     before = bits(model)
-    text = r"^fit: \S+train.npz belongs to another run \(model 'ViT' there, 'LookupViT' now, compressed None there, \[1, 1\] now, "
+    text = r"^fit: \S+train.npz belongs to another run \(model 'ViT' there, 'LookupViT' now, compressed None there, \[1, 1\] now"
     with pytest.raises(tt.InputError, match=text):
         train((model, objective), run)
     wide = ViT(**SIZES | {"dim": 16})

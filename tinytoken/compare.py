@@ -228,7 +228,8 @@ def conditions_text(*tables):
     taught = tables[0]["training"]["vit-start"]["seconds"] / 60
     settings = " ".join(f"{k}={v}" for k, v in on["environment"].items()) or "no BLAS variables set"
     seeds = (f"One seed, {seeds[0]}" if len(seeds) == 1 else
-             f"Seeds {', '.join(map(str, seeds))}: accuracies are mean and standard deviation, speeds and times those of the first")
+             f"Seeds {', '.join(map(str, seeds))}: accuracies are mean and standard deviation, speeds and times those of the "
+             "first")
     return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, the last {recipe['steps'] // 4:,} "
             f"at learning rate {recipe['further_lr']} after {recipe['lr']}; dim {recipe['dim']}, depth {recipe['depth']}, "
             f"{recipe['heads']} heads, patch {recipe['patch']}. {seeds}. "
