@@ -19,6 +19,13 @@ def test_tables_are_those_of_the_saved_runs(name):
     assert conditions_text(*tables) in README
 
 
+def test_the_longer_run_is_quoted_as_it_was():
+    table = json.loads((RESULTS / "scenes_1500_steps.json").read_text())
+    assert table["recipe"] | {"steps": 500} == json.loads((RESULTS / "compare_scenes_seed0.json").read_text())["recipe"]
+    vit, dynamic, lookup = (f"{100 * row['accuracy']:.1f}" for row in table["rows"][:3])
+    assert f"(`--steps 1500`, seed 0 alone) ViT, DynamicViT and LookupViT reach {vit}, {dynamic} and {lookup} %." in " ".join(README.split())
+
+
 def test_ci_runs_the_readmes_test_command():
     [command] = [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv") and "pytest" in line]
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
