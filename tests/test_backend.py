@@ -168,35 +168,40 @@ def test_malloc_setting_is_made_once_and_can_be_turned_off(monkeypatch):
 
 def test_import_changes_no_setting():
     code = ("import tinytoken.backend as b\n"
-            "print(b.prepare_cpu.cache_info().misses, b.openblas.cache_info().misses, b.cuda_ready.cache_info().misses)")
+            "print(b.prepare_cpu.cache_info().misses, b.blas_controller.cache_info().misses, b.cuda_ready.cache_info().misses)")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert out.stdout == "0 0 0\n"
 
 
+def threads_of_blas():
+    return {one["num_threads"] for one in backend.blas_controller().info()}
+
+
+@pytest.mark.skipif(backend.blas_controller() is None, reason="a BLAS whose threads cannot be set")
 def test_blas_threads_are_held_and_restored():
-    found = backend.openblas()
-    if found is None:
-        pytest.skip("this NumPy does not bring its own OpenBLAS")
-    get, put, core = found
-    before = get()
-    try:
-        put(2)
+    with backend.blas_threads(2):
         with backend.blas_threads(1):
-            assert get() == 1
+            assert threads_of_blas() == {1}
             with backend.blas_threads(2):
-                assert get() == 2
-            assert get() == 1
-        assert get() == 2
+                assert threads_of_blas() == {2}
+            assert threads_of_blas() == {1}
+        assert threads_of_blas() == {2}
         with pytest.raises(ZeroDivisionError), backend.blas_threads(1):
             1 / 0
-        assert get() == 2
-        assert backend.blas_description() == f"OpenBLAS {core()}, 2 threads"
-    finally:
-        put(before)
+        assert threads_of_blas() == {2} and backend.blas_description().endswith(", 2 threads")
+
+
+def test_blas_is_described(monkeypatch):
+    one = {"internal_api": "openblas", "version": "0.3.31", "architecture": "Zen", "num_threads": 2}
+    libraries = [one, {"internal_api": "mkl", "version": "2026.1", "num_threads": 4}]
+    monkeypatch.setattr(backend, "blas_controller", lambda: types.SimpleNamespace(info=lambda: libraries))
+    assert backend.blas_description() == "openblas 0.3.31 Zen, 2 threads; mkl 2026.1, 4 threads"
 
 
 def test_another_blas_is_left_alone(monkeypatch):
-    monkeypatch.setattr(backend, "openblas", lambda: None)
+    controller = types.SimpleNamespace(select=lambda user_api: types.SimpleNamespace(lib_controllers=[]))
+    monkeypatch.setattr("threadpoolctl.ThreadpoolController", lambda: controller)
+    monkeypatch.setattr(backend, "blas_controller", backend.blas_controller.__wrapped__)
     with backend.blas_threads(1):
         pass
     assert backend.blas_description().endswith(" (threads not under our control)")

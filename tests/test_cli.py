@@ -301,7 +301,8 @@ def test_doctor_prints_what_it_found(capsys, monkeypatch):
     assert rows["Python"].startswith(sys.version.split()[0])
     assert rows["NumPy"] == np.__version__ and rows["BLAS"] == backend.blas_description()
     assert "OMP_NUM_THREADS=3" in rows["settings"] and rows["CPUs"] == f"{backend.cpu_count()} may be used"
-    assert rows["allocator"] == f"for training: {backend.prepare_cpu()}" and rows["pictures"] == "matplotlib 9.8 and pillow 7.6"
+    assert rows["allocator"] == f"for training and inference: {backend.prepare_cpu()}"
+    assert rows["pictures"] == "matplotlib 9.8 and pillow 7.6"
     assert rows["GPU"] == f"none in use: CuPy cannot be imported (No module named 'cupy'). {NO_DRIVER}"
 
 

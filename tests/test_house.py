@@ -15,7 +15,7 @@ import tinytoken
 FILES = house.files()
 every_file = pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
 
-ANYWHERE = {"numpy", "tqdm"}                        # the core dependencies
+ANYWHERE = {"numpy", "threadpoolctl", "tqdm"}       # the core dependencies
 IN_FUNCTIONS = {"matplotlib", "PIL"}                # the `plot` extra
 IN_BACKEND_AND_CUDA = {"cupy", "cupyx"}
 NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}

@@ -110,7 +110,7 @@ def test_a_step_tells_the_norm_before_clipping(clip, xp):
     assert float(optimizer.step()) == 5
 
 
-@pytest.mark.skipif(backend.openblas() is None, reason="BLAS threads can be set in NumPy's own OpenBLAS only")
+@pytest.mark.skipif(backend.blas_controller() is None, reason="a BLAS whose threads cannot be set")
 def test_a_step_gives_the_same_bits_with_any_number_of_blas_threads():
     """The clipped norm is a BLAS product, and its sum is shared out over threads."""
     weights = []
@@ -324,10 +324,10 @@ def test_loss_and_grads_refuses():
             loss_and_grads(wrong, [p], (x[:1],))
 
 
-@pytest.mark.skipif(backend.openblas() is None, reason="BLAS threads can be set in NumPy's own OpenBLAS only")
+@pytest.mark.skipif(backend.blas_controller() is None, reason="a BLAS whose threads cannot be set")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_blas_has_one_thread_inside_and_gets_back_what_it_had(threads):
-    p, seen, get = nn.Parameter(np.ones(1)), [], backend.openblas()[0]
+    p, seen, get = nn.Parameter(np.ones(1)), [], lambda: backend.blas_controller().info()[0]["num_threads"]
 
     def loss(x):
         seen.append(get())

@@ -7,7 +7,6 @@ import ctypes
 import functools
 import math
 import os
-import pathlib
 import sys
 
 import numpy as np
@@ -142,7 +141,8 @@ def scatter_add(target, index, values):
     target[rows] += np.add.reduceat(values.reshape(flat.size, *target.shape[1:])[order], starts, axis=0)
 
 
-# Settings of the process: the allocator and the BLAS threads. Never at import; on first training (`prepare_cpu`).
+# Settings of the process: the allocator and the BLAS threads. Never at import: optim.share_out, which training and inference
+# run on, makes them.
 
 @functools.cache
 def prepare_cpu():
@@ -160,26 +160,21 @@ def prepare_cpu():
 
 
 @functools.cache
-def openblas():
-    """(get_threads, set_threads, core_name) of the OpenBLAS inside NumPy's wheel, or None for another build."""
-    folder = pathlib.Path(np.__file__).parent
-    for path in [*folder.parent.glob("numpy.libs/*openblas*"), *folder.glob(".dylibs/*openblas*")]:
-        library = ctypes.CDLL(str(path))
-        for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("scipy_", ""), ("", "")):
-            names = [f"{prefix}openblas_{name}{suffix}" for name in ("get_num_threads", "set_num_threads", "get_corename")]
-            if all(hasattr(library, name) for name in names):
-                get, put, core = (getattr(library, name) for name in names)
-                core.restype = ctypes.c_char_p
-                return get, put, lambda: core().decode()
-    return None
+def blas_controller():
+    """threadpoolctl's handle on the BLAS that NumPy uses (OpenBLAS, MKL, BLIS, FlexiBLAS), or None for one it does not know."""
+    import threadpoolctl
+    found = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    return found if found.lib_controllers else None
 
 
 def blas_description():
-    """'OpenBLAS Haswell, 2 threads', or what is known of another build."""
-    found = openblas()
+    """'openblas 0.3.31 Haswell, 2 threads': library, version, the instruction set of its kernels, or what is known of another."""
+    found = blas_controller()
     if found is None:
         return f"{np.show_config('dicts')['Build Dependencies']['blas']['name']} (threads not under our control)"
-    return f"OpenBLAS {found[2]()}, {found[0]()} threads"
+    words = ("internal_api", "version", "architecture")
+    return "; ".join(f"{' '.join(one[word] for word in words if one.get(word))}, {one['num_threads']} threads"
+                     for one in found.info())
 
 
 def blas_environment():
@@ -190,16 +185,9 @@ def blas_environment():
 @contextlib.contextmanager
 def blas_threads(count):
     """Hold BLAS to `count` threads inside the block (where it can be told), and restore what was before."""
-    found = openblas()
-    if found is None:
+    found = blas_controller()
+    with found.limit(limits=count) if found else contextlib.nullcontext():
         yield
-        return
-    before = found[0]()
-    found[1](count)
-    try:
-        yield
-    finally:
-        found[1](before)
 
 
 def cpu_count():

@@ -17,7 +17,7 @@ def report():
             ("settings", ", ".join(f"{k}={v}" for k, v in backend.blas_environment().items())
              or "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set"),
             ("CPUs", f"{backend.cpu_count()} may be used"),
-            ("allocator", f"for training: {backend.prepare_cpu()}"),
+            ("allocator", f"for training and inference: {backend.prepare_cpu()}"),
             ("GPU", gpu()),
             ("pictures", " and ".join(f"{name} {_version(name) or 'missing'}" for name in ("matplotlib", "pillow"))
              + ("" if _version("matplotlib") and _version("pillow") else ": pip install 'tinytoken-vit[plot]'"))]

@@ -118,7 +118,6 @@ def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
            f"micro {micro}, threads {threads}: at least 1 each expected")
     cuts = [slice(a, min(a + micro, size)) for a in range(0, size, micro)]
     threads = min(threads or cpu_count(), len(cuts))
-    prepare_cpu()
 
     def work(number):
         buffer = flat.grad if number == 0 else np.empty_like(flat.grad)
@@ -156,6 +155,7 @@ def _batch_size(batch):
 def share_out(function, items, threads=None):
     """[function(item) for item in items] on threads, BLAS held to one thread each. The first exception is raised when all have
     ended: nothing goes on writing into arrays that the caller uses again."""
+    prepare_cpu()
     threads = min(threads or cpu_count(), max(1, len(items)))
     with blas_threads(1):
         if threads == 1:

@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from . import checkpoint, models, ops, random
-from .backend import array_module, cpu_count, prepare_cpu, to_numpy
+from .backend import array_module, cpu_count, to_numpy
 from .errors import InputError, expect
 from .optim import AdamW, loss_and_grads, share_out, warmup_cosine
 from .tensor import no_grad
@@ -109,7 +109,6 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     another model, recipe or header (JSON: what else a checkpoint is to say) is another run's, and refused.
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
-    prepare_cpu()
     params = model.parameters()
     optimizer = AdamW(params, lr, weight_decay=weight_decay, clip=clip)
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
