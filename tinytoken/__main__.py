@@ -1,4 +1,4 @@
-"""python -m tinytoken compare | predict | doctor."""
+"""python -m tinytoken compare | predict | doctor | bench."""
 import argparse
 import pathlib
 import sys
@@ -40,6 +40,14 @@ def parser():
                        help="where to write the picture with its tokens (default: PICTURE.tokens.png)")
     guess.set_defaults(run=run_predict)
 
+    clock = commands.add_parser("bench", help="how fast this machine trains and runs a model; where the time of a step goes")
+    clock.add_argument("--model", default="vit", choices=("vit", "dynamicvit", "lookupvit"))
+    for name, value in dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3, batch=64, micro=16).items():
+        clock.add_argument("--" + name.replace("_", "-"), type=int, default=value, help=f"default: {value}")
+    clock.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    clock.add_argument("--profile", action="store_true", help="a training step on one thread, op by op")
+    clock.set_defaults(run=run_bench)
+
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what would fix what is missing")
     doctor.set_defaults(run=run_doctor)
     return top
@@ -59,6 +67,13 @@ def run_compare(args):
 def run_predict(args):
     from . import predict
     print(predict.classify(args.checkpoint, args.picture, args.out or args.picture.parent / f"{args.picture.stem}.tokens.png"))
+
+
+def run_bench(args):
+    from . import bench
+    settings = {name: value for name, value in vars(args).items() if name not in ("model", "profile", "run")}
+    job = bench.Job(args.model, **settings)
+    print(bench.profile_text(bench.profile(job)) if args.profile else bench.speeds_text(job, bench.speeds(job)))
 
 
 def run_doctor(args):

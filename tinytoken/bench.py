@@ -1,0 +1,159 @@
+"""How fast this machine trains and runs the models, and where the time of a training step goes, op by op."""
+import contextlib
+import dataclasses
+import statistics
+import time
+
+import numpy as np
+
+from . import models, random, tensor
+from .backend import blas_description, blas_threads, cpu_count
+from .errors import expect
+from .optim import AdamW, loss_and_grads
+from .train import Classify, Distil, infer
+
+KINDS = {"vit": models.ViT, "dynamicvit": models.DynamicViT, "lookupvit": models.LookupViT}
+
+
+class Job:
+    """A model of `kind` with random pictures: a training step and an inference pass, to be timed. sizes: of the model."""
+
+    def __init__(self, kind, batch=64, micro=16, threads=None, **sizes):
+        expect(kind in KINDS, "bench", f"model {kind!r}, expected one of {', '.join(KINDS)}")
+        expect(batch >= 1, "bench", f"batch {batch}, expected at least 1")
+        random.manual_seed(0)
+        sizes = dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3) | sizes
+        self.model, self.micro, self.threads = KINDS[kind](**sizes), micro, threads
+        self.objective = Distil(self.model, models.ViT(**sizes)) if kind == "dynamicvit" else Classify(self.model)
+        self.optimizer = AdamW(self.model.parameters(), clip=1.0)
+        self.images = random.normal((batch, 3, sizes["image_size"], sizes["image_size"]), site="bench.images", step=0)
+        self.batch = (self.images, np.arange(batch) % 10, *self.objective.noise(batch, 0, 0, np))
+
+    def gradients(self, threads=None):
+        self.model.train()
+        return loss_and_grads(self.objective, self.optimizer.params, self.batch, self.micro, threads or self.threads)
+
+    def step(self):
+        self.gradients()
+        self.optimizer.step()
+
+    def infer(self):
+        return infer(self.model, self.images, batch_size=self.micro, threads=self.threads)
+
+
+def speeds(job, rounds=9):
+    """{"step" | "infer": [median, lowest, highest] seconds of a batch}, in interleaved rounds."""
+    times = {"step": [], "infer": []}
+    for turn in range(rounds + 1):
+        for name, found in times.items():
+            began = time.perf_counter()
+            getattr(job, name)()
+            if turn:  # the first is for warming up
+                found.append(time.perf_counter() - began)
+    return {name: [f(found) for f in (statistics.median, min, max)] for name, found in times.items()}
+
+
+def speeds_text(job, found):
+    """The speeds as text."""
+    lines = [f"{name:<6}{1e3 * median:>9.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f}), {len(job.images) / median:,.0f} images/s"
+             for name, (median, low, high) in found.items()]
+    return "\n".join([*lines, f"float32, batch {len(job.images)}, {job.threads or cpu_count()} threads, {blas_description()}"])
+
+
+# Where a step's time goes
+
+@dataclasses.dataclass
+class OpTime:
+    """Of one op: calls, multiply-adds (a vjp's count as twice the forward ones), seconds of its function and of its vjp."""
+    calls: int = 0
+    macs: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@contextlib.contextmanager
+def timed_ops():
+    """Context: {name of an op: OpTime} of all that runs inside, on one thread. Every op in the registry is replaced by itself
+    under a clock; what the graph does between the ops is in no row."""
+    rows, plain = {}, {op: op.function for op in tensor.registry.values() if not op.composition}
+    try:
+        for op, function in plain.items():
+            op.function = _timed(op, function, rows)
+        yield rows
+    finally:
+        for op, function in plain.items():
+            op.function = function
+
+
+def _timed(op, function, rows):
+    def run(*arrays, **settings):
+        row = rows.setdefault(op.name, OpTime())
+        macs = op.shapes_to_macs(*(getattr(a, "shape", None) for a in arrays)) if op.shapes_to_macs else 0
+        row.calls, row.macs = row.calls + 1, row.macs + macs
+        began = time.perf_counter()
+        out, vjp = function(*arrays, **settings)
+        row.forward += time.perf_counter() - began
+
+        def timed_vjp(*upstream):
+            row.macs += 2 * macs
+            return _timed_vjp(row, vjp, upstream)
+        return out, vjp and timed_vjp
+    return run
+
+
+def _timed_vjp(row, function, arguments):
+    """Call a vjp, or one of the functions that it returned, under the clock."""
+    began = time.perf_counter()
+    result = function(*arguments)
+    row.backward += time.perf_counter() - began
+    entries = result if isinstance(result, tuple) else (result,)
+    later = tuple((lambda entry=entry: _timed_vjp(row, entry, ())) if callable(entry) else entry for entry in entries)
+    return later if isinstance(result, tuple) or callable(result) else result
+
+
+def profile(job, rounds=5):
+    """A training step by op, on one thread, medians over rounds -> {"ops": {name: OpTime}, "gradients" and "adamw": seconds,
+    "peak": multiply-adds per second of a large product, the best of the same rounds}."""
+    totals, updates, peaks, tables = [], [], [], []
+    job.gradients(threads=1)
+    for _ in range(rounds):
+        totals.append(_seconds(lambda: job.gradients(threads=1)))
+        updates.append(_seconds(job.optimizer.step))
+        peaks.append(blas_rate())
+        with timed_ops() as rows:
+            job.gradients(threads=1)
+        tables.append(rows)
+    ops = {name: OpTime(row.calls, row.macs, *(statistics.median(getattr(table[name], way) for table in tables)
+                                               for way in ("forward", "backward"))) for name, row in tables[0].items()}
+    return {"ops": ops, "gradients": statistics.median(totals), "adamw": statistics.median(updates), "peak": max(peaks)}
+
+
+def _seconds(run):
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def blas_rate(size=1024):
+    """Multiply-adds per second of a float32 product of two size x size matrices on one thread."""
+    a = np.ones((size, size), "float32")
+    with blas_threads(1):
+        return size ** 3 / min(_seconds(lambda: a @ a) for _ in range(3))
+
+
+def profile_text(found):
+    """The profile as a table."""
+    rows = sorted(found["ops"].items(), key=lambda item: -item[1].forward - item[1].backward)
+    lines = [f"{'op':<16}{'calls':>7}{'forward ms':>12}{'backward ms':>13}{'share':>8}{'M MACs':>10}{'of BLAS peak':>14}"]
+    spent, total = 0.0, found["gradients"] + found["adamw"]
+    for name, row in rows:
+        seconds = row.forward + row.backward
+        spent += seconds
+        rate = f"{100 * row.macs / seconds / found['peak']:.0f} %" if row.macs else ""
+        lines.append(f"{name:<16}{row.calls:>7}{1e3 * row.forward:>12.1f}{1e3 * row.backward:>13.1f}"
+                     f"{100 * seconds / total:>6.1f} %{row.macs / 1e6:>10.0f}{rate:>14}")
+    rest = found["gradients"] - spent
+    lines += [f"{name:<23}{1e3 * seconds:>25.1f}{100 * seconds / total:>6.1f} %"
+              for name, seconds in (("AdamW", found["adamw"]), ("the graph and the rest", rest))]
+    lines.append(f"{1e3 * total:.0f} ms on one thread; BLAS peak {2e-9 * found['peak']:.0f} GFLOP/s (2 per multiply-add)")
+    return "\n".join(lines)
