@@ -384,6 +384,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         train(vit, run)
 
 
+def test_frozen_parameters_stay_as_they_are(tmp_path):
+    model, objective = vit()
+    model.blocks[0].requires_grad_(False)
+    before = model.state_dict()
+    train((model, objective), Run(tmp_path))
+    frozen = {name for name, array in model.state_dict().items() if np.array_equal(array, before[name])}
+    assert frozen == {name for name in before if name.startswith("blocks.0.")}
+
+
 # Refused
 
 def test_a_finite_loss_whose_gradient_is_not_is_refused_before_it_is_saved(tmp_path):

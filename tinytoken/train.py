@@ -99,7 +99,7 @@ def _earlier(line, phase, step):
 def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, micro=None, threads=None, seed=0,
         offset=0, run=None, phase="train", header=None, log_every=20, bar=True):
     """Train `model` for `steps` steps of AdamW with warm-up and cosine decay -> {"seconds": of training, "loss": mean over the
-    last logged steps, and its parts}. The model is left in eval mode.
+    last logged steps, and its parts}. Frozen parameters stay as they are. The model is left in eval mode.
 
     objective(*slice) -> (loss, parts) with .noise(size, step, seed, xp) and .settings, see Classify; batches(step) -> a tuple of
     arrays, a pure function of the step, counted from `offset`; batches.batch_size is its size. micro: images of a slice (None:
@@ -109,7 +109,7 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     another model, recipe or header (JSON: what else a checkpoint is to say) is another run's, and refused.
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
-    params = model.parameters()
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(params, lr, weight_decay=weight_decay, clip=clip)
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
                   batch=batches.batch_size, groups=[s[2:] for s in optimizer.flat.segments], **objective.settings)
