@@ -14,6 +14,7 @@ reference cycle. Backward sorts the nodes, runs each vjp once with everything th
 """
 import contextlib
 import inspect
+import itertools
 import threading
 
 import numpy as np
@@ -278,14 +279,14 @@ class Node:
     """One run of an op. `edges` holds, per array argument, None or (key, shape, dtype). A key is what a gradient is addressed to:
     (node, place) for output `place` of a node, the leaf Tensor itself otherwise. Intermediate Tensors are not held: their
     arrays live as long as a vjp needs them."""
-    __slots__ = ("op", "edges", "vjp", "shapes", "outputs")
+    __slots__ = ("op", "edges", "vjp", "shapes", "outputs", "number")
+    numbers = itertools.count()  # a node is made after those that it came from: in order of number they are in order
 
     def __init__(self, op, args, arrays, outputs, vjp):
-        self.op, self.vjp = op, vjp
-        self.edges = tuple((_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad else None
-                           for a in args)
-        self.shapes = tuple(getattr(a, "shape", None) for a in arrays)
-        self.outputs = tuple(o.shape for o in outputs)
+        self.op, self.vjp, self.number = op, vjp, next(self.numbers)
+        self.edges = [(_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad else None for a in args]
+        self.shapes = [getattr(a, "shape", None) for a in arrays]
+        self.outputs = [o.shape for o in outputs]
 
     def parents(self):
         """The nodes that made its inputs."""
@@ -298,16 +299,12 @@ def _key(tensor):
 
 def topological_order(root):
     """The nodes under `root`, each after all that it depends on. Iterative: a graph may be deeper than Python's stack."""
-    order, entered, done, stack = [], set(), set(), [root]
+    found, stack = {root}, [root]
     while stack:
-        node = stack.pop()
-        if node not in entered:
-            entered.add(node)
-            stack += [node, *(parent for parent in node.parents() if parent not in entered)]
-        elif node not in done:
-            done.add(node)
-            order.append(node)
-    return order
+        new = [parent for parent in stack.pop().parents() if parent not in found]
+        found.update(new)
+        stack += new
+    return sorted(found, key=lambda node: node.number)
 
 
 def _add_to_leaf(leaf, g):
@@ -325,10 +322,11 @@ def _backward(root, gradient, wanted, deliver):
     if any(node.vjp is None for node in order):
         raise GraphError("backward: this graph is already freed: backward() or grad() ran through it before. "
                          "Run the forward pass again.")
-    needed, arrived = _leading_to(order, wanted), {}
+    is_wanted = _is_leaf if wanted is None else wanted.__contains__
+    alive, arrived = _cut(order, is_wanted), {}
 
     def arrive(key, g):
-        if isinstance(key, Tensor) if wanted is None else key in wanted:
+        if is_wanted(key):
             deliver(key, g)
         if isinstance(key, tuple):
             _accumulate(arrived, key, g)
@@ -337,25 +335,24 @@ def _backward(root, gradient, wanted, deliver):
     while order:
         node = order.pop()
         upstream = [arrived.pop((node, place), (None,))[0] for place in range(len(node.outputs))]
-        if node not in needed or all(g is None for g in upstream):
-            continue
-        _run_node(node, upstream, needed, arrive)
+        if node in alive and any(g is not None for g in upstream):
+            _run_node(node, upstream, arrive)
 
 
-def _leading_to(order, wanted):
-    """The wanted keys in the graph, and the nodes that a gradient must run through to reach them. `order`: producers first."""
-    needed = set()
+def _is_leaf(key):
+    return isinstance(key, Tensor)
+
+
+def _cut(order, is_wanted):
+    """Cut the edges that lead to no wanted key -> the nodes that are left with one. `order`: producers first."""
+    alive = set()
     for node in order:
-        for edge in node.edges:
-            if edge and (isinstance(edge[0], Tensor) if wanted is None else edge[0] in wanted):
-                needed.update((edge[0], node))
-            elif edge and _is_needed(edge[0], needed):
-                needed.add(node)
-    return needed
-
-
-def _is_needed(key, needed):
-    return key in needed or isinstance(key, tuple) and key[0] in needed
+        for i, edge in enumerate(node.edges):
+            if edge and (is_wanted(edge[0]) or isinstance(edge[0], tuple) and edge[0][0] in alive):
+                alive.add(node)
+            else:
+                node.edges[i] = None
+    return alive
 
 
 def _upstream(root, gradient):
@@ -371,16 +368,16 @@ def _upstream(root, gradient):
     return gradient
 
 
-def _run_node(node, upstream, needed, arrive):
-    """Free a node, run its vjp, and send on the gradients that are needed. What only the vjp held goes when this returns."""
+def _run_node(node, upstream, arrive):
+    """Free a node, run its vjp, and send on the gradients along its edges. What only the vjp held goes when this returns."""
     vjp, edges = node.vjp, node.edges
-    node.vjp, node.edges = None, ()
+    node.vjp, node.edges = None, []
     entries = vjp(*upstream)
     entries = entries if isinstance(entries, tuple) else (entries,)
     if len(entries) != len(edges):
         raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array arguments")
     for i, (edge, g) in enumerate(zip(edges, entries)):
-        if edge and g is not None and _is_needed(edge[0], needed):
+        if edge and g is not None:
             arrive(edge[0], _checked(node.op, i, g() if callable(g) else g, edge))
 
 
