@@ -40,6 +40,14 @@ def test_grad_frees_the_graph_too():
     assert x.grad is None
 
 
+def test_a_branch_that_was_not_asked_for_is_still_there():
+    """grad() for one leaf runs only what leads to it; the rest is neither freed nor cut."""
+    a, b = (tt.Tensor(np.array([x]), requires_grad=True) for x in (2.0, 3.0))
+    other = b * b
+    assert tt.grad((a * a + other).sum(), [a])[0] == [4.0]
+    assert tt.grad(other.sum(), [b])[0] == [6.0]
+
+
 def network(x, w):
     q, k = ops.split_heads(ops.linear(ops.layer_norm(x), w), heads=2, parts=2)
     out, A = ops.attention(q, k, k, np.array([[1, 0, 1]]), weights=True)

@@ -323,7 +323,7 @@ def _backward(root, gradient, wanted, deliver):
         raise GraphError("backward: this graph is already freed: backward() or grad() ran through it before. "
                          "Run the forward pass again.")
     is_wanted = _is_leaf if wanted is None else wanted.__contains__
-    alive, arrived = _cut(order, is_wanted), {}
+    live, arrived = _live_edges(order, is_wanted), {}
 
     def arrive(key, g):
         if is_wanted(key):
@@ -335,24 +335,23 @@ def _backward(root, gradient, wanted, deliver):
     while order:
         node = order.pop()
         upstream = [arrived.pop((node, place), (None,))[0] for place in range(len(node.outputs))]
-        if node in alive and any(g is not None for g in upstream):
-            _run_node(node, upstream, arrive)
+        if node in live and any(g is not None for g in upstream):
+            _run_node(node, live[node], upstream, arrive)
 
 
 def _is_leaf(key):
     return isinstance(key, Tensor)
 
 
-def _cut(order, is_wanted):
-    """Cut the edges that lead to no wanted key -> the nodes that are left with one. `order`: producers first."""
-    alive = set()
+def _live_edges(order, is_wanted):
+    """{node: its edges, None for one that leads to no wanted key} of the nodes that lead to one. `order`: producers first."""
+    live = {}
     for node in order:
-        for i, edge in enumerate(node.edges):
-            if edge and (is_wanted(edge[0]) or isinstance(edge[0], tuple) and edge[0][0] in alive):
-                alive.add(node)
-            else:
-                node.edges[i] = None
-    return alive
+        edges = [edge if edge and (is_wanted(edge[0]) or isinstance(edge[0], tuple) and edge[0][0] in live) else None
+                 for edge in node.edges]
+        if any(edges):
+            live[node] = edges
+    return live
 
 
 def _upstream(root, gradient):
@@ -368,10 +367,10 @@ def _upstream(root, gradient):
     return gradient
 
 
-def _run_node(node, upstream, arrive):
-    """Free a node, run its vjp, and send on the gradients along its edges. What only the vjp held goes when this returns."""
-    vjp, edges = node.vjp, node.edges
-    node.vjp, node.edges = None, []
+def _run_node(node, edges, upstream, arrive):
+    """Free a node, run its vjp, and send on the gradients along `edges`. What only the vjp held goes when this returns."""
+    vjp = node.vjp
+    node.vjp, node.edges = None, ()
     entries = vjp(*upstream)
     entries = entries if isinstance(entries, tuple) else (entries,)
     if len(entries) != len(edges):
