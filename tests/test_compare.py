@@ -203,15 +203,15 @@ def test_images_per_second_takes_turns_and_leaves_out_the_first(monkeypatch):
     clock, calls = [0.0], []
     durations = {"slow": iter([100, 2, 4, 8]), "fast": iter([100, 1, 0.5, 0.25])}
 
-    def fake(model, images, batch_size, threads, **call):
-        calls.append((model, len(images), batch_size, threads, call))
+    def fake(model, images, threads, **call):
+        calls.append((model, len(images), threads, call))
         clock[0] += next(durations[model])
     monkeypatch.setattr(compare, "infer", fake)
     monkeypatch.setattr(compare, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     ways = {"a": ("slow", {}), "b": ("fast", {"mean_of_heads": True})}
     found = compare.images_per_second(ways, np.zeros((10, 3)), threads=4, rounds=3)
     assert found == {"a": [2.5, 1.2, 5.0], "b": [20.0, 10.0, 40.0]}
-    assert calls == [("slow", 10, 3, 4, {}), ("fast", 10, 3, 4, {"mean_of_heads": True})] * 4
+    assert calls == [("slow", 10, 4, {}), ("fast", 10, 4, {"mean_of_heads": True})] * 4
 
 
 # Fair: equal steps, one beginning

@@ -349,6 +349,13 @@ def test_each_thread_has_one_slice_of_at_most_32_images(size, threads, slices):
     assert sorted(seen, reverse=True) == slices
 
 
+def test_inference_too_shares_its_images_among_the_threads():
+    model, seen = vit()[0], []
+    for size, threads in ((7, 2), (1, 2), (70, 1)):
+        infer(model, np.zeros((size, 3, 8, 8), "float32"), lambda images: seen.append(len(images)) or images, threads=threads)
+    assert sorted(seen) == sorted([4, 3, 1, 32, 32, 6])
+
+
 def test_another_batch_size_is_another_run(tmp_path):
     model, objective = vit()
     for size in (4, 5):

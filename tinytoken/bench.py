@@ -10,20 +10,22 @@ from . import models, random, tensor
 from .backend import blas_description, blas_threads, cpu_count
 from .errors import expect
 from .optim import AdamW, loss_and_grads
-from .train import Classify, Distil, infer
+from .train import Classify, Distil, infer, slice_size
 
 KINDS = {"vit": models.ViT, "dynamicvit": models.DynamicViT, "lookupvit": models.LookupViT}
 
 
 class Job:
-    """A model of `kind` with random pictures: a training step and an inference pass, to be timed. sizes: of the model."""
+    """A model of `kind` with random pictures: a training step and an inference pass, to be timed. micro: images of a slice of the
+    step, as in fit. sizes: of the model."""
 
-    def __init__(self, kind, batch=64, micro=16, threads=None, **sizes):
+    def __init__(self, kind, batch=64, micro=None, threads=None, **sizes):
         expect(kind in KINDS, "bench", f"model {kind!r}, expected one of {', '.join(KINDS)}")
         expect(batch >= 1, "bench", f"batch {batch}, expected at least 1")
         random.manual_seed(0)
         sizes = dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3) | sizes
-        self.model, self.micro, self.threads = KINDS[kind](**sizes), micro, threads
+        self.model, self.threads = KINDS[kind](**sizes), threads
+        self.micro = slice_size(batch, threads) if micro is None else micro
         self.objective = Distil(self.model, models.ViT(**sizes)) if kind == "dynamicvit" else Classify(self.model)
         self.optimizer = AdamW(self.model.parameters(), clip=1.0)
         self.images = random.normal((batch, 3, sizes["image_size"], sizes["image_size"]), site="bench.images", step=0)
@@ -38,7 +40,7 @@ class Job:
         self.optimizer.step()
 
     def infer(self):
-        return infer(self.model, self.images, batch_size=self.micro, threads=self.threads)
+        return infer(self.model, self.images, threads=self.threads)
 
 
 def speeds(job, rounds=9):

@@ -134,12 +134,11 @@ def measure(recipe, trained, test, prepare, device, threads=None):
 
 def images_per_second(ways, images, threads=None, rounds=9):
     """{name: [median, lowest, highest]} over interleaved rounds, so that whatever else the machine does meets all alike."""
-    batch = max(1, -(-len(images) // (threads or backend.cpu_count())))
     rates = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, (model, call) in ways.items():
             began = time.perf_counter()
-            infer(model, images, batch_size=batch, threads=threads, **call)
+            infer(model, images, threads=threads, **call)
             if turn:  # the first is for warming up
                 rates[name].append(len(images) / (time.perf_counter() - began))
     return {name: [round(f(r), 1) for f in (statistics.median, min, max)] for name, r in rates.items()}

@@ -114,8 +114,7 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
                   batch=batches.batch_size, groups=[s[2:] for s in optimizer.flat.segments], **objective.settings)
     header = header or {}
-    # Few large slices: threads cannot share what Python does between the ops. Beyond 32 images it is only memory.
-    micro = min(32, -(-batches.batch_size // (threads or cpu_count()))) if micro is None else micro
+    micro = slice_size(batches.batch_size, threads) if micro is None else micro
     start, result, recent = _resume(run, phase, model, optimizer, {"recipe": recipe, **header})
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
@@ -197,10 +196,18 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self.before)
 
 
-def infer(model, images, prepare=lambda images: images, batch_size=128, threads=None, **call):
-    """Logits (B, K) in host memory of a model in eval mode, batch by batch on all cores. prepare: raw images -> model input."""
-    cuts = [slice(a, a + batch_size) for a in range(0, len(images), batch_size)]
+def slice_size(images, threads=None):
+    """Images of a slice: so many that each thread has one, since threads cannot share what Python does between the ops. At most
+    32: beyond that it is only memory."""
+    return max(1, min(32, -(-images // (threads or cpu_count()))))
+
+
+def infer(model, images, prepare=lambda images: images, batch_size=None, threads=None, **call):
+    """Logits (B, K) in host memory of a model in eval mode, slice by slice on all cores. prepare: raw images -> model input.
+    batch_size: images of a slice (None: `slice_size`, on a GPU 128)."""
     mode, xp = model.training, array_module(model.parameters()[0].data)
+    batch_size = batch_size or (slice_size(len(images), threads) if xp is np else 128)
+    cuts = [slice(a, a + batch_size) for a in range(0, len(images), batch_size)]
     model.eval()
 
     def logits(cut):

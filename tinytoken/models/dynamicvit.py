@@ -144,7 +144,7 @@ class DynamicViT(ViT):
                     places = _places(xp.take_along_axis(mask, kept, axis=1))
                 kept = xp.take_along_axis(kept, places, axis=1)
                 record.kept.append(kept)
-                x = ops.concat(x[:, :1], ops.take_tokens(patches, places), axis=1)
+                x = ops.take_tokens(x, xp.pad(places + 1, ((0, 0), (1, 0))))  # place 0: the class token
             x = block(x, trace=attention)
         x = self.norm(x)
         return self.classify(x), self.patches(x)
