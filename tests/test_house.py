@@ -16,7 +16,7 @@ FILES = house.files()
 every_file = pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
 
 ANYWHERE = {"numpy", "threadpoolctl", "tqdm"}       # the core dependencies
-IN_FUNCTIONS = {"matplotlib", "PIL"}                # the `plot` extra
+IN_FUNCTIONS = {"matplotlib", "PIL", "IPython"}     # the `plot` extra; IPython is there in a notebook
 IN_BACKEND_AND_CUDA = {"cupy", "cupyx"}
 NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}
 

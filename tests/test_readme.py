@@ -1,30 +1,60 @@
 """The README says what was measured and nothing else: its tables are made from the committed JSON, its commands are CI's."""
 import json
 import pathlib
+import re
+import shutil
 
 import pytest
 
-from tinytoken.compare import conditions_text, table_text
+import tinytoken as tt
+from tinytoken import report
+from tinytoken.__main__ import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "lessons" / "results"
 
 
-@pytest.mark.parametrize("name", ["compare_scenes", "compare_cifar10"])
-def test_tables_are_those_of_the_saved_runs(name):
-    tables = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}*.json"))]
-    assert tables and all(t["recipe"] | {"seed": 0} == tables[0]["recipe"] | {"seed": 0} for t in tables)
-    assert table_text(*tables) in README
-    assert conditions_text(*tables) in README
+def test_the_measured_parts_are_those_of_the_saved_runs():
+    assert "<!-- measured: scenes -->" in README
+    assert report.render(README, RESULTS) == README, "run: python -m tinytoken report"
 
 
-def test_the_longer_run_is_quoted_as_it_was():
-    table = json.loads((RESULTS / "scenes_1500_steps.json").read_text())
-    assert table["recipe"] | {"steps": 500} == json.loads((RESULTS / "compare_scenes_seed0.json").read_text())["recipe"]
-    vit, dynamic, lookup = (f"{100 * row['accuracy']:.1f}" for row in table["rows"][:3])
-    said = f"(`--steps 1500`, seed 0 alone) ViT, DynamicViT and LookupViT reach {vit}, {dynamic} and {lookup} %."
-    assert said in " ".join(README.split())
+def test_every_measured_part_is_in_the_readme_and_closed():
+    names = re.findall(r"<!-- measured: (\w+) -->", README)
+    assert sorted(names) == sorted(report.parts) and README.count("<!-- /measured -->") == len(names)
+
+
+def test_the_report_rewrites_what_was_typed_and_refuses_what_it_cannot_know(tmp_path):
+    shutil.copytree(RESULTS, tmp_path / "lessons" / "results")
+    readme = tmp_path / "README.md"
+    readme.write_text(README.replace("| ViT |", "| ViT, improved |"))
+    assert report.write(tmp_path) and readme.read_text() == README
+    assert not report.write(tmp_path)
+    readme.write_text("<!-- measured: wishes -->\n<!-- /measured -->")
+    with pytest.raises(tt.InputError, match="unknown part 'wishes'"):
+        report.write(tmp_path)
+    (tmp_path / "lessons" / "results" / "scenes_1500_steps.json").write_text("{")
+    readme.write_text(README)
+    with pytest.raises(tt.InputError, match="scenes_1500_steps.json"):
+        report.write(tmp_path)
+    assert readme.read_text() == README
+    with pytest.raises(tt.InputError, match="README.md"):
+        report.write(tmp_path / "lessons")
+
+
+def test_seeds_of_different_recipes_are_not_averaged(tmp_path):
+    table = json.loads((RESULTS / "compare_scenes_seed0.json").read_text())
+    for seed, steps in ((0, 500), (1, 499)):
+        table["recipe"] |= {"seed": seed, "steps": steps}
+        (tmp_path / f"compare_scenes_seed{seed}.json").write_text(json.dumps(table))
+    with pytest.raises(tt.InputError, match="differ in more than their seed"):
+        report.parts["scenes"](tmp_path)
+
+
+def test_the_report_command(capsys):
+    assert main(["report", "--root", str(ROOT)]) == 0
+    assert "as the results say" in capsys.readouterr().out
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -1,4 +1,4 @@
-"""python -m tinytoken compare | predict | doctor | bench."""
+"""python -m tinytoken compare | predict | doctor | bench | report."""
 import argparse
 import pathlib
 import sys
@@ -51,6 +51,10 @@ def parser():
 
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what would fix what is missing")
     doctor.set_defaults(run=run_doctor)
+
+    measured = commands.add_parser("report", help="in a checkout: write the README's measured parts from lessons/results")
+    measured.add_argument("--root", type=pathlib.Path, default=".", help="the checkout (default: this folder)")
+    measured.set_defaults(run=run_report)
     return top
 
 
@@ -80,6 +84,11 @@ def run_bench(args):
 def run_doctor(args):
     from .doctor import report
     print(report())
+
+
+def run_report(args):
+    from . import report
+    print("README.md written" if report.write(args.root) else "README.md is as the results say")
 
 
 if __name__ == "__main__":

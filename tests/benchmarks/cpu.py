@@ -1,0 +1,389 @@
+"""How fast tinytoken trains and infers on a CPU, beside PyTorch (stock, at its best, compiled), JAX, and MyGrad for scale.
+
+    python tests/benchmarks/cpu.py [--quick] [--coretype Haswell] [--out FILE.json]
+
+Each contender is a process of its own and serves requests over a pipe. A round times every contender once on one workload, with
+a pause between and the order turned by one each round, so that whatever else the machine does meets all alike; ratios are
+taken inside a round. Before that, all must compute the same from the same weights and pictures: logits, first loss and gradient.
+
+A training step is the same everywhere: forward, loss, backward, clipping of the global gradient norm, AdamW with weight decay
+on the matrices of linear layers. DynamicViT's loss has its four parts and runs the frozen teacher. float32 throughout.
+"""
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import timeit
+
+import numpy as np
+
+import tinytoken as tt
+from timing import high_water, quartiles, seconds, turned
+from tinytoken import checkpoint
+from tinytoken.backend import blas_description, cpu_count, prepare_cpu
+from tinytoken.compare import machine
+from tinytoken.optim import AdamW, loss_and_grads
+from tinytoken.train import Classify, Distil, infer, slice_size
+
+CONTENDERS = ("tinytoken", "torch", "torch-best", "torch-compile", "jax", "mygrad")
+ON_NUMPY = ("tinytoken", "mygrad")  # what OPENBLAS_CORETYPE reaches
+RECIPE = {"lr": 1e-5, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip": 1.0}  # nothing is to be learned
+PAUSE = 0.05  # seconds: BLAS threads of the contender before go on spinning for a while
+ENOUGH = 0.25  # seconds that a timing should last; shorter steps are repeated
+LIMIT = 900  # seconds a contender may take for one answer, compiling included
+TOLERANCE = 1e-3  # relative, on logits, first loss and gradient norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A model, a batch size, and what is timed of it."""
+    name: str
+    kind: str
+    config: dict
+    batch: int = 64
+    modes: tuple = ("train", "infer")
+
+
+def workloads(quick):
+    """Those of shared cpu.md (A, B, C), then the two token methods as wide as A and as B. quick: toy sizes."""
+    def sizes(image, patch, dim, depth, heads, classes=10, **more):
+        return dict(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=classes, **more)
+
+    stages, grid = dict(prune_before=(1, 3, 5), keep_ratios=(0.7, 0.49, 0.343)), dict(compressed=(3, 3))
+    if quick:
+        return [Work("quick A", "ViT", sizes(32, 4, 48, 2, 3), 8), Work("quick B", "ViT", sizes(32, 4, 24, 2, 3), 8),
+                Work("quick D", "DynamicViT", sizes(32, 4, 48, 6, 3, **stages), 8),
+                Work("quick L", "LookupViT", sizes(32, 4, 48, 2, 3, **grid), 8)]
+    return [Work("A", "ViT", sizes(32, 4, 192, 6, 3)), Work("B", "ViT", sizes(32, 4, 96, 4, 3)),
+            Work("C", "ViT", sizes(224, 16, 384, 12, 6, 1000), 8, ("infer",)),
+            *(Work(f"DynamicViT {dim}", "DynamicViT", sizes(32, 4, dim, 6, 3, **stages)) for dim in (192, 96)),
+            *(Work(f"LookupViT {dim}", "LookupViT", sizes(32, 4, dim, 6, 3, **grid)) for dim in (192, 96))]
+
+
+def write_arrays(work, path):
+    """Weights, pictures, labels, noise and teacher of a workload, for all contenders -> multiply-adds of one image."""
+    random = np.random.default_rng(0)
+    tt.manual_seed(0)
+    model = getattr(tt.models, work.kind)(**work.config)
+    images = random.standard_normal((work.batch, 3, work.config["image_size"], work.config["image_size"]), "float32")
+    arrays = {f"weights/{name}": array for name, array in model.state_dict().items()}
+    arrays |= {"images": images, "labels": random.integers(0, work.config["num_classes"], work.batch)}
+    if work.kind == "DynamicViT":
+        tt.manual_seed(1)
+        arrays |= {f"teacher/{name}": array for name, array in teacher(work).state_dict().items()}
+        arrays["noise"] = random.gumbel(size=(work.batch, len(model.keep_ratios), model.num_patches, 2)).astype("float32")
+    np.savez(path, **arrays)
+    return tt.macs(model, images[:1]).total
+
+
+def read_arrays(path):
+    """What write_arrays wrote, weights and teacher as dictionaries."""
+    arrays = {}
+    with np.load(path) as file:
+        for name in file:
+            group, _, rest = name.partition("/")
+            arrays.setdefault(group, {})[rest] = file[name]
+    return {group: members[""] if "" in members else members for group, members in arrays.items()}
+
+
+def teacher(work):
+    """The dense ViT of a DynamicViT's sizes."""
+    return tt.models.ViT(**{k: v for k, v in work.config.items() if k not in ("prune_before", "keep_ratios")})
+
+
+# The contender's side: a process that answers requests
+
+class TinyToken:
+    """tinytoken as its own trainer runs it: slices as `fit` makes them, `infer` on all cores."""
+
+    def __init__(self):
+        self.malloc = prepare_cpu()  # as training and `infer` do by themselves
+
+    def about(self):
+        return {"version": f"in {pathlib.Path(tt.__file__).parent}", "numpy": np.__version__, "threads": cpu_count(),
+                "malloc": self.malloc, "blas": blas_description(), "note": "one slice per thread, at most 32 images"}
+
+    def product(self, a, b):
+        return lambda: a @ b
+
+    def prepare(self, work, arrays, recipe):
+        model = getattr(tt.models, work.kind)(**work.config)
+        model.load_state_dict(arrays["weights"])
+        model.train()
+        batch = tuple(arrays[name] for name in ("images", "labels", "noise") if name in arrays)
+        if work.kind == "DynamicViT":
+            dense = teacher(work)
+            dense.load_state_dict(arrays["teacher"])
+        objective = Distil(model, dense) if work.kind == "DynamicViT" else Classify(model)
+        params = model.parameters()
+        optimizer = AdamW(params, **recipe)
+
+        def step():
+            loss, _ = loss_and_grads(objective, params, batch, micro=slice_size(work.batch))
+            return loss, float(optimizer.step())
+        return step, lambda: infer(model, batch[0]), tt.macs(model, batch[0][:1]).total
+
+
+def make(name):
+    """The contender of that name; what it is made of is imported here."""
+    if name == "tinytoken":
+        return TinyToken()
+    if name.startswith("torch"):
+        return importlib.import_module("peers_torch").Torch(name)
+    return importlib.import_module("peers_other").PEERS[name](name)
+
+
+def serve(name, path, quick):
+    """Answer requests on stdin, one JSON line each, until it closes. path: the arrays of the workload that it is named after."""
+    work = next(work for work in workloads(quick) if work.name == pathlib.Path(path).stem)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is not an answer
+    reply = lambda **answer: print(json.dumps(answer), file=out)
+    try:
+        contender = make(name)
+        a = np.random.default_rng(0).standard_normal((1024, 1024), "float32")
+        rate = 2 * 1024 ** 3 / min(timeit.repeat(contender.product(a, a), number=1, repeat=12)) / 1e9
+        reply(about=contender.about() | {"sgemm_gflops": round(rate)})
+        step, logits, macs = contender.prepare(work, read_arrays(path), RECIPE)
+        calls = {"train": step, "infer": logits}
+        for line in sys.stdin:
+            reply(**answer(json.loads(line), calls, macs))
+    except Exception as error:  # whatever it is, not installed above all: the others go on
+        reply(error=f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def answer(request, calls, macs):
+    if request["do"] == "check":  # before any step, so that all weights are still equal
+        logits = calls["infer"]().tolist()
+        loss, norm = calls["train"]() if request["train"] else (0.0, 0.0)
+        return {"logits": logits, "loss": loss, "norm": norm, "macs": macs}
+    if request["do"] == "memory":
+        held = high_water()
+        return {"mb": held and round(held)}
+    call, repeats = calls[request["mode"]], request["repeats"]
+    call()  # wakes the threads and fills the caches
+    return {"ms": 1e3 * seconds(call, repeats)}
+
+
+# The measuring side
+
+class Dropped(Exception):
+    """Why a contender is left out: absent, crashed, refuses, or computes something else."""
+
+
+class Contender:
+    """A contender's process."""
+
+    def __init__(self, name, path, options, preload):
+        self.errors = tempfile.TemporaryFile()
+        special = {"OPENBLAS_CORETYPE": options.coretype if name in ON_NUMPY else None,
+                   "LD_PRELOAD": preload if name == "torch-best" else None}
+        command = [sys.executable, __file__, "--serve", name, str(path)] + ["--quick"] * options.quick
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+                                        env=os.environ | {k: v for k, v in special.items() if v})
+
+    def read(self):
+        timer = threading.Timer(LIMIT, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").strip().splitlines()
+            raise Dropped(f"ended with status {self.process.returncode}" + (f": {said[-1]}" if said else ""))
+        got = json.loads(line)
+        if "error" in got:
+            raise Dropped(got["error"])
+        return got
+
+    def ask(self, **request):
+        with contextlib.suppress(BrokenPipeError):  # it has ended: reading says why
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self.read()
+
+    def close(self):
+        try:
+            self.process.communicate(timeout=10)  # closes its stdin, at which it ends
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+        self.errors.close()
+
+
+class Field:
+    """The contenders of one workload. One that is dropped stays out, with its reason."""
+
+    def __init__(self, skipped):
+        self.running, self.skipped = {}, skipped
+
+    def each(self, names, request):
+        """{name: request(contender)} of those that answer."""
+        answers = {}
+        for name in names:
+            if name in self.running:
+                try:
+                    answers[name] = request(self.running[name])
+                except Dropped as reason:
+                    self.drop(name, str(reason))
+        return answers
+
+    def drop(self, name, reason):
+        self.skipped[name] = reason
+        print(f"  {name} skipped: {reason}", flush=True)
+        self.running.pop(name).close()
+
+    def close(self):
+        for contender in self.running.values():
+            contender.close()
+
+
+def measure(work, path, options, preload, rounds):
+    """Everything about one workload."""
+    row = {"workload": work.name, "kind": work.kind, "config": work.config, "batch": work.batch,
+           "macs": write_arrays(work, path), "skipped": {}, "repeats": {}, "ms": {}}
+    print(f"{work.name}: {work.kind}, batch {work.batch}, {row['macs'] / 1e6:.2f} M MACs per image", flush=True)
+    with contextlib.closing(Field(row["skipped"])) as field:
+        for name in options.contenders:
+            field.running[name] = Contender(name, path, options, preload)
+            row.setdefault("about", {}).update(field.each([name], lambda c: c.read()["about"]))
+        row["agreement"] = check(field, options.contenders, work)
+        for mode in work.modes:
+            row["repeats"][mode], row["ms"][mode] = time_rounds(field, options.contenders, mode, rounds)
+            if mode == "train":
+                peaks = field.each(options.contenders, lambda c: c.ask(do="memory"))
+                row["peak_memory_mb"] = {"train": {name: [got["mb"]] for name, got in peaks.items()}}
+    return row
+
+
+def check(field, names, work):
+    """What each computes from the same weights and pictures, against the first. Too far off is dropped: it is another model."""
+    got = field.each(names, lambda c: c.ask(do="check", train="train" in work.modes))
+    first, *others = list(got) or [None]
+    agreement = {"against": first}
+    for name in others:
+        mine, its = np.array(got[first]["logits"]), np.array(got[name]["logits"])
+        gaps = np.abs(mine - its).max(axis=1) / np.abs(mine).max()
+        # In float32 two tokens with nearly the same score may swap at the edge of the kept: that image is then another one.
+        allowed = 1 if work.kind == "DynamicViT" else 0
+        one = {"logits": float(np.sort(gaps)[-1 - allowed]), "images_beyond": int((gaps > TOLERANCE).sum()),
+               **{key: abs(got[name][key] / got[first][key] - 1) if got[first][key] else 0.0 for key in ("loss", "norm")},
+               "macs": got[name]["macs"]}
+        agreement[name] = one
+        print(f"  {name} differs from {first}: logits {one['logits']:.1e}, loss {one['loss']:.1e}, gradient {one['norm']:.1e}"
+              + (f", {one['macs'] / 1e6:.2f} M MACs" if one["macs"] else ""), flush=True)
+        if not all(one[key] <= TOLERANCE for key in ("logits", "loss", "norm")):  # nor if it is not a number
+            field.drop(name, f"computes something else (beyond {TOLERANCE:g})")
+    return agreement
+
+
+def time_rounds(field, names, mode, rounds):
+    """(repeats, {name: [milliseconds, one per round]}): interleaved, a contender once per round."""
+    once = lambda repeats: lambda c: (time.sleep(PAUSE), c.ask(do="time", mode=mode, repeats=repeats)["ms"])[1]
+    field.each(names, once(1))  # compiles, and warms up
+    fastest = min(field.each(names, once(1)).values(), default=1)
+    repeats = max(1, min(20, round(ENOUGH * 1e3 / fastest)))
+    ms = {}
+    for turn in range(rounds):
+        for name, value in field.each(turned(names, turn), once(repeats)).items():
+            ms.setdefault(name, []).append(value)
+    return repeats, {name: ms[name] for name in names if len(ms.get(name, ())) == rounds}
+
+
+def avx512_for_mkl(folder):
+    """(path of a library to preload, or None, and why). MKL keeps to AVX2 on processors that are not Intel's, unless it is told
+    that this is one. An experiment, to see PyTorch at its best."""
+    info, compiler = pathlib.Path("/proc/cpuinfo"), shutil.which("cc")
+    text = info.read_text() if info.exists() else ""
+    reason = ("this processor has no AVX-512" if "avx512f" not in text else
+              "MKL uses AVX-512 here by itself" if "GenuineIntel" in text else
+              "no C compiler for the library to preload" if compiler is None else None)
+    if reason:
+        return None, reason
+    library, source = folder / "intel.so", "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
+    failed = subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=source, text=True).returncode
+    return (None, "the C compiler fails") if failed else (str(library), "MKL is told that this is an Intel processor")
+
+
+# What comes out
+
+def summarise(row):
+    """Medians and quartiles of the times, and of each one's ratio to PyTorch (stock, and at its best) in the same round."""
+    for mode, ms in row["ms"].items():
+        row.setdefault("median_ms", {})[mode] = {name: quartiles(values) for name, values in ms.items()}
+        for peer in ("torch", "torch-best"):
+            if peer in ms:
+                row.setdefault(f"ratio_to_{peer}", {})[mode] = {
+                    name: quartiles([a / b for a, b in zip(values, ms[peer])]) for name, values in ms.items() if name != peer}
+
+
+def table(rows, key, title, form):
+    """Markdown: a line per workload and mode, a column per contender."""
+    names = [name for name in CONTENDERS if any(name in cells for row in rows for cells in row.get(key, {}).values())]
+    lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        for mode, cells in row.get(key, {}).items():
+            shown = [form.format(*cells[name]) if name in cells else "" for name in names]
+            lines.append(f"| {row['workload']} {mode} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def report(rows):
+    """The tables, as text."""
+    spread, ratio = "median [quartiles]", "{:.2f} [{:.2f}, {:.2f}]"
+    parts = [table(rows, "median_ms", f"ms, {spread}", "{:.1f} [{:.1f}, {:.1f}]"),
+             table(rows, "ratio_to_torch", f"ratio to torch in the same round, {spread}", ratio),
+             table(rows, "ratio_to_torch-best", f"ratio to torch-best, {spread}", ratio),
+             table(rows, "peak_memory_mb", "peak memory of the process (VmHWM), MB", "{}")]
+    return "\n\n".join(part for part in parts if part.count("\n") > 1)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="toy sizes and 3 rounds: does it run?")
+    parser.add_argument("--rounds", type=int, help="paired rounds (default 9, quick 3)")
+    parser.add_argument("--coretype", help="OPENBLAS_CORETYPE for the contenders on NumPy, for example Haswell")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS), help="some of them, a,b,c")
+    parser.add_argument("--workloads", type=lambda text: text.split(","), help="some of them, by name")
+    parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
+    parser.add_argument("--serve", nargs=2, metavar=("NAME", "ARRAYS"), help=argparse.SUPPRESS)
+    options, known = parser.parse_args(), [work.name for work in workloads(parser.parse_args().quick)]
+    for given, names in ((options.contenders, CONTENDERS), (options.workloads, known)):
+        if unknown := set(given or ()) - set(names):
+            parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(names)}")
+    return options
+
+
+def main(options):
+    rounds = max(2, options.rounds or (3 if options.quick else 9))
+    chosen = [work for work in workloads(options.quick) if not options.workloads or work.name in options.workloads]
+    result = {"machine": machine("cpu"), "coretype": options.coretype, "rounds": rounds, "recipe": RECIPE,
+              "spread": "median, lower and upper quartile", "began": time.strftime("%Y-%m-%d %H:%M:%S"), "rows": []}
+    print(json.dumps(result["machine"], indent=1), f"\nOPENBLAS_CORETYPE for NumPy: {options.coretype or 'not set'}")
+    with tempfile.TemporaryDirectory() as folder:
+        preload, result["mkl_avx512"] = avx512_for_mkl(pathlib.Path(folder))
+        print("AVX-512 in torch-best's MKL:", result["mkl_avx512"])
+        for work in chosen:
+            path = pathlib.Path(folder) / f"{work.name}.npz"
+            result["rows"].append(measure(work, path, options, preload, rounds))
+            summarise(result["rows"][-1])
+            for name, about in result["rows"][0]["about"].items() if work is chosen[0] else ():
+                print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in about.items() if value != ""))
+    print(f"\n{report(result['rows'])}")
+    if options.out:
+        checkpoint.write_json(options.out, result)
+        print(f"\nwritten: {options.out}")
+
+
+if __name__ == "__main__":
+    options = parse()
+    serve(*options.serve, options.quick) if options.serve else main(options)

@@ -1,0 +1,73 @@
+"""Every lesson runs at smoke size, is a percent script, and notes what it claims; the committed results are of longer runs."""
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+import tinytoken as tt
+from tinytoken import lesson
+
+LESSONS = pathlib.Path(__file__).parents[1] / "lessons"
+scripts = sorted(LESSONS.glob("[0-9][0-9]_*.py"))
+every_lesson = pytest.mark.parametrize("script", scripts, ids=[script.stem for script in scripts])
+
+
+def run(script, out, monkeypatch, *options):
+    """What the lesson noted."""
+    monkeypatch.setattr(sys, "argv", [str(script), "--smoke", "--out", str(out), *options])
+    return runpy.run_path(str(script), run_name="__main__")["here"].results
+
+
+@every_lesson
+def test_the_lesson_runs(script, tmp_path, monkeypatch):
+    noted = run(script, tmp_path, monkeypatch)
+    saved = json.loads((tmp_path / f"{script.stem}.json").read_text())
+    assert saved["lesson"] == script.stem and saved["size"] == "smoke" and saved["results"].keys() == noted.keys() != set()
+    assert list(tmp_path.glob(f"{script.stem}_*.png"))
+
+
+@every_lesson
+def test_the_lesson_is_a_percent_script(script):
+    lines = script.read_text().splitlines()
+    assert lines[0] == "# %% [markdown]" and lines[1].startswith(f"# # Lesson {script.stem[:2]}: ")
+    cells = [line for line in lines if line.startswith("# %%")]
+    assert len(cells) > 5 and set(cells) <= {"# %%", "# %% [markdown]"}
+    titles = [line[5:] for line in lines if line.startswith("# ## ")]
+    for title in ("What was measured", "Exercises", "The paper"):
+        assert title in titles, f"no part {title!r}"
+
+
+@every_lesson
+def test_the_committed_result_is_of_a_longer_run(script):
+    saved = json.loads((LESSONS / "results" / f"{script.stem}.json").read_text())
+    assert saved["size"] in ("default", "full") and saved["machine"]["cpus"] and saved["seconds"]
+
+
+def test_sizes_options_and_results(tmp_path, capsys):
+    here = lesson.begin("00_test", ["--full", "--seed", "3", "--out", str(tmp_path), "--device", "cpu"])
+    assert (here.size, here.seed, here.data, here.pick(1, 2, 3)) == ("full", 3, "scenes", 3)
+    assert lesson.begin("00_test", ["--out", str(tmp_path)]).size == "default"
+    train, test = lesson.begin("00_test", ["--smoke", "--out", str(tmp_path)]).pictures(6, 4)
+    assert len(train.images) == 6 and len(test.images) == 4
+    here.measured(a=1)
+    with pytest.raises(tt.InputError, match="noted twice: .'a'"):
+        here.measured(a=2)
+    here.picture("line", lambda figure: figure.subplots().plot([1, 2]))
+    saved = json.loads(here.end().read_text())
+    assert saved["results"] == {"a": 1} and saved["seed"] == 3 and (tmp_path / "00_test_line.png").stat().st_size > 1000
+
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    lesson.begin("00_test", ["--out", str(tmp_path)]).picture("line", lambda figure: 1 / 0)
+    assert "pip install 'tinytoken-vit[plot]'" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
+
+
+def test_options_that_cannot_be_used_end_the_program_with_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run([sys.executable, "-c", "from tinytoken import lesson; lesson.begin('00_test')",
+                           "--out", str(tmp_path / "file" / "folder")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr

@@ -1,0 +1,81 @@
+"""What every lesson begins and ends with: three sizes, the same options, pictures, and a JSON of what was measured."""
+import argparse
+import pathlib
+import sys
+import time
+
+from . import backend, compare, random
+from .checkpoint import replacing, write_json
+from .errors import InputError, expect
+
+SIZES = ("smoke", "default", "full")
+
+
+class Lesson:
+    """One run of a lesson: its size, its options (data, device, seed, out), and the results it has noted so far."""
+
+    def __init__(self, name, size, data, device, seed, out):
+        self.name, self.size, self.data, self.seed, self.results = name, size, data, seed, {}
+        self.device, self.out, self.began = backend.choose_device(device), pathlib.Path(out), time.perf_counter()
+        compare.check_writable(self.out)
+        random.manual_seed(seed)
+
+    def pick(self, smoke, default, full):
+        """The one of the three that belongs to this run's size."""
+        return {"smoke": smoke, "default": default, "full": full}[self.size]
+
+    def pictures(self, train, test):
+        """(train, test) pictures of --data: so many scenes, or all of CIFAR."""
+        recipe = compare.Recipe(data=self.data, seed=self.seed, train_pictures=train, test_pictures=test)
+        return compare.load_pictures(recipe)
+
+    def measured(self, **values):
+        """Note results for the JSON: numbers, texts, lists and dictionaries of them."""
+        expect(not values.keys() & self.results.keys(), "lesson", f"noted twice: {sorted(values.keys() & self.results.keys())}")
+        self.results |= values
+
+    def picture(self, what, draw, width=9, height=4):
+        """Make a figure (inches), let draw(figure) fill it, write it as OUT/NAME_what.png, and show it in a notebook. Without
+        matplotlib it says how to get it."""
+        try:
+            from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+        except ImportError:
+            print(f"no picture {what!r}: matplotlib is not installed (pip install 'tinytoken-vit[plot]')")
+            return
+        figure, path = Figure(figsize=(width, height), layout="constrained"), self.out / f"{self.name}_{what}.png"
+        draw(figure)
+        with replacing(path) as file:
+            figure.savefig(file, format="png", dpi=110)
+        print(f"picture: {path}")
+        if "ipykernel" in sys.modules:
+            from IPython.display import Image, display
+            display(Image(path))
+
+    def end(self):
+        """Write OUT/NAME.json -> its path."""
+        path = self.out / f"{self.name}.json"
+        write_json(path, {"lesson": self.name, "size": self.size, "seed": self.seed, "data": self.data,
+                          "machine": compare.machine(self.device), "seconds": round(time.perf_counter() - self.began, 1),
+                          "results": self.results})
+        print(f"measured: {path} ({time.perf_counter() - self.began:.0f} s)")
+        return path
+
+
+def begin(name, argv=None):
+    """The lesson `name` with the options of the command line, or the defaults in a notebook -> Lesson. Leaves the program with
+    exit code 2 and one line for options that cannot be used."""
+    parser = argparse.ArgumentParser(prog=f"{name}.py", description=f"Lesson {name}.")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help="seconds: does it run?")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="more seeds and steps")
+    parser.add_argument("--data", default="scenes", help="scenes (made on the spot), cifar10, or a folder with CIFAR's files")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default=f"runs/{name}", help="folder for pictures and results (default: runs/NAME)")
+    notebook = argv is None and "ipykernel" in sys.modules  # there the command line is the kernel's
+    options = vars(parser.parse_args([] if notebook else argv))
+    try:
+        return Lesson(name, **options | {"size": options["size"] or "default"})
+    except InputError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
