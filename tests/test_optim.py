@@ -1,6 +1,7 @@
 """AdamW against the paper's algorithm, one parameter at a time; the schedule; loss_and_grads: cuts and threads change nothing."""
 import copy
 import functools
+import sys
 import threading
 import time
 
@@ -108,6 +109,21 @@ def test_a_step_tells_the_norm_before_clipping(clip, xp):
     optimizer = AdamW([p], clip=clip)
     p.grad[...] = xp.asarray([3, 4])
     assert float(optimizer.step()) == 5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_switch_quickly_inside_and_as_before_outside(threads):
+    before, seen = sys.getswitchinterval(), []
+
+    def work(item):
+        seen.append(sys.getswitchinterval())
+        if item == 3:
+            raise ArithmeticError("in the middle")
+
+    with pytest.raises(ArithmeticError):
+        share_out(work, range(4), threads)
+    [inside] = set(seen)
+    assert inside == (before if threads == 1 else pytest.approx(5e-4)) and sys.getswitchinterval() == before
 
 
 @pytest.mark.skipif(backend.blas_controller() is None, reason="a BLAS whose threads cannot be set")

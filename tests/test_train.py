@@ -15,9 +15,11 @@ import tinytoken as tt
 from small import refuses
 from tiny import SIZES, STEPS, batches, bits, dynamicvit, history, lookupvit, python, train, vit
 from tinytoken import checkpoint, ops
+from tinytoken.cost import macs, recorded_macs
 from tinytoken.data import normalise
 from tinytoken.models import DynamicViT, ViT
-from tinytoken.train import Classify, Distil, Run, accuracy, fit, infer
+from tinytoken.tensor import no_grad, op
+from tinytoken.train import Classify, Distil, Run, accuracy, fit, infer, slice_size
 
 both = pytest.mark.parametrize("make", [vit, dynamicvit])
 
@@ -346,7 +348,31 @@ def test_each_thread_has_one_slice_of_at_most_32_images(size, threads, slices):
     drawn = lambda step: (np.zeros((size, 3, 8, 8), "float32"), np.zeros(size, int))
     drawn.batch_size = size
     fit(model, Watched(model), drawn, steps=1, threads=threads, bar=False)
+    assert seen.pop(0) == 1  # whose multiply-adds are counted
     assert sorted(seen, reverse=True) == slices
+
+
+@pytest.mark.parametrize("images, threads, macs, size", [(64, 2, 0, 32), (64, 2, 4.8e7, 32), (64, 2, 1.83e8, 8), (64, 1, 1.83e8, 8),
+                                                         (7, 1, 3e9, 1), (7, 1, 6e8, 3), (200, 2, 1e8, 16), (1, 2, 1e12, 1)])
+def test_slices_are_halved_as_long_as_half_has_enough_to_do(images, threads, macs, size):
+    assert slice_size(images, threads, macs) == size
+
+
+def test_what_is_recorded_is_counted():
+    """Not the teacher, which runs under no_grad, and an op without declared multiply-adds counts zero."""
+    model, objective = vit()
+    images, labels = np.zeros((3, 3, 8, 8), "float32"), np.zeros(3, int)
+    assert recorded_macs(objective, (images, labels)) == macs(model, images).total
+
+    @op
+    def unheard_of(x):
+        return 2 * x, lambda g: 2 * g
+
+    def teach(images):
+        with no_grad():
+            model(images)
+        return unheard_of(model(images))
+    assert recorded_macs(teach, (images,)) == macs(model, images).total
 
 
 def test_inference_too_shares_its_images_among_the_threads():

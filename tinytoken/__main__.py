@@ -44,7 +44,7 @@ def parser():
     clock.add_argument("--model", default="vit", choices=("vit", "dynamicvit", "lookupvit"))
     for name, value in dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3, batch=64).items():
         clock.add_argument("--" + name.replace("_", "-"), type=int, default=value, help=f"default: {value}")
-    clock.add_argument("--micro", type=int, help="images of a slice (default: as many as give each thread one, at most 32)")
+    clock.add_argument("--micro", type=int, help="images of a slice (default: what fit would take)")
     clock.add_argument("--threads", type=int, help="CPU threads (default: all)")
     clock.add_argument("--profile", action="store_true", help="a training step on one thread, op by op")
     clock.set_defaults(run=run_bench)

@@ -190,6 +190,18 @@ def blas_threads(count):
         yield
 
 
+@contextlib.contextmanager
+def quick_switches(seconds=5e-4):
+    """Inside the block a Python thread that holds the interpreter gives it up to a waiting one after so many seconds instead of
+    Python's 5 ms: the ops of small models are shorter than that, and their threads would wait for each other."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 def cpu_count():
     """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

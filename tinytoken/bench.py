@@ -8,6 +8,7 @@ import numpy as np
 
 from . import models, random, tensor
 from .backend import blas_description, blas_threads, cpu_count
+from .cost import recorded_macs
 from .errors import expect
 from .optim import AdamW, loss_and_grads
 from .train import Classify, Distil, infer, slice_size
@@ -25,14 +26,15 @@ class Job:
         random.manual_seed(0)
         sizes = dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3) | sizes
         self.model, self.threads = KINDS[kind](**sizes), threads
-        self.micro = slice_size(batch, threads) if micro is None else micro
         self.objective = Distil(self.model, models.ViT(**sizes)) if kind == "dynamicvit" else Classify(self.model)
         self.optimizer = AdamW(self.model.parameters(), clip=1.0)
         self.images = random.normal((batch, 3, sizes["image_size"], sizes["image_size"]), site="bench.images", step=0)
         self.batch = (self.images, np.arange(batch) % 10, *self.objective.noise(batch, 0, 0, np))
+        self.micro = slice_size(batch, threads, recorded_macs(self.objective, self.batch)) if micro is None else micro
 
     def gradients(self, threads=None):
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         return loss_and_grads(self.objective, self.optimizer.params, self.batch, self.micro, threads or self.threads)
 
     def step(self):

@@ -4,7 +4,7 @@ import dataclasses
 
 from . import nn
 from .errors import GraphError
-from .tensor import no_grad, observe, topological_order
+from .tensor import no_grad, observe, recording, topological_order
 
 # Ops of tinytoken.ops: norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves values. An op that
 # is neither here nor declares its MACs makes the count fail.
@@ -54,6 +54,20 @@ def macs(model, images, **call):
             module.training = mode
     share = lambda counts: {name: n // len(images) for name, n in counts.items()}
     return Macs(sum(by_op.values()) // len(images), share(by_op), share(by_module))
+
+
+def recorded_macs(function, arrays):
+    """The multiply-adds of function(*arrays), run on the first image alone, as far as they are recorded for a backward pass.
+    Ops that declare none, a user's own for example, count zero."""
+    counts = []
+
+    def count(op, shapes):
+        if op.shapes_to_macs and recording():
+            counts.append(op.shapes_to_macs(*shapes))
+
+    with observe(count):
+        function(*(array[:1] for array in arrays))
+    return sum(counts)
 
 
 def explain(loss):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from . import nn
-from .backend import array_module, blas_threads, cpu_count, prepare_cpu
+from .backend import array_module, blas_threads, cpu_count, prepare_cpu, quick_switches
 from .errors import expect
 from .tensor import Tensor, grad
 
@@ -160,13 +160,14 @@ def share_out(function, items, threads=None):
     with blas_threads(1):
         if threads == 1:
             return [function(item) for item in items]
-        futures = [_pool(threads).submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-            concurrent.futures.wait(futures)
+        with quick_switches():
+            futures = [_pool(threads).submit(function, item) for item in items]
+            try:
+                return [future.result() for future in futures]
+            finally:
+                for future in futures:
+                    future.cancel()
+                concurrent.futures.wait(futures)
 
 
 _pools = {}

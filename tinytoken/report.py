@@ -5,6 +5,7 @@ A part stands between `<!-- measured: NAME -->` and `<!-- /measured -->`; NAME i
 import json
 import pathlib
 import re
+import statistics
 
 from .checkpoint import replacing
 from .compare import conditions_text, table_text
@@ -78,3 +79,53 @@ def longer(results):
     recipe = table["recipe"]
     return (f"LookupViT is behind the ViT here because it learns later: with three times the steps (`--steps {recipe['steps']}`, "
             f"seed {recipe['seed']} alone) ViT, DynamicViT and LookupViT reach {vit}, {dynamic} and {lookup} %.")
+
+
+PEERS = {"torch": "PyTorch", "torch-best": "PyTorch at its best", "torch-compile": "torch.compile", "jax": "JAX", "mygrad": "MyGrad"}
+
+
+@part
+def cpu(results):
+    """Of tests/benchmarks/cpu.py: tinytoken's times, and their ratios to the peers' in the same rounds."""
+    found = load(results / "cpu.json")
+    lines = [f"| workload | tinytoken, ms | {' | '.join(f'/ {name}' for name in PEERS.values())} |", "|---" * (2 + len(PEERS)) + "|"]
+    for row in found["rows"]:
+        for mode, ms in row["ms"].items():
+            ratios = {peer: ratio_text([a / b for a, b in zip(ms["tinytoken"], ms[peer])]) for peer in PEERS if peer in ms}
+            lines.append(f"| {row['workload']}, {'training step' if mode == 'train' else 'inference'} "
+                         f"| {statistics.median(ms['tinytoken']):.1f} | {' | '.join(ratios.get(peer, '') for peer in PEERS)} |")
+    memory = next(row["peak_memory_mb"]["train"] for row in found["rows"] if row["workload"] == "A")
+    about, on = found["rows"][0]["about"], found["machine"]
+    versions = ", ".join(f"{PEERS[name]} {about[name]['version']}" for name in ("torch", "jax") if name in about)
+    return "\n".join([*lines, "", (
+        f"Below 1 tinytoken is faster: medians of {found['rounds']} interleaved rounds, with quartiles. Peak memory of A's training: "
+        f"tinytoken {memory['tinytoken'][0]} MB, PyTorch {memory['torch'][0]} MB. Machine: {on['processor']}, {on['cpus']} CPUs; "
+        f"{versions}; tinytoken on {about['tinytoken']['blas']} at {about['tinytoken']['sgemm_gflops']} GFLOP/s, "
+        f"PyTorch on {about['torch']['blas'].split(' Product')[0]} at {about['torch']['sgemm_gflops']} (product of 1024 x 1024).")])
+
+
+def ratio_text(ratios):
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+@part
+def savings(results):
+    """Of tests/benchmarks/tokens.py: speed-ups over the ViT at dim 192."""
+    found = load(results / "tokens.json")
+    rows = {(row["model"], row["tokens"], row["batch"]): row for row in found["savings"] if row["dim"] == 192}
+    sizes = sorted({tokens for _, tokens, _ in rows})
+    shown = ("DynamicViT 0.9", "DynamicViT 0.7", "DynamicViT 0.5", "LookupViT 3x3", "LookupViT 5x5", "LookupViT 7x7")
+    lines = [f"| inference, dim 192 | {' | '.join(f'{n} tokens: MACs | batch 128 | batch 1' for n in sizes)} |",
+             "|---" * (1 + 3 * len(sizes)) + "|"]
+    for model in shown:
+        cells = []
+        for tokens in sizes:
+            large, single = rows[model, tokens, 128], rows[model, tokens, 1]
+            cells += [f"{large['macs_ratio']:.2f}x fewer", f"{large['speedup'][0]:.2f}x", f"{single['speedup'][0]:.2f}x"]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    on = found["machine"]
+    return "\n".join([*lines, "", (
+        f"How many times faster than the ViT of equal width and depth, beside how many times fewer multiply-adds: medians of up to "
+        f"{found['rounds']} interleaved rounds, untrained weights. Machine: {on['processor']}, {on['cpus']} CPUs, {on['blas']}.")])

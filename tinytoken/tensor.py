@@ -46,6 +46,11 @@ def no_grad():
     return _mode_set(recording=False)
 
 
+def recording():
+    """Whether ops record here and now: not under no_grad()."""
+    return _mode.recording
+
+
 def plain():
     """Context (or decorator): ops use their plain definition, whatever faster ones are registered. Holds for this thread."""
     return _mode_set(plain=True)

@@ -12,6 +12,7 @@ import tqdm
 
 from . import checkpoint, models, ops, random
 from .backend import array_module, cpu_count, to_numpy
+from .cost import recorded_macs
 from .errors import InputError, expect
 from .optim import AdamW, loss_and_grads, share_out, warmup_cosine
 from .tensor import no_grad
@@ -103,7 +104,7 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
 
     objective(*slice) -> (loss, parts) with .noise(size, step, seed, xp) and .settings, see Classify; batches(step) -> a tuple of
     arrays, a pure function of the step, counted from `offset`; batches.batch_size is its size. micro: images of a slice (None:
-    so many that each thread has one, at most 32). run: a Run for the history (JSON lines) and the checkpoint `phase`.npz,
+    see `slice_size`). run: a Run for the history (JSON lines) and the checkpoint `phase`.npz,
     written every run.every steps, at the end, and on Ctrl-C, which ends the run after the step it is in with KeyboardInterrupt.
     A checkpoint that is there is gone on with, to the same bits as an uninterrupted run with as many threads; one that says
     another model, recipe or header (JSON: what else a checkpoint is to say) is another run's, and refused.
@@ -114,7 +115,6 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
                   batch=batches.batch_size, groups=[s[2:] for s in optimizer.flat.segments], **objective.settings)
     header = header or {}
-    micro = slice_size(batches.batch_size, threads) if micro is None else micro
     start, result, recent = _resume(run, phase, model, optimizer, {"recipe": recipe, **header})
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
@@ -122,6 +122,8 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
         for step in range(start, steps):
             arrays = batches(offset + step)
             arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
+            if micro is None:
+                micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays))
             rate = lr * warmup_cosine(step, steps, warmup)
             loss, parts = loss_and_grads(objective, params, arrays, micro, threads)
             if not math.isfinite(loss) or not math.isfinite(norm := optimizer.step(rate)):
@@ -196,10 +198,17 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self.before)
 
 
-def slice_size(images, threads=None):
-    """Images of a slice: so many that each thread has one, since threads cannot share what Python does between the ops. At most
-    32: beyond that it is only memory."""
-    return max(1, min(32, -(-images // (threads or cpu_count()))))
+ENOUGH_MACS = 1.45e9  # recorded in the forward pass of a slice: beyond them what Python adds hardly shows
+
+
+def slice_size(images, threads=None, macs=0):
+    """Images of a slice. So many that each thread has one slice, since threads cannot share what Python does between the ops; at
+    most 32, and halved, for the memory, as long as half of it still has enough to do. macs: multiply-adds of one image, as
+    `cost.recorded_macs` counts them; 0 where nothing is recorded and slices need little memory."""
+    size = max(1, min(32, -(-images // (threads or cpu_count()))))
+    while size > 1 and macs * (size // 2) >= ENOUGH_MACS:
+        size //= 2
+    return size
 
 
 def infer(model, images, prepare=lambda images: images, batch_size=None, threads=None, **call):

@@ -31,6 +31,7 @@ from timing import high_water, quartiles, seconds, turned
 from tinytoken import checkpoint
 from tinytoken.backend import blas_description, cpu_count, prepare_cpu
 from tinytoken.compare import machine
+from tinytoken.cost import recorded_macs
 from tinytoken.optim import AdamW, loss_and_grads
 from tinytoken.train import Classify, Distil, infer, slice_size
 
@@ -110,7 +111,7 @@ class TinyToken:
 
     def about(self):
         return {"version": f"in {pathlib.Path(tt.__file__).parent}", "numpy": np.__version__, "threads": cpu_count(),
-                "malloc": self.malloc, "blas": blas_description(), "note": "one slice per thread, at most 32 images"}
+                "malloc": self.malloc, "blas": blas_description(), "note": "slices as fit makes them"}
 
     def product(self, a, b):
         return lambda: a @ b
@@ -126,9 +127,10 @@ class TinyToken:
         objective = Distil(model, dense) if work.kind == "DynamicViT" else Classify(model)
         params = model.parameters()
         optimizer = AdamW(params, **recipe)
+        micro = slice_size(work.batch, macs=recorded_macs(objective, batch))
 
         def step():
-            loss, _ = loss_and_grads(objective, params, batch, micro=slice_size(work.batch))
+            loss, _ = loss_and_grads(objective, params, batch, micro)
             return loss, float(optimizer.step())
         return step, lambda: infer(model, batch[0]), tt.macs(model, batch[0][:1]).total
 
