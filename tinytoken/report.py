@@ -129,3 +129,16 @@ def savings(results):
     return "\n".join([*lines, "", (
         f"How many times faster than the ViT of equal width and depth, beside how many times fewer multiply-adds: medians of up to "
         f"{found['rounds']} interleaved rounds, untrained weights. Machine: {on['processor']}, {on['cpus']} CPUs, {on['blas']}.")])
+
+
+@part
+def overhead(results):
+    """Of tests/benchmarks/ops.py and curves.py."""
+    found, curves = load(results / "ops.json"), load(results / "curves_torch.json")
+    worst = {name: max(row["ratio"][0] for row in found["by_hand"] if row["op"] == name) for name in ("attention", "layer norm")}
+    shares = ", ".join(f"{row['step']} {100 * row['share']:.1f} %" for row in found["graph"])
+    return (f"Beside the same formulas in one NumPy function written by hand, attention takes at most {worst['attention']:.2f} and layer "
+            f"norm at most {worst['layer norm']:.2f} of the time (medians, sizes of A, B and C). The graph's own share of a training "
+            f"step: {shares}. From equal weights and batches the losses of the first {curves['float32']['bound_on_first']} steps differ "
+            f"from PyTorch's by at most {curves['float32']['largest_on_first']:.0e} in float32, those of the first "
+            f"{curves['float64']['bound_on_first']} by {curves['float64']['largest_on_first']:.0e} in float64.")
