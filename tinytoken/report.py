@@ -51,7 +51,7 @@ def load(path):
 
 
 def comparison(results, name):
-    """The comparisons NAME_seed*.json, which may differ in nothing but their seed -> (their tables, as Markdown with conditions)."""
+    """The comparisons NAME_seed*.json, which may differ in nothing but their seed -> (tables, Markdown with the conditions)."""
     tables = [load(path) for path in sorted(results.glob(f"{name}_seed*.json"))]
     expect(tables, "report", f"no {name}_seed*.json in {results}")
     expect(all(t["recipe"] | {"seed": 0} == tables[0]["recipe"] | {"seed": 0} for t in tables), "report",
@@ -81,14 +81,16 @@ def longer(results):
             f"seed {recipe['seed']} alone) ViT, DynamicViT and LookupViT reach {vit}, {dynamic} and {lookup} %.")
 
 
-PEERS = {"torch": "PyTorch", "torch-best": "PyTorch at its best", "torch-compile": "torch.compile", "jax": "JAX", "mygrad": "MyGrad"}
+PEERS = {"torch": "PyTorch", "torch-best": "PyTorch at its best", "torch-compile": "torch.compile", "jax": "JAX",
+         "mygrad": "MyGrad"}
 
 
 @part
 def cpu(results):
     """Of tests/benchmarks/cpu.py: tinytoken's times, and their ratios to the peers' in the same rounds."""
     found = load(results / "cpu.json")
-    lines = [f"| workload | tinytoken, ms | {' | '.join(f'/ {name}' for name in PEERS.values())} |", "|---" * (2 + len(PEERS)) + "|"]
+    lines = [f"| workload | tinytoken, ms | {' | '.join(f'/ {name}' for name in PEERS.values())} |",
+             "|---" * (2 + len(PEERS)) + "|"]
     for row in found["rows"]:
         for mode, ms in row["ms"].items():
             ratios = {peer: ratio_text([a / b for a, b in zip(ms["tinytoken"], ms[peer])]) for peer in PEERS if peer in ms}
@@ -98,10 +100,10 @@ def cpu(results):
     about, on = found["rows"][0]["about"], found["machine"]
     versions = ", ".join(f"{PEERS[name]} {about[name]['version']}" for name in ("torch", "jax") if name in about)
     return "\n".join([*lines, "", (
-        f"Below 1 tinytoken is faster: medians of {found['rounds']} interleaved rounds, with quartiles. Peak memory of A's training: "
-        f"tinytoken {memory['tinytoken'][0]} MB, PyTorch {memory['torch'][0]} MB. Machine: {on['processor']}, {on['cpus']} CPUs; "
+        f"Below 1 tinytoken is faster: medians of {found['rounds']} interleaved rounds, with quartiles. Peak memory of A's "
+        f"training: tinytoken {memory['tinytoken'][0]} MB, PyTorch {memory['torch'][0]} MB. Machine: {on['processor']}, {on['cpus']} CPUs; "
         f"{versions}; tinytoken on {about['tinytoken']['blas']} at {about['tinytoken']['sgemm_gflops']} GFLOP/s, "
-        f"PyTorch on {about['torch']['blas'].split(' Product')[0]} at {about['torch']['sgemm_gflops']} (product of 1024 x 1024).")])
+        f"PyTorch on {about['torch']['blas'].split(' Product')[0]} at {about['torch']['sgemm_gflops']} (1024 x 1024 products).")])
 
 
 def ratio_text(ratios):
@@ -123,12 +125,13 @@ def savings(results):
         cells = []
         for tokens in sizes:
             large, single = rows[model, tokens, 128], rows[model, tokens, 1]
-            cells += [f"{large['macs_ratio']:.2f}x fewer", f"{large['speedup'][0]:.2f}x", f"{single['speedup'][0]:.2f}x"]
+            cells += [f"/ {large['macs_ratio']:.2f}", f"{large['speedup'][0]:.2f}x", f"{single['speedup'][0]:.2f}x"]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     on = found["machine"]
     return "\n".join([*lines, "", (
-        f"How many times faster than the ViT of equal width and depth, beside how many times fewer multiply-adds: medians of up to "
-        f"{found['rounds']} interleaved rounds, untrained weights. Machine: {on['processor']}, {on['cpus']} CPUs, {on['blas']}.")])
+        f"Multiply-adds are divided by so much against the ViT of equal width and depth, and it is so many times as fast: medians "
+        f"of {found['rounds']} interleaved rounds, untrained weights. Machine: {on['processor']}, {on['cpus']} CPUs, "
+        f"{on['blas']}.")])
 
 
 @part
@@ -137,8 +140,9 @@ def overhead(results):
     found, curves = load(results / "ops.json"), load(results / "curves_torch.json")
     worst = {name: max(row["ratio"][0] for row in found["by_hand"] if row["op"] == name) for name in ("attention", "layer norm")}
     shares = ", ".join(f"{row['step']} {100 * row['share']:.1f} %" for row in found["graph"])
-    return (f"Beside the same formulas in one NumPy function written by hand, attention takes at most {worst['attention']:.2f} and layer "
-            f"norm at most {worst['layer norm']:.2f} of the time (medians, sizes of A, B and C). The graph's own share of a training "
-            f"step: {shares}. From equal weights and batches the losses of the first {curves['float32']['bound_on_first']} steps differ "
+    return (f"Beside the same formulas in one NumPy function by hand, attention takes at most {worst['attention']:.2f} times "
+            f"as long and layer norm {worst['layer norm']:.2f} times (medians, sizes of A, B and C). The graph's own share of a "
+            f"training step: {shares}. From equal weights and batches the losses of the first "
+            f"{curves['float32']['bound_on_first']} steps differ "
             f"from PyTorch's by at most {curves['float32']['largest_on_first']:.0e} in float32, those of the first "
             f"{curves['float64']['bound_on_first']} by {curves['float64']['largest_on_first']:.0e} in float64.")
