@@ -104,10 +104,11 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
 
     objective(*slice) -> (loss, parts) with .noise(size, step, seed, xp) and .settings, see Classify; batches(step) -> a tuple of
     arrays, a pure function of the step, counted from `offset`; batches.batch_size is its size. micro: images of a slice (None:
-    see `slice_size`). run: a Run for the history (JSON lines) and the checkpoint `phase`.npz,
-    written every run.every steps, at the end, and on Ctrl-C, which ends the run after the step it is in with KeyboardInterrupt.
-    A checkpoint that is there is gone on with, to the same bits as an uninterrupted run with as many threads; one that says
-    another model, recipe or header (JSON: what else a checkpoint is to say) is another run's, and refused.
+    see `slice_size`; the objective is then called once more, on one image, to count its multiply-adds). run: a Run for the
+    history (JSON lines) and the checkpoint `phase`.npz, written every run.every steps, at the end, and on Ctrl-C, which ends the
+    run after the step it is in with KeyboardInterrupt. A checkpoint that is there is gone on with, to the same bits as an
+    uninterrupted run with as many threads; one that says another model, recipe or header (JSON: what else a checkpoint is to
+    say) is another run's, and refused.
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
     params = [p for p in model.parameters() if p.requires_grad]
