@@ -180,7 +180,7 @@ def _places(mask):
 
 def dynamicvit_loss(out, targets, teacher_logits, teacher_tokens, keep_ratios, *, weights=(1, 2, 0.5, 0.5),
                     token_norm="pooled", smoothing=0.0):
-    """The four losses of section 3.3 -> (loss, parts). out: a DynamicOutput; teacher_logits (B, K) and teacher_tokens (B, N, D)
+    """The four losses of the paper -> (loss, parts). out: a DynamicOutput; teacher_logits (B, K) and teacher_tokens (B, N, D)
     from the dense network, detached; weights of (class, ratio, kl, token), the ratio's divided by the number of stages.
 
     class: cross-entropy. ratio: sum over stages of mean_b (mean_n D - r)^2 (eq. 15, per image as in the code). kl: KL(teacher ||
