@@ -631,7 +631,7 @@ for name, numbers in found.items():
           f"correlation {numbers['correlation']:.2f}")
 
 # %% [markdown]
-# The exact mask costs about what the official one does. The official formula is harmless as long as logits stay small, as they
+# The official formula is harmless as long as logits stay small, as they
 # do in a small network after a short training; nothing keeps them small, though, and nothing tells when they no longer are.
 # Whether training comes out differently is measured in lesson 07.
 

@@ -719,8 +719,8 @@ for row in trained:
 #
 # ## The paper
 #
-# DynamicViT (Rao et al. 2021, arXiv 2106.02034), section 3.2, beside our lines; $\pi$ are the probabilities that its predictor
-# gives for each token:
+# DynamicViT (Rao et al. 2021, arXiv 2106.02034), sections 3.2 and 3.3, beside our lines; $\pi$ are the probabilities that its
+# predictor gives for each token:
 #
 # | paper | ours |
 # |---|---|

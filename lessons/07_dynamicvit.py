@@ -239,7 +239,7 @@ ARMS = HEADLINE | {
 # The learned set's scores, two numbers for each position, need larger steps: a hundred times the learning rate.
 
 # %%
-FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (4500, 2343))  # of CIFAR 3 epochs
+FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15000, 2343))  # CIFAR: 19 and 3 epochs
 RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
                         **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2)), {}, {}))
 folder = here.out / "checkpoints" / f"07_dynamicvit_{here.data.replace('/', '_')}"
@@ -255,7 +255,8 @@ class Trial:
         images, labels = (backend.to_device(array, here.device) for array in (train.images, train.labels))
         self.batches = Batches(images, labels, self.recipe.batch, seed=seed, **crops)
         self.vit, self.token_vit = self.new(ViT), None
-        self.fit("start", self.vit, Classify(self.vit), FIRST, self.recipe.lr, offset=0)
+        report = self.fit("start", self.vit, Classify(self.vit), FIRST, self.recipe.lr, offset=0)
+        self.start = self.measure(self.vit, report)
 
     def new(self, kind, start=None, **options):
         """A model with the weights of `start` as far as it has them, and the seed's otherwise."""
@@ -331,9 +332,10 @@ if here.size == "full":  # kept out of version control, wherever --out is
     (folder / ".gitignore").write_text("*\n")
 chosen = here.pick(list(ARMS), [VIT, D7, "random tokens .7"], list(ARMS if here.data == "scenes" else HEADLINE))
 seeds = [here.seed + i for i in range(3 if here.size == "full" and here.data == "scenes" else 1)]
-rows, trained = {name: [] for name in chosen}, {}
+rows, starts, trained = {name: [] for name in chosen}, [], {}
 for seed in seeds:
     trial = Trial(seed)
+    starts.append(trial.start)
     for name in chosen if seed == seeds[0] else HEADLINE:
         model, report = trial.go_on(name)
         rows[name].append(trial.measure(model, report))
@@ -364,6 +366,9 @@ def object_share(name):
     return [statistics.mean(values) for values in zip(*([share / k["all"] for share in k["stages"]] for k in known))]
 
 
+for seed, start in zip(seeds, starts):
+    print(f"seed {seed}: all start from {100 * start['accuracy']:.1f} %, a ViT after {FIRST:,} steps of {RECIPE.batch} pictures, "
+          f"{start['trained']['seconds']:.0f} s")
 print(f"{'arm':<30}{'accuracy, %':>12}{'- ViT':>12}{'M MACs':>8}{'object':>16}   kept in training (target)")
 for name in chosen:
     row, shares = rows[name][0], " ".join(f"{share:.2f}" for share in object_share(name))
@@ -447,7 +452,7 @@ def draw_arms(figure):
 
 here.picture("kept", draw_kept, 9, 6.3)
 here.picture("arms", draw_arms, 9, 1.5 + 0.27 * len(chosen))
-here.measured(rows=rows, claims=claims, images_per_second=speeds, seeds=seeds,
+here.measured(rows=rows, starts=starts, claims=claims, images_per_second=speeds, seeds=seeds,
               recipe=dataclasses.asdict(RECIPE) | {"first_steps": FIRST, "further_steps": FURTHER})
 
 # %% [markdown]
@@ -466,7 +471,7 @@ here.measured(rows=rows, claims=claims, images_per_second=speeds, seeds=seeds,
 # | Rao et al. 2021 | our line |
 # |---|---|
 # | section 3.2: local and global features, pi = Softmax(MLP(z)) | `Predictor.forward`; by hand `predictor_by_hand` |
-# | section 3.2: D <- D * (a Gumbel-softmax draw from pi) | `decision * previous` in `DynamicViT._masked`; `_decide` draws |
+# | sections 3.2, 3.3: D <- D * (a Gumbel-softmax draw from pi) | `decision * previous` in `DynamicViT._masked`; `_decide` draws |
 # | equations 10 and 11: G_ij = 1 if i = j, else D_j; G exp(P), normalised | `ops.attention(q, k, v, keep)` |
 # | training: the four losses | `models.dynamicvit_loss`; by hand `losses_by_hand` |
 # | at inference the floor(rho^s N) best stay | `ops.top_k(scores, self.counts[stage])` in `DynamicViT._gathered` |

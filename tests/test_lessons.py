@@ -57,7 +57,8 @@ def test_sizes_options_and_results(tmp_path, capsys):
         here.measured(a=2)
     here.picture("line", lambda figure: figure.subplots().plot([1, 2]))
     saved = json.loads(here.end().read_text())
-    assert saved["results"] == {"a": 1} and saved["seed"] == 3 and (tmp_path / "00_test_line.png").stat().st_size > 1000
+    assert saved["results"] == {"a": 1} and saved["seed"] == 3 and (tmp_path / "00_test_full_line.png").stat().st_size > 1000
+    assert lesson.begin("00_test", ["--data", "some/where", "--out", str(tmp_path)]).stem == "00_test_where"
 
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ class Lesson:
     def __init__(self, name, size, data, device, seed, out):
         self.name, self.size, self.data, self.seed, self.results = name, size, data, seed, {}
         self.device, self.out, self.began = backend.choose_device(device), pathlib.Path(out), time.perf_counter()
+        self.stem = "_".join([name] + ["full"] * (size == "full") + [pathlib.Path(data).name] * (data != "scenes"))  # of files
         compare.check_writable(self.out)
         random.manual_seed(seed)
 
@@ -35,14 +36,14 @@ class Lesson:
         self.results |= values
 
     def picture(self, what, draw, width=9, height=4):
-        """Make a figure (inches), let draw(figure) fill it, write it as OUT/NAME_what.png, and show it in a notebook. Without
+        """Make a figure (inches), let draw(figure) fill it, write it as OUT/STEM_what.png, and show it in a notebook. Without
         matplotlib it says how to get it."""
         try:
             from matplotlib.figure import Figure  # not pyplot: no window system, no global state
         except ImportError:
             print(f"no picture {what!r}: matplotlib is not installed (pip install 'tinytoken-vit[plot]')")
             return
-        figure, path = Figure(figsize=(width, height), layout="constrained"), self.out / f"{self.name}_{what}.png"
+        figure, path = Figure(figsize=(width, height), layout="constrained"), self.out / f"{self.stem}_{what}.png"
         draw(figure)
         with replacing(path) as file:
             figure.savefig(file, format="png", dpi=110)
@@ -52,8 +53,8 @@ class Lesson:
             display(Image(path))
 
     def end(self):
-        """Write OUT/NAME.json -> its path."""
-        path = self.out / f"{self.name}.json"
+        """Write OUT/STEM.json -> its path. STEM: the lesson's name, and _full, and the data where they are not scenes."""
+        path = self.out / f"{self.stem}.json"
         write_json(path, {"lesson": self.name, "size": self.size, "seed": self.seed, "data": self.data,
                           "machine": compare.machine(self.device), "seconds": round(time.perf_counter() - self.began, 1),
                           "results": self.results})
