@@ -17,10 +17,10 @@ import numpy as np
 
 import tinytoken as tt
 from tinytoken import backend, compare, lesson, models, ops, plot, random
-from tinytoken.data import Batches, normalise
 from tinytoken.models import DynamicViT, ViT
 from tinytoken.models.controls import CONTROLS, LearnedTokens
-from tinytoken.train import Classify, Distil, Run, accuracy, fit, infer
+from tinytoken.train import Classify, Distil, infer
+from tinytoken.trial import Trial
 
 here = lesson.begin("07_dynamicvit")
 rng = np.random.default_rng(here.seed)
@@ -239,37 +239,19 @@ ARMS = HEADLINE | {
 # The learned set's scores, two numbers for each position, need larger steps: a hundred times the learning rate.
 
 # %%
-FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15000, 2343))  # CIFAR: 19 and 3 epochs
+FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15620, 2343))  # CIFAR: 20 and 3 epochs
 RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
                         **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2)), {}, {}))
-folder = here.out / "checkpoints" / f"07_dynamicvit_{here.data.replace('/', '_')}"
+folder = here.out / "checkpoints" / f"07_dynamicvit_{here.data.replace('/', '_')}" if here.size == "full" else None
 
 
-class Trial:
+class Arms(Trial):
     """One seed: its pictures, the ViT that all arms start from, and how an arm goes on."""
 
     def __init__(self, seed):
-        self.recipe = dataclasses.replace(RECIPE, seed=seed)
-        train, self.test = compare.load_pictures(self.recipe)
-        crops = {} if here.data == "scenes" else {"pad": 4, "flip": True}
-        images, labels = (backend.to_device(array, here.device) for array in (train.images, train.labels))
-        self.batches = Batches(images, labels, self.recipe.batch, seed=seed, **crops)
+        super().__init__(dataclasses.replace(RECIPE, seed=seed), here.device, folder, bar=here.size != "smoke")
         self.vit, self.token_vit = self.new(ViT), None
-        report = self.fit("start", self.vit, Classify(self.vit), FIRST, self.recipe.lr, offset=0)
-        self.start = self.measure(self.vit, report)
-
-    def new(self, kind, start=None, **options):
-        """A model with the weights of `start` as far as it has them, and the seed's otherwise."""
-        random.manual_seed(self.recipe.seed)
-        model = self.recipe.model(kind, **options).to(here.device)
-        if start is not None:
-            model.load_state_dict(start.state_dict(), strict=False)
-        return model
-
-    def fit(self, phase, model, objective, steps, lr, offset):
-        run = Run(folder / f"seed{self.recipe.seed}", every=100) if here.size == "full" else None  # to go on when interrupted
-        return fit(model, objective, self.batches, steps=steps, lr=lr, weight_decay=self.recipe.weight_decay, offset=offset,
-                   seed=self.recipe.seed, run=run, phase=phase.replace(" ", "-"), bar=here.size != "smoke")
+        self.start = super().measure(self.vit, self.fit("start", Classify(self.vit), FIRST, self.recipe.lr))
 
     def go_on(self, name):
         """Train the arm `name` -> (model, what fit reported)."""
@@ -277,7 +259,7 @@ class Trial:
         if issubclass(arm.kind, TokenHead):
             if self.token_vit is None:
                 self.token_vit = self.new(TokenViT, self.vit)
-                self.fit("token heads, start", self.token_vit, ClassifyTokens(self.token_vit), FURTHER, recipe.further_lr, FIRST)
+                self.fit("token heads, start", ClassifyTokens(self.token_vit), FURTHER, recipe.further_lr, FIRST)
             teacher = self.token_vit
         if arm.kind in (ViT, TokenViT):
             model = self.new(arm.kind, teacher)
@@ -288,28 +270,23 @@ class Trial:
             for p in (p for module in model.score_predictor for p in module.parameters()):
                 p.lr_scale = 100.0 if arm.kind is LearnedTokens else recipe.predictor_lr_scale
             objective = (DistilTokens if arm.kind is TokenDynamicViT else Distil)(model, teacher, weights=arm.weights)
-        return model, self.fit(name, model, objective, FURTHER, recipe.further_lr, FIRST)
-
-    def prepare(self, images):
-        return normalise(backend.to_device(images, here.device), self.batches.mean, self.batches.std)
+        return model, self.fit(name, objective, FURTHER, recipe.further_lr, FIRST)
 
     def measure(self, model, trained):
         """What is noted of a trained arm."""
-        images, labels = self.test.images, self.test.labels
-        logits = infer(model, images, self.prepare)
-        row = {"accuracy": accuracy(logits, labels), "macs": tt.macs(model, self.prepare(images[:1])).total,
-               "parameters": model.parameter_count(), "trained": trained}
+        row, images, labels = super().measure(model, trained), self.test.images[:1000], self.test.labels[:1000]
         if isinstance(model, DynamicViT):
             row |= {"targets": model.keep_ratios, "counts": model.counts,
                     "on_object": compare.kept_on_object(model, self.test, self.prepare, self.recipe.patch)}
         if getattr(model, "score_predictor", None):
             last = (self.batches(step)[0] for step in range(FIRST + FURTHER - min(20, FURTHER), FIRST + FURTHER))
             row["ratios"] = self.decide(model, last, drawn=True)[1].mean(axis=(0, 2)).tolist()  # reached by the end of training
+            ranked = infer(model, images, self.prepare).argmax(axis=1)
             for way in ("threshold", "drawn"):
-                parts = (self.prepare(images[a:a + 100]) for a in range(0, min(1000, len(images)), 100))
+                parts = (self.prepare(images[a:a + 100]) for a in range(0, len(images), 100))
                 answers, decisions = self.decide(model, parts, drawn=way == "drawn")
-                left, same = decisions[:, -1].sum(axis=1), answers == logits[:len(answers)].argmax(axis=1)
-                row[way] = {"accuracy": float((answers == labels[:len(answers)]).mean()), "another_class": float(1 - same.mean()),
+                left = decisions[:, -1].sum(axis=1)
+                row[way] = {"accuracy": float((answers == labels).mean()), "another_class": float((answers != ranked).mean()),
                             "left": [float(left.mean()), int(left.min()), int(left.max())]}
         return row
 
@@ -327,14 +304,11 @@ class Trial:
         return np.concatenate(answers), np.concatenate(decisions)
 
 
-if here.size == "full":  # kept out of version control, wherever --out is
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("*\n")
 chosen = here.pick(list(ARMS), [VIT, D7, "random tokens .7"], list(ARMS if here.data == "scenes" else HEADLINE))
 seeds = [here.seed + i for i in range(3 if here.size == "full" and here.data == "scenes" else 1)]
 rows, starts, trained = {name: [] for name in chosen}, [], {}
 for seed in seeds:
-    trial = Trial(seed)
+    trial = Arms(seed)
     starts.append(trial.start)
     for name in chosen if seed == seeds[0] else HEADLINE:
         model, report = trial.go_on(name)

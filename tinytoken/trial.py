@@ -1,0 +1,55 @@
+"""Trials: models trained on one seed's pictures with the same steps of the same optimiser, and what is noted of each. What the
+lessons that compare models share.
+"""
+import dataclasses
+import pathlib
+
+from . import backend, compare, random
+from .cost import macs
+from .data import Batches, normalise
+from .train import Run, accuracy, fit, infer
+
+
+class Trial:
+    """The pictures of `recipe` (a compare.Recipe) with its seed, and the models trained on them. folder: for checkpoints, to go
+    on where an interrupted run stopped; None keeps none. Of photographs each batch is moved and mirrored, scenes stay."""
+
+    def __init__(self, recipe, device="cpu", folder=None, bar=True):
+        self.recipe, self.device, self.bar, self.run = recipe, device, bar, None
+        if folder is not None:
+            folder = pathlib.Path(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".gitignore").write_text("*\n")  # wherever it is, weights stay out of version control
+            self.run = Run(folder / f"seed{recipe.seed}", every=100)
+        train, self.test = compare.load_pictures(recipe)
+        moved = {} if recipe.data == "scenes" else {"pad": 4, "flip": True}
+        images, labels = (backend.to_device(array, device) for array in (train.images, train.labels))
+        self.batches = Batches(images, labels, recipe.batch, seed=recipe.seed, **moved)
+
+    def new(self, kind, start=None, sizes=(), **options):
+        """A model of the recipe's sizes, or others where `sizes` (by the recipe's names) has them, with the weights of `start` as
+        far as it has them, and the seed's otherwise."""
+        random.manual_seed(self.recipe.seed)
+        model = dataclasses.replace(self.recipe, **dict(sizes)).model(kind, **options).to(self.device)
+        if start is not None:
+            model.load_state_dict(start.state_dict(), strict=False)
+        return model
+
+    def fit(self, phase, objective, steps, lr, offset=0):
+        """Train objective.model -> what fit reports."""
+        return fit(objective.model, objective, self.batches, steps=steps, lr=lr, weight_decay=self.recipe.weight_decay,
+                   offset=offset, seed=self.recipe.seed, run=self.run, phase=phase.replace(" ", "-"), bar=self.bar)
+
+    def prepare(self, images):
+        """uint8 pictures -> what a model takes."""
+        return normalise(backend.to_device(images, self.device), self.batches.mean, self.batches.std)
+
+    def answers(self, model, **call):
+        """Logits (B, K) of the test pictures, on the host."""
+        return infer(model, self.test.images, self.prepare, **call)
+
+    def measure(self, model, trained, **call):
+        """What is noted of a trained model: accuracy, multiply-adds per picture, parameters, what fit reported."""
+        return {"accuracy": accuracy(self.answers(model, **call), self.test.labels),
+                "macs": macs(model, self.prepare(self.test.images[:1]), **call).total,
+                "parameters": model.parameter_count(), "trained": trained}
