@@ -242,16 +242,15 @@ ARMS = HEADLINE | {
 FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15620, 2343))  # CIFAR: 20 and 3 epochs
 RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
                         **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2)), {}, {}))
-folder = here.out / "checkpoints" / f"07_dynamicvit_{here.data.replace('/', '_')}" if here.size == "full" else None
 
 
 class Arms(Trial):
     """One seed: its pictures, the ViT that all arms start from, and how an arm goes on."""
 
     def __init__(self, seed):
-        super().__init__(dataclasses.replace(RECIPE, seed=seed), here.device, folder, bar=here.size != "smoke")
+        super().__init__(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
         self.vit, self.token_vit = self.new(ViT), None
-        self.start = super().measure(self.vit, self.fit("start", Classify(self.vit), FIRST, self.recipe.lr))
+        self.start = super().measure(self.vit, self.fit(f"ViT {FIRST}", Classify(self.vit), FIRST, self.recipe.lr))
 
     def go_on(self, name):
         """Train the arm `name` -> (model, what fit reported)."""
@@ -330,10 +329,6 @@ def points(name, than=None):
     return [100 * (row["accuracy"] - (other["accuracy"] if than else 0)) for row, other in zip(rows[name], rows[than or name])]
 
 
-def spread(values, form=".1f"):
-    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def object_share(name):
     """By stage, over chance, mean over seeds. Empty where nothing is dropped, or nobody knows where the objects are."""
     known = [row["on_object"] for row in rows[name] if row.get("on_object")]
@@ -347,7 +342,7 @@ print(f"{'arm':<30}{'accuracy, %':>12}{'- ViT':>12}{'M MACs':>8}{'object':>16}  
 for name in chosen:
     row, shares = rows[name][0], " ".join(f"{share:.2f}" for share in object_share(name))
     kept = ", ".join(f"{reached:.3f} ({target:.3f})" for reached, target in zip(row.get("ratios", []), row.get("targets", [])))
-    print(f"{name:<30}{spread(points(name)):>12}{spread(points(name, VIT), '+.1f'):>12}"
+    print(f"{name:<30}{compare.spread_text(points(name)):>12}{compare.spread_text(points(name, VIT), '+.1f'):>12}"
           f"{row['macs'] / 1e6:>8.2f}{shares:>16}   {kept}")
 
 # %% [markdown]
@@ -376,26 +371,16 @@ for name in ways:
 # The claims, with margins that were fixed before the first full run. A smaller run decides nothing.
 
 # %%
-claims = []
-
-
-def claim(text, measured, low=None, high=None):
-    holds = (low is None or measured > low) and (high is None or measured <= high)
-    claims.append({"claim": text, "measured": measured, "bound": [low, high], "holds": holds})
-    bounds = (f"above {low}", low), (f"at most {high}", high)
-    print(f"{'holds' if holds else 'FAILS'}  {text}: {measured:.2f} ({', '.join(said for said, b in bounds if b is not None)})")
-
-
 lost = -statistics.mean(points(D7, VIT))
-claim("DynamicViT .7: % of the ViT's MACs saved", 100 * (1 - rows[D7][0]["macs"] / rows[VIT][0]["macs"]), 30, 39)
-claim("DynamicViT .7: points lost to the ViT with as many further steps", lost, high=1)
-claim("the same: the paper's aim", lost, high=0.5)
-claim("DynamicViT .7: largest distance between a ratio reached in training and its target",
+here.claim("DynamicViT .7: % of the ViT's MACs saved", 100 * (1 - rows[D7][0]["macs"] / rows[VIT][0]["macs"]), 30, 39)
+here.claim("DynamicViT .7: points lost to the ViT with as many further steps", lost, high=1)
+here.claim("the same: the paper's aim", lost, high=0.5)
+here.claim("DynamicViT .7: largest distance between a ratio reached in training and its target",
       max(abs(a - b) for row in rows[D7] for a, b in zip(row["ratios"], row["targets"])), high=0.02)
 if object_share(D7):
-    claim("DynamicViT .7: object share of the tokens kept last, over chance", object_share(D7)[-1], low=2)
+    here.claim("DynamicViT .7: object share of the tokens kept last, over chance", object_share(D7)[-1], low=2)
 for name in (name for name in HEADLINE if D5 in chosen and name not in (VIT, D7, D5)):
-    claim(f"DynamicViT .5: points above {name}", statistics.mean(points(D5, name)), low=0)
+    here.claim(f"DynamicViT .5: points above {name}", statistics.mean(points(D5, name)), low=0)
 
 
 def draw_kept(figure):
@@ -426,7 +411,7 @@ def draw_arms(figure):
 
 here.picture("kept", draw_kept, 9, 6.3)
 here.picture("arms", draw_arms, 9, 1.5 + 0.27 * len(chosen))
-here.measured(rows=rows, starts=starts, claims=claims, images_per_second=speeds, seeds=seeds,
+here.measured(rows=rows, starts=starts, images_per_second=speeds, seeds=seeds,
               recipe=dataclasses.asdict(RECIPE) | {"first_steps": FIRST, "further_steps": FURTHER})
 
 # %% [markdown]

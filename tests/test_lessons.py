@@ -55,10 +55,17 @@ def test_sizes_options_and_results(tmp_path, capsys):
     here.measured(a=1)
     with pytest.raises(tt.InputError, match="noted twice: .'a'"):
         here.measured(a=2)
+    here.claim("enough", 2.0, low=1)
+    here.claim("not too much", 2.0, low=1, high=1.5)
+    assert "holds  enough: 2.00 (above 1)" in (said := capsys.readouterr().out)
+    assert "FAILS  not too much: 2.00 (above 1, at most 1.5)" in said
     here.picture("line", lambda figure: figure.subplots().plot([1, 2]))
     saved = json.loads(here.end().read_text())
+    assert [row["holds"] for row in saved["results"].pop("claims")] == [True, False]
+    assert here.checkpoints == tmp_path / "checkpoints" / "scenes"
     assert saved["results"] == {"a": 1} and saved["seed"] == 3 and (tmp_path / "00_test_full_line.png").stat().st_size > 1000
-    assert lesson.begin("00_test", ["--data", "some/where", "--out", str(tmp_path)]).stem == "00_test_where"
+    smaller = lesson.begin("00_test", ["--data", "some/where", "--out", str(tmp_path)])
+    assert smaller.stem == "00_test_where" and smaller.checkpoints is None
 
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):

@@ -52,6 +52,25 @@ def test_seeds_of_different_recipes_are_not_averaged(tmp_path):
         report.parts["scenes"](tmp_path)
 
 
+def test_arms_are_compared_seed_by_seed():
+    def row(accuracy, **more):
+        return {"accuracy": accuracy, "macs": 2e6} | more
+
+    kept = {"on_object": {"all": 0.1, "stages": [0.15, 0.2]}, "ratios": [0.7, 0.5], "targets": [0.7, 0.49]}
+    rows = {"ViT, further": [row(0.90), row(0.80)], "ours": [row(0.91, **kept), row(0.84, **kept)], "once": [row(0.85)]}
+    found = {"machine": {"processor": "P", "cpus": 2, "numpy": "2", "blas": "B"}, "results": {
+        "rows": rows, "seeds": [0, 1], "starts": [row(0.5), row(0.7)],
+        "recipe": {"first_steps": 1000, "further_steps": 10, "batch": 64, "further_lr": 0.1, "test_pictures": 2000}}}
+    lines = report.arms_text(found).splitlines()
+    assert lines[2] == "| ViT, further | 2 | 85.0 ± 7.1 % |  | 2.0 |  |  |"
+    assert lines[3] == "| ours | 2 | 87.5 ± 4.9 % | +2.5 ± 2.1 | 2.0 | 1.50, 2.00 | 0.700 (0.700), 0.500 (0.490) |"
+    assert lines[4] == "| once | 1 | 85.0 % | -5.0 | 2.0 |  |  |"
+    assert "1,000 steps (60.0 ± 14.1 %)" in lines[6] and "(0, 1)" in lines[6]
+    claims = [{"claim": "a", "measured": 1.5, "bound": [1, None], "holds": True},
+              {"claim": "b", "measured": 0.75, "bound": [None, 0.5], "holds": False}]
+    assert report.claims_text(claims) == "- holds: a: 1.5 (above 1)\n- **fails**: b: 0.75 (at most 0.5)"
+
+
 def test_the_report_command(capsys):
     assert main(["report", "--root", str(ROOT)]) == 0
     assert "as the results say" in capsys.readouterr().out

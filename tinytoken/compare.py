@@ -203,8 +203,7 @@ def table_text(*tables):
              "|---|---|---|---|---|---|---|"]
     for i, row in enumerate(table["rows"]):
         speed, reached = row["images_per_second"], [100 * t["rows"][i]["accuracy"] for t in tables]
-        spread = f" ± {statistics.stdev(reached):.1f}" if len(tables) > 1 else ""
-        lines.append(f"| {row['model']} | {statistics.mean(reached):.1f}{spread} % | {row['macs'] / 1e6:.2f} "
+        lines.append(f"| {row['model']} | {spread_text(reached)} % | {row['macs'] / 1e6:.2f} "
                      f"| {row['macs'] / table['rows'][0]['macs']:.2f} | {row['parameters']:,} "
                      f"| {speed['1'][0]:.0f} | {speed['128'][0]:.0f} |")
     lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, counted by the engine; "
@@ -216,6 +215,11 @@ def table_text(*tables):
         lines.append(f"Share of object in the patches that DynamicViT keeps, by stage: {stages}; "
                      f"in all patches (chance): {100 * chance:.1f} %.")
     return "\n".join(lines)
+
+
+def spread_text(values, form=".1f"):
+    """Mean, and standard deviation where there are several."""
+    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def conditions_text(*tables):

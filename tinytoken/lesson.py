@@ -15,7 +15,7 @@ class Lesson:
     """One run of a lesson: its size, its options (data, device, seed, out), and the results it has noted so far."""
 
     def __init__(self, name, size, data, device, seed, out):
-        self.name, self.size, self.data, self.seed, self.results = name, size, data, seed, {}
+        self.name, self.size, self.data, self.seed, self.results, self.claims = name, size, data, seed, {}, []
         self.device, self.out, self.began = backend.choose_device(device), pathlib.Path(out), time.perf_counter()
         self.stem = "_".join([name] + ["full"] * (size == "full") + [pathlib.Path(data).name] * (data != "scenes"))  # of files
         compare.check_writable(self.out)
@@ -29,6 +29,19 @@ class Lesson:
         """(train, test) pictures of --data: so many scenes, or all of CIFAR."""
         recipe = compare.Recipe(data=self.data, seed=self.seed, train_pictures=train, test_pictures=test)
         return compare.load_pictures(recipe)
+
+    @property
+    def checkpoints(self):
+        """The folder for the checkpoints of a full run, None in smaller ones. Lessons with the same --out share it: what one has
+        trained, another does not train again."""
+        return self.out / "checkpoints" / pathlib.Path(self.data).name if self.size == "full" else None
+
+    def claim(self, text, measured, low=None, high=None):
+        """Print, and note for the JSON, whether a figure is above `low` and at most `high`, bounds that were set before the run."""
+        holds = (low is None or measured > low) and (high is None or measured <= high)
+        self.claims.append({"claim": text, "measured": measured, "bound": [low, high], "holds": holds})
+        bounds = (f"above {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else "")
+        print(f"{'holds' if holds else 'FAILS'}  {text}: {measured:.2f} ({', '.join(filter(None, bounds))})")
 
     def measured(self, **values):
         """Note results for the JSON: numbers, texts, lists and dictionaries of them."""
@@ -55,6 +68,8 @@ class Lesson:
     def end(self):
         """Write OUT/STEM.json -> its path. STEM: the lesson's name, and _full, and the data where they are not scenes."""
         path = self.out / f"{self.stem}.json"
+        if self.claims:
+            self.measured(claims=self.claims)
         write_json(path, {"lesson": self.name, "size": self.size, "seed": self.seed, "data": self.data,
                           "machine": compare.machine(self.device), "seconds": round(time.perf_counter() - self.began, 1),
                           "results": self.results})

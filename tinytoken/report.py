@@ -8,7 +8,7 @@ import re
 import statistics
 
 from .checkpoint import replacing
-from .compare import conditions_text, table_text
+from .compare import conditions_text, spread_text, table_text
 from .errors import InputError, expect
 
 PART = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
@@ -146,3 +146,74 @@ def overhead(results):
             f"{curves['float32']['bound_on_first']} steps differ "
             f"from PyTorch's by at most {curves['float32']['largest_on_first']:.0e} in float32, those of the first "
             f"{curves['float64']['bound_on_first']} by {curves['float64']['largest_on_first']:.0e} in float64.")
+
+
+@part
+def lessons(results):
+    """A line for each lesson before the seventh: what its default run measured."""
+    tape, checks, attention, vit, masks, gumbel = (load(results / f"{name}.json")["results"] for name in (
+        "01_tape", "02_gradient_checks", "03_attention", "04_vit", "05_masking_is_removing", "06_gumbel_softmax"))
+    blind, recall = checks["blind"]["softmax, zeros returned"], attention["recall"]
+    right = {name: f"{row['right_percent']:.1f} ± {row['std_over_seeds']:.1f} %" for name, row in recall.items()}
+    on_object, official = vit["weight_on_object"], max(masks["official"], key=lambda row: row["spread"])
+    through, reinforce = gumbel["medians"]["straight-through, tau 1.0"], gumbel["medians"]["REINFORCE, baseline"]
+    return "\n".join((
+        f"1. In a graph {tape['depths'][-1]} deep whose values are used twice, a recursion without an order runs "
+        f"{tape['runs_by_paths'][-1]:,} gradients, one in order {tape['runs_in_order'][-1]}; a graph {tape['deep']:,} deep is no "
+        "trouble.",
+        f"2. A softmax whose gradient is all zeros is off by {blind['random']:.1f} for a random upstream gradient, and by "
+        f"{blind['ones']:.0e} for ones: it passes.",
+        f"3. Where two things must be looked up, two heads find {right['two heads']}, one head {right['one head']} "
+        f"({recall['one head']['expected_percent']:.1f} expected). Heads merged wrongly pass every gradient check and find "
+        f"{right['two heads, wrong merge']}; without looking it is {right['no looking']} ({len(attention['seeds'])} seeds).",
+        f"4. {vit['steps']} steps ({vit['train_seconds']:.0f} s) bring a ViT of {vit['macs'] / 1e6:.1f} M MACs to "
+        f"{100 * vit['accuracy'][0]:.1f} % of {vit['test_pictures']:,} scenes. In the block where it is most, "
+        f"{100 * max(on_object['trained']):.0f} % of the class token's weight lies on the object "
+        f"({100 * on_object['chance']:.0f} % by chance; one seed).",
+        f"5. Masked and gathered networks differ by at most {masks['largest_difference_model']:.0e}, gradients included. With the "
+        f"official mask, at logits of standard deviation {official['spread']:.0f}, {100 * official['another_class']:.0f} % of "
+        "pictures get another class.",
+        f"6. In units of the exact gradient's length, straight-through at temperature 1 is off by {through['bias']:.2f} on average "
+        f"and one draw is noisy by {through['noise']:.2f}; REINFORCE with a baseline by 0 and {reinforce['noise']:.1f} "
+        f"(medians of {gumbel['problems']} problems of 8 tokens).",
+        "7. See the table."))
+
+
+def dynamicvit(results):
+    """Lesson 07 in full, on scenes: a row per arm, paired by seed with the ViT that got as many further steps."""
+    found = load(results / "07_dynamicvit_full.json")
+    return f"{arms_text(found)}\n\nWith bounds that were set before the run:\n\n{claims_text(found['results']['claims'])}"
+
+
+def arms_text(found):
+    rows, recipe, seeds = (found["results"][name] for name in ("rows", "recipe", "seeds"))
+    reference = rows["ViT, further"]
+    lines = ["| arm | seeds | accuracy | less ViT's, points | M MACs | object share, by stage | tokens kept in training (target) |",
+             "|---|---|---|---|---|---|---|"]
+    for name, arm in rows.items():
+        reached = [100 * row["accuracy"] for row in arm]
+        gaps = [value - 100 * row["accuracy"] for value, row in zip(reached, reference)]
+        known = [row["on_object"] for row in arm if row.get("on_object")]
+        shares = [statistics.mean(values) for values in zip(*([share / k["all"] for share in k["stages"]] for k in known))]
+        kept = [statistics.mean(values) for values in zip(*(row["ratios"] for row in arm if "ratios" in row))]
+        cells = (name, len(arm), f"{spread_text(reached)} %", "" if arm is reference else spread_text(gaps, "+.1f"),
+                 f"{arm[0]['macs'] / 1e6:.1f}", ", ".join(f"{share:.2f}" for share in shares),
+                 ", ".join(f"{k:.3f} ({target:.3f})" for k, target in zip(kept, arm[0].get("targets", ()))))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    on, start = found["machine"], spread_text([100 * row["accuracy"] for row in found["results"]["starts"]])
+    return "\n".join([*lines, "", (
+        f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); differences are paired by seed. Object share: of "
+        f"the patches kept, over that of all patches (1 is chance). All arms go on from a ViT of {recipe['first_steps']:,} steps "
+        f"({start} %), each for {recipe['further_steps']:,} steps of {recipe['batch']} pictures at learning rate "
+        f"{recipe['further_lr']}; tested on {recipe['test_pictures']:,} pictures. Machine: {on['processor']}, {on['cpus']} CPUs, "
+        f"NumPy {on['numpy']}, {on['blas']}.")])
+
+
+def claims_text(claims):
+    """A line per claim of a lesson, whether it holds or not."""
+    lines = []
+    for claim in claims:
+        low, high = claim["bound"]
+        bound = ", ".join(f"{word} {value:g}" for word, value in (("above", low), ("at most", high)) if value is not None)
+        lines.append(f"- {'holds' if claim['holds'] else '**fails**'}: {claim['claim']}: {claim['measured']:.3g} ({bound})")
+    return "\n".join(lines)
