@@ -179,6 +179,7 @@ def lessons(results):
         "7. See the table."))
 
 
+@part
 def dynamicvit(results):
     """Lesson 07 in full, on scenes: a row per arm, paired by seed with the ViT that got as many further steps."""
     found = load(results / "07_dynamicvit_full.json")
@@ -188,7 +189,7 @@ def dynamicvit(results):
 def arms_text(found):
     rows, recipe, seeds = (found["results"][name] for name in ("rows", "recipe", "seeds"))
     reference = rows["ViT, further"]
-    lines = ["| arm | seeds | accuracy | less ViT's, points | M MACs | object share, by stage | tokens kept in training (target) |",
+    lines = ["| arm | seeds | accuracy | minus ViT's, points | M MACs | object share, by stage | tokens kept in training (target) |",
              "|---|---|---|---|---|---|---|"]
     for name, arm in rows.items():
         reached = [100 * row["accuracy"] for row in arm]
