@@ -5,6 +5,7 @@ The same code serves NumPy and CuPy: on a GPU the whole set lies in its memory, 
 from .. import random
 from ..backend import array_module
 from ..errors import expect, shape_of
+from . import mix
 
 
 class Batches:
@@ -15,18 +16,27 @@ class Batches:
     pad: each picture is moved by up to this many pixels each way; what comes in at the border is zero after
         normalisation, the mean colour (the usual crop with padding).
     flip: half of the pictures are mirrored left to right.
+    erase: the share of pictures in which a rectangle gets the mean colour (mix.erase).
+    mixup, cutmix: alpha of the Beta distribution by which pictures are mixed in pairs (mix.mixup, mix.cutmix); 0 mixes none,
+        and with both each batch gets one of them, either with probability 1/2. The labels then are probabilities
+        (batch_size, classes), float32. classes: how many there are (default: the largest label + 1).
     mean, std: per channel, in units of [0, 1]; by default those of `images`. Give the training set's to a test set.
     Raises InputError for images that are not uint8 (B, 3, H, W), another number of labels, or a batch larger than the set.
     """
 
-    def __init__(self, images, labels, batch_size, *, seed=0, pad=0, flip=False, mean=None, std=None):
+    def __init__(self, images, labels, batch_size, *, seed=0, pad=0, flip=False, mean=None, std=None, erase=0.0, mixup=0.0,
+                 cutmix=0.0, classes=None):
         _check_images("Batches", images)
         expect(labels.ndim == 1 and len(labels) == len(images) and labels.dtype.kind in "iu", "Batches",
                f"{shape_of('labels', labels)} {labels.dtype} for {len(images)} images, expected ({len(images)},) integers")
         expect(1 <= batch_size <= len(images), "Batches", f"batch size {batch_size}, expected 1 to the set's {len(images)}")
         expect(0 <= pad < min(images.shape[2:]), "Batches", f"pad is {pad}, expected 0 to {min(images.shape[2:]) - 1}")
+        expect(0 <= erase <= 1 and min(mixup, cutmix) >= 0, "Batches",
+               f"erase {erase}, mixup {mixup}, cutmix {cutmix}: a share from 0 to 1 and two numbers not below 0 expected")
         if mean is None or std is None:
             mean, std = channel_statistics(images)
+        self.erase, self.ways = erase, [(way, alpha) for way, alpha in ((mix.mixup, mixup), (mix.cutmix, cutmix)) if alpha]
+        self.classes = int(labels.max()) + 1 if classes is None else classes
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.pad, self.flip, self.mean, self.std = pad, flip, mean, std
         self.steps_per_epoch = len(images) // batch_size
@@ -38,9 +48,18 @@ class Batches:
     def __call__(self, step):
         epoch, place = divmod(step, self.steps_per_epoch)
         chosen = self._epoch_order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
-        if not (self.pad or self.flip):
-            return normalise(self.images[chosen], self.mean, self.std), self.labels[chosen]
-        return self._augmented(chosen, step), self.labels[chosen]
+        if self.pad or self.flip:
+            images = self._moved(chosen, step)
+        else:
+            images = normalise(self.images[chosen], self.mean, self.std)
+        if self.erase:
+            images = mix.erase(images, self.erase, step=step, seed=self.seed)
+        if not self.ways:
+            return images, self.labels[chosen]
+        # which of two ways is drawn on the host: the same bits, and no device has to be waited for
+        number = random.integers(1, len(self.ways), site="tinytoken.data.batches.way", step=step, seed=self.seed)[0]
+        way, alpha = self.ways[int(number)]
+        return way(images, mix.one_hot(self.labels[chosen], self.classes), alpha, step=step, seed=self.seed)
 
     def _epoch_order(self, epoch):
         known, order = self._order
@@ -50,7 +69,7 @@ class Batches:
             self._order = (epoch, order)
         return order
 
-    def _augmented(self, chosen, step):
+    def _moved(self, chosen, step):
         """The chosen pictures, moved and mirrored, by one gather: source row and column of every pixel of every picture."""
         xp, (height, width) = array_module(self.images), self.images.shape[2:]
         draw = dict(step=step, seed=self.seed, xp=xp)
