@@ -322,16 +322,24 @@ class Attention(Module):
         return self.proj(ops.merge_heads(out))
 
 
+def branch(out, paths, number):
+    """What a residual branch adds, out (B, T, D): times paths[:, number] of each image where factors (B, branches) are given. A
+    factor of 0 drops the branch for that image (drop path: Huang et al. 2016; train.drop_paths draws them)."""
+    return out if paths is None else out * paths[:, number, None, None]
+
+
 class Block(Module):
-    """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x). x (B, T, dim) -> (B, T, dim)."""
+    """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x). x (B, T, dim) -> (B, T, dim). paths (B, 2):
+    factors of the two branches, see `branch`."""
+    branches = 2
 
     def __init__(self, dim, heads, mlp_ratio=4.0, qkv_bias=True, eps=1e-6):
         self.norm1, self.attn = LayerNorm(dim, eps), Attention(dim, heads, qkv_bias)
         self.norm2, self.mlp = LayerNorm(dim, eps), MLP(dim, round(dim * mlp_ratio))
 
-    def forward(self, x, keep=None, official=False, trace=None):
-        x = x + self.attn(self.norm1(x), keep, official, trace)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, keep=None, official=False, trace=None, paths=None):
+        x = x + branch(self.attn(self.norm1(x), keep, official, trace), paths, 0)
+        return x + branch(self.mlp(self.norm2(x)), paths, 1)
 
 
 class Projection(Module):

@@ -17,18 +17,22 @@ class AdamW:
 
     lr times each parameter's lr_scale is its learning rate; weight_decay goes to parameters with decay set (matrices of linear
     layers). clip: the largest global gradient norm, or None. step(lr) applies what is in the gradients; they are not cleared.
+    average: None, or a in the running mean of the weights, mean <- a mean + (1 - a) weights after each step, with a at most
+    (1 + step) / (10 + step), so that it forgets where it started (Polyak & Juditsky 1992; the form usual for networks).
     """
 
-    def __init__(self, params, lr=1e-3, *, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip=None):
+    def __init__(self, params, lr=1e-3, *, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip=None, average=None):
         expect(lr >= 0 and weight_decay >= 0 and eps > 0 and all(0 <= b < 1 for b in betas), "AdamW",
                f"lr {lr}, weight_decay {weight_decay}, betas {betas}, eps {eps}: "
                "not negative, eps positive, betas below 1 expected")
         expect(clip is None or clip > 0, "AdamW", f"clip {clip}, expected a positive norm or None")
+        expect(average is None or 0 <= average < 1, "AdamW", f"average {average}, expected 0 <= average < 1 or None")
         self.params = list(params)
         self.flat = nn.flatten(self.params)
         self.lr, self.weight_decay, self.betas, self.eps, self.clip = lr, weight_decay, betas, eps, clip
         xp = array_module(self.flat.data)
         self.m, self.v, self.steps = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data), 0
+        self.average, self.mean = average, None if average is None else self.flat.data.copy()
 
     def step(self, lr=None):
         """One update with learning rate lr (default: the optimiser's). Returns the gradient's norm before clipping,
@@ -46,7 +50,16 @@ class AdamW:
                 cut = slice(a, min(a + block, stop))
                 self._update(flat.data[cut], flat.grad[cut], self.m[cut], self.v[cut], lr * scale,
                              self.weight_decay if decay else 0.0, corrections)
+                if self.mean is not None:
+                    change = flat.data[cut] - self.mean[cut]
+                    change *= 1 - min(self.average, (1 + self.steps) / (10 + self.steps))
+                    self.mean[cut] += change
         return norm
+
+    def use_average(self):
+        """Put the running mean in the weights' place."""
+        expect(self.mean is not None, "AdamW", "no average was asked for: AdamW(..., average=0.999)")
+        self.flat.data[...] = self.mean
 
     def _update(self, w, g, m, v, lr, decay, corrections):
         b1, b2 = self.betas
@@ -68,11 +81,12 @@ class AdamW:
 
     def state(self):
         """What a checkpoint needs: (arrays, steps)."""
-        return {"m": self.m, "v": self.v}, self.steps
+        return {"m": self.m, "v": self.v} | ({} if self.mean is None else {"mean": self.mean}), self.steps
 
     def load_state(self, arrays, steps):
         """Continue from what state() gave."""
         moments, _ = self.state()
+        expect(arrays.keys() == moments.keys(), "AdamW", f"arrays {', '.join(arrays)}, expected {', '.join(moments)}")
         for name, mine in moments.items():
             given = arrays[name]
             expect(given.shape == mine.shape and given.dtype == mine.dtype, "AdamW",

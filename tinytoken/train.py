@@ -22,17 +22,17 @@ from .tensor import no_grad
 # before it is cut, so that micro-batches and threads change nothing. `settings` is what a checkpoint is to say of it.
 
 class Classify:
-    """Cross-entropy of a model's logits: ViT's, or both of LookupViT's."""
+    """Cross-entropy of a model's logits: ViT's, or both of LookupViT's. drop_path: see `drop_paths`."""
 
-    def __init__(self, model, smoothing=0.0):
-        self.model, self.smoothing = model, smoothing
-        self.settings = {"smoothing": smoothing}
+    def __init__(self, model, smoothing=0.0, drop_path=0.0):
+        self.model, self.smoothing, self.drop_path = model, smoothing, check_rate(drop_path)
+        self.settings = {"smoothing": smoothing} | ({"drop_path": drop_path} if drop_path else {})
 
     def noise(self, size, step, seed, xp):
-        return ()
+        return (drop_paths(self.model, self.drop_path, size, step, seed, xp),) if self.drop_path else ()
 
-    def __call__(self, images, labels):
-        out = self.model(images)
+    def __call__(self, images, labels, *paths):
+        out = self.model(images, **dict(zip(("paths",), paths)))
         if isinstance(out, models.LookupOutput):
             return models.lookupvit_loss(out, labels, smoothing=self.smoothing)
         loss = ops.cross_entropy(out, labels, smoothing=self.smoothing)
@@ -40,24 +40,43 @@ class Classify:
 
 
 class Distil:
-    """DynamicViT's four losses. teacher: the dense ViT it started from; it is run in eval mode and never changed."""
+    """DynamicViT's four losses. teacher: the dense ViT it started from; it is run in eval mode and never changed. drop_path: of
+    the model that learns, see `drop_paths`."""
 
-    def __init__(self, model, teacher, smoothing=0.0, weights=(1, 2, 0.5, 0.5)):
+    def __init__(self, model, teacher, smoothing=0.0, weights=(1, 2, 0.5, 0.5), drop_path=0.0):
         self.model, self.teacher, self.smoothing, self.weights = model, teacher.eval(), smoothing, weights
-        self.settings = {"smoothing": smoothing, "weights": weights}
+        self.drop_path = check_rate(drop_path)
+        self.settings = {"smoothing": smoothing, "weights": weights} | ({"drop_path": drop_path} if drop_path else {})
 
     def noise(self, size, step, seed, xp):
-        """Gumbel draws of all stages, (B, S, N, 2)."""
+        """Gumbel draws of all stages, (B, S, N, 2), and with drop path the factors of the branches."""
         draws = [random.gumbel((size, self.model.num_patches, 2), site=f"score_predictor.{s}", step=step, seed=seed, xp=xp)
                  for s in range(len(self.model.keep_ratios))]
-        return (xp.stack(draws, axis=1),)
+        paths = (drop_paths(self.model, self.drop_path, size, step, seed, xp),) if self.drop_path else ()
+        return (xp.stack(draws, axis=1), *paths)
 
-    def __call__(self, images, labels, draws):
+    def __call__(self, images, labels, draws, *paths):
         with no_grad():
             logits, seen = self.teacher(images, trace=True)
-        out = self.model(images, noise=[draws[:, s] for s in range(draws.shape[1])])
+        out = self.model(images, noise=[draws[:, s] for s in range(draws.shape[1])], **dict(zip(("paths",), paths)))
         return models.dynamicvit_loss(out, labels, logits, seen.tokens, self.model.keep_ratios, weights=self.weights,
                                       token_norm="image", smoothing=self.smoothing)
+
+
+def drop_paths(model, rate, size, step, seed, xp=np):
+    """Factors (B, depth, branches) of the residual branches of model.blocks, for drop path (stochastic depth: Huang et al. 2016,
+    section 3): 0 with a probability that rises evenly from 0 in the first block to `rate` in the last, else 1 / (1 - it), so that
+    the mean is 1. Each branch of each image is drawn by itself."""
+    depth, branches = len(model.blocks), model.blocks[0].branches
+    dropped = (xp.arange(depth, dtype="float32") * (rate / max(1, depth - 1)))[:, None]
+    draw = random.uniform((size, depth, branches), site="tinytoken.train.drop_paths", step=step, seed=seed, xp=xp)
+    return (draw >= dropped) / (1 - dropped)
+
+
+def check_rate(rate):
+    """A drop-path rate, if it is one."""
+    expect(0 <= rate < 1, "drop_path", f"{rate}, expected 0 <= rate < 1")
+    return rate
 
 
 class Run:
@@ -97,10 +116,11 @@ def _earlier(line, phase, step):
     return row.get("phase") != phase or row["step"] < step
 
 
-def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, micro=None, threads=None, seed=0,
-        offset=0, run=None, phase="train", header=None, log_every=20, bar=True):
+def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, average=None, micro=None,
+        threads=None, seed=0, offset=0, run=None, phase="train", header=None, log_every=20, bar=True):
     """Train `model` for `steps` steps of AdamW with warm-up and cosine decay -> {"seconds": of training, "loss": mean over the
-    last logged steps, and its parts}. Frozen parameters stay as they are. The model is left in eval mode.
+    last logged steps, and its parts}. Frozen parameters stay as they are. The model is left in eval mode, with `average` with the
+    running mean of its weights (see AdamW).
 
     objective(*slice) -> (loss, parts) with .noise(size, step, seed, xp) and .settings, see Classify; batches(step) -> a tuple of
     arrays, a pure function of the step, counted from `offset`; batches.batch_size is its size. micro: images of a slice (None:
@@ -112,9 +132,10 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(params, lr, weight_decay=weight_decay, clip=clip)
+    optimizer = AdamW(params, lr, weight_decay=weight_decay, clip=clip, average=average)
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
                   batch=batches.batch_size, groups=[s[2:] for s in optimizer.flat.segments], **objective.settings)
+    recipe |= {} if average is None else {"average": average}
     header = header or {}
     start, result, recent = _resume(run, phase, model, optimizer, {"recipe": recipe, **header})
     model.train()
@@ -141,6 +162,8 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
                 progress.set_postfix({name: f"{value:.3f}" for name, value in result.items() if name != "seconds"}, refresh=False)
                 if run:
                     run.log(phase=phase, step=step, lr=rate, **result)
+            if last and average is not None:
+                optimizer.use_average()
             if run and (done % run.every == 0 or last or interrupt.asked):
                 checkpoint.save(run.checkpoint(phase), model, None if last else optimizer, phase=phase, step=done, recipe=recipe,
                                 result=result, recent=recent, **header)

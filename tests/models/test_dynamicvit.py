@@ -254,7 +254,7 @@ def test_inference_draws_nothing():
     model = DynamicViT(**SMALL, **STAGES).eval()
     assert np.array_equal(model(pictures()).data, model(pictures()).data)
     for training_only in (dict(noise=gumbel(2)), dict(hard=False)):
-        with refuses("DynamicViT: noise or hard=False in eval mode, where the best scores are kept and nothing is drawn: "
+        with refuses("DynamicViT: noise, paths or hard=False in eval mode, where the best scores are kept and nothing is drawn: "
                      "call .train() first"):
             model(pictures(), **training_only)
 

@@ -16,7 +16,7 @@ from ..backend import array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor
 from .dynamicvit import DynamicOutput, DynamicViT
-from .vit import Trace
+from .vit import Trace, of_block
 
 
 class Control(DynamicViT):
@@ -31,12 +31,12 @@ class Control(DynamicViT):
         super().__init__(*sizes, **options)
         self.score_predictor = []
 
-    def forward(self, images, noise=None, trace=False):
+    def forward(self, images, noise=None, trace=False, paths=None):
         x, record = self.embed(images), Trace()
         for i, block in enumerate(self.blocks):
             if i in self.prune_before:
                 x = self.reduce(self.prune_before.index(i), x, noise, record)
-            x = block(x, trace=record.attention)
+            x = block(x, trace=record.attention, paths=of_block(paths, i))
         x = self.norm(x)
         record.tokens = self.patches(x)
         out = self.output(self.classify(x), record) if self.training else self.classify(x)
@@ -126,10 +126,10 @@ class LearnedTokens(DynamicViT):
             masks.append(left)
         return masks
 
-    def forward(self, images, noise=None, hard=True, keep=None, trace=False):
+    def forward(self, images, noise=None, hard=True, keep=None, trace=False, paths=None):
         if keep is None and not self.training:
             keep = [array_module(mask).broadcast_to(mask, (len(images), len(mask))) for mask in self.sets()]
-        return super().forward(images, noise, hard, keep, trace)
+        return super().forward(images, noise, hard, keep, trace, paths)
 
 
 class PooledTokens(Control):

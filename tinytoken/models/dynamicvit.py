@@ -14,7 +14,7 @@ from .. import nn, ops, random
 from ..backend import array_module
 from ..errors import expect
 from ..tensor import Tensor
-from .vit import Trace, ViT
+from .vit import Trace, ViT, of_block
 
 
 @dataclasses.dataclass
@@ -83,25 +83,25 @@ class DynamicViT(ViT):
             predictor.out_conv[-1].bias.data[...] = math.log(keep), math.log(1 - keep)
             before = ratio
 
-    def forward(self, images, noise=None, hard=True, keep=None, trace=False):
+    def forward(self, images, noise=None, hard=True, keep=None, trace=False, paths=None):
         """noise: per stage, Gumbel draws (B, N, 2) added to the log-probabilities; None draws them. hard=False: decisions stay
-        soft. Both belong to train mode. keep: per stage, a mask (B, N) that replaces the decision; it holds by masking in train
+        soft. paths: factors (B, depth, 2) of the residual branches (train.drop_paths). All three belong to train mode. keep: per stage, a mask (B, N) that replaces the decision; it holds by masking in train
         mode and by gathering in eval mode, where every image must keep the same number."""
         for name, given in (("noise", noise), ("keep", keep)):
             expect(given is None or len(given) == len(self.prune_before), "DynamicViT",
                    lambda: f"{len(given)} arrays of {name} for {len(self.prune_before)} stages")
-        expect(self.training or noise is None and hard, "DynamicViT",
-               "noise or hard=False in eval mode, where the best scores are kept and nothing is drawn: call .train() first")
+        expect(self.training or noise is None and hard and paths is None, "DynamicViT",
+               "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is drawn: call .train() first")
         record = Trace()
         attention = record.attention if trace else None
         x = self.embed(images)
-        out = self._masked(x, noise, hard, keep, attention) if self.training else self._gathered(x, keep, attention, record)
+        out = self._masked(x, noise, hard, keep, attention, paths) if self.training else self._gathered(x, keep, attention, record)
         if not trace:
             return out if self.training else out[0]
         record.tokens = out.tokens if self.training else out[1]
         return (out if self.training else out[0]), record
 
-    def _masked(self, x, noise, hard, keep, attention):
+    def _masked(self, x, noise, hard, keep, attention, paths):
         decisions, policy = [], self._policy(x, None) if self.official else None
         for i, block in enumerate(self.blocks):
             if i in self.prune_before:
@@ -112,7 +112,7 @@ class DynamicViT(ViT):
                     decision = _mask(keep[stage], x, self.num_patches)
                 decisions.append(decision if previous is None else decision * previous)
                 policy = self._policy(x, decisions[-1])
-            x = block(x, policy, self.official, attention)
+            x = block(x, policy, self.official, attention, of_block(paths, i))
         x = self.norm(x)
         return DynamicOutput(self.classify(x), self.patches(x), decisions, decisions[-1].detach())
 

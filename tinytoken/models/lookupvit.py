@@ -12,7 +12,7 @@ import numpy as np
 from .. import nn, ops
 from ..errors import expect
 from ..tensor import Tensor
-from .vit import Trace, check_sizes
+from .vit import Trace, check_sizes, of_block
 
 REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
 
@@ -25,11 +25,14 @@ class LookupOutput:
 
 
 class LookupBlock(nn.Module):
-    """One block, (a) to (d). lookup (B, N, D), compressed (B, M, D) -> both, refined.
+    """One block, (a) to (d). lookup (B, N, D), compressed (B, M, D) -> both, refined. paths (B, 5): factors of what is added by (a),
+    by the two branches of (b), by (c) and by (d), see nn.branch.
 
     norm: "qk" norms the projected queries and keys of (a), "pre" its inputs, of values too. reuse: how (c) reads the attention
     of (a) (ops.lookup_infuse); "separate" gives (c) queries and keys of its own, "none" leaves (c) out.
     """
+
+    branches = 5
 
     def __init__(self, dim, heads, mlp_ratio=4, lookup_mlp_ratio=0.5, reuse="probs", norm="qk"):
         self.heads, self.reuse, self.norm = heads, reuse, norm
@@ -43,17 +46,18 @@ class LookupBlock(nn.Module):
             self.infuse_norm_q, self.infuse_q, self.infuse_k = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.lookup_norm, self.lookup_mlp = nn.LayerNorm(dim), nn.MLP(dim, round(dim * lookup_mlp_ratio))
 
-    def forward(self, lookup, compressed, tail=True, trace=None):
+    def forward(self, lookup, compressed, tail=True, trace=None, paths=None):
         """tail=False stops after (b): what only the lookup tokens would see of the last block."""
         out, A, logits = self.gather(lookup, compressed)
         if trace is not None:
             trace.append(A.detach())
-        compressed = self.refine(compressed + self.gather_proj(ops.merge_heads(out)))
+        compressed = compressed + nn.branch(self.gather_proj(ops.merge_heads(out)), paths, 0)
+        compressed = self.refine(compressed, paths=None if paths is None else paths[:, 1:3])
         if not tail:
             return lookup, compressed
         if self.reuse != "none":
-            lookup = lookup + self.infuse(lookup, compressed, A, logits)
-        return lookup + self.lookup_mlp(self.lookup_norm(lookup)), compressed
+            lookup = lookup + nn.branch(self.infuse(lookup, compressed, A, logits), paths, 3)
+        return lookup + nn.branch(self.lookup_mlp(self.lookup_norm(lookup)), paths, 4), compressed
 
     def gather(self, lookup, compressed):
         """(a) information gathering -> what each head read (B, H, M, d), the attention A (B, H, M, N), its logits."""
@@ -119,8 +123,9 @@ class LookupViT(nn.Module):
         small = ops.resize(x, grid=self.patch_embed.grid, size=grid)
         return x + self.pos_embed, small + ops.resize(self.pos_embed_compressed, grid=self.compressed, size=grid)
 
-    def forward(self, images, compressed=None, mean_of_heads=False, trace=False):
-        """compressed: another grid (m, n) for this call. mean_of_heads: in eval mode, the mean of both heads' logits, at the
+    def forward(self, images, compressed=None, mean_of_heads=False, trace=False, paths=None):
+        """compressed: another grid (m, n) for this call. paths: factors (B, depth, 5) of what the parts of the blocks add, for
+        training (train.drop_paths). mean_of_heads: in eval mode, the mean of both heads' logits, at the
         cost of the last block's tail."""
         grid = self.compressed if compressed is None else self._check_grid(compressed)
         two = self.config["classifiers"] == "both"
@@ -130,7 +135,8 @@ class LookupViT(nn.Module):
         lookup, small = self.embed(images, grid)
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
-            lookup, small = block(lookup, small, tail=finish or not last, trace=record.attention if trace else None)
+            lookup, small = block(lookup, small, tail=finish or not last, trace=record.attention if trace else None,
+                                  paths=of_block(paths, i))
         record.tokens = self.norm(small)
         record.lookup = self.lookup_norm(lookup) if finish else None
         logits = self.head(record.tokens.mean(axis=1))

@@ -63,17 +63,23 @@ class ViT(nn.Module):
         """The tokens without the class token."""
         return x[:, 1:] if self.pool == "token" else x
 
-    def forward(self, images, trace=False):
+    def forward(self, images, trace=False, paths=None):
+        """paths: factors (B, depth, 2) of the residual branches, for training (train.drop_paths)."""
         record = Trace()
         x = self.embed(images)
-        for block in self.blocks:
-            x = block(x, trace=record.attention if trace else None)
+        for i, block in enumerate(self.blocks):
+            x = block(x, trace=record.attention if trace else None, paths=of_block(paths, i))
         x = self.norm(x)
         logits = self.classify(x)
         if not trace:
             return logits
         record.tokens = self.patches(x)
         return logits, record
+
+
+def of_block(paths, number):
+    """The factors (B, branches) of one block, or None without any."""
+    return None if paths is None else paths[:, number]
 
 
 def check_sizes(where, mlp_ratio=1, **sizes):
