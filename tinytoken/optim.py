@@ -115,7 +115,8 @@ def warmup_cosine(step, steps, warmup=0.1):
 
 
 def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
-    """Loss and gradients of a batch -> (loss, parts), floats; the gradients are left in .grad (flat storage), overwritten.
+    """Loss and gradients of a batch -> (loss, parts), floats; the gradients are left in .grad (flat storage), overwritten. On CuPy
+    0-d arrays: reading them would wait for the GPU.
 
     batch: a tuple of arrays, cut along axis 0 into micro-batches of `micro` images; noise belongs in it. loss_fn(*slice) is a
     mean over the slice's images, a Tensor or (Tensor, parts): it is weighted by the slice's share. threads: Python threads that
@@ -151,7 +152,7 @@ def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
     for buffer, _, _ in done[1:]:
         flat.grad += buffer
     totals = [sum(values) for values in zip(*(row for _, results, _ in done for row in results))]
-    loss, *parts = (float(total) for total in totals)
+    loss, *parts = totals if array_module(flat.data) is not np else map(float, totals)
     return loss, dict(zip(done[0][2], parts))
 
 

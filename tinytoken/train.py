@@ -138,6 +138,8 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     recipe |= {} if average is None else {"average": average}
     header = header or {}
     start, result, recent = _resume(run, phase, model, optimizer, {"recipe": recipe, **header})
+    advice = f"of {phase}: try a learning rate below {lr}" + (". The last checkpoint is unharmed." if run else "")
+    unread = []  # (step, losses, gradient norm) that nobody has looked at yet: on a GPU a look waits for all work before it
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
     with _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
@@ -148,15 +150,15 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
                 micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays))
             rate = lr * warmup_cosine(step, steps, warmup)
             loss, parts = loss_and_grads(objective, params, arrays, micro, threads)
-            if not math.isfinite(loss) or not math.isfinite(norm := optimizer.step(rate)):
-                what = f"gradient's norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-                raise InputError(f"fit: the {what} at step {step} of {phase}: try a learning rate below {lr}"
-                                 + (". The last checkpoint is unharmed." if run else ""))
-            recent.append({"loss": loss, **parts})
+            expect(xp is not np or math.isfinite(loss), "fit", lambda: f"the loss is {loss} at step {step} {advice}")
+            unread.append((step, {"loss": loss, **parts}, optimizer.step(rate)))
             progress.update()
-            done, last = step + 1, step + 1 == steps
+            done, last, asked = step + 1, step + 1 == steps, interrupt.asked
+            log, save = done % log_every == 0 or last, run and (done % run.every == 0 or last or asked)
+            if xp is np or log or save:
+                recent += _read(unread, advice)
             result["seconds"] = round(time.perf_counter() - began, 3)
-            if done % log_every == 0 or last:
+            if log:
                 result.update({name: sum(row[name] for row in recent) / len(recent) for name in recent[0]})
                 recent.clear()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in result.items() if name != "seconds"}, refresh=False)
@@ -164,13 +166,25 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
                     run.log(phase=phase, step=step, lr=rate, **result)
             if last and average is not None:
                 optimizer.use_average()
-            if run and (done % run.every == 0 or last or interrupt.asked):
+            if save:
                 checkpoint.save(run.checkpoint(phase), model, None if last else optimizer, phase=phase, step=done, recipe=recipe,
                                 result=result, recent=recent, **header)
-            if interrupt.asked:
+            if asked:
                 raise KeyboardInterrupt(f"{phase} stopped after step {done} of {steps}")
     model.eval()
     return result
+
+
+def _read(unread, advice):
+    """The losses of these steps as floats, and none left unread. InputError for a loss or norm that is not a finite number."""
+    rows = []
+    for step, losses, norm in unread:
+        losses, norm = {name: float(to_numpy(value)) for name, value in losses.items()}, float(to_numpy(norm))
+        expect(math.isfinite(losses["loss"]), "fit", lambda: f"the loss is {losses['loss']} at step {step} {advice}")
+        expect(math.isfinite(norm), "fit", lambda: f"the gradient's norm is {norm} at step {step} {advice}")
+        rows.append(losses)
+    unread.clear()
+    return rows
 
 
 def _resume(run, phase, model, optimizer, says):

@@ -1,0 +1,82 @@
+"""What runs in a training step or a forward pass must not read device memory from the host, and must be written for both array
+modules: read off the sources, so that it holds where no GPU is."""
+import ast
+import pathlib
+
+import pytest
+
+import house
+
+FILES = [house.File(house.PACKAGE / name) for name in ("tensor.py", "nn.py", "optim.py", "train.py", "random.py", "data/batches.py",
+                                                       "data/mix.py")]
+FILES += [house.File(path) for folder in ("ops", "models") for path in sorted((house.PACKAGE / folder).glob("*.py"))]
+
+# Functions that may, and why.
+MAY = {
+    "made once, on the host": {
+        "nn.py": {"sincos_positions", "Linear.__init__", "LayerNorm.__init__", "Projection.__init__"}, "ops/grid.py": {"resize_matrix"},
+        "models/vit.py": {"ViT.__init__"}, "models/dynamicvit.py": {"DynamicViT.__init__"},
+        "models/controls.py": {"PositionScores.__init__", "PooledTokens.__init__", "PooledTokens.output", "means_of_parts",
+                               "morton_order"},
+        "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
+    "types and shapes, no values": {
+        "tensor.py": {"Tensor.__init__", "Op._float_dtype", "Op._raw", "Op._wrap", "_checked"}, "ops/dense.py": {"_"},
+        "models/vit.py": {"check_sizes"}, "models/lookupvit.py": {"LookupViT._check_grid"}, "random.py": {"bits", "_check_seed"},
+        "models/dynamicvit.py": {"_check_stages"}},
+    "asked for by the caller": {
+        "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__array__"},
+        "nn.py": {"Module.state_dict", "Module.load_state_dict"}, "models/dynamicvit.py": {"_places"}},
+    "a host branch, or what a run reads every so many steps": {
+        "optim.py": {"loss_and_grads"}, "train.py": {"_read", "infer", "accuracy"}, "data/batches.py": {"Batches.__call__"},
+        "models/controls.py": {"RandomTokens.scores"}},
+}
+
+
+def reads(node):
+    """What in this node would read values on the host, or belongs to one array module."""
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if isinstance(node.func, ast.Attribute) and name in ("get", "item", "tolist") and not node.args:
+            yield f".{name}()"
+        if isinstance(node.func, ast.Name) and name in ("float", "int", "bool", "to_numpy"):
+            yield f"{name}(...)"
+        if name in ("einsum", "nonzero", "argwhere", "flatnonzero", "unique"):
+            yield f"{name}: its result's size or its speed depends on the values"
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
+        yield f"np.{node.attr}"
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, (ast.Compare, ast.BoolOp)):
+        yield "an index that is a condition"
+
+
+def found(tree):
+    """{(qualified name of the outermost function, "Class.method" for methods): what was found in it}."""
+    places = {}
+    for node in tree.body:
+        functions = [(f"{node.name}.{f.name}", f) for f in node.body if isinstance(f, ast.FunctionDef)] if isinstance(
+            node, ast.ClassDef) else [(node.name, node)] if isinstance(node, ast.FunctionDef) else []
+        for name, function in functions:
+            what = [reason for part in function.body for inner in ast.walk(part) for reason in reads(inner)]
+            if what:
+                places[name] = what
+    return places
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
+def test_nothing_in_a_step_reads_on_the_host(file):
+    allowed = set().union(*(names.get(file.name, set()) for names in MAY.values()))
+    places = found(file.tree)
+    assert {name: what for name, what in places.items() if name not in allowed} == {}
+    assert allowed <= places.keys(), f"no longer needed: {sorted(allowed - places.keys())}"
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("return x.get()", ".get()"), ("return float(x)", "float(...)"), ("return x[x > 0]", "an index that is a condition"),
+    ("return xp.einsum('ij->i', x)", "einsum: its result's size or its speed depends on the values"), ("return np.exp(x)", "np.exp"),
+    ("if x.sum().item() > 0:\n        return x", ".item()"), ("return xp.nonzero(x)", "nonzero: its result's size or its speed "
+                                                             "depends on the values")])
+def test_the_check_sees(line, reason):
+    assert reason in found(ast.parse(f"def f(x):\n    {line}\n"))["f"]
+
+
+def test_files_are_there():
+    assert all(pathlib.Path(file.path).exists() for file in FILES) and len(FILES) > 15
