@@ -101,6 +101,11 @@ def test_seed_site_and_step_each_make_another_stream():
             assert (one == other).mean() < 0.1
 
 
+def test_a_seed_of_numpy_is_the_same_seed():
+    plain, numpys = (random.bits(5, site="a", step=1, seed=seed) for seed in (7, np.int64(7)))
+    assert numpys.dtype == "uint32" and (plain == numpys).all()
+
+
 def test_manual_seed_starts_the_draws_without_a_step_again():
     random.manual_seed(4)
     first, second = random.bits(8, site="s"), random.bits(8, site="s")

@@ -49,6 +49,7 @@ def bits(shape, *, site, step=None, seed=None, xp=np):
     size = math.prod(shape)
     block = xp.arange((size + 3) // 4, dtype="uint32")
     constant = [xp.full(block.shape, word, dtype="uint32") for word in (site, step, 0)]
+    seed = int(seed)  # a NumPy integer would make the words 64 bits wide
     words = philox4x32((block, *constant), (seed & 0xFFFFFFFF, seed >> 32))
     return xp.stack(words, axis=-1).reshape(-1)[:size].reshape(shape)
 
