@@ -172,7 +172,9 @@ def at_equal_accuracy(name, i):
 
 
 def text(values, form=".1f"):
-    return compare.spread_text(values, form) if values and None not in values and not np.isnan(values).any() else "beyond it"
+    if None in values:
+        return "beyond it"
+    return "-" if np.isnan(values).any() else compare.spread_text(values, form)
 
 
 seed_numbers = range(len(seeds))

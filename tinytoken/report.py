@@ -238,6 +238,71 @@ def arms_text(found):
         f"NumPy {on['numpy']}, {on['blas']}.")])])
 
 
+@part
+def lookupvit(results):
+    """Lesson 09 in full, on scenes."""
+    found = load(results / "09_lookupvit_full.json")
+    said, on = found["results"], found["machine"]
+    lines = ["| arm | seeds | accuracy | M MACs | M parameters | above the ViT, points [95 %] | above LookupViT 3x3 [95 %] |",
+             "|---" * 7 + "|"]
+    for name, rows in said["rows"].items():
+        gaps = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" if middle or low or high else ""
+                for middle, low, high in said["differences"][name]]
+        lines.append(f"| {name} | {len(rows)} | {spread_text([100 * row['accuracy'] for row in rows])} % | {rows[0]['macs'] / 1e6:.1f} "
+                     f"| {rows[0]['parameters'] / 1e6:.2f} | {' | '.join(gaps)} |")
+    shares = ", ".join(f"{name} {spread_text(values, '.2f')}" for name, values in said["located"].items())
+    recipe, fine = said["recipe"], said["rows"]["ViT, 256 tokens"][0]["steps"]
+    return "\n".join([*lines, "", (
+        f"{recipe['steps']:,} steps of {recipe['batch']} pictures for every arm, {fine:,} where there are 256 tokens (and there the "
+        f"comparison is with the arms of 256 tokens); {recipe['test_pictures']:,} test pictures. ± is the standard deviation over seeds; "
+        "intervals are Student's over paired seeds, or for one seed the normal one over test pictures, which does not know how another "
+        f"seed would do. Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}."), "", (
+        f"Share of variance explained where each patch is asked how much of it is object ({said['locate_steps']:,} steps): {shares}."),
+        "", "With bounds that were set before the run:", "", claims_text(said["claims"])])
+
+
+@part
+def budgets(results):
+    """Lesson 10 in full, on scenes."""
+    found = load(results / "10_one_model_many_budgets_full.json")
+    said, on = found["results"], found["machine"]
+    rows, recipe = said["rows"], said["recipe"]
+    lines = ["| grid | M MACs | one model | single-size model | one model less single-size, points | trained at 3x3 only |",
+             "|---" * 6 + "|"]
+    for grid, of_grid in rows["one model"][0].items():
+        points = {name: [100 * row[grid]["accuracy"] for row in by_seed if grid in row] for name, by_seed in rows.items()}
+        one, single = points["one model"], points.get(f"single {grid}", [])
+        cells = (f"{grid}{'' if grid in said['grids'] else ' (never trained)'}", f"{of_grid['macs'] / 1e6:.1f}", f"{spread_text(one)} %",
+                 f"{spread_text(single)} %" if single else "",
+                 spread_text([a - b for a, b in zip(one, single)], "+.1f") if single else "",
+                 f"{spread_text(points['trained at 3x3 only'])} %")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", (
+        f"Every model was trained for {recipe['steps']:,} steps of {recipe['batch']} pictures, the one model at a grid drawn for each step "
+        f"from {', '.join(said['grids'])}; seeds {', '.join(map(str, said['seeds']))}. Machine: {on['processor']}, {on['cpus']} CPUs, "
+        f"NumPy {on['numpy']}, {on['blas']}."), "", claims_text(said["claims"])])
+
+
+@part
+def robustness(results):
+    """Lesson 11 in full, on scenes."""
+    found = load(results / "11_robustness_full.json")
+    said, on = found["results"], found["machine"]
+    recipe = said["recipe"]
+    text = lambda values, form: spread_text(values, form) if None not in values else "beyond it"
+    lines = ["| arm | M MACs | clean error, % | error under damage, % | mCE | relative mCE | above the curve of ViTs, points |",
+             "|---" * 7 + "|"]
+    for name, row in said["summary"].items():
+        cells = (name, f"{row['macs'] / 1e6:.1f}", *(text(row[key], ".1f") for key in ("clean_error", "error", "mce", "relative_mce")),
+                 text(row["above_curve"], "+.1f"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", (
+        f"Nine corruptions in five strengths, in the style of CIFAR-10-C; mCE is the error over the ViT's, in percent, mean over "
+        f"corruptions; relative mCE the same of what damage adds. \"Above the curve\": accuracy under damage beyond that of ViTs of the "
+        f"same clean accuracy, which were trained for fewer steps. {recipe['steps']:,} and {recipe['further']:,} steps, seeds "
+        f"{', '.join(map(str, said['seeds']))}. Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}.")])
+
+
 def claims_text(claims):
     """A line per claim of a lesson, whether it holds or not."""
     lines = []
