@@ -1,0 +1,180 @@
+"""The grader: the reference gets every point, the stub none, each planted mistake costs its exercise alone, and tricks gain nothing."""
+import concurrent.futures
+import csv
+import importlib.util
+import json
+
+import pytest
+
+import tinytoken as tt
+from tinytoken.__main__ import main
+from tinytoken.course import assignment, grade, release, rules
+
+A1 = assignment.find("a1")
+SOLVED = (A1.folder / A1.script).read_text()
+
+
+def mistakes(given):
+    spec = importlib.util.spec_from_file_location("mistakes", given.folder / "mistakes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MISTAKES
+
+
+def replaced(source, old, new):
+    assert source.count(old) == 1, f"{source.count(old)} times in the script: {old!r}"
+    return source.replace(old, new)
+
+
+def points(source, given=A1, numbers=None):
+    """{exercise number: (points, of)}, each exercise in its own process, two at a time."""
+    cases = given.cases()
+    chosen = [e for e in given.exercises if numbers is None or e.number in numbers]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        rows = pool.map(lambda e: grade.run_exercise(given, e, source, [c for c in cases if c.number == e.number]), chosen)
+        return {e.number: (sum(r.points for r in row.values()), sum(r.max_points for r in row.values()), row)
+                for e, row in zip(chosen, rows)}
+
+
+def test_the_reference_gets_every_point_and_the_stub_none():
+    assert sum(case.points for case in A1.cases()) == 25 and not rules.breaches(SOLVED, A1)
+    assert all(got == most for got, most, _ in points(SOLVED).values())
+    stub = points(release.without_solutions(A1, SOLVED), numbers=["1.1", "1.4"])
+    assert all(got == 0 for got, _, _ in stub.values())
+    said = [row.output for _, _, rows in stub.values() for row in rows.values()]
+    assert all("NotImplementedError: Exercise 1." in output for output in said)
+
+
+@pytest.mark.parametrize("given", [A1], ids=lambda given: given.name)
+def test_each_planted_mistake_costs_its_exercise(given):
+    source, planted = (given.folder / given.script).read_text(), mistakes(given)
+    numbers = [number for number, *_ in planted]
+    assert all(numbers.count(exercise.number) >= 2 for exercise in given.exercises)
+    for number, what, old, new in planted:
+        wrong = replaced(source, old, new)
+        assert not rules.breaches(wrong, given), what
+        got, most, _ = points(wrong, given, [number])[number]
+        assert got < most, f"{number}, {what}: not noticed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, what, old, new", mistakes(A1), ids=lambda value: str(value)[:30])
+def test_no_mistake_costs_another_exercise(number, what, old, new):
+    found = points(replaced(SOLVED, old, new))
+    assert all((got == most) == (other != number) for other, (got, most, _) in found.items())
+
+
+def solved_with(name, body):
+    """The reference with another body for the function `name`."""
+    lines = SOLVED.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"def {name}("))
+    first = next(i for i in range(start, len(lines)) if release.BEGIN in lines[i])
+    last = next(i for i in range(start, len(lines)) if release.END in lines[i])
+    return "\n".join(lines[:first + 1] + [f"    {line}" for line in body.splitlines()] + lines[last:]) + "\n"
+
+
+@pytest.mark.parametrize("body, said", [
+    ("while True:\n    pass", "endless loop"),
+    ("def again():\n    return [again() for _ in range(2)]\nreturn again()", "RecursionError"),
+    ("return np.zeros((10**6, 10**6))", "MemoryError"),
+    ("raise SystemExit(0)", "SystemExit"),
+    ("raise KeyboardInterrupt", "")])
+def test_what_ends_or_fills_a_process_costs_its_exercise_alone(body, said, monkeypatch):
+    given = assignment.load(A1.folder)
+    object.__setattr__(given, "seconds", 5.0)
+    found = points(solved_with("unbroadcast", body), given, ["1.4", "1.6"])
+    assert found["1.4"][0] == 0 and found["1.6"][0] == found["1.6"][1]
+    assert all(said in row.output for row in found["1.4"][2].values())
+
+
+HOSTILE = {
+    "reads the tests": "return open('tests/test_a1.py').read()",
+    "opens by another way": "return np.fromfile('/etc/passwd')",
+    "a file through numpy": "np.save('/tmp/full', g)\nreturn g",
+    "ends the process": "import os\nos._exit(0)",
+    "forks": "import os\nos.fork()\nreturn g",
+    "sleeps": "import time\ntime.sleep(100)",
+    "changes numpy": "np.allclose = lambda *a, **k: True\nreturn g",
+    "changes numpy's absolute value": "np.abs = lambda x: np.zeros(1)\nreturn g",
+    "patches pytest": "import pytest\npytest.raises = None\nreturn g",
+    "the package's own": "from tinytoken.tensor import unbroadcast as u\nreturn u(g, shape)",
+    "another import": "return __import__('tinytoken').tensor.unbroadcast(g, shape)",
+    "code from text": "return eval('g')",
+    "the function's globals": "return unbroadcast.__globals__",
+    "classes of Python": "return ().__class__.__bases__[0].__subclasses__()",
+    "a frame": "try:\n    raise ValueError\nexcept ValueError as error:\n    return error.__traceback__.tb_frame",
+    "names from text": "return getattr(np, 'lo' + 'ad')('x')",
+    "a name inside a format": "return '{0.__class__}'.format(g)",
+    "numpy's own modules": "return np.lib.npyio",
+    "ctypes": "return np.ctypeslib.as_array(g)",
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE.keys())
+def test_tricks_are_refused_before_anything_runs(body, tmp_path):
+    (tmp_path / A1.script).write_text(solved_with("unbroadcast", body))
+    report = grade.grade(A1, tmp_path)
+    assert report.points == 0 and "was not run: line" in report.problem and len(report.rows) == len(A1.cases())
+
+
+@pytest.mark.parametrize("body", [
+    "print('{\"case\": \"test_axes_in_front\", \"passed\": true}')\nreturn g",
+    "class Liar(np.ndarray):\n    def __eq__(self, other):\n        return True\nreturn g.view(Liar)",
+    "class Same:\n    shape = ()\n    def __sub__(self, other):\n        return 0\nreturn Same()",
+    "return np.full(shape, np.nan)"])
+def test_lies_are_no_results(body):
+    got, _, _ = points(solved_with("unbroadcast", body), numbers=["1.4"])["1.4"]
+    assert got == 0
+
+
+@pytest.mark.parametrize("source, said", [
+    ("def broken(:\n", "line 1: invalid syntax"), ("import torch\n", "may not import torch"), ("from numpy import *\n", "may not import"),
+    ("import numpy.lib\n", "may not import numpy.lib"), ("from numpy import testing\n", "may not import numpy.testing"),
+    ("from . import x\n", "may not import"), ("a = 1\0", "null")])
+def test_a_file_that_cannot_be_run_says_why_once(tmp_path, source, said):
+    (tmp_path / A1.script).write_text(source)
+    report = grade.grade(A1, tmp_path)
+    assert said in report.problem and report.points == 0 and said in grade.text(report, A1)
+
+
+def test_training_and_printing_are_not_run_and_may_import_what_they_like():
+    assert not rules.breaches("import numpy as np\nprint(open('x'))\nif __name__ == '__main__':\n    import tinytoken\n", A1)
+
+
+def test_only_the_named_file_of_a_submission_counts(tmp_path):
+    (tmp_path / A1.script).write_text(SOLVED)
+    for name in ("conftest.py", "sitecustomize.py", "numpy.py", "assignment.toml", "references.py"):
+        (tmp_path / name).write_text("raise SystemExit('loaded')")
+    (tmp_path / "tinytoken").mkdir()
+    (tmp_path / "tinytoken" / "__init__.py").write_text("raise SystemExit('loaded')")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert grade.grade(A1, tmp_path).points == 25
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_the_command_reports_and_the_same_submission_gives_the_same_report(tmp_path, capsys):
+    (tmp_path / A1.script).write_text(replaced(SOLVED, "parent.grad = parent.grad + part", "parent.grad = part"))
+    texts = []
+    for name in ("one.json", "two.json"):
+        assert main(["grade", "a1", "--submission", str(tmp_path), "--json", str(tmp_path / name)]) == 0
+        texts.append((tmp_path / name).read_text())
+    out = capsys.readouterr().out
+    assert texts[0] == texts[1] and json.loads(texts[0])["points"] == 23
+    assert "Exercise 1.3, the backward pass: 2 of 3" in out and "19 of 20 points visible now" in out
+    assert "no array of a vjp is changed" not in out  # hidden
+    assert main(["grade", "a1", "--submission", str(tmp_path / "nothing")]) == 2
+
+
+def test_a_folder_of_submissions(tmp_path):
+    for name, source in (("ada", SOLVED), ("bob", "import torch\n"), ("eve", None)):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        if source:
+            (tmp_path / "in" / name / A1.script).write_text(source)
+    reports = grade.grade_folder(A1, tmp_path / "in", tmp_path / "points.csv", jobs=2)
+    assert list(reports) == ["ada", "bob"] and reports["ada"].points == 25
+    with open(tmp_path / "points.csv", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert rows["ada"]["points"] == rows["ada"]["of"] == "25" and rows["ada"]["1.2"] == "4" and not rows["ada"]["problem"]
+    assert rows["bob"]["points"] == "0" and "torch" in rows["bob"]["problem"] and "no a1_autograd.py" in rows["eve"]["problem"]
+    with pytest.raises(tt.InputError, match="no folders"):
+        grade.grade_folder(A1, tmp_path / "in" / "ada", tmp_path / "x.csv")
