@@ -107,6 +107,8 @@ HOSTILE = {
     "a name inside a format": "return '{0.__class__}'.format(g)",
     "numpy's own modules": "return np.lib.npyio",
     "ctypes": "return np.ctypeslib.as_array(g)",
+    "an attribute by a pattern": "match g:\n    case object(__class__=c):\n        return c",
+    "a generator's frame": "return (x for x in g).gi_frame",
 }
 
 
@@ -121,7 +123,8 @@ def test_tricks_are_refused_before_anything_runs(body, tmp_path):
     "print('{\"case\": \"test_axes_in_front\", \"passed\": true}')\nreturn g",
     "class Liar(np.ndarray):\n    def __eq__(self, other):\n        return True\nreturn g.view(Liar)",
     "class Same:\n    shape = ()\n    def __sub__(self, other):\n        return 0\nreturn Same()",
-    "return np.full(shape, np.nan)"])
+    "return np.full(shape, np.nan)",
+    "def patch(self):\n    self.abs = lambda x: 0.0 * x\n    self.max = lambda *a: 0.0\npatch(np)\nreturn g"])
 def test_lies_are_no_results(body):
     got, _, _ = points(solved_with("unbroadcast", body), numbers=["1.4"])["1.4"]
     assert got == 0

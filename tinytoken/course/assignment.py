@@ -57,7 +57,8 @@ class Assignment:
     def cases(self):
         """All cases of the tests, in the order of their exercises."""
         found = [case for path in sorted((self.folder / "tests").glob("*.py")) for case in _cases(path)]
-        numbers = [exercise.number for exercise in self.exercises]
+        numbers, names = [exercise.number for exercise in self.exercises], [case.name for case in found]
+        expect(len(set(names)) == len(names), "assignment", f"two cases of one name in {self.name}: {sorted(names)}")
         for case in found:
             expect(case.number in numbers, "assignment", f"{case.file.name}: {case.name} is of exercise {case.number!r}, "
                    f"expected one of {', '.join(numbers)}")

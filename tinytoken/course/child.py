@@ -55,6 +55,7 @@ def compose(source, assignment, number):
 def run_cases(assignment, student, names, report):
     """Run the cases with pytest; report(case=, passed=, seconds=, message=) as each is done."""
     import pytest
+    modules = Guard(assignment)
 
     class Plugin:
         @pytest.fixture
@@ -70,7 +71,9 @@ def run_cases(assignment, student, names, report):
         def pytest_runtest_makereport(self, item, call):
             if call.when == "call" or call.excinfo:
                 message = "" if call.excinfo is None else _short(call.excinfo.value)
-                report(case=item.name, passed=call.excinfo is None, seconds=round(call.duration, 4), message=message)
+                if changed := modules.restored():
+                    message = f"the submission changed {', '.join(changed)}"
+                report(case=item.name, passed=not message, seconds=round(call.duration, 4), message=message)
 
         def pytest_collectreport(self, report):
             if report.failed:
@@ -78,6 +81,26 @@ def run_cases(assignment, student, names, report):
     found = report
     pytest.main([str(assignment.folder / "tests"), "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-c", os.devnull,
                  "--rootdir", str(assignment.folder), "--noconftest", "-W", "ignore"], plugins=[Plugin()])
+
+
+class Guard:
+    """What modules hold before a case runs. A submission that changes one, numpy say, changes what it is compared with."""
+
+    def __init__(self, assignment):
+        import tinytoken
+        names = {*assignment.imports, "numpy.linalg", "numpy.random", "tinytoken.ops", "tinytoken.models", "tinytoken.course.checks"}
+        self.modules = {name: sys.modules[name] for name in names if name in sys.modules} | {"tinytoken": tinytoken}
+        self.held = {name: dict(vars(module)) for name, module in self.modules.items()}
+
+    def restored(self):
+        """The names that were changed since, put back as they were."""
+        changed = []
+        for name, module in self.modules.items():
+            for attribute, value in self.held[name].items():
+                if vars(module).get(attribute) is not value:
+                    changed.append(f"{name}.{attribute}")
+                    setattr(module, attribute, value)
+        return changed
 
 
 def _short(error, most=600):

@@ -14,7 +14,8 @@ FORBIDDEN = {"open", "exec", "eval", "compile", "__import__", "globals", "locals
 # Attributes that lead from a value to files, memory, other modules or the interpreter.
 OUTSIDE = {"os", "sys", "subprocess", "ctypes", "ctypeslib", "testing", "lib", "f2py", "distutils", "core", "_core", "load", "save",
            "savez", "savez_compressed", "savetxt", "loadtxt", "genfromtxt", "fromfile", "tofile", "dump", "dumps", "memmap",
-           "DataSource", "format_map", "setflags", "data_as", "tb_frame", "gi_frame", "f_globals", "f_builtins", "f_back", "f_locals"}
+           "DataSource", "format_map", "setflags", "data_as"}
+FRAMES = ("__", "tb_", "gi_", "cr_", "ag_", "f_", "co_")  # how names of the interpreter's own begin
 DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem__", "__add__", "__mul__", "__neg__"}
 
 
@@ -77,9 +78,8 @@ def _reasons(node, modules, assignment):
     if isinstance(node, ast.Name) and node.id in FORBIDDEN:
         yield f"may not use {node.id}"
     if isinstance(node, ast.Attribute):
-        name = node.attr
-        if name in OUTSIDE or name.startswith("__") and name not in DUNDERS:
-            yield f"may not use .{name}"
+        if _leads_out(node.attr):
+            yield f"may not use .{node.attr}"
         chain = _chain(node)
         if chain and chain.split(".")[0] in modules:
             whole = modules[chain.split(".")[0]] + chain[len(chain.split(".")[0]):]
@@ -87,8 +87,14 @@ def _reasons(node, modules, assignment):
                 yield f"may not use {whole}"
             if isinstance(node.ctx, (ast.Store, ast.Del)):
                 yield f"may not change {whole}"
+    if isinstance(node, ast.MatchClass):  # case X(name=y) reads an attribute as well
+        yield from (f"may not use .{name}" for name in node.kwd_attrs if _leads_out(name))
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and "__" in node.value and "{" in node.value:
         yield "may not format a text with names of Python's own"
+
+
+def _leads_out(name):
+    return name in OUTSIDE or name.startswith(FRAMES) and name not in DUNDERS
 
 
 def _chain(node):
