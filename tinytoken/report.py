@@ -186,28 +186,56 @@ def dynamicvit(results):
     return f"{arms_text(found)}\n\nWith bounds that were set before the run:\n\n{claims_text(found['results']['claims'])}"
 
 
+@part
+def dynamicvit_cifar10(results):
+    """Lesson 07 in full on CIFAR-10: the headline arms, one seed."""
+    found = load(results / "07_dynamicvit_full_cifar10.json")
+    return f"{arms_text(found)}\n\n{claims_text(found['results']['claims'])}"
+
+
+@part
+def vit_cifar10(results):
+    """Two ViTs from scratch: lesson 04's in full, within an hour, and the longer one that lesson 07 starts from."""
+    short, long = (load(results / f"{name}_full_cifar10.json") for name in ("04_vit", "07_dynamicvit"))
+    start, first = long["results"]["starts"][0], short["results"]
+    on = short["machine"]
+    return (f"`python lessons/04_vit.py --full --data cifar10` trains the ViT of this table for {first['steps']:,} steps and gets "
+            f"{100 * first['accuracy'][0]:.1f} % of {first['test_pictures']:,} test pictures right, after "
+            f"{first['train_seconds'] / 60:.0f} minutes of training; lesson 07 does it for {long['results']['recipe']['first_steps']:,} "
+            f"steps, {start['trained']['seconds'] / 60:.0f} minutes, and gets {100 * start['accuracy']:.1f} % (one seed each: "
+            f"{short['seed']}; batch {long['results']['recipe']['batch']}, AdamW at {long['results']['recipe']['lr']}, warm-up and "
+            f"cosine decay, moved and mirrored pictures). Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, "
+            f"{on['blas']}.")
+
+
 def arms_text(found):
+    """The table of lesson 07's arms and its conditions. The share of object is a column where it is known."""
     rows, recipe, seeds = (found["results"][name] for name in ("rows", "recipe", "seeds"))
-    reference = rows["ViT, further"]
-    lines = ["| arm | seeds | accuracy | minus ViT's, points | M MACs | object share, by stage | tokens kept in training (target) |",
-             "|---|---|---|---|---|---|---|"]
+    reference, known = rows["ViT, further"], any(row.get("on_object") for arm in rows.values() for row in arm)
+    heads = ["arm", "seeds", "accuracy", "minus ViT's, points", "M MACs", "object share, by stage",
+             "tokens kept in training (target)"]
+    if not known:
+        heads.remove("object share, by stage")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, arm in rows.items():
         reached = [100 * row["accuracy"] for row in arm]
         gaps = [value - 100 * row["accuracy"] for value, row in zip(reached, reference)]
-        known = [row["on_object"] for row in arm if row.get("on_object")]
-        shares = [statistics.mean(values) for values in zip(*([share / k["all"] for share in k["stages"]] for k in known))]
+        seen = [row["on_object"] for row in arm if row.get("on_object")]
+        shares = [statistics.mean(values) for values in zip(*([share / k["all"] for share in k["stages"]] for k in seen))]
         kept = [statistics.mean(values) for values in zip(*(row["ratios"] for row in arm if "ratios" in row))]
-        cells = (name, len(arm), f"{spread_text(reached)} %", "" if arm is reference else spread_text(gaps, "+.1f"),
-                 f"{arm[0]['macs'] / 1e6:.1f}", ", ".join(f"{share:.2f}" for share in shares),
-                 ", ".join(f"{k:.3f} ({target:.3f})" for k, target in zip(kept, arm[0].get("targets", ()))))
+        cells = [name, len(arm), f"{spread_text(reached)} %", "" if arm is reference else spread_text(gaps, "+.1f"),
+                 f"{arm[0]['macs'] / 1e6:.1f}", *[", ".join(f"{share:.2f}" for share in shares)] * known,
+                 ", ".join(f"{k:.3f} ({target:.3f})" for k, target in zip(kept, arm[0].get("targets", ())))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     on, start = found["machine"], spread_text([100 * row["accuracy"] for row in found["results"]["starts"]])
-    return "\n".join([*lines, "", (
-        f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); differences are paired by seed. Object share: of "
-        f"the patches kept, over that of all patches (1 is chance). All arms go on from a ViT of {recipe['first_steps']:,} steps "
+    spread = (f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); differences are paired by seed."
+              if len(seeds) > 1 else f"One seed ({seeds[0]}): its spread is not known.")
+    shares = "Object share: of the patches kept, over that of all patches (1 is chance)."
+    return "\n".join([*lines, "", " ".join([spread, *[shares] * known, (
+        f"All arms go on from a ViT of {recipe['first_steps']:,} steps "
         f"({start} %), each for {recipe['further_steps']:,} steps of {recipe['batch']} pictures at learning rate "
         f"{recipe['further_lr']}; tested on {recipe['test_pictures']:,} pictures. Machine: {on['processor']}, {on['cpus']} CPUs, "
-        f"NumPy {on['numpy']}, {on['blas']}.")])
+        f"NumPy {on['numpy']}, {on['blas']}.")])])
 
 
 def claims_text(claims):
