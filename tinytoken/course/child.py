@@ -128,8 +128,9 @@ def _limit(limits):
             kind = getattr(resource, name)
             hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            then = value + 1 if name == "RLIMIT_CPU" and value != hard else value  # a second between the signal and the end
             try:
-                resource.setrlimit(kind, (value, value))
+                resource.setrlimit(kind, (value, then))
             except (ValueError, OSError):  # macOS refuses some
                 pass
     _leave_the_network()

@@ -3,6 +3,7 @@ import concurrent.futures
 import csv
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -18,6 +19,7 @@ from ..errors import expect
 from . import rules
 
 GIB = 2**30
+PATIENCE = 4  # seconds on the clock for each second of computing that an exercise has: the machine may be busy
 START = ("import sys; sys.dont_write_bytecode = True; sys.path.insert(0, {root!r}); "
          "from tinytoken.course.child import main; main()")
 
@@ -75,7 +77,7 @@ def run_exercise(assignment, exercise, source, cases):
     """{case name: Row} of one exercise, run in a child process."""
     word = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="tinytoken-grade-") as folder:
-        limits = {"seconds": int(assignment.seconds) + 1, "bytes": 4 * GIB, "file_bytes": 2**20, "processes": 64}
+        limits = {"seconds": math.ceil(assignment.seconds), "bytes": 4 * GIB, "file_bytes": 2**20, "processes": 64}
         job = {"assignment": str(assignment.folder.resolve()), "exercise": exercise.number, "source": source, "word": word,
                "cases": [case.name for case in cases], "limits": limits}
         lines, ended = _run_child(job, folder, assignment.seconds)
@@ -100,14 +102,16 @@ def _run_child(job, folder, seconds):
                              stderr=subprocess.DEVNULL, cwd=folder, env=environment, text=True, errors="replace",
                              start_new_session=True)
     try:
-        out, _ = child.communicate(json.dumps(job), timeout=seconds)
+        out, _ = child.communicate(json.dumps(job), timeout=PATIENCE * seconds)
         how = f"the process ended by itself (exit code {child.returncode}): it may not exit, and may use 4 GiB of memory"
         if child.returncode < 0:
-            how = f"the process was ended ({signal.Signals(-child.returncode).name}): too much time or memory"
+            name = signal.Signals(-child.returncode).name
+            how = f"stopped after {seconds:g} s of computing: an endless loop?" if name == "SIGXCPU" else \
+                f"the process was ended ({name}): too much time or memory"
     except subprocess.TimeoutExpired:
         _end(child)
         out, _ = child.communicate()
-        how = f"stopped after {seconds:g} s: an endless loop?"
+        how = f"stopped after {PATIENCE * seconds:g} s: an endless loop, or sleep?"
     finally:
         _end(child)
     return out.splitlines(), how

@@ -33,7 +33,14 @@ MISTAKES = [
     ("1.2", "from end to start", "            waiting.extend((parent, False) for parent in node.parents)\n    return found",
      "            waiting.extend((parent, False) for parent in node.parents)\n    return found[::-1]"),
     ("1.3", "the last use wins", "parent.grad = parent.grad + part", "parent.grad = part"),
-    ("1.3", "added in place", "parent.grad = parent.grad + part", "parent.grad += part"),
+    ("1.3", "a vjp's array is kept, and added to",
+     "        node.grad = np.zeros_like(node.value)\n    end.grad = np.ones_like(end.value)\n    for node in reversed(nodes):\n"
+     "        for parent, part in zip(node.parents, node.vjp(node.grad) if node.parents else ()):\n"
+     "            parent.grad = parent.grad + part\n",
+     "        node.grad = None\n    end.grad = np.ones_like(end.value)\n    for node in reversed(nodes):\n"
+     "        for parent, part in zip(node.parents, node.vjp(node.grad) if node.parents else ()):\n"
+     "            if parent.grad is None:\n                parent.grad = part\n"
+     "            else:\n                parent.grad += part\n"),
     ("1.3", "old gradients kept", "        node.grad = np.zeros_like(node.value)\n    end.grad = np.ones_like(end.value)",
      "        node.grad = np.zeros_like(node.value) if node.grad is None else node.grad\n    end.grad = np.ones_like(end.value)"),
     ("1.3", "in the wrong direction", "for node in reversed(nodes):", "for node in nodes:"),
