@@ -1,8 +1,12 @@
 """The grader: the reference gets every point, the stub none, each planted mistake costs its exercise alone, and tricks gain nothing."""
 import concurrent.futures
 import csv
+import dataclasses
 import importlib.util
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +16,8 @@ from tinytoken.course import assignment, grade, release, rules
 
 A1, *OTHERS = (assignment.find(name) for name in ("a1", "a2", "a3", "a4"))
 SOLVED = (A1.folder / A1.script).read_text()
+a1_and_slowly_the_others = pytest.mark.parametrize(
+    "given", [A1, *(pytest.param(given, marks=pytest.mark.slow) for given in OTHERS)], ids=lambda given: given.name)
 
 
 def mistakes(given):
@@ -36,7 +42,7 @@ def points(source, given=A1, numbers=None):
                 for e, row in zip(chosen, rows)}
 
 
-@pytest.mark.parametrize("given", [A1, *OTHERS], ids=lambda given: given.name)
+@a1_and_slowly_the_others
 def test_the_reference_gets_every_point_and_the_stub_none(given):
     solved = (given.folder / given.script).read_text()
     assert sum(case.points for case in given.cases()) == 25 and not rules.breaches(solved, given)
@@ -47,8 +53,7 @@ def test_the_reference_gets_every_point_and_the_stub_none(given):
     assert all(f"NotImplementedError: Exercise {given.name[1]}." in output for output in said)
 
 
-@pytest.mark.parametrize("given", [A1, *(pytest.param(given, marks=pytest.mark.slow) for given in OTHERS)],
-                         ids=lambda given: given.name)
+@a1_and_slowly_the_others
 def test_each_planted_mistake_costs_its_exercise(given):
     source, planted = (given.folder / given.script).read_text(), mistakes(given)
     numbers = [number for number, *_ in planted]
@@ -87,8 +92,7 @@ def solved_with(name, body):
     ("raise SystemExit(0)", "SystemExit"),
     ("raise KeyboardInterrupt", "")])
 def test_what_ends_or_fills_a_process_costs_its_exercise_alone(body, said, monkeypatch):
-    given = assignment.load(A1.folder)
-    object.__setattr__(given, "seconds", 5.0)
+    given = dataclasses.replace(A1, seconds=3.0)
     found = points(solved_with("unbroadcast", body), given, ["1.4", "1.6"])
     assert found["1.4"][0] == 0 and found["1.6"][0] == found["1.6"][1]
     assert all(said in row.output for row in found["1.4"][2].values())
@@ -120,10 +124,47 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE.keys())
-def test_tricks_are_refused_before_anything_runs(body, tmp_path):
+def test_tricks_are_refused_before_they_run_and_cost_their_exercise(body, tmp_path, monkeypatch):
     (tmp_path / A1.script).write_text(solved_with("unbroadcast", body))
+    monkeypatch.setattr(grade, "run_exercise", lambda given, exercise, source, cases: {
+        case.name: grade._row(case, True, "") for case in cases})
     report = grade.grade(A1, tmp_path)
-    assert report.points == 0 and "was not run: line" in report.problem and len(report.rows) == len(A1.cases())
+    refused = [row for row in report.rows if not row.points]
+    assert not report.problem and {row.number for row in refused} == {"1.4"} and all("was not run: line" in row.output for row in refused)
+
+
+def allowing(folder, *modules):
+    """A1 as if it allowed these modules too, with little time."""
+    shutil.copytree(A1.folder, folder / A1.name, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / A1.name / "assignment.toml"
+    path.write_text(replaced(path.read_text(), 'imports = [', "imports = [" + "".join(f'"{name}", ' for name in modules)))
+    return dataclasses.replace(assignment.load(path.parent), seconds=3.0)
+
+
+@pytest.mark.parametrize("body, said", [
+    ("os._exit(0)", "ended by itself (exit code 0)"),
+    pytest.param("time.sleep(1000)", "an endless loop, or sleep", marks=pytest.mark.slow),
+    pytest.param("if os.fork() == 0:\n    time.sleep(1000)\nraise ValueError('parent')", "parent", marks=pytest.mark.slow),
+    ("file = os.open('full', os.O_CREAT | os.O_WRONLY)\nwhile True:\n    os.write(file, bytes(10**6))", "File too large"),
+    ("os.kill(os.getpid(), 9)", "SIGKILL"),
+    ("os.write(1, b'{\"case\": \"test_axes_in_front\", \"passed\": true}')\nreturn None", "expected an array")])
+def test_what_gets_past_the_rules_meets_the_limits(body, said, tmp_path):
+    given = allowing(tmp_path, "os", "time")
+    found = points("import os\nimport time\n" + solved_with("unbroadcast", body), given, ["1.4", "1.6"])
+    assert found["1.4"][0] == 0 and found["1.6"][0] == found["1.6"][1]
+    assert all(said in row.output for row in found["1.4"][2].values())
+    assert not [line for line in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout.splitlines()
+                if "tinytoken.course.child" in line and "defunct" not in line]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
+def test_no_network(tmp_path):
+    given = allowing(tmp_path, "socket")
+    body = "import socket\nsocket.create_connection(('127.0.0.1', 9), 1)"
+    output = points(solved_with("unbroadcast", body), given, ["1.4"])["1.4"][2]["test_axes_in_front"].output
+    if "refused" in output:
+        pytest.skip("this system gives no namespaces to users")
+    assert "unreachable" in output
 
 
 @pytest.mark.parametrize("body", [

@@ -64,12 +64,17 @@ def grade(assignment, submission, bar=False):
     path = path / assignment.script if path.is_dir() else path
     expect(path.is_file(), "grade", f"no {path}: expected the folder that holds {assignment.script}")
     source, cases = path.read_text(errors="replace"), assignment.cases()
-    if problems := rules.breaches(source, assignment):
-        problem = f"{assignment.script} was not run: " + "; ".join(problems[:5])
+    refused = rules.breaches(source, assignment)
+    if None in refused:
+        problem = f"{assignment.script} was not run: " + "; ".join(refused[None][:5])
         return Report(assignment.name, [_row(case, False, problem) for case in cases], problem, time.perf_counter() - began)
     found = {}
     for exercise in tqdm.tqdm(assignment.exercises, desc="exercises", disable=not bar, leave=False):
-        found |= run_exercise(assignment, exercise, source, [case for case in cases if case.number == exercise.number])
+        its = [case for case in cases if case.number == exercise.number]
+        if exercise.number in refused:
+            found |= {case.name: _row(case, False, "was not run: " + "; ".join(refused[exercise.number][:5])) for case in its}
+        else:
+            found |= run_exercise(assignment, exercise, source, its)
     return Report(assignment.name, [found[case.name] for case in cases], "", time.perf_counter() - began)
 
 

@@ -11,7 +11,12 @@ SETUP = """#!/usr/bin/env bash
 # Runs once, when Gradescope builds the image.
 set -e
 apt-get update && apt-get install -y python3 python3-venv
-python3 -m venv /autograder/venv
+python=python3
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    apt-get install -y python3.11 python3.11-venv
+    python=python3.11
+fi
+$python -m venv /autograder/venv
 /autograder/venv/bin/pip install -q numpy tqdm threadpoolctl pytest
 """
 RUN = """#!/usr/bin/env bash
@@ -24,7 +29,7 @@ cd /autograder/source
 
 def results(report, hidden=False, leaderboard=()):
     """The report as Gradescope's results.json -> a dictionary. hidden: say hidden cases too, with their visibility. Any hidden case
-    hides the student's total at Gradescope, so without it they are left out. leaderboard: [(name, value)]."""
+    hides the student's total at Gradescope, so without it they are left out. leaderboard: [(name, value, "asc" or "desc")], which end is better."""
     rows = [row for row in report.rows if hidden or row.visibility == "visible"]
     tests = [{"score": row.points, "max_score": row.max_points, "status": "passed" if row.points == row.max_points else "failed",
               "name": row.name, "number": row.number, "output": row.output, "visibility": row.visibility, "tags": [row.number]}
@@ -33,7 +38,7 @@ def results(report, hidden=False, leaderboard=()):
             "output": report.problem or f"{sum(row.points for row in rows):g} of {sum(row.max_points for row in rows):g} points",
             "tests": tests}
     if leaderboard:
-        said["leaderboard"] = [{"name": name, "value": value} for name, value in leaderboard]
+        said["leaderboard"] = [{"name": name, "value": value, "order": order} for name, value, order in leaderboard]
     return said
 
 

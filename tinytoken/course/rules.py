@@ -20,25 +20,40 @@ DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem_
 
 
 def breaches(source, assignment):
-    """Why a submission's text is refused: a list of "line 3: ...", empty if it is not. SyntaxErrors are one of them."""
+    """Why a submission is refused, or some of its exercises: {exercise number: ["line 3: ...", ...]}, and None for what is in no
+    exercise's function and so concerns the whole file. Empty if there is nothing. A SyntaxError concerns the whole file."""
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        return [f"line {error.lineno}: {error.msg}"]
+        return {None: [f"line {error.lineno}: {error.msg}"]}
     except ValueError as error:  # a null byte
-        return [f"the file cannot be read: {error}"]
-    tree.body = [node for node in tree.body if is_taken(node)]
-    found, modules = [], {}  # modules: the name here -> its dotted name
-    for node in ast.walk(tree):
-        for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
-            module = alias.name if isinstance(node, ast.Import) else f"{'.' * node.level}{node.module or ''}.{alias.name}"
-            modules[alias.asname or alias.name.split(".")[0]] = module if alias.asname else module.split(".")[0] \
-                if isinstance(node, ast.Import) else module
-            if not importable(node, alias, assignment):
-                found.append((node, f"may not import {module}"))
-    for node in ast.walk(tree):
-        found += [(node, reason) for reason in _reasons(node, modules, assignment)]
-    return [f"line {node.lineno}: {reason}" for node, reason in sorted(found, key=lambda pair: pair[0].lineno)]
+        return {None: [f"the file cannot be read: {error}"]}
+    solves = {name: exercise.number for exercise in assignment.exercises for name in exercise.names}
+    modules, found = {}, {}  # modules: the name here -> its dotted name
+    taken = [statement for statement in tree.body if is_taken(statement)]
+    for statement in taken:
+        for line, reason in sorted([*_imports(statement, modules, assignment)]):
+            found.setdefault(solves.get(getattr(statement, "name", None)), []).append(f"line {line}: {reason}")
+    for statement in taken:
+        reasons = {(node.lineno, reason) for node in ast.walk(statement) for reason in _reasons(node, modules, assignment)}
+        for line, reason in sorted(reasons):
+            found.setdefault(solves.get(getattr(statement, "name", None)), []).append(f"line {line}: {reason}")
+    return found
+
+
+def _imports(statement, modules, assignment):
+    """The imports in a statement that are not allowed; notes in `modules` what each name stands for."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Import):
+            known = {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
+                     for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            known = {alias.asname or alias.name: f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+        else:
+            continue
+        modules |= known
+        yield from ((node.lineno, f"may not import {alias.name if isinstance(node, ast.Import) else known[alias.asname or alias.name]}")
+                    for alias in node.names if not importable(node, alias, assignment))
 
 
 def is_taken(node, others=()):
