@@ -1,4 +1,5 @@
 """The grader: the reference gets every point, the stub none, each planted mistake costs its exercise alone, and tricks gain nothing."""
+import ast
 import concurrent.futures
 import csv
 import dataclasses
@@ -12,7 +13,7 @@ import pytest
 
 import tinytoken as tt
 from tinytoken.__main__ import main
-from tinytoken.course import assignment, grade, release, rules
+from tinytoken.course import assignment, child, grade, release, rules
 
 A1, *OTHERS = (assignment.find(name) for name in ("a1", "a2", "a3", "a4"))
 SOLVED = (A1.folder / A1.script).read_text()
@@ -66,14 +67,21 @@ def test_each_planted_mistake_costs_its_exercise(given):
     assert not unnoticed
 
 
+@pytest.mark.parametrize("given", [A1, *OTHERS], ids=lambda given: given.name)
+def test_of_a_mistake_nothing_reaches_another_exercise(given):
+    source = (given.folder / given.script).read_text()
+    run = lambda text, number: ast.dump(child.taken(text, given, number)[0])
+    for number, what, old, new in mistakes(given):
+        wrong = replaced(source, old, new)
+        assert [e.number for e in given.exercises if run(wrong, e.number) != run(source, e.number)] == [number], what
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [A1, *OTHERS], ids=lambda given: given.name)
-def test_no_mistake_costs_another_exercise(given):
-    source = (given.folder / given.script).read_text()
-    cost = {what: {other: got == most for other, (got, most, _) in points(replaced(source, old, new), given).items()}
-            for number, what, old, new in mistakes(given)}
-    assert {what: [n for n, whole in each.items() if not whole] for what, each in cost.items()} == {
-        what: [number] for number, what, *_ in mistakes(given)}
+def test_a_mistake_costs_no_other_exercise(given):
+    number, _, old, new = mistakes(given)[0]
+    found = points(replaced((given.folder / given.script).read_text(), old, new), given)
+    assert [other for other, (got, most, _) in found.items() if got != most] == [number]
 
 
 def solved_with(name, body):

@@ -4,6 +4,7 @@
         a1_autograd.py     a percent script with the solutions; the one file that is handed in
         assignment.toml    title, what may be imported, seconds, the exercises
         references.py      the exercises' functions from the package, for the tests of the others
+        training.py        if there is one: run(student) trains something with the submission, for the script's end and a leaderboard
         tests/*.py         pytest functions with @pytest.mark.points(3, number="1.2", visibility="visible", hint="...")
         mistakes.py        wrong solutions, for the tests of the tests; never released
 """

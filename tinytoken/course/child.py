@@ -17,7 +17,8 @@ from .assignment import load
 
 
 def main():
-    """stdin: {"assignment": folder, "exercise": number, "source": text, "cases": [name], "word": text, "limits": {...}}."""
+    """stdin: {"assignment": folder, "exercise": number, "source": text, "cases": [name], "word": text, "limits": {...}}. Without
+    an exercise it is the assignment's training that is run, with all of the submission's functions."""
     job = json.load(sys.stdin)
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -33,23 +34,30 @@ def main():
     except BaseException as error:  # whatever a submission does while it is loaded, SystemExit too
         report(failed=f"the file stopped while it was loaded: {_short(error)}")
         return
-    run_cases(assignment, student, job["cases"], report)
+    if job["exercise"] is None:
+        report(board=_module(assignment.folder / "training.py", "training").run(student))
+    else:
+        run_cases(assignment, student, job["cases"], report)
     report(done=True)
 
 
 def compose(source, assignment, number):
-    """The submission's functions for exercise `number`, among the references of all others -> a namespace.
-
-    Of the submission's other statements see rules.is_taken. So a slip in one exercise costs nothing in another.
-    """
+    """The submission's functions for exercise `number`, among the references of all others -> a namespace. None: for all."""
     references = _module(assignment.folder / "references.py", "references")
-    others = {name for exercise in assignment.exercises if exercise.number != number for name in exercise.names}
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if rules.is_taken(node, others)]
+    tree, others = taken(source, assignment, number)
     space = {name: getattr(references, name) for name in others if hasattr(references, name)}
     space |= {"__name__": "submission", "__builtins__": rules.safe_builtins(assignment)}
     exec(compile(tree, assignment.script, "exec"), space)
     return types.SimpleNamespace(**{name: value for name, value in space.items() if not name.startswith("__")})
+
+
+def taken(source, assignment, number):
+    """(what is run of a submission for exercise `number`, the names that solve the others). Nothing that solves another exercise is
+    run, so a slip in one costs nothing in another; of the other statements see rules.is_taken."""
+    others = {name for exercise in assignment.exercises if number not in (None, exercise.number) for name in exercise.names}
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if rules.is_taken(node, others)]
+    return tree, others
 
 
 def run_cases(assignment, student, names, report):

@@ -20,6 +20,7 @@ from . import rules
 
 GIB = 2**30
 PATIENCE = 4  # seconds on the clock for each second of computing that an exercise has: the machine may be busy
+TRAINING_SECONDS = 300
 START = ("import sys; sys.dont_write_bytecode = True; sys.path.insert(0, {root!r}); "
          "from tinytoken.course.child import main; main()")
 
@@ -80,13 +81,7 @@ def grade(assignment, submission, bar=False):
 
 def run_exercise(assignment, exercise, source, cases):
     """{case name: Row} of one exercise, run in a child process."""
-    word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="tinytoken-grade-") as folder:
-        limits = {"seconds": math.ceil(assignment.seconds), "bytes": 4 * GIB, "file_bytes": 2**20, "processes": 64}
-        job = {"assignment": str(assignment.folder.resolve()), "exercise": exercise.number, "source": source, "word": word,
-               "cases": [case.name for case in cases], "limits": limits}
-        lines, ended = _run_child(job, folder, assignment.seconds)
-    said = [json.loads(line.removeprefix(word)) for line in lines if line.startswith(word + " ")]
+    said, ended = _ask_child(assignment, exercise.number, source, [case.name for case in cases], assignment.seconds)
     results = {row["case"]: row for row in said if "case" in row}
     stopped = next((row["failed"] for row in said if "failed" in row), "" if any("done" in row for row in said) else ended)
     rows = {}
@@ -95,6 +90,28 @@ def run_exercise(assignment, exercise, source, cases):
         message = result["message"] if result else stopped or "the case did not run"
         rows[case.name] = _row(case, bool(result and result["passed"]), message)
     return rows
+
+
+def leaderboard(assignment, submission, report):
+    """What the assignment's training shows on a leaderboard with this submission's functions: [(name, value, "asc" or "desc")].
+    Nothing where the report lacks a point, where the assignment has no training.py, or where the training fails."""
+    path = pathlib.Path(submission)
+    if report.points < report.max_points or not (assignment.folder / "training.py").is_file():
+        return []
+    source = (path / assignment.script if path.is_dir() else path).read_text()
+    said, _ = _ask_child(assignment, None, source, [], TRAINING_SECONDS)
+    return next((row["board"] for row in said if "board" in row), [])
+
+
+def _ask_child(assignment, number, source, names, seconds):
+    """(what a child process reported, how it ended)."""
+    word = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="tinytoken-grade-") as folder:
+        limits = {"seconds": math.ceil(seconds), "bytes": 4 * GIB, "file_bytes": 2**20, "processes": 64}
+        job = {"assignment": str(assignment.folder.resolve()), "exercise": number, "source": source, "word": word, "cases": names,
+               "limits": limits}
+        lines, ended = _run_child(job, folder, seconds)
+    return [json.loads(line.removeprefix(word)) for line in lines if line.startswith(word + " ")], ended
 
 
 def _run_child(job, folder, seconds):

@@ -23,7 +23,7 @@ RUN = """#!/usr/bin/env bash
 # Runs for each submission. What is handed in lies in /autograder/submission; results.json is what Gradescope reads.
 cd /autograder/source
 /autograder/venv/bin/python -m tinytoken grade {name} --assignment assignment --submission /autograder/submission \\
-    --gradescope /autograder/results/results.json {options}
+    --gradescope /autograder/results/results.json --leaderboard {options}
 """
 
 
@@ -50,12 +50,12 @@ def write_results(report, path, **options):
 
 def autograder_zip(assignment, out, hidden=False):
     """Write the zip that Gradescope takes -> its path: setup.sh, run_autograder, the package, and the assignment without its
-    solutions and planted mistakes. hidden: with the hidden tests, and with their rows in the report."""
+    solutions and planted mistakes. hidden: hidden cases are told and counted there as well."""
     out, package = pathlib.Path(out), pathlib.Path(__file__).parents[1]
     files = {"setup.sh": SETUP, "run_autograder": RUN.format(name=assignment.name, options="--hidden" if hidden else "")}
     for path in sorted(package.rglob("*.py")):
         files[f"tinytoken/{path.relative_to(package)}"] = path.read_text()
-    for path in [assignment.folder / "assignment.toml", assignment.folder / "references.py",
+    for path in [*(assignment.folder / name for name in ("assignment.toml", "references.py", "training.py")),
                  *sorted((assignment.folder / "tests").glob("*.py"))]:
         if path.exists():
             files[f"assignment/{path.relative_to(assignment.folder)}"] = path.read_text()

@@ -56,7 +56,7 @@ def release(assignment, out, notebook=False):
     out, source = pathlib.Path(out), (assignment.folder / assignment.script).read_text()
     expect(regions(source, assignment.script), "stub", f"{assignment.script} has no solutions: it is a student's copy already")
     files = {assignment.script: without_solutions(assignment, source)}
-    for name in ("assignment.toml", "references.py", "README.md"):
+    for name in ("assignment.toml", "references.py", "training.py", "README.md"):
         if (assignment.folder / name).exists():
             files[name] = (assignment.folder / name).read_text()
     hidden = {case.name: case for case in assignment.cases() if case.visibility != "visible"}

@@ -182,36 +182,7 @@ def multiply_adds(N, P, D, K, depth, prune_before, rho):
 
 # %%
 if __name__ == "__main__":
-    import tinytoken as tt
-    from tinytoken import compare
-    from tinytoken.data import Batches, make_scenes, normalise
-    from tinytoken.models import DynamicViT, ViT
-    from tinytoken.train import Classify, Distil, accuracy, fit, infer
+    import sys
 
-    @tt.op
-    def yours(log_probs, noise, *, tau=1.0, hard=True):
-        return straight_through(log_probs, noise, tau)
-
-    def removed(x, places):
-        scores = np.zeros((len(x.data), x.shape[1] - 1))
-        np.put_along_axis(scores, places[:, 1:] - 1, 1.0, axis=1)
-        return tt.Tensor(keep_best(x.data, scores, places.shape[1] - 1)[0])
-
-    tt.ops.gumbel_softmax = yours
-    sizes = dict(image_size=32, patch_size=4, dim=48, depth=3, heads=3)
-    train, test = make_scenes(6000), make_scenes(1000, split="test")
-    batches = Batches(train.images, train.labels, 64)
-    tt.manual_seed(0)
-    vit = ViT(**sizes)
-    fit(vit, Classify(vit), batches, steps=200, lr=2e-3, phase="ViT")
-    dynamic = DynamicViT(**sizes, prune_before=(1, 2), keep_ratios=(0.5, 0.25))
-    dynamic.load_state_dict(vit.state_dict(), strict=False)
-    fit(dynamic, Distil(dynamic, vit), batches, steps=100, lr=5e-4, phase="DynamicViT")
-    tt.ops.take_tokens = removed
-    prepare = lambda images: normalise(images, batches.mean, batches.std)
-    for name, model in (("ViT", vit), ("DynamicViT", dynamic)):
-        print(f"{name}: {100 * accuracy(infer(model, test.images, prepare, threads=1), test.labels):.1f} % right")
-    kept = compare.kept_on_object(dynamic, test, prepare, 4)
-    print(f"object share of all patches {kept['all']:.3f}, of those kept at each stage {kept['stages']}")
-    counted = tt.macs(dynamic, prepare(test.images[:1])).total
-    print(f"multiply-adds: {counted:,} counted, {multiply_adds(64, 48, 48, 10, 3, (1, 2), 0.5):,} by your formula")
+    import training  # beside this file; for Gradescope's leaderboard the grader runs it too
+    training.run(sys.modules[__name__])

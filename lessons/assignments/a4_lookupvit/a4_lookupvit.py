@@ -188,45 +188,7 @@ def compressed_tokens(X, grid, table, table_grid, size):
 
 # %%
 if __name__ == "__main__":
-    import tinytoken as tt
-    from tinytoken.data import Batches, make_scenes, normalise
-    from tinytoken.models import LookupViT, lookupvit_loss
-    from tinytoken.train import Classify, accuracy, fit, infer
+    import sys
 
-    @tt.op
-    def your_gather(q, k, v):
-        answers, A, scores = gather(q, k, v)
-        scale = 1 / math.sqrt(q.shape[-1])
-
-        def vjp(g, g_A, g_scores):
-            # g_A comes from the infusion: with values 1 and g_written its transpose, scores_gradient adds it to the first use
-            none = np.zeros_like(answers[..., :1])
-            d = scores_gradient(A, v, none, np.zeros_like(answers) if g is None else g, np.zeros_like(v[..., :1]))
-            if g_A is not None:
-                d = d + A * (g_A - (A * g_A).sum(axis=-1, keepdims=True))
-            d = (d + (0 if g_scores is None else g_scores)) * scale
-            return d @ k, d.swapaxes(-1, -2) @ q, A.swapaxes(-1, -2) @ g
-        return (answers, A, scores), vjp
-
-    @tt.op
-    def your_infuse(A, scores, values, *, reuse):
-        return infuse(A, scores, values, reuse), lambda g: (values @ g.swapaxes(-1, -2), None, A @ g)
-
-    class AnyGrid(Classify):
-        def noise(self, size, step, seed, xp):
-            return (np.full(size, np.random.default_rng((seed, step)).integers(2, 6)),)
-
-        def __call__(self, images, labels, side):
-            return lookupvit_loss(self.model(images, compressed=(int(side[0]),) * 2), labels)
-
-    tt.ops.lookup_gather, tt.ops.lookup_infuse = your_gather, your_infuse
-    train, test = make_scenes(6000), make_scenes(1000, split="test")
-    batches = Batches(train.images, train.labels, 64)
-    tt.manual_seed(0)
-    model = LookupViT(dim=48, depth=3, heads=3, compressed=(5, 5))
-    fit(model, AnyGrid(model), batches, steps=300, lr=2e-3)
-    prepare = lambda images: normalise(images, batches.mean, batches.std)
-    for side in (2, 3, 4, 5):
-        right = accuracy(infer(model, test.images, prepare, compressed=(side, side)), test.labels)
-        cost = model_cost(64, side**2, 48, 48, 10, 3, False)
-        print(f"{side} x {side}: {cost / 1e6:5.2f} M multiply-adds by your formula, {100 * right:.1f} % right (by chance 10 %)")
+    import training  # beside this file; for Gradescope's leaderboard the grader runs it too
+    training.run(sys.modules[__name__])
