@@ -127,7 +127,7 @@ def find_assignment(args):
 
 def run_stub(args):
     from .course import release
-    print("\n".join(map(str, release.release(find_assignment(args), args.out, args.notebook))))
+    print("\n".join(map(str, release.write_copy(find_assignment(args), args.out, args.notebook))))
 
 
 def run_grade(args):
@@ -140,7 +140,7 @@ def run_grade(args):
         reports = grade.grade_folder(assignment, args.submissions, args.csv)
         print(f"{len(reports)} submissions graded: {args.csv}")
         return
-    report = grade.grade(assignment, args.submission, bar=sys.stderr.isatty())
+    report = grade.grade_submission(assignment, args.submission, bar=sys.stderr.isatty())
     if args.json:
         write_json(args.json, report.as_json())
     if args.gradescope:

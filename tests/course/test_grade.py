@@ -136,7 +136,7 @@ def test_tricks_are_refused_before_they_run_and_cost_their_exercise(body, tmp_pa
     (tmp_path / A1.script).write_text(solved_with("unbroadcast", body))
     monkeypatch.setattr(grade, "run_exercise", lambda given, exercise, source, cases: {
         case.name: grade._row(case, True, "") for case in cases})
-    report = grade.grade(A1, tmp_path)
+    report = grade.grade_submission(A1, tmp_path)
     refused = [row for row in report.rows if not row.points]
     assert not report.problem and {row.number for row in refused} == {"1.4"} and all("was not run: line" in row.output for row in refused)
 
@@ -192,7 +192,7 @@ def test_lies_are_no_results(body):
     ("from . import x\n", "may not import"), ("a = 1\0", "null")])
 def test_a_file_that_cannot_be_run_says_why_once(tmp_path, source, said):
     (tmp_path / A1.script).write_text(source)
-    report = grade.grade(A1, tmp_path)
+    report = grade.grade_submission(A1, tmp_path)
     assert said in report.problem and report.points == 0 and said in grade.text(report, A1)
 
 
@@ -207,7 +207,7 @@ def test_only_the_named_file_of_a_submission_counts(tmp_path):
     (tmp_path / "tinytoken").mkdir()
     (tmp_path / "tinytoken" / "__init__.py").write_text("raise SystemExit('loaded')")
     before = sorted(path.name for path in tmp_path.rglob("*"))
-    assert grade.grade(A1, tmp_path).points == 25
+    assert grade.grade_submission(A1, tmp_path).points == 25
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 

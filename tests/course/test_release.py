@@ -19,7 +19,7 @@ def text_with(*lines):
 @every_assignment
 def test_a_copy_parses_has_no_solutions_and_raises_in_each_exercise(folder, tmp_path):
     given = assignment.load(folder)
-    release.release(given, tmp_path / "copy")
+    release.write_copy(given, tmp_path / "copy")
     copy = (tmp_path / "copy" / given.script).read_text()
     tree = ast.parse(copy)
     assert release.BEGIN not in copy and release.END not in copy
@@ -36,18 +36,18 @@ def test_a_copy_parses_has_no_solutions_and_raises_in_each_exercise(folder, tmp_
 @every_assignment
 def test_the_same_copy_twice_and_a_copy_has_nothing_to_cut(folder, tmp_path):
     given = assignment.load(folder)
-    first = [path.read_bytes() for path in release.release(given, tmp_path / "copy")]
-    assert [path.read_bytes() for path in release.release(given, tmp_path / "copy")] == first
+    first = [path.read_bytes() for path in release.write_copy(given, tmp_path / "copy")]
+    assert [path.read_bytes() for path in release.write_copy(given, tmp_path / "copy")] == first
     copy = (tmp_path / "copy" / given.script).read_text()
     assert release.without_solutions(given, copy) == copy
     with pytest.raises(tt.InputError, match="a student's copy already"):
-        release.release(assignment.load(tmp_path / "copy"), tmp_path / "again")
+        release.write_copy(assignment.load(tmp_path / "copy"), tmp_path / "again")
 
 
 @every_assignment
 def test_hidden_tests_stay_with_the_instructor(folder, tmp_path):
     given = assignment.load(folder)
-    release.release(given, tmp_path / "copy")
+    release.write_copy(given, tmp_path / "copy")
     held = {case.name for case in assignment.load(tmp_path / "copy").cases()}
     assert held == {case.name for case in given.cases() if case.visibility == "visible"} != {case.name for case in given.cases()}
     assert not list(tmp_path.rglob("mistakes.py")) and not list(tmp_path.rglob("*.pyc"))
@@ -89,7 +89,7 @@ def test_what_would_leak_is_not_released(a1, tmp_path, name, text, said):
         text = (a1.folder / "mistakes.py").read_text().splitlines()[-3] + "\n"
         path.write_text(text)
     with pytest.raises(tt.InputError, match=said):
-        release.release(a1, tmp_path / "copy")
+        release.write_copy(a1, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
@@ -97,13 +97,13 @@ def test_a_copy_is_not_written_over_other_files(a1, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(tt.InputError, match="thesis.tex"):
-        release.release(a1, tmp_path / "mine")
+        release.write_copy(a1, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_a_notebook_has_the_scripts_cells(a1, tmp_path):
     nbformat = pytest.importorskip("nbformat")
-    *_, path = release.release(a1, tmp_path / "copy", notebook=True)
+    *_, path = release.write_copy(a1, tmp_path / "copy", notebook=True)
     notebook, script = nbformat.read(path, 4), (tmp_path / "copy" / a1.script).read_text()
     nbformat.validate(notebook)
     assert len(notebook.cells) == script.count("# %%") and notebook.cells[0].cell_type == "markdown"

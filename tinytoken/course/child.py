@@ -95,9 +95,8 @@ class Guard:
     """What modules hold before a case runs. A submission that changes one, numpy say, changes what it is compared with."""
 
     def __init__(self, assignment):
-        import tinytoken
-        names = {*assignment.imports, "numpy.linalg", "numpy.random", "tinytoken.ops", "tinytoken.models", "tinytoken.course.checks"}
-        self.modules = {name: sys.modules[name] for name in names if name in sys.modules} | {"tinytoken": tinytoken}
+        names = {"tinytoken", *assignment.imports, "numpy.linalg", "numpy.random", "tinytoken.ops", "tinytoken.models", "tinytoken.course.checks"}
+        self.modules = {name: sys.modules[name] for name in names if name in sys.modules}
         self.held = {name: dict(vars(module)) for name, module in self.modules.items()}
 
     def restored(self):

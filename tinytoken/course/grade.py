@@ -58,7 +58,7 @@ class Report:
                 "rows": [dataclasses.asdict(row) for row in self.rows]}
 
 
-def grade(assignment, submission, bar=False):
+def grade_submission(assignment, submission, bar=False):
     """Grade the file of `assignment` in the folder `submission` (or that file itself) -> Report. Nothing else there is read, and
     nothing there is written."""
     began, path = time.perf_counter(), pathlib.Path(submission)
@@ -179,7 +179,7 @@ def grade_folder(assignment, submissions, csv_path, jobs=None):
     absent = [path.name for path in folders if not (path / assignment.script).is_file()]
     present, reports = [path for path in folders if path.name not in absent], {}
     with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        waiting = {pool.submit(grade, assignment, path): path.name for path in present}
+        waiting = {pool.submit(grade_submission, assignment, path): path.name for path in present}
         for done in tqdm.tqdm(concurrent.futures.as_completed(waiting), total=len(waiting), desc="submissions"):
             reports[waiting[done]] = done.result()
     with open(csv_path, "w", newline="") as file:

@@ -50,7 +50,7 @@ def _exercise_of(assignment, tree, line):
     raise InputError(f"{assignment.script}: the solution at line {line} is in no function or class of an exercise")
 
 
-def release(assignment, out, notebook=False):
+def write_copy(assignment, out, notebook=False):
     """Write the student's copy into the new or empty folder `out`, or over an earlier copy of the same assignment -> the paths
     written. Nothing is written if something would leak."""
     out, source = pathlib.Path(out), (assignment.folder / assignment.script).read_text()
