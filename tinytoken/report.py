@@ -149,6 +149,16 @@ def overhead(results):
 
 
 @part
+def grading(results):
+    """Of tests/benchmarks/grading.py."""
+    found = load(results / "grading.json")
+    on = found["machine"]
+    return (f"{found['submissions']} submissions of {found['assignment'].split('_')[0]} (right ones, untouched ones, planted mistakes) take "
+            f"{max(found['seconds']):.0f} s, {found['jobs']} at a time; a second time they get "
+            f"{'the same points' if found['same_points_twice'] else '**other points**'}. Machine: {on['processor']}, {on['cpus']} CPUs.")
+
+
+@part
 def lessons(results):
     """A line for each lesson before the seventh: what its default run measured."""
     tape, checks, attention, vit, masks, gumbel = (load(results / f"{name}.json")["results"] for name in (
