@@ -222,6 +222,10 @@ def test_the_command_reports_and_the_same_submission_gives_the_same_report(tmp_p
     assert "Exercise 1.3, the backward pass: 2 of 3" in out and "19 of 20 points visible now" in out
     assert "no array of a vjp is changed" not in out  # hidden
     assert main(["grade", "a1", "--submission", str(tmp_path / "nothing")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main(["grade", "a1", "--submission", str(tmp_path / "empty"), "--gradescope", str(tmp_path / "results.json")]) == 0
+    said = json.loads((tmp_path / "results.json").read_text())
+    assert said["score"] == 0 and said["output"] == "no a1_autograd.py was handed in" and len(said["tests"]) > 10
 
 
 def test_a_folder_of_submissions(tmp_path):
@@ -230,10 +234,10 @@ def test_a_folder_of_submissions(tmp_path):
         if source:
             (tmp_path / "in" / name / A1.script).write_text(source)
     reports = grade.grade_folder(A1, tmp_path / "in", tmp_path / "points.csv", jobs=2)
-    assert list(reports) == ["ada", "bob"] and reports["ada"].points == 25
+    assert list(reports) == ["ada", "bob", "eve"] and reports["ada"].points == 25
     with open(tmp_path / "points.csv", newline="") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert rows["ada"]["points"] == rows["ada"]["of"] == "25" and rows["ada"]["1.2"] == "4" and not rows["ada"]["problem"]
-    assert rows["bob"]["points"] == "0" and "torch" in rows["bob"]["problem"] and "no a1_autograd.py" in rows["eve"]["problem"]
+    assert rows["bob"]["points"] == "0" and "torch" in rows["bob"]["problem"] and rows["eve"]["problem"] == "no a1_autograd.py was handed in"
     with pytest.raises(tt.InputError, match="no folders"):
         grade.grade_folder(A1, tmp_path / "in" / "ada", tmp_path / "x.csv")

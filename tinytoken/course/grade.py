@@ -59,15 +59,16 @@ class Report:
 
 
 def grade_submission(assignment, submission, bar=False):
-    """Grade the file of `assignment` in the folder `submission` (or that file itself) -> Report. Nothing else there is read, and
-    nothing there is written."""
-    began, path = time.perf_counter(), pathlib.Path(submission)
+    """Grade the file of `assignment` in the folder `submission` (or that file itself) -> Report, also where the folder lacks it.
+    Nothing else there is read, and nothing there is written."""
+    began, path, cases = time.perf_counter(), pathlib.Path(submission), assignment.cases()
+    expect(path.exists(), "grade", f"no {path}: expected the folder that holds {assignment.script}")
     path = path / assignment.script if path.is_dir() else path
-    expect(path.is_file(), "grade", f"no {path}: expected the folder that holds {assignment.script}")
-    source, cases = path.read_text(errors="replace"), assignment.cases()
+    source = path.read_text(errors="replace") if path.is_file() else ""
     refused = rules.breaches(source, assignment)
-    if None in refused:
-        problem = f"{assignment.script} was not run: " + "; ".join(refused[None][:5])
+    if None in refused or not path.is_file():
+        problem = f"{assignment.script} was not run: " + "; ".join(refused[None][:5]) if None in refused else \
+            f"no {assignment.script} was handed in"
         return Report(assignment.name, [_row(case, False, problem) for case in cases], problem, time.perf_counter() - began)
     found = {}
     for exercise in tqdm.tqdm(assignment.exercises, desc="exercises", disable=not bar, leave=False):
@@ -172,24 +173,20 @@ def text(report, assignment):
 
 
 def grade_folder(assignment, submissions, csv_path, jobs=None):
-    """Grade every folder in `submissions` that holds the assignment's file, `jobs` at a time; write a line each to the CSV: name,
+    """Grade every folder in `submissions`, `jobs` at a time; write a line each to the CSV: name,
     points, points of each exercise, problem -> {name: Report}."""
     folders = sorted(path for path in pathlib.Path(submissions).iterdir() if path.is_dir())
     expect(folders, "grade", f"no folders in {submissions}: expected one for each submission")
-    absent = [path.name for path in folders if not (path / assignment.script).is_file()]
-    present, reports = [path for path in folders if path.name not in absent], {}
+    reports = {}
     with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        waiting = {pool.submit(grade_submission, assignment, path): path.name for path in present}
+        waiting = {pool.submit(grade_submission, assignment, path): path.name for path in folders}
         for done in tqdm.tqdm(concurrent.futures.as_completed(waiting), total=len(waiting), desc="submissions"):
             reports[waiting[done]] = done.result()
     with open(csv_path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "points", "of", *(exercise.number for exercise in assignment.exercises), "problem"])
         for folder in folders:
-            report = reports.get(folder.name)
-            if report is None:
-                writer.writerow([folder.name, 0, "", *([""] * len(assignment.exercises)), f"no {assignment.script}"])
-                continue
+            report = reports[folder.name]
             each = [sum(row.points for row in report.rows if row.number == e.number) for e in assignment.exercises]
             writer.writerow([folder.name, f"{report.points:g}", f"{report.max_points:g}", *(f"{p:g}" for p in each), report.problem])
     return dict(sorted(reports.items()))
