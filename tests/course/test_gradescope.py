@@ -67,7 +67,7 @@ def test_a_file_that_was_not_run_says_so_once_and_in_every_row():
     assert said["output"] == "line 1: may not import torch" and fits(said, OF_FILE)
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("hidden", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_zip_grades_by_itself(tmp_path, hidden):
     path = gradescope.autograder_zip(A1, tmp_path / "a1.zip", hidden)
     first = path.read_bytes()

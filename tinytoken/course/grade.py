@@ -15,6 +15,7 @@ import time
 
 import tqdm
 
+from ..backend import cpu_count
 from ..errors import expect
 from . import rules
 
@@ -58,9 +59,9 @@ class Report:
                 "rows": [dataclasses.asdict(row) for row in self.rows]}
 
 
-def grade_submission(assignment, submission, bar=False):
+def grade_submission(assignment, submission, bar=False, jobs=None):
     """Grade the file of `assignment` in the folder `submission` (or that file itself) -> Report, also where the folder lacks it.
-    Nothing else there is read, and nothing there is written."""
+    Nothing else there is read, and nothing there is written. jobs: exercises at a time (default: the CPUs of this process)."""
     began, path, cases = time.perf_counter(), pathlib.Path(submission), assignment.cases()
     expect(path.exists(), "grade", f"no {path}: expected the folder that holds {assignment.script}")
     path = path / assignment.script if path.is_dir() else path
@@ -70,13 +71,17 @@ def grade_submission(assignment, submission, bar=False):
         problem = f"{assignment.script} was not run: " + "; ".join(refused[None][:5]) if None in refused else \
             f"no {assignment.script} was handed in"
         return Report(assignment.name, [_row(case, False, problem) for case in cases], problem, time.perf_counter() - began)
-    found = {}
-    for exercise in tqdm.tqdm(assignment.exercises, desc="exercises", disable=not bar, leave=False):
+
+    def rows_of(exercise):
         its = [case for case in cases if case.number == exercise.number]
         if exercise.number in refused:
-            found |= {case.name: _row(case, False, "was not run: " + "; ".join(refused[exercise.number][:5])) for case in its}
-        else:
-            found |= run_exercise(assignment, exercise, source, its)
+            return {case.name: _row(case, False, "was not run: " + "; ".join(refused[exercise.number][:5])) for case in its}
+        return run_exercise(assignment, exercise, source, its)
+    found = {}
+    with concurrent.futures.ThreadPoolExecutor(jobs or cpu_count()) as pool:
+        for rows in tqdm.tqdm(pool.map(rows_of, assignment.exercises), total=len(assignment.exercises), desc="exercises",
+                              disable=not bar, leave=False):
+            found |= rows
     return Report(assignment.name, [found[case.name] for case in cases], "", time.perf_counter() - began)
 
 
@@ -178,8 +183,8 @@ def grade_folder(assignment, submissions, csv_path, jobs=None):
     folders = sorted(path for path in pathlib.Path(submissions).iterdir() if path.is_dir())
     expect(folders, "grade", f"no folders in {submissions}: expected one for each submission")
     reports = {}
-    with concurrent.futures.ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        waiting = {pool.submit(grade_submission, assignment, path): path.name for path in folders}
+    with concurrent.futures.ThreadPoolExecutor(jobs or cpu_count()) as pool:
+        waiting = {pool.submit(grade_submission, assignment, path, jobs=1): path.name for path in folders}
         for done in tqdm.tqdm(concurrent.futures.as_completed(waiting), total=len(waiting), desc="submissions"):
             reports[waiting[done]] = done.result()
     with open(csv_path, "w", newline="") as file:
