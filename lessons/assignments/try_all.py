@@ -20,7 +20,7 @@ def pasted(copy, source):
     """The student's copy with each solution of `source` in the place of its NotImplementedError."""
     lines = source.splitlines()
     solutions = iter(["\n".join(lines[first + 1:last]) for first, last in release.regions(source)])
-    made = re.sub(r"^ *raise NotImplementedError\('Exercise .*$", lambda _: next(solutions), copy, flags=re.MULTILINE)
+    made = re.sub(r"^ *raise NotImplementedError\(['\"]Exercise .*$", lambda _: next(solutions), copy, flags=re.MULTILINE)
     if next(solutions, None) is not None:
         raise SystemExit("more solutions than places for them")
     return made

@@ -19,5 +19,7 @@ def test_from_copy_to_points(name, tmp_path, capsys):
 def test_pasting_finds_each_place():
     assert try_all.pasted("def f():\n    raise NotImplementedError('Exercise 1.1: x')\n",
                           "def f():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION\n") == "def f():\n    return 1\n"
+    assert try_all.pasted('raise NotImplementedError("Exercise 3.5: a teacher\'s x")\n',
+                          "### BEGIN SOLUTION\na = 1\n### END SOLUTION\n") == "a = 1\n"
     with pytest.raises(SystemExit, match="more solutions"):
         try_all.pasted("", "### BEGIN SOLUTION\na = 1\n### END SOLUTION\n")
