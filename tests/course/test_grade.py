@@ -17,8 +17,6 @@ from tinytoken.course import assignment, child, grade, release, rules
 
 A1, *OTHERS = (assignment.find(name) for name in ("a1", "a2", "a3", "a4"))
 SOLVED = (A1.folder / A1.script).read_text()
-a1_and_slowly_the_others = pytest.mark.parametrize(
-    "given", [A1, *(pytest.param(given, marks=pytest.mark.slow) for given in OTHERS)], ids=lambda given: given.name)
 
 
 def mistakes(given):
@@ -43,7 +41,8 @@ def points(source, given=A1, numbers=None):
                 for e, row in zip(chosen, rows)}
 
 
-@a1_and_slowly_the_others
+@pytest.mark.slow  # a1 is in test_try_all.py, too
+@pytest.mark.parametrize("given", [A1, *OTHERS], ids=lambda given: given.name)
 def test_the_reference_gets_every_point_and_the_stub_none(given):
     solved = (given.folder / given.script).read_text()
     assert sum(case.points for case in given.cases()) == 25 and not rules.breaches(solved, given)
@@ -116,6 +115,7 @@ def test_what_ends_or_fills_a_process_costs_its_exercise_alone(body, said, monke
 
 HOSTILE = {
     "reads the tests": "return open('tests/test_a1.py').read()",
+    "overwrites the tests": "import pathlib\npathlib.Path('tests/test_a1.py').write_text('')\nreturn g",
     "opens by another way": "return np.fromfile('/etc/passwd')",
     "a file through numpy": "np.save('/tmp/full', g)\nreturn g",
     "ends the process": "import os\nos._exit(0)",
