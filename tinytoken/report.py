@@ -149,6 +149,16 @@ def overhead(results):
 
 
 @part
+def grading(results):
+    """Of tests/benchmarks/grading.py."""
+    found = load(results / "grading.json")
+    on = found["machine"]
+    return (f"{found['submissions']} submissions of {found['assignment'].split('_')[0]} (right ones, untouched ones, planted mistakes) take "
+            f"{max(found['seconds']):.0f} s, {found['jobs']} at a time; a second time they get "
+            f"{'the same points' if found['same_points_twice'] else '**other points**'}. Machine: {on['processor']}, {on['cpus']} CPUs.")
+
+
+@part
 def lessons(results):
     """A line for each lesson before the seventh: what its default run measured."""
     tape, checks, attention, vit, masks, gumbel = (load(results / f"{name}.json")["results"] for name in (
@@ -184,28 +194,6 @@ def dynamicvit(results):
     """Lesson 07 in full, on scenes: a row per arm, paired by seed with the ViT that got as many further steps."""
     found = load(results / "07_dynamicvit_full.json")
     return f"{arms_text(found)}\n\nWith bounds that were set before the run:\n\n{claims_text(found['results']['claims'])}"
-
-
-@part
-def dynamicvit_cifar10(results):
-    """Lesson 07 in full on CIFAR-10: the headline arms, one seed."""
-    found = load(results / "07_dynamicvit_full_cifar10.json")
-    return f"{arms_text(found)}\n\n{claims_text(found['results']['claims'])}"
-
-
-@part
-def vit_cifar10(results):
-    """Two ViTs from scratch: lesson 04's in full, within an hour, and the longer one that lesson 07 starts from."""
-    short, long = (load(results / f"{name}_full_cifar10.json") for name in ("04_vit", "07_dynamicvit"))
-    start, first = long["results"]["starts"][0], short["results"]
-    on = short["machine"]
-    return (f"`python lessons/04_vit.py --full --data cifar10` trains the ViT of this table for {first['steps']:,} steps and gets "
-            f"{100 * first['accuracy'][0]:.1f} % of {first['test_pictures']:,} test pictures right, after "
-            f"{first['train_seconds'] / 60:.0f} minutes of training; lesson 07 does it for {long['results']['recipe']['first_steps']:,} "
-            f"steps, {start['trained']['seconds'] / 60:.0f} minutes, and gets {100 * start['accuracy']:.1f} % (one seed each: "
-            f"{short['seed']}; batch {long['results']['recipe']['batch']}, AdamW at {long['results']['recipe']['lr']}, warm-up and "
-            f"cosine decay, moved and mirrored pictures). Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, "
-            f"{on['blas']}.")
 
 
 def arms_text(found):
