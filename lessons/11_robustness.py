@@ -22,7 +22,7 @@ from tinytoken.trial import Trial
 
 here = lesson.begin("11_robustness")
 rng = np.random.default_rng(here.seed)
-RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(32, 1000, 2000),
+RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(32, 200, 2000),
                         **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.7,),
                                          compressed=(2, 2)), {}, {}))
 
@@ -90,10 +90,11 @@ here.picture("damage", draw_damage, 12, 5.6)
 # quarter.
 
 # %%
-STEPS = here.pick(4, 200, 3000 if here.data == "scenes" else 15620)
+STEPS = here.pick(4, 100, 3000 if here.data == "scenes" else 15620)
 FURTHER = max(STEPS // 4, 1)
 narrow = here.pick((("dim", 8), ("heads", 1)), *[(("dim", 64), ("heads", 2))] * 2)
 fewer = [STEPS // 2] if here.size != "full" else [STEPS // 8, STEPS // 4, STEPS // 2]
+STRENGTHS = here.pick((3,), (1, 3, 5), (1, 2, 3, 4, 5))
 VIT, DYNAMIC, LOOKUP, NARROW = "ViT", "DynamicViT .7", "LookupViT 3x3", "ViT, narrower"
 # name: (class, sizes, steps of the first part); DynamicViT has none and goes on from the ViT's
 ARMS = {VIT: (ViT, (), STEPS), DYNAMIC: (DynamicViT, (), 0), LOOKUP: (LookupViT, (), STEPS), NARROW: (ViT, narrow, STEPS),
@@ -133,7 +134,7 @@ for seed in seeds:
     for corruption in CORRUPTIONS:
         for name in ARMS:
             damaged[name][-1][corruption] = []
-        for strength in range(1, 6):
+        for strength in STRENGTHS:
             pictures = corrupt(images, corruption, strength, seed=seed)
             for name, model in models.items():
                 damaged[name][-1][corruption].append(1 - accuracy(infer(model, pictures, trial.prepare), labels))
@@ -213,7 +214,7 @@ def draw_errors(figure):
 
 here.picture("errors", draw_errors, 12, 4.6)
 here.measured(summary=summary, damaged=damaged, clean=clean, seeds=seeds,
-              recipe=dataclasses.asdict(RECIPE) | {"steps": STEPS, "further": FURTHER})
+              recipe=dataclasses.asdict(RECIPE) | {"steps": STEPS, "further": FURTHER, "strengths": STRENGTHS})
 
 # %% [markdown]
 # ## Exercises
