@@ -193,7 +193,7 @@ def lessons(results):
         f"errand that reads in one place and writes in others, one head of `probs` leaves {left['probs']} % of the error, `renorm` "
         f"{left['renorm']}, `resoftmax` {left['resoftmax']}, two heads of `probs` {left['probs, two heads']} (medians of "
         f"{len(lookup['seeds'])} seeds).",
-        "9. to 11. Their default runs are too short to decide anything; their full runs have not been made yet."))
+        "9. As of lessons 10 and 11, the default run is too short to decide anything; their full runs have not been made yet."))
 
 
 @part
