@@ -110,6 +110,13 @@ def test_a_notebook_has_the_scripts_cells(a1, tmp_path):
     assert notebook.cells[0].source.startswith("# Assignment 1")
 
 
+def test_without_a_checkout_the_current_folder_is_looked_into(a1, tmp_path, monkeypatch):
+    release.write_copy(a1, tmp_path / "copy")
+    monkeypatch.setattr(assignment, "__file__", str(tmp_path / "site-packages" / "tinytoken" / "course" / "assignment.py"))
+    monkeypatch.chdir(tmp_path / "copy")
+    assert assignment.find("a1").folder.resolve() == tmp_path / "copy"
+
+
 def test_an_assignment_that_cannot_be_used(a1, tmp_path):
     with pytest.raises(tt.InputError, match="no assignment 'a9'"):
         assignment.find("a9")

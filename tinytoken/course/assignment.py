@@ -67,8 +67,10 @@ class Assignment:
 
 
 def folders():
-    """Where assignments are looked for: lessons/assignments of the checkout that this package lies in."""
-    return [pathlib.Path(__file__).parents[2] / "lessons" / "assignments"]
+    """Where assignments are looked for: lessons/assignments of the checkout that this package lies in, or, where it was installed
+    without one, as students have it, the current folder."""
+    checkout = pathlib.Path(__file__).parents[2] / "lessons" / "assignments"
+    return [checkout if checkout.is_dir() else pathlib.Path()]
 
 
 def find(name, places=None):
