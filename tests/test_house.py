@@ -16,7 +16,8 @@ FILES = house.files()
 every_file = pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
 
 ANYWHERE = {"numpy", "threadpoolctl", "tqdm"}       # the core dependencies
-IN_FUNCTIONS = {"matplotlib", "PIL", "IPython"}     # the `plot` extra; IPython is there in a notebook
+IN_FUNCTIONS = {"matplotlib", "PIL", "IPython",      # the `plot` extra; IPython is there in a notebook
+                "pytest", "nbformat"}               # the course's grader and notebooks
 IN_BACKEND_AND_CUDA = {"cupy", "cupyx"}
 NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}
 
@@ -69,9 +70,10 @@ def test_only_what_may_be_imported_is(file):
 
 @every_file
 def test_nothing_is_unpickled_or_evaluated(file):
+    grader = file.name == "course/child.py"  # runs submissions, in a process of their own
     for node in ast.walk(file.tree):
         if isinstance(node, ast.Call):
-            assert getattr(node.func, "id", "") not in ("exec", "eval")
+            assert getattr(node.func, "id", "") not in ("exec", "eval") or grader
             assert not any(k.arg == "allow_pickle" and getattr(k.value, "value", True) is not False for k in node.keywords)
 
 

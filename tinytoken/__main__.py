@@ -1,4 +1,4 @@
-"""python -m tinytoken compare | predict | doctor | bench | report."""
+"""python -m tinytoken compare | predict | doctor | bench | report | stub | grade | autograder-zip."""
 import argparse
 import pathlib
 import sys
@@ -55,7 +55,36 @@ def parser():
     measured = commands.add_parser("report", help="in a checkout: write the README's measured parts from lessons/results")
     measured.add_argument("--root", type=pathlib.Path, default=".", help="the checkout (default: this folder)")
     measured.set_defaults(run=run_report)
+    course(commands)
     return top
+
+
+def course(commands):
+    """The commands of the course. NAME is a1 to a4, looked for in lessons/assignments of a checkout, or in --assignment."""
+    copy = commands.add_parser("stub", help="a student's copy of an assignment: without solutions and hidden tests")
+    copy.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
+    copy.add_argument("--notebook", action="store_true", help="write it as a notebook too")
+    copy.set_defaults(run=run_stub)
+
+    points = commands.add_parser("grade", help="points for a submission, case by case")
+    which = points.add_mutually_exclusive_group(required=True)
+    which.add_argument("--submission", type=pathlib.Path, help="the folder that holds the file, or the file")
+    which.add_argument("--submissions", type=pathlib.Path, help="a folder of such folders; needs --csv")
+    points.add_argument("--csv", type=pathlib.Path, help="with --submissions: a line for each")
+    points.add_argument("--json", type=pathlib.Path, help="write the report as JSON")
+    points.add_argument("--gradescope", type=pathlib.Path, help="write Gradescope's results.json")
+    points.add_argument("--leaderboard", action="store_true", help="with --gradescope: train with a submission that has all points "
+                        "(a3, a4: about a minute) and post accuracy and multiply-adds")
+    points.set_defaults(run=run_grade)
+
+    archive = commands.add_parser("autograder-zip", help="the zip that Gradescope runs")
+    archive.add_argument("--out", type=pathlib.Path, help="default: NAME_autograder.zip")
+    archive.set_defaults(run=run_zip)
+    for command in (copy, points, archive):
+        command.add_argument("name", help="a1, a2, a3 or a4")
+        command.add_argument("--assignment", type=pathlib.Path, help="the folder of the assignment, or of several")
+    for command in (points, archive):
+        command.add_argument("--hidden", action="store_true", help="say hidden cases at Gradescope too: it then hides the total")
 
 
 def run_compare(args):
@@ -89,6 +118,41 @@ def run_doctor(args):
 def run_report(args):
     from . import report
     print("README.md written" if report.write(args.root) else "README.md is as the results say")
+
+
+def find_assignment(args):
+    from .course import assignment
+    return assignment.find(args.name, [args.assignment] if args.assignment else None)
+
+
+def run_stub(args):
+    from .course import release
+    print("\n".join(map(str, release.write_copy(find_assignment(args), args.out, args.notebook))))
+
+
+def run_grade(args):
+    from .checkpoint import write_json
+    from .course import grade, gradescope
+    from .errors import expect
+    assignment = find_assignment(args)
+    if args.submissions:
+        expect(args.csv, "grade", "--submissions without --csv: give the file for the points")
+        reports = grade.grade_folder(assignment, args.submissions, args.csv)
+        print(f"{len(reports)} submissions graded: {args.csv}")
+        return
+    report = grade.grade_submission(assignment, args.submission, bar=sys.stderr.isatty())
+    if args.json:
+        write_json(args.json, report.as_json())
+    if args.gradescope:
+        board = grade.leaderboard(assignment, args.submission, report) if args.leaderboard else ()
+        gradescope.write_results(report, args.gradescope, hidden=args.hidden, leaderboard=board)
+    print(grade.text(report, assignment))
+
+
+def run_zip(args):
+    from .course import gradescope
+    assignment = find_assignment(args)
+    print(gradescope.autograder_zip(assignment, args.out or pathlib.Path(f"{assignment.name}_autograder.zip"), args.hidden))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,451 @@
+# %% [markdown]
+# # Lesson 09: LookupViT
+# You will be able to build a LookupViT block by block, say what each part costs, and test whether it earns what it saves.
+#
+# DynamicViT (lesson 07) throws tokens away. LookupViT (Koner et al. 2024) keeps them all and gives most of the work to others.
+# It has two sets of tokens. The **lookup tokens**, N of them, are the patches: many, and on a cheap path. The **compressed
+# tokens**, M of them, are the same patches resized to a small grid: few, and on the expensive path. In each block the few read
+# the many, think, and write back. Lesson 08 took the reading and writing apart; here they become a network.
+
+# %%
+import dataclasses
+import math
+import statistics
+
+import numpy as np
+
+import tinytoken as tt
+from tinytoken import backend, compare, lesson, nn, ops, plot
+from tinytoken.models import LookupViT, ViT
+from tinytoken.train import Classify
+from tinytoken.trial import Trial
+
+here = lesson.begin("09_lookupvit")
+rng = np.random.default_rng(here.seed)
+
+# %% [markdown]
+# ## The block by hand
+# F_l (B, N, D) are the lookup tokens, F_p (B, M, D) the compressed ones, H heads of d = D / H numbers each. A block has four
+# parts, and each adds to one of the two sets:
+#
+#     (a) gather    Q = norm(F_p W_Q)   K = norm(F_l W_K)   V = F_l W_V           split into heads: (B, H, M or N, d)
+#                   A = softmax over N of Q K^T / sqrt(d)                         (B, H, M, N)
+#                   F_p <- F_p + [A V, heads side by side] W_O                    (B, M, D)
+#     (b) refine    F_p <- an ordinary transformer block of F_p                   (lesson 04)
+#     (c) infuse    V' = norm(F_p) W_V'                                           (B, H, M, d)
+#                   F_l <- F_l + [A^T V', heads side by side] W_O'                (B, N, D), the same A, read backward
+#     (d) light     F_l <- F_l + MLP(norm(F_l)), hidden width D / 2               (in (b) the MLP's is 4 D)
+#
+# All matrices have biases, left out above. The norms of (a) stand after the projection and before the cut into heads.
+
+
+# %%
+def linear(x, w, name):
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def norm(x, w, name):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt((centred ** 2).mean(axis=-1, keepdims=True) + 1e-6) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def split(x, heads):  # (B, T, D) -> (B, H, T, d)
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def merge(x):  # (B, H, T, d) -> (B, T, D)
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+
+
+def gather(F_l, F_p, w, heads):
+    """(a) -> the new compressed tokens, and the weights A."""
+    q, k = norm(linear(F_p, w, "gather_q"), w, "gather_norm_q"), norm(linear(F_l, w, "gather_k"), w, "gather_norm_k")
+    q, k, v = (split(x, heads) for x in (q, k, linear(F_l, w, "gather_v")))
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    A = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    A /= A.sum(axis=-1, keepdims=True)
+    return F_p + linear(merge(A @ v), w, "gather_proj"), A
+
+
+def infuse(F_l, F_p, A, w, heads):
+    """(c) -> the new lookup tokens."""
+    v = split(linear(norm(F_p, w, "infuse_norm"), w, "infuse_v"), heads)
+    return F_l + linear(merge(A.swapaxes(-1, -2) @ v), w, "infuse_proj")
+
+
+def light(F_l, w):
+    """(d) -> the new lookup tokens."""
+    return F_l + linear(gelu(linear(norm(F_l, w, "lookup_norm"), w, "lookup_mlp.fc1")), w, "lookup_mlp.fc2")
+
+
+def shaken(model):
+    """The model in float64, each weight moved by a random amount: zeros hide mistakes."""
+    for p in model.astype("float64").parameters():
+        p.data += 0.1 * rng.standard_normal(p.shape)
+    return model
+
+
+def off(ours, theirs):
+    """The largest difference, relative to the largest value."""
+    return float(np.abs(ours - theirs.data).max() / np.abs(ours).max())
+
+
+block = shaken(tt.models.lookupvit.LookupBlock(dim=12, heads=3))
+w, F_l, F_p = block.state_dict(), rng.standard_normal((2, 16, 12)), rng.standard_normal((2, 4, 12))
+lookup, compressed = block(tt.Tensor(F_l), tt.Tensor(F_p))
+gathered, A = gather(F_l, F_p, w, 3)
+refined = block.refine(tt.Tensor(gathered)).data  # lesson 04's block
+written = light(infuse(F_l, refined, A, w, 3), w)
+print(f"block by hand and the package's: compressed {off(refined, compressed):.0e}, lookup {off(written, lookup):.0e} apart")
+assert max(off(refined, compressed), off(written, lookup)) < 1e-12
+
+# %% [markdown]
+# ## The model by hand
+# Both sets come from the same patches X (B, N, D). The resize matrix R (M, N) of lesson 08 makes the compressed ones, and each
+# set has positions of its own. There is no class token. At the end each set is normed, averaged, and classified by a head of its
+# own; both are trained, and the compressed set's answer is the model's.
+#
+#     F_l = X + P_l        F_p = R X + P_p        logits = mean over M of norm(F_p) W + b, and likewise for F_l
+
+
+# %%
+SMALL = dict(image_size=16, patch_size=4, dim=12, depth=3, heads=3, compressed=(2, 2))
+model = shaken(LookupViT(**SMALL))
+w, images = model.state_dict(), rng.standard_normal((2, 3, 16, 16))
+
+
+def lookupvit_by_hand(images, heads=3):
+    """(B, C, H, W) -> logits of the compressed head and of the lookup head."""
+    X = ops.patchify(images, patch=4).data @ w["patch_embed.proj.weight"].reshape(12, -1).T + w["patch_embed.proj.bias"]
+    F_l, F_p = X + w["pos_embed"], ops.resize_matrix((4, 4), (2, 2)) @ X + w["pos_embed_compressed"]
+    for i, block in enumerate(model.blocks):
+        of_block = {name.removeprefix(f"blocks.{i}."): array for name, array in w.items() if name.startswith(f"blocks.{i}.")}
+        F_p, A = gather(F_l, F_p, of_block, heads)
+        F_p = block.refine(tt.Tensor(F_p)).data
+        F_l = light(infuse(F_l, F_p, A, of_block, heads), of_block)
+    return linear(norm(F_p, w, "norm").mean(axis=1), w, "head"), linear(norm(F_l, w, "lookup_norm").mean(axis=1), w, "lookup_head")
+
+
+ours, theirs = lookupvit_by_hand(images), model.train()(images)
+print(f"logits by hand and the package's: {off(ours[0], theirs.logits):.0e} and {off(ours[1], theirs.lookup_logits):.0e} apart")
+assert max(off(ours[0], theirs.logits), off(ours[1], theirs.lookup_logits)) < 1e-12
+names, parameters = zip(*model.named_parameters())
+labels = np.array([1, 7])
+tt.gradcheck(lambda *_: tt.models.lookupvit_loss(model(images), labels)[0], *parameters, names=names,
+             max_elements=here.pick(20, 60, 1000), seed=here.seed)
+# In eval mode only the compressed head answers, and nobody would read what (c) and (d) of the last block write: they are skipped.
+assert np.array_equal(model.eval()(images).data, model.train()(images).logits.data)
+
+# %% [markdown]
+# ## What it costs
+# Multiply-adds of a block, with M tokens where the work is heavy and N where it is light:
+#
+# | part | for each lookup token | for each compressed token | products of the attention |
+# |---|---|---|---|
+# | (a) gather | K, V: 2 D^2 | Q, W_O: 2 D^2 | scores and A V: 2 N M D |
+# | (b) refine | | 12 D^2 | 2 M^2 D |
+# | (c) infuse | W_O': D^2 | W_V': D^2 | A^T V': N M D |
+# | (d) light MLP | D^2 | | |
+# | together | **4 N D^2** | **15 M D^2** | **(3 N M + 2 M^2) D** |
+#
+# A ViT's block costs 12 N D^2 + 2 N^2 D. So however small M is, no more than two thirds of the linear part can be saved; what is
+# gone is the square of N. And nothing is free: the block has 19 D^2 weights where a ViT's has 12 D^2. **A LookupViT has 1.58
+# times the parameters of the ViT of equal width and depth.** Its saving is in multiply-adds, never in weights.
+
+# %%
+N, D, DEPTH, CLASSES = 64, 96, 6, 10
+print(f"{'compressed':<12}{'M MACs':>8}{'of the ViT':>12}{'one head alone':>16}{'M parameters':>14}")
+vit_macs = tt.macs(ViT(), np.zeros((1, 3, 32, 32), "float32")).total
+for m in (2, 3, 4, 5):
+    M, lookupvit, picture = m * m, LookupViT(compressed=(m, m)), np.zeros((1, 3, 32, 32), "float32")
+    per_block = 4 * N * D**2 + 15 * M * D**2 + (3 * N * M + 2 * M**2) * D
+    closed = N * 48 * D + DEPTH * per_block + 2 * D * CLASSES
+    unread = 2 * N * D**2 + M * D**2 + N * M * D + D * CLASSES  # (c), (d) and the lookup head
+    both, alone = (tt.macs(lookupvit, picture, mean_of_heads=mean).total for mean in (True, False))
+    assert both == closed and alone == closed - unread
+    print(f"{m} x {m:<8}{both / 1e6:>8.2f}{both / vit_macs:>12.2f}{alone / vit_macs:>16.2f}{lookupvit.parameter_count() / 1e6:>14.2f}")
+for kind, wanted in ((LookupViT, 19), (ViT, 12)):
+    assert sum(p.data.size for p in kind().blocks[0].parameters() if p.data.ndim == 2) == wanted * D**2
+
+# %% [markdown]
+# ## The arms of the experiment
+# All arms are trained from scratch: the same pictures in the same order, the same steps of the same optimiser. That LookupViT
+# comes near a ViT of twice its multiply-adds says little by itself. Perhaps the ViT is larger than it needs to be, and a smaller
+# one comes as near. So there are **controls**:
+#
+# - ViTs cut to LookupViT's multiply-adds: one narrower, one of half the depth.
+# - A ViT on the 3 x 3 resized patches alone. If it does as well, the lookup tokens earn nothing.
+# - A ViT with patches of 8 x 8 pixels: fewer tokens, the plain way.
+# - A ViT with LookupViT's number of parameters.
+# - **No way back**: LookupViT without (c). The compressed tokens read the lookup tokens, which never learn of it. If it does as
+#   well, writing back earns nothing.
+#
+# Then variations: other grids; the four readings of the attention in (c) that lesson 08 lists; one head; the norms of (a) before
+# the projections; and 256 tokens, where there is more to save.
+
+
+# %%
+class SmallGridViT(ViT):
+    """A ViT on the patches, resized to 3 x 3, instead of all patches."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        grid = self.patch_embed.grid
+        positions = ops.resize_matrix(grid, (3, 3)) @ nn.start_positions(grid, self.config["dim"])
+        self.pos_embed = nn.Parameter(np.pad(positions, ((1, 0), (0, 0)))[None].astype("float32"))  # the class token's is 0
+
+    def embed(self, images):
+        x = ops.resize(self.patch_embed(images), grid=self.patch_embed.grid, size=(3, 3))
+        return ops.concat(ops.broadcast_to(self.cls_token, shape=(len(x), 1, x.shape[2])), x, axis=1) + self.pos_embed
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    kind: type = LookupViT
+    sizes: tuple = ()  # where they differ from the recipe's: ((name, value), ...)
+    options: tuple = ()
+    steps: int = 0     # 0: as many as all
+
+
+VIT, LOOKUP, ONE_WAY = "ViT", "LookupViT 3x3", "no way back"
+STEPS, FINE = here.pick((4, 2), (150, 0), (3000, 1000) if here.data == "scenes" else (15620, 0))  # CIFAR: 20 epochs
+narrow, equal = here.pick((("dim", 8), ("heads", 1)), (("dim", 64), ("heads", 2)), (("dim", 64), ("heads", 2))), ("dim", 120)
+HEADLINE = {
+    VIT: Arm(ViT),
+    LOOKUP: Arm(),
+    ONE_WAY: Arm(options=(("reuse", "none"),)),
+    "ViT, narrower": Arm(ViT, narrow),
+    "ViT, half the depth": Arm(ViT, (("depth", here.pick(1, 3, 3)),)),
+}
+ARMS = HEADLINE | {
+    "ViT on 3x3 tokens": Arm(SmallGridViT),
+    "ViT, patch 8": Arm(ViT, (("patch", here.pick(16, 8, 8)),)),
+    "ViT of equal parameters": Arm(ViT, (here.pick(("dim", 20), equal, equal),)),
+    "ViT, mean of tokens": Arm(ViT, options=(("pool", "mean"),)),
+    **{f"LookupViT {m}x{m}": Arm(options=(("compressed", (m, m)),)) for m in here.pick((2,), (2, 4, 5), (2, 4, 5))},
+    **{f"reuse {name}": Arm(options=(("reuse", name),)) for name in ("renorm", "resoftmax", "separate")},
+    "one classifier": Arm(options=(("classifiers", "compressed"),)),
+    "norms before": Arm(options=(("norm", "pre"),)),
+    "ViT, 256 tokens": Arm(ViT, (("patch", 2),), steps=FINE),
+    "LookupViT 5x5, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)),), steps=FINE),
+    "no way back, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)), ("reuse", "none")), steps=FINE),
+}
+RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
+                        **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
+chosen = here.pick([name for name in ARMS if "256" not in name], [VIT, LOOKUP, ONE_WAY],
+                   list(ARMS if here.data == "scenes" else HEADLINE))
+seeds = [here.seed + i for i in range(3 if here.size == "full" and here.data == "scenes" else 1)]
+rows, answers, trained = {name: [] for name in chosen}, {name: [] for name in chosen}, {}
+for seed in seeds:
+    trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
+    for name in chosen if seed == seeds[0] else HEADLINE:
+        arm = ARMS[name]
+        options = dict({"compressed": here.pick((2, 2), (3, 3), (3, 3))} if arm.kind is LookupViT else {}, **dict(arm.options))
+        model, steps = trial.new(arm.kind, sizes=arm.sizes, **options), arm.steps or STEPS
+        report = trial.fit(f"{name} {steps}", Classify(model), steps, trial.recipe.lr)
+        rows[name].append(trial.measure(model, report) | {"steps": steps})
+        answers[name].append(trial.answers(model).argmax(axis=1) == trial.test.labels)
+        if seed == seeds[0]:
+            trained[name], shown = model, trial
+
+# %% [markdown]
+# ## Where does the way back pay?
+# The class is read off the compressed tokens. For it the way back can only help in a roundabout way: what is written to a
+# lookup token in one block is read from it in the next. So take a task whose answer stands at the lookup tokens: **which share
+# of this patch is object?** A patch of 4 x 4 pixels cannot tell by itself, since the clutter has the colours of the objects. It
+# has to learn from the rest of the picture, and without (c) nothing of that ever reaches it. A linear head on each patch token
+# gives the share; the loss is the squared error, the measure the share of the variance that is explained (R^2: 1 is perfect, 0 is
+# a constant).
+
+
+# %%
+class Locator(nn.Module):
+    """A ViT or LookupViT with a head on every patch token. images (B, C, S, S) -> shares (B, N)."""
+
+    def __init__(self, body):
+        self.body, self.config, self.share_head = body, body.config, nn.Linear(body.config["dim"], 1)
+        nn.initialise(self)
+
+    def forward(self, images):
+        looks_up = isinstance(self.body, LookupViT)
+        # in eval mode a LookupViT finishes its lookup tokens only if it is asked for both heads
+        _, seen = self.body(images, trace=True, **({"mean_of_heads": True} if looks_up and not self.training else {}))
+        return self.share_head(seen.lookup if looks_up else seen.tokens).reshape(len(images), -1)
+
+
+class Locate:
+    """Squared error of a Locator. Its batches' labels are the numbers of the pictures, for which `shares` (B, N) are known."""
+
+    def __init__(self, model, shares):
+        self.model, self.shares, self.settings = model, shares, {"task": "object share"}
+
+    def noise(self, size, step, seed, xp):
+        return ()
+
+    def __call__(self, images, numbers):
+        loss = ops.mse(self.model(images), self.shares[numbers])
+        return loss, {"squared error": loss}
+
+
+def explained(shares, found):
+    return float(1 - ((shares - found) ** 2).mean() / shares.var())
+
+
+LOCATE_STEPS = here.pick(2, 60, 1000)
+located, maps = {name: [] for name in (VIT, LOOKUP, ONE_WAY)}, {}
+for seed in seeds if here.data == "scenes" else ():
+    trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
+    train, _ = compare.load_pictures(trial.recipe)
+    shares = backend.to_device(train.object_share(RECIPE.patch), here.device)
+    trial.batches.labels = backend.to_device(np.arange(len(train.images)), here.device)
+    test_shares = trial.test.object_share(RECIPE.patch)
+    for name in located:
+        arm = ARMS[name]
+        tt.manual_seed(seed)
+        model = Locator(trial.new(arm.kind, **dict(arm.options))).to(here.device)
+        trial.fit(f"locate {name} {LOCATE_STEPS}", Locate(model, shares), LOCATE_STEPS, trial.recipe.lr)
+        found = trial.answers(model)
+        located[name].append(explained(test_shares, found))
+        maps.setdefault(name, found[:5])
+
+# %% [markdown]
+# ## What was measured
+# ± is the standard deviation over seeds. A difference is paired: the same seed, so the same pictures in the same order. Its 95 %
+# interval is Student's over the seeds, or, where there is one seed, the normal one over the test pictures (which says nothing of
+# how another seed would have come out).
+
+# %%
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantiles for so many seeds
+
+
+def difference(name, than):
+    """Points of accuracy of `name` above `than`: (mean, low, high). As many seeds as both have."""
+    pairs = [100.0 * (a.astype(float) - b) for a, b in zip(answers[name], answers[than])]
+    gaps = [pair.mean() for pair in pairs]
+    if len(gaps) > 1:
+        reach = STUDENT[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    else:
+        reach = 1.96 * pairs[0].std() / math.sqrt(len(pairs[0]))
+    middle = statistics.mean(gaps)
+    return float(middle), float(middle - reach), float(middle + reach)
+
+
+differences = {}
+print(f"{'arm':<28}{'accuracy, %':>12}{'M MACs':>9}{'M params':>9}{'steps':>7}{'above the ViT [95 %]':>26}{'above LookupViT 3x3 [95 %]':>30}")
+for name in chosen:
+    fine = name.endswith("256 tokens")
+    against = ("ViT, 256 tokens", "LookupViT 5x5, 256 tokens") if fine else (VIT, LOOKUP)
+    differences[name] = [difference(name, other) for other in against]
+    cells = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" if name != other else ""
+             for (middle, low, high), other in zip(differences[name], against)]
+    row = rows[name][0]
+    print(f"{name:<28}{compare.spread_text([100 * r['accuracy'] for r in rows[name]]):>12}{row['macs'] / 1e6:>9.2f}"
+          f"{row['parameters'] / 1e6:>9.2f}{row['steps']:>7}{cells[0]:>26}{cells[1]:>30}")
+for name, found in located.items():
+    if found:
+        print(f"object share of each patch, {LOCATE_STEPS} steps, {name:<16} explained {compare.spread_text(found, '.3f')}")
+
+# %% [markdown]
+# The claims, with bounds that were set before the first full run. A smaller run decides nothing.
+
+# %%
+here.claim("LookupViT 3x3: MACs, of the ViT's", rows[LOOKUP][0]["macs"] / rows[VIT][0]["macs"], high=0.5)
+here.claim("LookupViT 3x3: lower end of the 95 % interval of points above the ViT", differences[LOOKUP][0][1], low=-1)
+for name in (name for name in HEADLINE if name in chosen and name not in (VIT, LOOKUP)):
+    here.claim(f"LookupViT 3x3: points above {name}", -differences[name][1][0], low=0)
+if located[LOOKUP]:
+    here.claim("object share of each patch: explained by LookupViT 3x3, above no way back",
+               statistics.mean(located[LOOKUP]) - statistics.mean(located[ONE_WAY]), low=0)
+
+
+def draw_arms(figure):
+    axis = figure.subplots()
+    for name in chosen:
+        colour = "#0072b2" if ARMS[name].kind is LookupViT else "#d55e00"
+        reached, macs = statistics.mean(100 * r["accuracy"] for r in rows[name]), rows[name][0]["macs"] / 1e6
+        axis.plot(macs, reached, "s" if "256" in name else "o", color=colour)
+        axis.annotate(name, (macs, reached), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    axis.set(xscale="log", xlabel="M multiply-adds for a picture (logarithmic)", ylabel="test accuracy, %",
+             title="LookupViTs (blue) and ViTs (red)" + "; squares: 256 tokens, fewer steps" * any("256" in name for name in chosen))
+    low, high = axis.get_xlim()
+    ticks = [tick for tick in (5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300) if low < tick < high]
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+
+
+def draw_looks(figure):
+    """For three pictures, what each compressed token of the last block reads, mean over heads."""
+    pictures = shown.test.images[:3]
+    with tt.no_grad():
+        _, trace = trained[LOOKUP].eval()(shown.prepare(pictures), trace=True)
+    A = backend.to_numpy(trace.attention[-1].data).mean(axis=1)  # (B, M, N)
+    axes = figure.subplots(len(pictures), 1 + A.shape[1])
+    for b, row in enumerate(axes):
+        picture = pictures[b].transpose(1, 2, 0)
+        for i, axis in enumerate(row):
+            axis.imshow(picture if i == 0 else plot.heat(picture, A[b, i - 1], RECIPE.patch), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], ylabel="" if i else shown.test.names[shown.test.labels[b]])
+            if b == 0:
+                axis.set_title("picture" if i == 0 else f"token {i}", fontsize=9)
+    figure.suptitle("What each compressed token of the last block reads (red: its largest weight)")
+
+
+def draw_located(figure):
+    side = 32 // RECIPE.patch
+    axes = figure.subplots(5, 2 + len(maps))
+    for b, row in enumerate(axes):
+        panels = {"picture": shown.test.images[b].transpose(1, 2, 0), "object share": test_shares[b].reshape(side, side)}
+        panels |= {name: found[b].reshape(side, side) for name, found in maps.items()}
+        for axis, (name, panel) in zip(row, panels.items()):
+            axis.imshow(panel, **({} if name == "picture" else dict(cmap="viridis", vmin=0, vmax=1)))
+            axis.set(xticks=[], yticks=[])
+            if b == 0:
+                axis.set_title(name, fontsize=9)
+    figure.suptitle("Which share of each patch is object? The truth, and three answers")
+
+
+here.picture("arms", draw_arms, 9, 5.5)
+here.picture("looks", draw_looks, 12, 4.2)
+if maps:
+    here.picture("located", draw_located, 7.5, 7.5)
+here.measured(rows=rows, differences=differences, located=located, locate_steps=LOCATE_STEPS, seeds=seeds,
+              recipe=dataclasses.asdict(RECIPE) | {"steps": STEPS})
+
+# %% [markdown]
+# ## Exercises
+# 1. For which M does a LookupViT's block cost as much as a ViT's, at N = 64 and at N = 256 (D = 96)? Solve the formula, then check
+#    with `tt.macs`.
+# 2. Let the compressed tokens start from learned vectors, the same for every picture, in place of the resized patches (override
+#    `embed`). Train it. What is lost besides accuracy? (Ask the model for another grid.)
+# 3. Average the answers of both heads at inference: `trial.answers(model, mean_of_heads=True)`. What does it gain, and what does it
+#    cost by `tt.macs(model, images, mean_of_heads=True)`?
+# 4. Take the light MLP away too: lookup tokens that never change. Which arm is it to be compared with, and what does it cost?
+# 5. Put a LookupViT's lookup tokens to work without training anew: of the model trained for classes, freeze all and train
+#    `Locator`'s head alone. Does it know where the object is? Compare with the model without a way back.
+#
+# ## The paper
+# Koner et al. 2024, "LookupViT: Compressing visual information to a limited number of tokens" (arXiv 2407.12753). There is no
+# official code, and public readings of the text differ. So for each step: our line, what we chose where readers differ, and the
+# test that holds us to it (`tests/models/test_lookupvit.py`, where it is not said otherwise).
+#
+# | step | our line (`models/lookupvit.py`) | our choice, where readings differ | test |
+# |---|---|---|---|
+# | lookup tokens | `x + self.pos_embed` | no class token | `test_the_model_is_its_equations` |
+# | compressed tokens | `ops.resize(x, ...) + ...` | antialiased; before positions; a table of their own | `test_the_compressed_tokens_are_...` |
+# | (a) scores and weights | `ops.lookup_gather(q, k, v)` | norms after the projections (`norm="pre"`: before) | `test_the_readings_of_reuse_and_norm_differ` |
+# | (a) what is added | `compressed + self.gather_proj(...)` | an output projection | `test_the_model_is_its_equations` |
+# | (b) | `self.refine(...)` | MLP of 4 D | `test_parameters_of_a_block` |
+# | (c) values | `self.infuse_v(self.infuse_norm(compressed))` | normed first; a matrix of their own | `test_the_model_is_its_equations` |
+# | (c) A read backward | `ops.lookup_infuse(A, logits, v, reuse)` | `probs`: A^T as it is, each head its own | `test_masses_of_the_attention_and_of_its_readings` |
+# | A is used twice | the tape adds both gradients | | `test_the_gradient_of_the_attention_is_the_sum_...` |
+# | (d) | `lookup + self.lookup_mlp(...)` | MLP of D / 2, normed input | `test_parameters_of_a_block` |
+# | heads | `head`, `lookup_head` | two, equal weights; the compressed one answers | `test_the_loss_is_the_sum_of_both_heads` |
+# | last block | `tail=False` | (c), (d) skipped where nobody reads them | `test_skipping_the_last_tail_leaves_...` |
+# | multiply-adds | (3 N M + 2 M^2) D + (4 N + 15 M) D^2 | | above; `tests/test_cost.py` |
+
+# %%
+here.end()

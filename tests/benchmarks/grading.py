@@ -1,0 +1,59 @@
+"""How long a folder of submissions takes, and whether the same folder twice gives the same points.
+
+    python tests/benchmarks/grading.py [--name a1] [--count 30] [--jobs 2] [--out FILE.json]
+
+The submissions: the reference, the untouched copy, and planted mistakes in turn. Each folder is graded twice.
+"""
+import argparse
+import importlib.util
+import json
+import pathlib
+import tempfile
+import time
+
+from tinytoken import checkpoint
+from tinytoken.compare import machine
+from tinytoken.course import assignment, grade, release
+
+AT_MOST = 300  # seconds for 30 submissions of a1 on two cores (issue 6)
+
+
+def submissions(given, count, folder):
+    """Write `count` submissions under `folder`."""
+    spec = importlib.util.spec_from_file_location("mistakes", given.folder / "mistakes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    solved = (given.folder / given.script).read_text()
+    texts = [solved, release.without_solutions(given, solved), *(solved.replace(old, new) for _, _, old, new in module.MISTAKES)]
+    for number in range(count):
+        place = folder / f"student{number:02}"
+        place.mkdir(parents=True)
+        (place / given.script).write_text(texts[number % len(texts)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--name", default="a1")
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
+    given, seconds, points = assignment.find(args.name), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        place = pathlib.Path(folder)
+        submissions(given, args.count, place / "in")
+        for turn in range(2):
+            began = time.perf_counter()
+            reports = grade.grade_folder(given, place / "in", place / f"{turn}.csv", args.jobs)
+            seconds.append(round(time.perf_counter() - began, 1))
+            points.append((place / f"{turn}.csv").read_text())
+    got = sorted(report.points for report in reports.values())
+    said = {"machine": machine("cpu"), "assignment": given.name, "submissions": args.count, "jobs": args.jobs, "seconds": seconds,
+            "at_most": AT_MOST, "same_points_twice": points[0] == points[1], "points": {"least": got[0], "most": got[-1]}}
+    print(json.dumps(said, indent=1))
+    if args.out:
+        checkpoint.write_json(args.out, said)
+
+
+if __name__ == "__main__":
+    main()

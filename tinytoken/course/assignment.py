@@ -1,0 +1,116 @@
+"""An assignment: what its folder holds, which exercise a name belongs to, and the cases of its tests, read without running them.
+
+    a1_autograd/
+        a1_autograd.py     a percent script with the solutions; the one file that is handed in
+        assignment.toml    title, what may be imported, seconds, the exercises
+        references.py      the exercises' functions from the package, for the tests of the others
+        training.py        if there is one: run(student) trains something with the submission, for the script's end and a leaderboard
+        tests/*.py         pytest functions with @pytest.mark.points(3, number="1.2", visibility="visible", hint="...")
+        mistakes.py        wrong solutions, for the tests of the tests; never released
+"""
+import ast
+import dataclasses
+import pathlib
+import tomllib
+
+from ..errors import InputError, expect
+
+VISIBILITIES = ("visible", "hidden", "after_due_date")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exercise:
+    """number "1.3"; names: the functions and classes that solve it; lesson: where it is explained."""
+    number: str
+    title: str
+    names: tuple
+    lesson: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One test function, worth `points`. A case that its visibility hides is not in a student's copy."""
+    name: str
+    file: pathlib.Path
+    number: str
+    points: float
+    visibility: str
+    hint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """name "a1_autograd". imports: modules that a submission may import; tinytoken: dotted names of the package that it may use.
+    seconds: for the tests of one exercise."""
+    folder: pathlib.Path
+    name: str
+    title: str
+    imports: tuple
+    tinytoken: tuple
+    seconds: float
+    exercises: tuple
+
+    @property
+    def script(self):
+        """The name of the file that is handed in."""
+        return f"{self.name}.py"
+
+    def cases(self):
+        """All cases of the tests, in the order of their exercises."""
+        found = [case for path in sorted((self.folder / "tests").glob("*.py")) for case in _cases(path)]
+        numbers, names = [exercise.number for exercise in self.exercises], [case.name for case in found]
+        expect(len(set(names)) == len(names), "assignment", f"two cases of one name in {self.name}: {sorted(names)}")
+        for case in found:
+            expect(case.number in numbers, "assignment", f"{case.file.name}: {case.name} is of exercise {case.number!r}, "
+                   f"expected one of {', '.join(numbers)}")
+        return sorted(found, key=lambda case: numbers.index(case.number))
+
+
+def folders():
+    """Where assignments are looked for: lessons/assignments of the checkout that this package lies in, or, where it was installed
+    without one, as students have it, the current folder."""
+    checkout = pathlib.Path(__file__).parents[2] / "lessons" / "assignments"
+    return [checkout if checkout.is_dir() else pathlib.Path()]
+
+
+def find(name, places=None):
+    """The assignment called `name`, "a1" for short -> Assignment. places: folders to look in, or a student's copy itself."""
+    known = []
+    for place in places or folders():
+        for path in sorted([*place.glob("*/assignment.toml"), *place.glob("assignment.toml")]):
+            assignment = load(path.parent)
+            if name in (assignment.name, assignment.name.split("_")[0]):
+                return assignment
+            known.append(assignment.name)
+    raise InputError(f"no assignment {name!r} in {', '.join(map(str, places or folders()))}"
+                     + (f", only {', '.join(known)}" if known else "; give its folder with --assignment"))
+
+
+def load(folder):
+    """The assignment in `folder` -> Assignment. InputError for a file that is missing or says something impossible."""
+    path = folder / "assignment.toml"
+    try:
+        said = tomllib.loads(path.read_text())
+        exercises = tuple(Exercise(e["number"], e["title"], tuple(e["names"]), e["lesson"]) for e in said["exercise"])
+        assignment = Assignment(folder, said["name"], said["title"], tuple(said["imports"]), tuple(said["tinytoken"]),
+                                float(said["seconds"]), exercises)
+    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"cannot use {path}: {type(error).__name__} {error}") from error
+    names = [name for exercise in exercises for name in exercise.names]
+    expect(len(set(names)) == len(names), "assignment", f"{path}: a name belongs to two exercises: {names}")
+    return assignment
+
+
+def _cases(path):
+    for node in ast.parse(path.read_text(), str(path)).body:
+        if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test")):
+            continue
+        marks = [mark for mark in node.decorator_list if ast.unparse(mark).startswith("pytest.mark.points(")]
+        expect(len(marks) == len(node.decorator_list) == 1, "assignment",
+               f"{path}: {node.name} needs the one decorator pytest.mark.points(...): a case is one function")
+        said = {word.arg: ast.literal_eval(word.value) for word in marks[0].keywords}
+        case = Case(node.name, path, said["number"], float(ast.literal_eval(marks[0].args[0])),
+                    said.get("visibility", "visible"), said.get("hint", ""))
+        expect(case.visibility in VISIBILITIES, "assignment",
+               f"{path}: {node.name} has visibility {case.visibility!r}, expected one of {', '.join(VISIBILITIES)}")
+        yield case

@@ -1,0 +1,70 @@
+"""Gradescope: results.json as its autograder specification has it, and the zip that it runs."""
+import json
+import pathlib
+import zipfile
+
+from ..checkpoint import replacing
+from ..errors import expect
+from .release import leaks
+
+SETUP = """#!/usr/bin/env bash
+# Runs once, when Gradescope builds the image.
+set -e
+apt-get update && apt-get install -y python3 python3-venv
+python=python3
+if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    apt-get install -y python3.11 python3.11-venv
+    python=python3.11
+fi
+$python -m venv /autograder/venv
+/autograder/venv/bin/pip install -q numpy tqdm threadpoolctl pytest
+"""
+RUN = """#!/usr/bin/env bash
+# Runs for each submission. What is handed in lies in /autograder/submission; results.json is what Gradescope reads.
+cd /autograder/source
+/autograder/venv/bin/python -m tinytoken grade {name} --assignment assignment --submission /autograder/submission \\
+    --gradescope /autograder/results/results.json --leaderboard {options}
+"""
+
+
+def results(report, hidden=False, leaderboard=()):
+    """The report as Gradescope's results.json -> a dictionary. hidden: say hidden cases too, with their visibility. Any hidden case
+    hides the student's total at Gradescope, so without it they are left out. leaderboard: [(name, value, "asc" or "desc")], which end is better."""
+    rows = [row for row in report.rows if hidden or row.visibility == "visible"]
+    tests = [{"score": row.points, "max_score": row.max_points, "status": "passed" if row.points == row.max_points else "failed",
+              "name": row.name, "number": row.number, "output": row.output, "visibility": row.visibility, "tags": [row.number]}
+             for row in rows]
+    said = {"score": sum(row.points for row in rows), "execution_time": round(report.seconds, 2), "visibility": "visible",
+            "output": report.problem or f"{sum(row.points for row in rows):g} of {sum(row.max_points for row in rows):g} points",
+            "tests": tests}
+    if leaderboard:
+        said["leaderboard"] = [{"name": name, "value": value, "order": order} for name, value, order in leaderboard]
+    return said
+
+
+def write_results(report, path, **options):
+    """Write results.json, whole or not at all."""
+    with replacing(pathlib.Path(path), "w") as file:
+        json.dump(results(report, **options), file, indent=1)
+
+
+def autograder_zip(assignment, out, hidden=False):
+    """Write the zip that Gradescope takes -> its path: setup.sh, run_autograder, the package, and the assignment without its
+    solutions and planted mistakes. hidden: hidden cases are told and counted there as well."""
+    out, package = pathlib.Path(out), pathlib.Path(__file__).parents[1]
+    files = {"setup.sh": SETUP, "run_autograder": RUN.format(name=assignment.name, options="--hidden" if hidden else "")}
+    for path in sorted(package.rglob("*.py")):
+        files[f"tinytoken/{path.relative_to(package)}"] = path.read_text()
+    for path in [*(assignment.folder / name for name in ("assignment.toml", "references.py", "training.py")),
+                 *sorted((assignment.folder / "tests").glob("*.py"))]:
+        if path.exists():
+            files[f"assignment/{path.relative_to(assignment.folder)}"] = path.read_text()
+    ours = {name: text for name, text in files.items() if name.startswith("assignment/")}
+    problems = [line for line in leaks(assignment, ours) if "hidden test" not in line]
+    expect(not problems, "autograder-zip", f"not written: {'; '.join(problems)}")
+    with replacing(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            entry = zipfile.ZipInfo(name, date_time=(2026, 1, 1, 0, 0, 0))  # the same files make the same zip
+            entry.external_attr = (0o755 if name in ("setup.sh", "run_autograder") else 0o644) << 16
+            archive.writestr(entry, text)
+    return out

@@ -1,0 +1,134 @@
+"""What a submission may contain: read off its syntax before any of it runs, and held to once more while it runs.
+
+An exercise needs arithmetic, arrays and functions of its own. It needs no files, no processes, no code made from text and nothing
+of how Python itself is made: with those it could read the tests or change what checks it. This keeps honest mistakes and simple
+tricks out. It is no prison: whoever grades strangers' code does it in a container.
+"""
+import ast
+import builtins
+
+# Of the builtins, what reads or makes files, code, or names that are only known at run time.
+FORBIDDEN = {"open", "exec", "eval", "compile", "__import__", "globals", "locals", "vars", "setattr", "delattr", "getattr", "input",
+             "breakpoint", "memoryview", "help", "exit", "quit", "copyright", "credits", "license", "dir", "__builtins__",
+             "__loader__", "__spec__"}
+# Attributes that lead from a value to files, memory, other modules or the interpreter.
+OUTSIDE = {"os", "sys", "subprocess", "ctypes", "ctypeslib", "testing", "lib", "f2py", "distutils", "core", "_core", "load", "save",
+           "savez", "savez_compressed", "savetxt", "loadtxt", "genfromtxt", "fromfile", "tofile", "dump", "dumps", "memmap",
+           "DataSource", "format_map", "setflags", "data_as"}
+FRAMES = ("__", "tb_", "gi_", "cr_", "ag_", "f_", "co_")  # how names of the interpreter's own begin
+DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem__", "__add__", "__mul__", "__neg__"}
+
+
+def breaches(source, assignment):
+    """Why a submission is refused, or some of its exercises: {exercise number: ["line 3: ...", ...]}, and None for what is in no
+    exercise's function and so concerns the whole file. Empty if there is nothing. A SyntaxError concerns the whole file."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        return {None: [f"line {error.lineno}: {error.msg}"]}
+    except ValueError as error:  # a null byte
+        return {None: [f"the file cannot be read: {error}"]}
+    solves = {name: exercise.number for exercise in assignment.exercises for name in exercise.names}
+    modules, found = {}, {}  # modules: the name here -> its dotted name
+    taken = [statement for statement in tree.body if is_taken(statement)]
+    for statement in taken:
+        for line, reason in sorted([*_imports(statement, modules, assignment)]):
+            found.setdefault(solves.get(getattr(statement, "name", None)), []).append(f"line {line}: {reason}")
+    for statement in taken:
+        reasons = {(node.lineno, reason) for node in ast.walk(statement) for reason in _reasons(node, modules, assignment)}
+        for line, reason in sorted(reasons):
+            found.setdefault(solves.get(getattr(statement, "name", None)), []).append(f"line {line}: {reason}")
+    return found
+
+
+def _imports(statement, modules, assignment):
+    """The imports in a statement that are not allowed; notes in `modules` what each name stands for."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Import):
+            known = {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
+                     for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            known = {alias.asname or alias.name: f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+        else:
+            continue
+        modules |= known
+        yield from ((node.lineno, f"may not import {alias.name if isinstance(node, ast.Import) else known[alias.asname or alias.name]}")
+                    for alias in node.names if not importable(node, alias, assignment))
+
+
+def is_taken(node, others=()):
+    """Whether a statement at the top of a submission is run by the grader: imports, functions, classes, small functions and
+    constants with a name, but nothing that bears one of the names `others`. Training and printing is not."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return node.name not in others
+    if isinstance(node, ast.Assign) and all(isinstance(target, (ast.Name, ast.Tuple)) for target in node.targets):
+        if any(name.id in others for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)):
+            return False
+        if isinstance(node.value, ast.Lambda):
+            return True
+        try:
+            ast.literal_eval(node.value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def importable(node, alias, assignment):
+    """Whether the assignment allows one name of an import statement."""
+    if isinstance(node, ast.ImportFrom):
+        if node.level or alias.name == "*" or alias.name in OUTSIDE:
+            return False
+        return node.module in assignment.imports or allowed(f"{node.module}.{alias.name}", assignment)
+    return alias.name in assignment.imports or (alias.name == "tinytoken" and bool(assignment.tinytoken))
+
+
+def allowed(dotted, assignment):
+    """Whether a dotted name of the package is one that the assignment lists, leads to one, or lies in one."""
+    return any(dotted == name or name.startswith(dotted + ".") or dotted.startswith(name + ".")
+               for name in (f"tinytoken.{name}" for name in assignment.tinytoken))
+
+
+def _reasons(node, modules, assignment):
+    if isinstance(node, ast.Name) and node.id in FORBIDDEN:
+        yield f"may not use {node.id}"
+    if isinstance(node, ast.Attribute):
+        if _leads_out(node.attr):
+            yield f"may not use .{node.attr}"
+        chain = _chain(node)
+        if chain and chain.split(".")[0] in modules:
+            whole = modules[chain.split(".")[0]] + chain[len(chain.split(".")[0]):]
+            if whole.startswith("tinytoken") and not allowed(whole, assignment):
+                yield f"may not use {whole}"
+            if isinstance(node.ctx, (ast.Store, ast.Del)):
+                yield f"may not change {whole}"
+    if isinstance(node, ast.MatchClass):  # case X(name=y) reads an attribute as well
+        yield from (f"may not use .{name}" for name in node.kwd_attrs if _leads_out(name))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and "__" in node.value and "{" in node.value:
+        yield "may not format a text with names of Python's own"
+
+
+def _leads_out(name):
+    return name in OUTSIDE or name.startswith(FRAMES) and name not in DUNDERS
+
+
+def _chain(node):
+    """"a.b.c" of nested attributes of a name, None of others."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else None
+
+
+def safe_builtins(assignment):
+    """The builtins that a submission runs with: without the forbidden ones, and with an import that knows the rules."""
+    # NumPy imports parts of itself late, in the name of whoever called it: so the first part of the name decides here.
+    roots = {name.split(".")[0] for name in assignment.imports} | ({"tinytoken"} if assignment.tinytoken else set())
+
+    def guarded(name, globals=None, locals=None, fromlist=(), level=0):
+        if name.split(".")[0] not in roots or level:
+            raise ImportError(f"a submission may not import {name}")
+        return builtins.__import__(name, globals, locals, fromlist, level)
+    kept = {name: value for name, value in vars(builtins).items() if name not in FORBIDDEN}
+    return kept | {"__import__": guarded, "__build_class__": builtins.__build_class__}
