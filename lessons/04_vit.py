@@ -345,7 +345,7 @@ def train_one(seed):
 
 # In full: scenes for three seeds, or twelve times through CIFAR-10 for one
 steps = here.pick(8, 300, 1500 if here.data == "scenes" else 12 * len(train.images) // 64)
-seeds = [here.seed + i for i in range(3 if here.size == "full" and here.data == "scenes" else 1)]
+seeds = here.seeds
 runs = [train_one(seed) for seed in seeds]
 before, vit, history, seconds = runs[0]
 losses = [row["loss"] for row in history]  # each the mean of EVERY steps

@@ -230,8 +230,9 @@ ARMS = HEADLINE | {
     "token heads, ViT": Arm(TokenViT),
     "token heads, DynamicViT .7": Arm(TokenDynamicViT, 0.7),
 }
-# On photographs L_ratio as it is weighs too little (see below): there two arms give it five times the weight.
+# On photographs L_ratio as it is weighs too little to reach the ratios: there two arms give it five times the weight.
 HEAVIER = {f"DynamicViT .{k}, ratio weight 10": Arm(DynamicViT, k / 10, (1, 10, 0.5, 0.5)) for k in (7, 5)}
+EVERY_ARM = ARMS | HEAVIER
 
 # %% [markdown]
 # ## Training
@@ -256,7 +257,7 @@ class Arms(Trial):
 
     def go_on(self, name):
         """Train the arm `name` -> (model, what fit reported)."""
-        arm, recipe, teacher = (ARMS | HEAVIER)[name], self.recipe, self.vit
+        arm, recipe, teacher = EVERY_ARM[name], self.recipe, self.vit
         if issubclass(arm.kind, TokenHead):
             if self.token_vit is None:
                 self.token_vit = self.new(TokenViT, self.vit)
@@ -306,7 +307,7 @@ class Arms(Trial):
 
 
 chosen = here.pick(list(ARMS), [VIT, D7, "random tokens .7"], list(ARMS if here.data == "scenes" else HEADLINE | HEAVIER))
-seeds = [here.seed + i for i in range(3 if here.size == "full" and here.data == "scenes" else 1)]
+seeds = here.seeds
 rows, starts, trained = {name: [] for name in chosen}, [], {}
 for seed in seeds:
     trial = Arms(seed)
@@ -413,7 +414,7 @@ def draw_kept(figure):
 def draw_arms(figure):
     axis = figure.subplots()
     for i, name in enumerate(chosen[::-1]):
-        colour = "#d55e00" if (ARMS | HEAVIER)[name].kind in CONTROLS.values() else "#0072b2"
+        colour = "#d55e00" if EVERY_ARM[name].kind in CONTROLS.values() else "#0072b2"
         axis.plot(points(name), [i] * len(rows[name]), "o", color=colour, alpha=0.7)
     axis.axvline(statistics.mean(points(VIT)), color="#999999", linestyle="--", zorder=0)
     labels = [f"{name} ({rows[name][0]['macs'] / 1e6:.0f} M)" for name in chosen[::-1]]

@@ -238,7 +238,7 @@ RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 1600
                         **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
 chosen = here.pick([name for name in ARMS if "256" not in name], [VIT, LOOKUP, ONE_WAY],
                    list(ARMS if here.data == "scenes" else HEADLINE))
-seeds = [here.seed + i for i in range(3 if here.size == "full" and here.data == "scenes" else 1)]
+seeds = here.seeds
 rows, answers, trained = {name: [] for name in chosen}, {name: [] for name in chosen}, {}
 for seed in seeds:
     trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")

@@ -124,7 +124,7 @@ SHOWN = here.pick(GRIDS, *[((1, 1), *GRIDS[:2], (3, 4), *GRIDS[2:], (6, 6), (8, 
 singles = here.pick(GRIDS, (MIDDLE,), GRIDS)
 RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
                         **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
-seeds = [here.seed + i for i in range(3 if here.size == "full" and here.data == "scenes" else 1)]
+seeds = here.seeds
 name_of = lambda m: f"{m[0]}x{m[1]}"
 rows, report = {"one model": [], "trained at 3x3 only": [], **{f"single {name_of(m)}": [] for m in singles}}, {}
 

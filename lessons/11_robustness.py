@@ -121,7 +121,7 @@ def train_all(trial):
     return models
 
 
-seeds = [here.seed + i for i in range(3 if here.size == "full" and here.data == "scenes" else 1)]
+seeds = here.seeds
 clean, damaged, costs = {name: [] for name in ARMS}, {name: [] for name in ARMS}, {}
 for seed in seeds:
     trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")

@@ -48,7 +48,8 @@ def test_the_committed_result_is_of_a_longer_run(script):
 
 def test_sizes_options_and_results(tmp_path, capsys):
     here = lesson.begin("00_test", ["--full", "--seed", "3", "--out", str(tmp_path), "--device", "cpu"])
-    assert (here.size, here.seed, here.data, here.pick(1, 2, 3)) == ("full", 3, "scenes", 3)
+    assert (here.size, here.seed, here.data, here.pick(1, 2, 3)) == ("full", 3, "scenes", 3) and here.seeds == [3, 4, 5]
+    assert lesson.begin("00_test", ["--seed", "3", "--out", str(tmp_path)]).seeds == [3]
     assert lesson.begin("00_test", ["--out", str(tmp_path)]).size == "default"
     train, test = lesson.begin("00_test", ["--smoke", "--out", str(tmp_path)]).pictures(6, 4)
     assert len(train.images) == 6 and len(test.images) == 4

@@ -25,6 +25,11 @@ class Lesson:
         """The one of the three that belongs to this run's size."""
         return {"smoke": smoke, "default": default, "full": full}[self.size]
 
+    @property
+    def seeds(self):
+        """The seeds that models are trained with: three in a full run on scenes, one in any other."""
+        return [self.seed + i for i in range(3 if self.size == "full" and self.data == "scenes" else 1)]
+
     def pictures(self, train, test):
         """(train, test) pictures of --data: so many scenes, or all of CIFAR."""
         recipe = compare.Recipe(data=self.data, seed=self.seed, train_pictures=train, test_pictures=test)

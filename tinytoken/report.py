@@ -203,6 +203,13 @@ def dynamicvit(results):
     return f"{arms_text(found)}\n\nWith bounds that were set before the run:\n\n{claims_text(found['results']['claims'])}"
 
 
+@part
+def dynamicvit_cifar10(results):
+    """Lesson 07 in full on CIFAR-10: the headline arms, one seed."""
+    found = load(results / "07_dynamicvit_full_cifar10.json")
+    return f"{arms_text(found)}\n\n{claims_text(found['results']['claims'])}"
+
+
 def arms_text(found):
     """The table of lesson 07's arms and its conditions. The share of object is a column where it is known."""
     rows, recipe, seeds = (found["results"][name] for name in ("rows", "recipe", "seeds"))

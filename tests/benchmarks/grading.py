@@ -5,7 +5,6 @@
 The submissions: the reference, the untouched copy, and planted mistakes in turn. Each folder is graded twice.
 """
 import argparse
-import importlib.util
 import json
 import pathlib
 import tempfile
@@ -20,11 +19,9 @@ AT_MOST = 300  # seconds for 30 submissions of a1 on two cores (issue 6)
 
 def submissions(given, count, folder):
     """Write `count` submissions under `folder`."""
-    spec = importlib.util.spec_from_file_location("mistakes", given.folder / "mistakes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    mistakes = assignment.run_file(given.folder / "mistakes.py").MISTAKES
     solved = (given.folder / given.script).read_text()
-    texts = [solved, release.without_solutions(given, solved), *(solved.replace(old, new) for _, _, old, new in module.MISTAKES)]
+    texts = [solved, release.without_solutions(given, solved), *(solved.replace(old, new) for _, _, old, new in mistakes)]
     for number in range(count):
         place = folder / f"student{number:02}"
         place.mkdir(parents=True)

@@ -3,7 +3,6 @@ import ast
 import concurrent.futures
 import csv
 import dataclasses
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -20,10 +19,7 @@ SOLVED = (A1.folder / A1.script).read_text()
 
 
 def mistakes(given):
-    spec = importlib.util.spec_from_file_location("mistakes", given.folder / "mistakes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.MISTAKES
+    return assignment.run_file(given.folder / "mistakes.py").MISTAKES
 
 
 def replaced(source, old, new):

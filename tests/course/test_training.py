@@ -15,7 +15,7 @@ def solved(given):
 @pytest.mark.parametrize("name, steps", [("a3", (2, 2)), ("a4", 2)])
 def test_a_short_training_and_the_packages_ops_come_back(name, steps, capsys):
     given, before = GIVEN[name], dict(vars(tt.ops))
-    training = child._module(given.folder / "training.py", "training")
+    training = assignment.run_file(given.folder / "training.py")
     with np.errstate(all="ignore"):
         board = training.run(child.compose(solved(given), given, None), steps=steps, pictures=(64, 64))
     assert all(isinstance(label, str) and isinstance(value, float) and order in ("asc", "desc") for label, value, order in board)

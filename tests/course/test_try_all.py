@@ -1,13 +1,12 @@
 """The whole way of an assignment, by the script that does it for all four."""
-import importlib.util
 import pathlib
 
 import pytest
 
+from tinytoken.course.assignment import run_file
+
 PATH = pathlib.Path(__file__).parents[2] / "lessons" / "assignments" / "try_all.py"
-spec = importlib.util.spec_from_file_location("try_all", PATH)
-try_all = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(try_all)
+try_all = run_file(PATH)
 
 
 @pytest.mark.parametrize("name", ["a1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a2", "a3", "a4"))])

@@ -10,6 +10,7 @@
 """
 import ast
 import dataclasses
+import importlib.util
 import pathlib
 import tomllib
 
@@ -99,6 +100,14 @@ def load(folder):
     names = [name for exercise in exercises for name in exercise.names]
     expect(len(set(names)) == len(names), "assignment", f"{path}: a name belongs to two exercises: {names}")
     return assignment
+
+
+def run_file(path):
+    """Run a Python file that lies in no package, one of an assignment's folder -> the module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _cases(path):

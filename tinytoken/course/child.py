@@ -5,7 +5,6 @@ the parent knows, as soon as a case is done. So whatever a submission prints is 
 not take the finished cases with it.
 """
 import ast
-import importlib.util
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ import sys
 import types
 
 from . import rules
-from .assignment import load
+from .assignment import load, run_file
 
 
 def main():
@@ -35,7 +34,7 @@ def main():
         report(failed=f"the file stopped while it was loaded: {_short(error)}")
         return
     if job["exercise"] is None:
-        report(board=_module(assignment.folder / "training.py", "training").run(student))
+        report(board=run_file(assignment.folder / "training.py").run(student))
     else:
         run_cases(assignment, student, job["cases"], report)
     report(done=True)
@@ -43,7 +42,7 @@ def main():
 
 def compose(source, assignment, number):
     """The submission's functions for exercise `number`, among the references of all others -> a namespace. None: for all."""
-    references = _module(assignment.folder / "references.py", "references")
+    references = run_file(assignment.folder / "references.py")
     tree, others = taken(source, assignment, number)
     space = {name: getattr(references, name) for name in others if hasattr(references, name)}
     space |= {"__name__": "submission", "__builtins__": rules.safe_builtins(assignment)}
@@ -60,8 +59,8 @@ def taken(source, assignment, number):
     return tree, others
 
 
-def run_cases(assignment, student, names, report):
-    """Run the cases with pytest; report(case=, passed=, seconds=, message=) as each is done."""
+def run_cases(assignment, student, names, say):
+    """Run the cases with pytest; say(case=, passed=, seconds=, message=) as each is done."""
     import pytest
     modules = Guard(assignment)
 
@@ -81,12 +80,11 @@ def run_cases(assignment, student, names, report):
                 message = "" if call.excinfo is None else _short(call.excinfo.value)
                 if changed := modules.restored():
                     message = f"the submission changed {', '.join(changed)}"
-                report(case=item.name, passed=not message, seconds=round(call.duration, 4), message=message)
+                say(case=item.name, passed=not message, seconds=round(call.duration, 4), message=message)
 
         def pytest_collectreport(self, report):
             if report.failed:
-                found(failed=f"the tests cannot be loaded: {report.longreprtext.splitlines()[-1]}")
-    found = report
+                say(failed=f"the tests cannot be loaded: {report.longreprtext.splitlines()[-1]}")
     pytest.main([str(assignment.folder / "tests"), "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-c", os.devnull,
                  "--rootdir", str(assignment.folder), "--noconftest", "-W", "ignore"], plugins=[Plugin()])
 
@@ -114,13 +112,6 @@ def _short(error, most=600):
     """An exception in a line or a few: what a student can use."""
     text = str(error).strip() or "no message"
     return f"{type(error).__name__}: {text}"[:most]
-
-
-def _module(path, name):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _limit(limits):

@@ -62,20 +62,19 @@ class Report:
 def grade_submission(assignment, submission, bar=False, jobs=None):
     """Grade the file of `assignment` in the folder `submission` (or that file itself) -> Report, also where the folder lacks it.
     Nothing else there is read, and nothing there is written. jobs: exercises at a time (default: the CPUs of this process)."""
-    began, path, cases = time.perf_counter(), pathlib.Path(submission), assignment.cases()
-    expect(path.exists(), "grade", f"no {path}: expected the folder that holds {assignment.script}")
-    path = path / assignment.script if path.is_dir() else path
-    source = path.read_text(errors="replace") if path.is_file() else ""
-    refused = rules.breaches(source, assignment)
-    if None in refused or not path.is_file():
-        problem = f"{assignment.script} was not run: " + "; ".join(refused[None][:5]) if None in refused else \
-            f"no {assignment.script} was handed in"
+    began, cases, source = time.perf_counter(), assignment.cases(), _handed_in(assignment, submission)
+    if source is None:
+        refused, problem = {}, f"no {assignment.script} was handed in"
+    else:
+        refused = {number: "was not run: " + "; ".join(lines[:5]) for number, lines in rules.breaches(source, assignment).items()}
+        problem = f"{assignment.script} {refused[None]}" if None in refused else ""
+    if problem:
         return Report(assignment.name, [_row(case, False, problem) for case in cases], problem, time.perf_counter() - began)
 
     def rows_of(exercise):
         its = [case for case in cases if case.number == exercise.number]
         if exercise.number in refused:
-            return {case.name: _row(case, False, "was not run: " + "; ".join(refused[exercise.number][:5])) for case in its}
+            return {case.name: _row(case, False, refused[exercise.number]) for case in its}
         return run_exercise(assignment, exercise, source, its)
     found = {}
     with concurrent.futures.ThreadPoolExecutor(jobs or cpu_count()) as pool:
@@ -83,6 +82,14 @@ def grade_submission(assignment, submission, bar=False, jobs=None):
                               disable=not bar, leave=False):
             found |= rows
     return Report(assignment.name, [found[case.name] for case in cases], "", time.perf_counter() - began)
+
+
+def _handed_in(assignment, submission):
+    """The text of the assignment's file in the folder `submission`, or of that file itself; None where the folder lacks it."""
+    path = pathlib.Path(submission)
+    expect(path.exists(), "grade", f"no {path}: expected the folder that holds {assignment.script}")
+    path = path / assignment.script if path.is_dir() else path
+    return path.read_text(errors="replace") if path.is_file() else None
 
 
 def run_exercise(assignment, exercise, source, cases):
@@ -101,11 +108,9 @@ def run_exercise(assignment, exercise, source, cases):
 def leaderboard(assignment, submission, report):
     """What the assignment's training shows on a leaderboard with this submission's functions: [(name, value, "asc" or "desc")].
     Nothing where the report lacks a point, where the assignment has no training.py, or where the training fails."""
-    path = pathlib.Path(submission)
     if report.points < report.max_points or not (assignment.folder / "training.py").is_file():
         return []
-    source = (path / assignment.script if path.is_dir() else path).read_text()
-    said, _ = _ask_child(assignment, None, source, [], TRAINING_SECONDS)
+    said, _ = _ask_child(assignment, None, _handed_in(assignment, submission), [], TRAINING_SECONDS)
     return next((row["board"] for row in said if "board" in row), [])
 
 
@@ -178,8 +183,8 @@ def text(report, assignment):
 
 
 def grade_folder(assignment, submissions, csv_path, jobs=None):
-    """Grade every folder in `submissions`, `jobs` at a time; write a line each to the CSV: name,
-    points, points of each exercise, problem -> {name: Report}."""
+    """Grade every folder in `submissions`, `jobs` at a time; write a line each to the CSV: name, points, points of each exercise,
+    problem -> {name: Report}."""
     folders = sorted(path for path in pathlib.Path(submissions).iterdir() if path.is_dir())
     expect(folders, "grade", f"no folders in {submissions}: expected one for each submission")
     reports = {}

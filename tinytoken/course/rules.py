@@ -29,31 +29,30 @@ def breaches(source, assignment):
     except ValueError as error:  # a null byte
         return {None: [f"the file cannot be read: {error}"]}
     solves = {name: exercise.number for exercise in assignment.exercises for name in exercise.names}
-    modules, found = {}, {}  # modules: the name here -> its dotted name
     taken = [statement for statement in tree.body if is_taken(statement)]
-    for statement in taken:
-        for line, reason in sorted([*_imports(statement, modules, assignment)]):
-            found.setdefault(solves.get(getattr(statement, "name", None)), []).append(f"line {line}: {reason}")
-    for statement in taken:
-        reasons = {(node.lineno, reason) for node in ast.walk(statement) for reason in _reasons(node, modules, assignment)}
-        for line, reason in sorted(reasons):
-            found.setdefault(solves.get(getattr(statement, "name", None)), []).append(f"line {line}: {reason}")
+    modules = {name: dotted for statement in taken for node in ast.walk(statement) for name, dotted, _ in _imported(node)}
+    found = {}
+    for reasons_of in (_import_reasons, _reasons):
+        for statement in taken:
+            reasons = {(node.lineno, reason) for node in ast.walk(statement) for reason in reasons_of(node, modules, assignment)}
+            for line, reason in sorted(reasons):
+                found.setdefault(solves.get(getattr(statement, "name", None)), []).append(f"line {line}: {reason}")
     return found
 
 
-def _imports(statement, modules, assignment):
-    """The imports in a statement that are not allowed; notes in `modules` what each name stands for."""
-    for node in ast.walk(statement):
-        if isinstance(node, ast.Import):
-            known = {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
-                     for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            known = {alias.asname or alias.name: f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+def _imported(node):
+    """(name here, its dotted name, alias) of each name that an import brings; nothing for other nodes."""
+    for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+        if isinstance(node, ast.ImportFrom):
+            yield alias.asname or alias.name, f"{'.' * node.level}{node.module or ''}.{alias.name}", alias
         else:
-            continue
-        modules |= known
-        yield from ((node.lineno, f"may not import {alias.name if isinstance(node, ast.Import) else known[alias.asname or alias.name]}")
-                    for alias in node.names if not importable(node, alias, assignment))
+            yield alias.asname or alias.name.split(".")[0], alias.name if alias.asname else alias.name.split(".")[0], alias
+
+
+def _import_reasons(node, modules, assignment):
+    for _, dotted, alias in _imported(node):
+        if not importable(node, alias, assignment):
+            yield f"may not import {alias.name if isinstance(node, ast.Import) else dotted}"
 
 
 def is_taken(node, others=()):
