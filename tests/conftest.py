@@ -4,10 +4,19 @@ import gc
 import numpy
 import pytest
 
+import standin
 from tinytoken import backend
 
 
+def pytest_addoption(parser):
+    parser.addoption("--standin", action="store_true", help="with -m gpu: run those tests on a stand-in for CuPy (tests/standin.py)")
+
+
 def pytest_configure(config):
+    if config.getoption("--standin"):
+        pretended = standin.installed()
+        pretended.__enter__()
+        config.add_cleanup(lambda: pretended.__exit__(None, None, None))
     config.addinivalue_line("markers", "gpu: needs CuPy and a CUDA device")
     config.addinivalue_line("markers", "slow: more than a few seconds; .ci/run runs these too")
 

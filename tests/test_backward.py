@@ -207,7 +207,7 @@ def test_grad_has_shape_dtype_and_device_of_its_tensor(xp):
     for dtype in ("float32", "float64"):
         for shape in ((), (3,), (2, 1, 3)):
             x = leaf(np.ones(shape), dtype, xp)
-            ((x * np.ones((2, 2, 3))).sum() * 2).backward()
+            ((x * xp.ones((2, 2, 3))).sum() * 2).backward()
             assert isinstance(x.grad, xp.ndarray)
             assert (x.grad.shape, x.grad.dtype) == (shape, dtype)
 

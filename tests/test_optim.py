@@ -270,6 +270,7 @@ def full_batch(objective, batch):
 
 def close(objective, result, expected, tolerance):
     (loss, parts), (full_loss, full_parts, full_grads) = result, expected
+    loss, parts = float(loss), {name: float(value) for name, value in parts.items()}  # 0-d arrays where it ran on a GPU
     assert loss == pytest.approx(full_loss, rel=tolerance) and list(parts) == list(full_parts)
     assert parts == {name: pytest.approx(value, rel=tolerance) for name, value in full_parts.items()}
     largest = max(np.abs(g).max() for g in full_grads.values())

@@ -230,12 +230,12 @@ def xavier(weight, name, parts=1, scale=1.0):
     a packed one (qkv) counts as `parts`."""
     out, inputs = len(weight), math.prod(weight.shape[1:])
     bound = scale * math.sqrt(6 / (inputs + out // parts))
-    weight.data[...] = (2 * random.uniform(weight.shape, site=name, step=0) - 1) * bound
+    weight.data[...] = (2 * random.uniform(weight.shape, site=name, step=0, xp=array_module(weight.data)) - 1) * bound
 
 
 def normal(parameter, name, std):
     """Normal draws of standard deviation `std`."""
-    parameter.data[...] = random.normal(parameter.shape, site=name, step=0) * std
+    parameter.data[...] = random.normal(parameter.shape, site=name, step=0, xp=array_module(parameter.data)) * std
 
 
 BRANCH_ENDS = ("attn.proj", "mlp.fc2", "gather_proj", "infuse_proj")

@@ -176,10 +176,13 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
 
 
 def _read(unread, advice):
-    """The losses of these steps as floats, and none left unread. InputError for a loss or norm that is not a finite number."""
+    """The losses of these steps as floats, and none left unread: one copy from the device. InputError for a loss or norm that is
+    not a finite number."""
+    xp = array_module(unread[0][2])
+    values = iter(to_numpy(xp.stack([xp.asarray(value) for _, losses, norm in unread for value in (*losses.values(), norm)])).tolist())
     rows = []
-    for step, losses, norm in unread:
-        losses, norm = {name: float(to_numpy(value)) for name, value in losses.items()}, float(to_numpy(norm))
+    for step, losses, _ in unread:
+        losses, norm = {name: next(values) for name in losses}, next(values)
         expect(math.isfinite(losses["loss"]), "fit", lambda: f"the loss is {losses['loss']} at step {step} {advice}")
         expect(math.isfinite(norm), "fit", lambda: f"the gradient's norm is {norm} at step {step} {advice}")
         rows.append(losses)

@@ -2,6 +2,8 @@
 
 The same code serves NumPy and CuPy: on a GPU the whole set lies in its memory, and all of this happens there.
 """
+import functools
+
 from .. import random
 from ..backend import array_module
 from ..errors import expect, shape_of
@@ -90,13 +92,18 @@ def normalise(images, mean, std):
     _check_images("normalise", images)
     expect(len(mean) == len(std) == 3 and min(std) > 0, "normalise",
            f"mean {mean} and std {std}, expected three of each, std above 0")
-    xp = array_module(images)
-    scale = xp.asarray([1 / (255 * s) for s in std], dtype="float32")[:, None, None]
-    offset = xp.asarray([-m / s for m, s in zip(mean, std)], dtype="float32")[:, None, None]
+    scale, offset = _line(tuple(mean), tuple(std), array_module(images))
     out = images.astype("float32")
     out *= scale
     out += offset
     return out
+
+
+@functools.lru_cache(maxsize=32)
+def _line(mean, std, xp):
+    """Scale and offset (3, 1, 1) of `normalise` on the device, made once: a copy to it in every step would hold the step up."""
+    scale, offset = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+    return xp.asarray(scale, dtype="float32")[:, None, None], xp.asarray(offset, dtype="float32")[:, None, None]
 
 
 def channel_statistics(images):

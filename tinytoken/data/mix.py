@@ -62,11 +62,15 @@ def _kept(images, alpha, what, step, seed):
     """Draws of Beta(alpha, alpha), one for each picture. float64, so that what is rounded is rounded alike on every device."""
     xp = array_module(images)
     u = random.uniform(len(images), site=SITE + what, step=step, seed=seed, xp=xp, dtype="float64")
-    places, values = (xp.asarray(array) for array in beta_quantiles(alpha))
-    return xp.interp(u, places, values)
+    return xp.interp(u, *_beta_table(alpha, xp))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=32)
+def _beta_table(alpha, xp):
+    """`beta_quantiles` on the device, where it is copied to once."""
+    return tuple(xp.asarray(array) for array in beta_quantiles(alpha))
+
+
 def beta_quantiles(alpha, points=2049):
     """The quantile function of Beta(alpha, alpha) as a table (u, x), both from 0 to 1, for linear interpolation.
 

@@ -1,0 +1,169 @@
+"""A stand-in for CuPy whose arrays lie in host memory and behave as if they did not. For what can be found out without a GPU:
+whether code hands NumPy arrays to the device's ops, reads device values on the host, or asks for a function that CuPy lacks.
+
+It computes with NumPy, so it says nothing of CuPy's own kernels: those are for the tests marked gpu on a GPU.
+`python -m pytest -m gpu --standin` runs the bodies of those tests on it.
+"""
+import contextlib
+import sys
+import types
+
+import numpy as np
+
+from tinytoken import backend
+
+LACKS = {"vecdot", "frompyfunc", "char", "vectorize", "nditer"}  # of what NumPy has and this project might reach for
+counts = {"reads": 0, "copies": 0}  # device to host, host to device
+
+
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
+    """cupy.ndarray."""
+    __array_priority__ = 100
+
+    def __init__(self, host):
+        self.host = host
+
+    shape, dtype, ndim, size = (property(lambda self, name=name: getattr(self.host, name)) for name in ("shape", "dtype", "ndim", "size"))
+    nbytes, flags, strides = (property(lambda self, name=name: getattr(self.host, name)) for name in ("nbytes", "flags", "strides"))
+    T = property(lambda self: ndarray(self.host.T))
+
+    def __array__(self, *_, **__):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Use `.get()`")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        if method not in ("__call__", "at") or ufunc.__name__ in LACKS:
+            raise TypeError(f"CuPy has no {ufunc.__name__}.{method}")
+        return wrapped(getattr(ufunc, method)(*unwrapped(inputs), **unwrapped(options)), options.get("out"))
+
+    def __array_function__(self, function, _, args, options):
+        if function.__name__ in LACKS or not function.__module__.startswith("numpy"):
+            raise TypeError(f"CuPy has no {function.__name__}")
+        return wrapped(function(*unwrapped(args), **unwrapped(options)), options.get("out"))
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        method = getattr(self.host, name)
+        return lambda *args, **options: wrapped(method(*unwrapped(args), **unwrapped(options)), options.get("out"))
+
+    def __getitem__(self, key):
+        return wrapped(self.host[self.index(key)])
+
+    def __setitem__(self, key, value):
+        self.host[self.index(key)] = unwrapped(value)
+
+    def index(self, key):
+        """A key as NumPy takes it. One that is a condition makes a result whose size the host has to read."""
+        parts = key if isinstance(key, tuple) else (key,)
+        counts["reads"] += sum(isinstance(part, ndarray) and part.dtype == bool for part in parts)
+        counts["copies"] += sum(isinstance(part, np.ndarray) for part in parts)  # CuPy lets it pass, and copies it
+        raw = tuple(part.host if isinstance(part, ndarray) else part for part in parts)
+        return raw if isinstance(key, tuple) else raw[0]
+
+    def __len__(self):
+        return len(self.host)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def get(self):
+        counts["reads"] += 1
+        return self.host.copy()
+
+    def item(self):
+        return self.get().item()
+
+    def tolist(self):
+        return self.get().tolist()
+
+    def __format__(self, form):
+        return format(self.get()[()], form)
+
+    def __repr__(self):
+        return repr(self.get())
+
+    __float__, __int__, __bool__, __index__ = (lambda self, kind=kind: kind(self.get()) for kind in (float, int, bool, int))
+    __hash__ = None
+
+
+def unwrapped(value):
+    """Arguments as NumPy takes them. A NumPy array among them is refused, as CuPy refuses it."""
+    if isinstance(value, ndarray):
+        return value.host
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"Unsupported type <class 'numpy.ndarray'> {value.shape}")
+    if isinstance(value, dict):
+        return {name: unwrapped(one) for name, one in value.items()}
+    return type(value)(map(unwrapped, value)) if type(value) in (tuple, list) else value
+
+
+def wrapped(result, out=None):
+    """What NumPy gave, on the device: a reduction of everything is a 0-d array there."""
+    if out is not None:
+        return out[0] if isinstance(out, tuple) else out
+    if isinstance(result, (tuple, list)):
+        return type(result)(map(wrapped, result))
+    return ndarray(np.asarray(result)) if isinstance(result, (np.ndarray, np.generic)) else result
+
+
+def copied(value, *args, **options):
+    """cupy.asarray and cupy.array: the one way for a NumPy array to the device."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        counts["copies"] += 1
+        return ndarray(np.array(value, *args, **options))
+    return wrapped(np.array(unwrapped(value), *args, **options))
+
+
+class Ufunc:
+    """cupy's ufunc: called, or `at`."""
+
+    def __init__(self, ufunc):
+        self.ufunc = ufunc
+
+    def __call__(self, *args, **options):
+        return wrapped(self.ufunc(*unwrapped(args), **unwrapped(options)), options.get("out"))
+
+    def at(self, target, key, *values):
+        self.ufunc.at(target.host, target.index(key), *unwrapped(values))
+
+
+class Module(types.ModuleType):
+    """cupy: NumPy's functions for the arrays above."""
+    ndarray, asarray, array, float32, float64, newaxis, pi, inf = ndarray, None, None, np.float32, np.float64, None, np.pi, np.inf
+
+    def __getattr__(self, name):
+        if name in LACKS or name.startswith("_"):
+            raise AttributeError(f"module 'cupy' has no attribute '{name}'")
+        function = getattr(np, name)
+        return Ufunc(function) if isinstance(function, np.ufunc) else lambda *args, **options: wrapped(function(*unwrapped(args), **unwrapped(options)), options.get("out"))
+
+
+def modules():
+    """{name: module} for sys.modules."""
+    cupy = Module("cupy")
+    cupy.__version__, cupy.is_available = "a stand-in", lambda: True
+    cupy.asarray = lambda value, *args, **options: value if isinstance(value, ndarray) and not args and not options else copied(
+        value, *args, **options)
+    cupy.array = copied
+    cupyx, scipy, special = (types.ModuleType(name) for name in ("cupyx", "cupyx.scipy", "cupyx.scipy.special"))
+    cupyx.scatter_add = lambda target, index, values: np.add.at(target.host, index.host, values.host)
+    special.erf = lambda x: ndarray(np.asarray(backend.erf(x.host)))
+    return {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
+
+
+@contextlib.contextmanager
+def installed():
+    """Context: `--device cuda` is the stand-in, and the counts begin at 0."""
+    before = {name: sys.modules.get(name) for name in modules()}
+    sys.modules.update(modules())
+    backend.cuda_ready.cache_clear()
+    counts.update(reads=0, copies=0)
+    try:
+        yield counts
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+        backend.cuda_ready.cache_clear()
