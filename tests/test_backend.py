@@ -66,7 +66,11 @@ def raising(error):
 
 @pytest.mark.parametrize("cupy, reason", [
     (None, "CuPy cannot be imported (import of cupy halted; None in sys.modules)"),
-    (broken_cupy(is_available=lambda: False), "CuPy finds no usable CUDA device or driver"),
+    (broken_cupy(is_available=lambda: False, cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(
+        getDeviceCount=raising(RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient"))))),
+     "RuntimeError: cudaErrorInsufficientDriver: CUDA driver version is insufficient"),
+    (broken_cupy(is_available=lambda: False, cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=lambda: 0))),
+     "CuPy finds no CUDA device"),
     (broken_cupy(is_available=raising(RuntimeError("cudaErrorInsufficientDriver: too old\nmore"))),
      "RuntimeError: cudaErrorInsufficientDriver: too old"),
     (broken_cupy(is_available=lambda: True, arange=raising(OSError("libnvrtc.so.12 not found"))),
@@ -75,7 +79,28 @@ def raising(error):
 ])
 def test_a_gpu_that_does_not_work_is_a_reason_and_no_error(monkeypatch, cupy, reason):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(backend, "cupy_wheels", lambda: ["cupy-cuda13x"])
     assert backend.cuda_ready.__wrapped__() == (False, reason)
+
+
+def test_two_wheels_of_cupy_are_a_reason(monkeypatch):
+    monkeypatch.setattr(backend, "cupy_wheels", lambda: ["cupy-cuda12x", "cupy-cuda13x"])
+    monkeypatch.setitem(sys.modules, "cupy", broken_cupy(is_available=raising(AssertionError("imported"))))
+    assert backend.cuda_ready.__wrapped__() == (False, "cupy-cuda12x and cupy-cuda13x are installed together, which breaks both")
+
+
+def test_cupy_wheels_are_what_brings_a_module_cupy(monkeypatch):
+    packages = {"cupy": ["cupy-cuda13x", "cupy-cuda12x", "cupy-cuda12x"], "cupyx": ["cupy-cuda12x"]}
+    monkeypatch.setattr(backend.importlib.metadata, "packages_distributions", lambda: packages)
+    assert backend.cupy_wheels.__wrapped__() == ["cupy-cuda12x", "cupy-cuda13x"]
+    monkeypatch.setattr(backend.importlib.metadata, "packages_distributions", dict)
+    assert backend.cupy_wheels.__wrapped__() == []
+
+
+def test_out_of_memory():
+    for error, expected in ((MemoryError("Out of memory allocating 10 bytes"), True), (RuntimeError("cudaErrorMemoryAllocation: x"), True),
+                            (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True), (RuntimeError("illegal address"), False)):
+        assert backend.out_of_memory(error) is expected
 
 
 # Functions

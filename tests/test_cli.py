@@ -342,9 +342,19 @@ def test_doctor_on_a_machine_with_a_gpu(monkeypatch):
     monkeypatch.setattr(backend, "module_for", lambda device: cupy)
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     assert doctor.gpu() == "H100, CuPy 14.2"
-    monkeypatch.setattr(doctor, "_version", lambda name: "14.2" if name in ("cupy-cuda12x", "cupy-cuda13x") else None)
-    assert doctor.gpu() == ("cupy-cuda12x and cupy-cuda13x are installed together, which breaks both: "
-                            "pip uninstall cupy-cuda12x cupy-cuda13x, then install one")
+
+
+@pytest.mark.parametrize("wheels, driver, advice", [
+    (["cupy-cuda12x", "cupy-cuda13x"], "580.65", "pip uninstall cupy-cuda12x cupy-cuda13x, then install one. Driver 580.65: "
+     "pip install 'tinytoken-vit[cuda13]'"),
+    (["cupy-cuda13x"], "535.1", "Driver 535.1: pip uninstall cupy-cuda13x, then pip install 'tinytoken-vit[cuda12]'"),
+    (["cupy-cuda13x"], "580.65", "Driver 580.65: pip install 'tinytoken-vit[cuda13]'")])
+def test_doctor_says_which_wheel_has_to_go(wheels, driver, advice, monkeypatch):
+    monkeypatch.setattr(backend, "cupy_wheels", lambda: wheels)
+    monkeypatch.setattr(backend, "cuda_ready", lambda: (False, "reason"))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout=driver + "\n"))
+    assert doctor.gpu() == f"none in use: reason. {advice}"
 
 
 BROKEN_CUPY = r"""
@@ -377,7 +387,8 @@ def test_every_error_is_one_line(monkeypatch, capsys):
     for error, line in ((tt.InputError("matmul: sizes differ.\n  likely: swap   (lesson 3)"),
                          "matmul: sizes differ. likely: swap (lesson 3)"),
                         (PermissionError(13, "Permission denied", "a/file"), "[Errno 13] Permission denied: 'a/file'"),
-                        (OSError("something"), "something")):
+                        (OSError("something"), "something"),
+                        (MemoryError("allocating 10 bytes\nof 5"), "out of memory: allocating 10 bytes of 5")):
         def run(args, error=error):
             raise error
         monkeypatch.setattr(__main__, "run_doctor", run)

@@ -525,3 +525,40 @@ def test_accuracy():
 def test_run_knows_its_files():
     run = Run("somewhere")
     assert run.checkpoint("vit") == pathlib.Path("somewhere/vit.npz") and run.history == pathlib.Path("somewhere/history.jsonl")
+
+
+# Memory
+
+class Greedy:
+    """An objective that has room for `most` images at a time."""
+    settings = {}
+
+    def __init__(self, model, most):
+        self.inner, self.model, self.most, self.tried = Classify(model), model, most, []
+
+    def noise(self, size, step, seed, xp):
+        return ()
+
+    def __call__(self, images, labels):
+        self.tried.append(len(images))
+        if len(images) > self.most:
+            raise MemoryError(f"Out of memory allocating {len(images)} bytes\n(allocated so far: 0)")
+        return self.inner(images, labels)
+
+
+@pytest.mark.parametrize("most, said", [
+    (3, "a batch of 16 images does not fit into memory, one of 2 does (Out of memory allocating 16 bytes (allocated so far: 0))"),
+    (0, "not even one image fits into memory (Out of memory allocating 16 bytes (allocated so far: 0))")])
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(most, said):
+    objective = Greedy(ViT(**SIZES), most)
+    weights = bits(objective.model)
+    with refuses(f"fit: {said}"):
+        fit(objective.model, objective, batches(16), steps=3, micro=16, threads=1, bar=False)
+    assert objective.tried == [16, 8, 4, 2] + [1] * (most == 0) and bits(objective.model) == weights
+
+
+def test_other_errors_in_a_step_pass():
+    objective = Greedy(ViT(**SIZES), 99)
+    objective.inner = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit(objective.model, objective, batches(16), steps=3, micro=16, threads=1, bar=False)

@@ -15,6 +15,9 @@ def main(argv=None):
     except (InputError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, also where a text has a hint below it
         return 2
+    except MemoryError as error:
+        print("error: out of memory:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         print(f"stopped: {str(stop) or 'by Ctrl-C'}. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ Nothing but this file and `cuda/` names CuPy, and nothing here imports it until 
 import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import math
 import os
 import sys
@@ -35,10 +36,14 @@ def is_array(x):
 @functools.cache
 def cuda_ready():
     """(True, "") if CuPy can compile and run a kernel here, else (False, reason). Never raises."""
+    wheels = cupy_wheels()
+    if len(wheels) > 1:
+        return False, f"{' and '.join(wheels)} are installed together, which breaks both"
     try:
         import cupy
-        if not cupy.is_available():
-            return False, "CuPy finds no usable CUDA device or driver"
+        if not cupy.is_available():  # which does not say why: a call that needs a device does
+            cupy.cuda.runtime.getDeviceCount()
+            return False, "CuPy finds no CUDA device"
         (cupy.arange(2, dtype="float32") + 1).get()  # compiles: proves NVRTC, headers and a launch
     except ImportError as error:
         reason = error.__cause__ or error  # CuPy's own text has fifteen lines, and the reason is what it was raised from
@@ -46,6 +51,12 @@ def cuda_ready():
     except Exception as error:  # whatever a broken installation raises is the reason we report
         return False, type(error).__name__ + ": " + str(error).partition("\n")[0]
     return True, ""
+
+
+@functools.cache
+def cupy_wheels():
+    """Names of the installed packages that bring a module cupy."""
+    return sorted({name for name in importlib.metadata.packages_distributions().get("cupy", ())})
 
 
 def choose_device(name="auto"):
@@ -83,6 +94,11 @@ def to_device(array, device):
 def to_numpy(array):
     """The array in host memory (waits for the GPU)."""
     return array.get() if array_module(array) is not np else np.asarray(array)
+
+
+def out_of_memory(error):
+    """Whether that is what this exception says, of the host or of the device."""
+    return isinstance(error, MemoryError) or any(word in str(error) for word in ("cudaErrorMemoryAllocation", "ALLOC_FAILED"))
 
 
 # Functions that NumPy lacks, or that the two modules spell differently

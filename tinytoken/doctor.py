@@ -27,10 +27,6 @@ def report():
 def gpu():
     """One line: the device that works, or why none does and what would help."""
     ready, reason = backend.cuda_ready()
-    wheels = [name for name in ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy") if _version(name)]
-    if len(wheels) > 1:
-        return (f"{' and '.join(wheels)} are installed together, which breaks both: "
-                f"pip uninstall {' '.join(wheels)}, then install one")
     if ready:
         cupy = backend.module_for("cuda")
         name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
@@ -40,6 +36,13 @@ def gpu():
 
 def advice():
     """The exact pip line for this machine's driver, as far as nvidia-smi tells."""
+    wheels = backend.cupy_wheels()
+    if len(wheels) > 1:
+        return f"pip uninstall {' '.join(wheels)}, then install one. {_for_driver()}"
+    return _for_driver(wheels)
+
+
+def _for_driver(wheels=()):
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ("No nvidia-smi here, so probably no NVIDIA driver; with one: "
@@ -52,8 +55,9 @@ def advice():
     major = int(said.split(".")[0]) if said.split(".")[0].isdigit() else 0
     if not major:
         return "nvidia-smi is here but names no driver version: is the driver loaded?"
-    extra = "cuda13" if major >= 580 else "cuda12"
-    return f"Driver {said.splitlines()[0]}: pip install 'tinytoken-vit[{extra}]'"
+    extra, version = "cuda13" if major >= 580 else "cuda12", said.splitlines()[0]
+    wrong = [name for name in wheels if name != f"cupy-{extra}x"]  # for a toolkit that the driver is too old for, or older than it
+    return f"Driver {version}: " + "".join(f"pip uninstall {name}, then " for name in wrong) + f"pip install 'tinytoken-vit[{extra}]'"
 
 
 def _version(package):

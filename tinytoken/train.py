@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from . import checkpoint, models, ops, random
-from .backend import array_module, cpu_count, to_numpy
+from .backend import array_module, cpu_count, out_of_memory, to_numpy
 from .cost import recorded_macs
 from .errors import InputError, expect
 from .optim import AdamW, loss_and_grads, share_out, warmup_cosine
@@ -146,10 +146,10 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
         for step in range(start, steps):
             arrays = batches(offset + step)
             arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
-            if micro is None:
-                micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays))
+            if micro is None:  # on a GPU a batch is one slice, whatever it says
+                micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays)) if xp is np else len(arrays[0])
             rate = lr * warmup_cosine(step, steps, warmup)
-            loss, parts = loss_and_grads(objective, params, arrays, micro, threads)
+            loss, parts = _gradients(objective, params, arrays, micro, threads)
             expect(xp is not np or math.isfinite(loss), "fit", lambda: f"the loss is {loss} at step {step} {advice}")
             unread.append((step, {"loss": loss, **parts}, optimizer.step(rate)))
             progress.update()
@@ -173,6 +173,22 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
                 raise KeyboardInterrupt(f"{phase} stopped after step {done} of {steps}")
     model.eval()
     return result
+
+
+def _gradients(objective, params, arrays, micro, threads):
+    """loss_and_grads. Where the batch does not fit into memory, InputError with the largest that does: by halving, tried."""
+    size, said = len(arrays[0]), None
+    while size:
+        try:
+            found = loss_and_grads(objective, params, tuple(array[:size] for array in arrays), min(micro, size), threads)
+            expect(said is None, "fit", f"a batch of {len(arrays[0])} images does not fit into memory, one of {size} does ({said})")
+            return found
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            said = said or " ".join(str(error).split())
+        size //= 2  # not in the except block: the exception's frames hold arrays
+    raise InputError(f"fit: not even one image fits into memory ({said})")
 
 
 def _read(unread, advice):
