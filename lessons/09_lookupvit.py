@@ -18,7 +18,7 @@ import tinytoken as tt
 from tinytoken import backend, compare, lesson, nn, ops, plot
 from tinytoken.models import LookupViT, ViT
 from tinytoken.train import Classify
-from tinytoken.trial import Trial
+from tinytoken.trial import Trial, difference
 
 here = lesson.begin("09_lookupvit")
 rng = np.random.default_rng(here.seed)
@@ -319,27 +319,12 @@ for seed in seeds if here.data == "scenes" else ():
 # how another seed would have come out).
 
 # %%
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantiles for so many seeds
-
-
-def difference(name, than):
-    """Points of accuracy of `name` above `than`: (mean, low, high). As many seeds as both have."""
-    pairs = [100.0 * (a.astype(float) - b) for a, b in zip(answers[name], answers[than])]
-    gaps = [pair.mean() for pair in pairs]
-    if len(gaps) > 1:
-        reach = STUDENT[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    else:
-        reach = 1.96 * pairs[0].std() / math.sqrt(len(pairs[0]))
-    middle = statistics.mean(gaps)
-    return float(middle), float(middle - reach), float(middle + reach)
-
-
 differences = {}
 print(f"{'arm':<28}{'accuracy, %':>12}{'M MACs':>9}{'M params':>9}{'steps':>7}{'above the ViT [95 %]':>26}{'above LookupViT 3x3 [95 %]':>30}")
 for name in chosen:
     fine = name.endswith("256 tokens")
     against = ("ViT, 256 tokens", "LookupViT 5x5, 256 tokens") if fine else (VIT, LOOKUP)
-    differences[name] = [difference(name, other) for other in against]
+    differences[name] = [difference(answers[name], answers[other]) for other in against]
     cells = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" if name != other else ""
              for (middle, low, high), other in zip(differences[name], against)]
     row = rows[name][0]

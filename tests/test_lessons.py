@@ -46,6 +46,14 @@ def test_the_committed_result_is_of_a_longer_run(script):
     assert saved["size"] in ("default", "full") and saved["machine"]["cpus"] and saved["seconds"]
 
 
+def test_the_recipe_for_cifar10_runs(tmp_path, monkeypatch):
+    noted = run(LESSONS / "full" / "cifar10.py", tmp_path, monkeypatch, "--data", "scenes")
+    arms = noted["rows"]
+    assert len(arms) == 8 and [row["holds"] in (True, False) for row in noted["claims"]] == [True] * 6
+    assert arms["DynamicViT .7"][0]["macs"] < arms["ViT"][0]["macs"] and noted["above"]["ViT"] == [0, 0, 0]
+    assert all(row[0]["seconds_per_epoch"]["second"] > 0 for row in arms.values())
+
+
 def test_sizes_options_and_results(tmp_path, capsys):
     here = lesson.begin("00_test", ["--full", "--seed", "3", "--out", str(tmp_path), "--device", "cpu"])
     assert (here.size, here.seed, here.data, here.pick(1, 2, 3)) == ("full", 3, "scenes", 3) and here.seeds == [3, 4, 5]

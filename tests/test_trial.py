@@ -6,7 +6,7 @@ import tinytoken as tt
 from tinytoken.compare import Recipe
 from tinytoken.models import DynamicViT, ViT
 from tinytoken.train import Classify
-from tinytoken.trial import Trial
+from tinytoken.trial import Trial, difference
 
 RECIPE = Recipe(batch=4, dim=16, depth=2, heads=2, patch=8, train_pictures=12, test_pictures=10, seed=3)
 
@@ -55,3 +55,16 @@ def test_photographs_are_moved_and_mirrored_and_scenes_are_not(trial, monkeypatc
     monkeypatch.setattr("tinytoken.compare.load_pictures", lambda recipe: (trial.test, trial.test))
     photographs = Trial(Recipe(data="cifar10", batch=4), bar=False).batches
     assert photographs.pad == 4 and photographs.flip
+
+
+def test_difference_is_paired_with_students_interval():
+    rng = np.random.default_rng(0)
+    right = [rng.random(1000) < 0.8 for _ in range(3)]
+    worse = [a & (rng.random(1000) < share) for a, share in zip(right, (0.99, 0.98, 0.97))]
+    gaps = [100 * (b.mean() - a.mean()) for a, b in zip(right, worse)]
+    middle, low, high = difference(worse, right)
+    assert middle == pytest.approx(np.mean(gaps)) and high - middle == pytest.approx(middle - low)
+    assert high - middle == pytest.approx(4.303 * np.std(gaps, ddof=1) / 3 ** 0.5, rel=1e-3)
+    middle, low, high = difference(worse[:1], right)  # as many seeds as both have: over the pictures then
+    share = -gaps[0] / 100
+    assert middle == pytest.approx(gaps[0]) and high - middle == pytest.approx(1.96 * 100 * (share * (1 - share) / 1000) ** 0.5)

@@ -84,14 +84,14 @@ class Lesson:
         return path
 
 
-def begin(name, argv=None):
+def begin(name, argv=None, data="scenes"):
     """The lesson `name` with the options of the command line, or the defaults in a notebook -> Lesson. Leaves the program with
-    exit code 2 and one line for options that cannot be used."""
+    exit code 2 and one line for options that cannot be used. data: the default of --data."""
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=f"Lesson {name}.")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help="seconds: does it run?")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="more seeds and steps")
-    parser.add_argument("--data", default="scenes", help="scenes (made on the spot), cifar10, or a folder with CIFAR's files")
+    parser.add_argument("--data", default=data, help="scenes (made on the spot), cifar10, or a folder with CIFAR's files")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=f"runs/{name}", help="folder for pictures and results (default: runs/NAME)")

@@ -2,7 +2,9 @@
 lessons that compare models share.
 """
 import dataclasses
+import math
 import pathlib
+import statistics
 
 from . import backend, compare, random
 from .cost import macs
@@ -12,9 +14,10 @@ from .train import Run, accuracy, fit, infer
 
 class Trial:
     """The pictures of `recipe` (a compare.Recipe) with its seed, and the models trained on them. folder: for checkpoints, to go
-    on where an interrupted run stopped; None keeps none. Of photographs each batch is moved and mirrored, scenes stay."""
+    on where an interrupted run stopped; None keeps none. Of photographs each batch is moved and mirrored, scenes stay; `changes`
+    are further options of Batches."""
 
-    def __init__(self, recipe, device="cpu", folder=None, bar=True):
+    def __init__(self, recipe, device="cpu", folder=None, bar=True, **changes):
         self.recipe, self.device, self.bar, self.run = recipe, device, bar, None
         if folder is not None:
             folder = pathlib.Path(folder)
@@ -24,7 +27,7 @@ class Trial:
         train, self.test = compare.load_pictures(recipe)
         moved = {} if recipe.data == "scenes" else {"pad": 4, "flip": True}
         images, labels = (backend.to_device(array, device) for array in (train.images, train.labels))
-        self.batches = Batches(images, labels, recipe.batch, seed=recipe.seed, **moved)
+        self.batches = Batches(images, labels, recipe.batch, seed=recipe.seed, **moved | changes)
 
     def new(self, kind, start=None, sizes=(), **options):
         """A model of the recipe's sizes, or others where `sizes` (by the recipe's names) has them, with the weights of `start` as
@@ -35,10 +38,10 @@ class Trial:
             model.load_state_dict(start.state_dict(), strict=False)
         return model
 
-    def fit(self, phase, objective, steps, lr, offset=0):
-        """Train objective.model -> what fit reports."""
+    def fit(self, phase, objective, steps, lr, offset=0, **more):
+        """Train objective.model -> what fit reports. more: further options of fit."""
         return fit(objective.model, objective, self.batches, steps=steps, lr=lr, weight_decay=self.recipe.weight_decay,
-                   offset=offset, seed=self.recipe.seed, run=self.run, phase=phase.replace(" ", "-"), bar=self.bar)
+                   offset=offset, seed=self.recipe.seed, run=self.run, phase=phase.replace(" ", "-"), bar=self.bar, **more)
 
     def prepare(self, images):
         """uint8 pictures -> what a model takes."""
@@ -53,3 +56,18 @@ class Trial:
         return {"accuracy": accuracy(self.answers(model, **call), self.test.labels),
                 "macs": macs(model, self.prepare(self.test.images[:1]), **call).total,
                 "parameters": model.parameter_count(), "trained": trained}
+
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantiles for so many seeds
+
+
+def difference(right, than):
+    """Points of accuracy of one arm above another, paired: (mean, low, high) with a 95 % interval. right, than: for each seed
+    whether each test picture was answered rightly (B,); as many seeds as both have. The interval is Student's over the
+    seeds, of one seed the normal one over the pictures (which says nothing of how another seed would have come out)."""
+    pairs = [100.0 * (a.astype(float) - b) for a, b in zip(right, than)]
+    gaps = [pair.mean() for pair in pairs]
+    reach = (STUDENT[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1
+             else 1.96 * pairs[0].std() / math.sqrt(len(pairs[0])))
+    middle = statistics.mean(gaps)
+    return float(middle), float(middle - reach), float(middle + reach)

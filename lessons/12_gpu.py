@@ -1,0 +1,461 @@
+# %% [markdown]
+# # Lesson 12: A GPU
+# You will be able to move a model to a GPU, say what its training step waits for, say what a narrower number format costs, and
+# write a kernel of your own and prove it right.
+#
+# All of tinytoken is written once, for NumPy arrays and CuPy arrays alike: `backend.array_module(x)` is the module that x belongs
+# to, and an op takes its functions from there. With a GPU, run this lesson with `--device cuda`. Without one it runs too: what can
+# be counted is counted, the kernel of the last part runs on the CPU, and what needs a GPU is left out and says so.
+
+# %%
+import ctypes
+import math
+import pathlib
+import shutil
+import subprocess
+import tempfile
+import time
+
+import numpy as np
+
+import tinytoken as tt
+from tinytoken import backend, lesson, optim
+from tinytoken.models import DynamicViT, LookupViT, ViT
+from tinytoken.train import Classify, Distil
+
+here = lesson.begin("12_gpu")
+on_gpu, xp = here.device == "cuda", backend.module_for(here.device)
+SIZES = here.pick(dict(patch_size=8, dim=16, depth=2, heads=2), {}, {})
+
+
+def wait():
+    """Until the device has done all that it was asked for."""
+    if on_gpu:
+        xp.cuda.Device().synchronize()
+
+
+def seconds(run, rounds=here.pick(2, 7, 15)):
+    """The median time of a call of `run`, to the end of its work on the device."""
+    run()  # the first call compiles kernels and fetches memory
+    times = []
+    for _ in range(rounds):
+        wait()
+        began = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[rounds // 2]
+
+
+# %% [markdown]
+# ## What moves to the device, and what must not
+# A GPU has its own memory. The processor that runs Python, the *host*, does not compute there; it puts work into a queue, a
+# *stream*, and goes on. That is why a GPU can be fast, and why it can be slow:
+#
+# - **Parameters, gradients, moments** live on the device: `model.to("cuda")`, before the optimiser is made.
+# - **Pictures** too, all of them, once, as bytes. A batch is then picked, moved, mirrored and normalised on the device
+#   (`data.Batches`), and the host sends nothing but the number of the step. Random numbers are a function of that number, so they
+#   need no transfer either, and are the same on both.
+# - **Looking at a value** (`float(loss)`, `.item()`, printing, `if x.sum() > 0`) waits for everything that is in the queue. One
+#   look per step, and the host can no longer work ahead. `fit` keeps the losses where they are and looks every 20 steps.
+# - **An index that is a condition**, `x[x > 0]`, has a size that only the device knows: it is a look as well. That is why
+#   DynamicViT takes the k best tokens, never "those above 0.5".
+
+# %%
+model = ViT(**SIZES).to(here.device)
+train, _ = here.pictures(here.pick(64, 2000, 16000), 1)
+sizes = {"parameters": sum(p.data.nbytes for p in model.parameters()), "gradients": sum(p.data.nbytes for p in model.parameters()),
+         "moments of AdamW": 2 * sum(p.data.nbytes for p in model.parameters()), "pictures, as bytes": train.images.nbytes,
+         "the same as float32": 4 * train.images.nbytes}
+for name, size in sizes.items():
+    print(f"{name:<22}{size / 1e6:>8.1f} MB")
+images, labels = backend.to_device(train.images, here.device), backend.to_device(train.labels, here.device)
+batches = {size: tt.data.Batches(images, labels, size, seed=here.seed) for size in here.pick((1, 4), (1, 4, 16, 64), (1, 4, 16, 64, 256))}
+LARGEST = max(batches)
+
+# %% [markdown]
+# ## How many launches is a step?
+# Each call of an array function is at least one *kernel*, a program that the device runs once per element, and to start one
+# costs the host some microseconds, whatever its size. So count the calls of a training step. No GPU is needed for that: NumPy
+# tells a subclass of its arrays of every function that is called with one. What is computed from a counted array is counted.
+
+
+# %%
+class Counted(np.ndarray):
+    """An array that counts the functions it is computed with. Views (reshape, transpose, slices) launch nothing."""
+    calls = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        return counted_call(getattr(ufunc, method), inputs, options)
+
+    def __array_function__(self, function, types, args, options):
+        return counted_call(function, args, options)
+
+    def astype(self, *args, **options):
+        Counted.calls += 1
+        return super().astype(*args, **options)
+
+
+def counted_call(function, args, options):
+    Counted.calls += 1
+    result, out = function(*plain(args), **plain(options)), options.get("out")
+    if out is not None:
+        return out[0] if isinstance(out, tuple) else out
+    return np.asarray(result).view(Counted) if isinstance(result, (np.ndarray, np.generic)) else result
+
+
+def plain(value):
+    """Arguments with every Counted among them as an array of NumPy's own."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(plain, value))
+    return value.view(np.ndarray) if isinstance(value, Counted) else value
+
+
+def launches(objective, size):
+    """Array calls of a step of `size` pictures -> {part of the step: calls}."""
+    rng = np.random.default_rng(here.seed)
+    objective.model.to("cpu")
+    arrays = (rng.standard_normal((size, 3, 32, 32)).astype("float32"), rng.integers(0, 10, size),
+              *objective.noise(size, 0, here.seed, np))
+    arrays = [a.view(Counted) if a.dtype.kind == "f" else a for a in arrays]
+    Counted.calls = 0
+    loss, _ = objective(*arrays)
+    forward = Counted.calls
+    loss.backward()
+    whole = Counted.calls
+    params = objective.model.parameters()
+    optimizer = optim.AdamW(params, clip=1.0)
+    part = [np.ones(4, "float32").view(Counted) for _ in range(4)]
+    Counted.calls = 0
+    optimizer._update(*part, 1e-3, 0.05, (0.1, 0.001))
+    return {"forward": forward, "backward": whole - forward, "AdamW": Counted.calls * len(optimizer.flat.segments) + 5}
+
+
+pruned = here.pick(dict(prune_before=(1,), keep_ratios=(0.5,)), {}, {})
+coarse = here.pick(dict(compressed=(2, 2)), {}, {})
+counted = {"ViT": launches(Classify(ViT(**SIZES)), 4), "DynamicViT": launches(Distil(DynamicViT(**SIZES, **pruned), ViT(**SIZES)), 4),
+           "LookupViT": launches(Classify(LookupViT(**SIZES, **coarse)), 4)}
+assert launches(Classify(ViT(**SIZES)), 8) == counted["ViT"]  # it does not depend on the size of the batch
+print(f"{'array calls of a step':<24}{'forward':>9}{'backward':>10}{'AdamW':>7}{'all':>7}")
+for name, row in counted.items():
+    print(f"{name:<24}{row['forward']:>9}{row['backward']:>10}{row['AdamW']:>7}{sum(row.values()):>7}")
+
+# %% [markdown]
+# (Arrays that are made from nothing, `zeros` or `arange`, are not seen by this count, nor are the pictures' crop and normalising.
+# So it is a lower bound.)
+#
+# ## Why small models wait
+# The time of a step is at least launches x cost of a launch, and at least the work divided by the speed of the device. Below
+# some size of the batch the first is larger: then the device is idle most of the time, and a smaller batch is no faster. To
+# see it, time a call that has next to nothing to do, and steps at growing batches.
+
+# %%
+tiny = xp.ones(1, "float32")
+CALLS = here.pick(20, 2000, 2000)
+per_launch = seconds(lambda: [xp.add(tiny, tiny) for _ in range(CALLS)]) / CALLS
+floor = per_launch * sum(counted["ViT"].values())
+model.to(here.device)
+objective = Classify(model)
+optimizer = optim.AdamW(model.parameters(), clip=1.0)
+threads = None if on_gpu else 1
+
+
+def step(size, look=False):
+    arrays = batches[size](0)
+    loss, _ = optim.loss_and_grads(objective, optimizer.params, arrays, micro=size, threads=1)
+    optimizer.step(0.0)
+    return float(loss) if look else loss
+
+
+times = {size: seconds(lambda: step(size)) for size in batches}
+print(f"a call with nothing to do: {1e6 * per_launch:.1f} us; {sum(counted['ViT'].values())} of them: {1e3 * floor:.1f} ms")
+print(f"{'batch':>6}{'ms per step':>13}{'us per picture':>16}{'of it launches':>16}")
+for size, spent in times.items():
+    print(f"{size:>6}{1e3 * spent:>13.1f}{1e6 * spent / size:>16.0f}{100 * min(1, floor / spent):>14.0f} %")
+MORE = here.pick(2, 10, 50)
+looked = seconds(lambda: [step(LARGEST, look=True) for _ in range(MORE)], 3) / seconds(lambda: [step(LARGEST) for _ in range(MORE)], 3)
+print(f"with a look at the loss in every step: {looked:.2f} times the time" + ("" if on_gpu else " (on a CPU nothing is waited for)"))
+
+
+def draw_times(figure):
+    axes = figure.subplots()
+    axes.plot(list(times), [1e3 * t for t in times.values()], "o-", color="#0072b2", label="measured")
+    axes.axhline(1e3 * floor, color="#d55e00", ls="--", label="launches alone")
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms per step", title=f"A training step of the ViT on the {here.device}")
+    axes.legend()
+
+
+here.picture("times", draw_times, 5, 3.6)
+
+# %% [markdown]
+# ## A time line of one step
+# When does the host ask for an op, and when has the device done it? `tensor.observe` tells of each op of the forward pass.
+# On a GPU an event is put into the stream behind each; on a CPU an op is done when it returns, and the two lines are one.
+
+
+# %%
+class TimeLine:
+    """Moments, by the host's clock and by the device's, in ms since the first."""
+
+    def __init__(self):
+        self.names, self.host, self.device = [], [], []
+        self.mark("begin")
+
+    def mark(self, name, *_):
+        self.names.append(getattr(name, "name", name))
+        self.host.append(time.perf_counter())
+        if on_gpu:
+            self.device.append(xp.cuda.Event())
+            self.device[-1].record()
+
+    def read(self):
+        wait()
+        host = [1e3 * (moment - self.host[0]) for moment in self.host]
+        return host, [xp.cuda.get_elapsed_time(self.device[0], event) for event in self.device] if on_gpu else host
+
+
+step(LARGEST)
+wait()
+line = TimeLine()
+arrays = batches[LARGEST](1)
+line.mark("batch")
+with backend.blas_threads(1), tt.tensor.observe(line.mark):
+    loss, _ = objective(*arrays)
+loss.backward()
+line.mark("backward")
+optimizer.step(0.0)
+line.mark("AdamW")
+asked, done = line.read()
+print(f"the host has asked for everything after {asked[-1]:.1f} ms, the device has done it after {done[-1]:.1f} ms")
+
+
+def draw_line(figure):
+    axes = figure.subplots()
+    kinds = sorted(set(line.names[1:]))
+    palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442", "#000000"]
+    for row, moments in enumerate((done, asked)):
+        for name, start, stop in zip(line.names[1:], moments, moments[1:]):
+            axes.barh(row, stop - start, left=start, height=0.6, color=palette[kinds.index(name) % len(palette)], label=name)
+    found = dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    axes.set(yticks=[0, 1], yticklabels=["done by the device", "asked by the host"], xlabel="ms", title=f"One step of {LARGEST} pictures")
+    axes.legend(found.values(), found.keys(), fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+
+here.picture("line", draw_line, 10, 3.4)
+
+# %% [markdown]
+# ## Precision
+# A float32 has 23 bits after the leading one. The fast units of a GPU multiply shorter numbers: TF32 keeps 10 bits, bf16 keeps 7, and
+# both add up in float32. What does that cost? Rounding can be imitated: cut the bits off the factors, and multiply.
+
+
+# %%
+def rounded(x, bits):
+    """float32 with so many bits after the leading one, to nearest, ties to even."""
+    words, cut = x.astype("float32").view(np.uint32).astype(np.uint64), 23 - bits
+    words += (1 << (cut - 1)) - 1 + (words >> cut & 1)
+    return (words >> cut << cut).astype(np.uint32).view(np.float32)
+
+
+assert rounded(np.array([1 + 2**-8 + 2**-20, 1 + 2**-8, 1 + 3 * 2**-8]), 7).tolist() == [1 + 2**-7, 1.0, 1 + 2**-6]
+rng = np.random.default_rng(here.seed)
+FORMATS = {"float32": 23, "TF32": 10, "bf16": 7}
+product_errors = {name: [] for name in FORMATS}
+WIDTHS = here.pick((16, 64), (16, 64, 256, 1024), (16, 64, 256, 1024))
+for width in WIDTHS:
+    a, b = rng.standard_normal((2, 128, width))
+    exact = a.astype("float32").astype("float64") @ b.astype("float32").astype("float64").T
+    for name, bits in FORMATS.items():
+        left, right = (x.astype("float32") if bits == 23 else rounded(x, bits) for x in (a, b))
+        product_errors[name].append(float(np.sqrt(((left @ right.T - exact) ** 2).mean() / (exact ** 2).mean())))
+print(f"{'error of a product, relative':<30}" + "".join(f"{f'{w} long':>12}" for w in WIDTHS))
+for name, row in product_errors.items():
+    print(f"{name:<30}" + "".join(f"{error:>12.1e}" for error in row))
+assert all(f32 < tf32 / 100 and tf32 < bf16 for f32, tf32, bf16 in zip(*product_errors.values()))
+
+# %% [markdown]
+# The error hardly grows with the length: the signs of the errors differ, so they add up as slowly as the sum itself. A network
+# bears an error of 1 in 300 in its products, since the noise of its batches is larger. What it does not bear is *weights* of so
+# few bits. A step changes a weight by about the learning rate; if that is less than half of the weight's last bit, nothing happens,
+# again and again. So the weights stay float32, and the products read rounded copies (Micikevicius et al. 2018, section 3.1).
+
+# %%
+weights = np.concatenate([p.ravel() for name, p in ViT(**SIZES).state_dict().items() if name.endswith("weight") and p.ndim == 2])
+lost = {}
+for rate in (1e-3, 1e-4, 1e-5):
+    moved = rounded(weights, 7) + rate * np.sign(rng.standard_normal(weights.size)).astype("float32")
+    lost[rate] = float((rounded(moved, 7) == rounded(weights, 7)).mean())
+    print(f"steps of {rate:g} that a bf16 weight does not feel: {100 * lost[rate]:.0f} %")
+
+# %% [markdown]
+# ## A kernel of your own
+# GELU is x Phi(x). Written with array functions it is a handful of launches, each of which reads and writes the whole array. One
+# kernel reads x once and writes once. In CUDA C, a kernel is what one thread does; it finds out which element is its own:
+
+# %%
+SOURCE = r"""
+extern "C" __global__ void gelu_forward(const float* x, float* out, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678f));
+}
+extern "C" __global__ void gelu_backward(const float* x, const float* g, float* out, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        float cdf = 0.5f * (1.0f + erff(x[i] * 0.70710678f));
+        float density = 0.39894228f * expf(-0.5f * x[i] * x[i]);
+        out[i] = g[i] * (cdf + x[i] * density);
+    }
+}
+"""
+
+# %% [markdown]
+# Four traps, each of which costs an evening: a constant without its `f` is a double, and the thread computes in double; the array
+# is rarely a multiple of the block, so threads past the end must do nothing (`if (i < n)`); a kernel knows nothing of strides, so
+# what it is given must be contiguous; a Python number as an argument arrives as 64 bits, so say `np.int32(n)`.
+#
+# Without a GPU the same source runs on the CPU. A dozen lines of C++ make the words that C++ does not know, and run one thread after
+# another. That is slow and proves no speed, but indices, tails and formulas are checked by it.
+
+# %%
+SHIM = r"""
+#include <math.h>
+#define __global__
+static struct { int x; } blockIdx, blockDim, threadIdx;
+"""
+RUN = r"""
+extern "C" void run_gelu_forward(int blocks, int threads, const float* x, float* out, int n) {
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) gelu_forward(x, out, n);
+}
+extern "C" void run_gelu_backward(int blocks, int threads, const float* x, const float* g, float* out, int n) {
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
+        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) gelu_backward(x, g, out, n);
+}
+"""
+THREADS = 128
+compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def build(source):
+    """{name: function(*arrays)} of a kernel source: on the GPU, else on the CPU; None where there is no compiler either."""
+    names = ("gelu_forward", "gelu_backward")
+    if on_gpu:
+        module = xp.RawModule(code=source)
+        kernels = {name: module.get_function(name) for name in names}
+        return {name: lambda *arrays, kernel=kernel: kernel((-(-arrays[0].size // THREADS),), (THREADS,), (
+            *arrays, np.int32(arrays[0].size))) for name, kernel in kernels.items()}
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "kernel.cpp"
+        file.write_text(SHIM + source + RUN)
+        subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(file), "-o", str(file.with_suffix(".so"))], check=True)
+        library = ctypes.CDLL(str(file.with_suffix(".so")))
+    return {name: lambda *arrays, name=name: getattr(library, f"run_{name}")(
+        -(-arrays[0].size // THREADS), THREADS, *(ctypes.c_void_p(array.ctypes.data) for array in arrays), arrays[0].size) for name in names}
+
+
+kernels = build(SOURCE)
+
+
+# %% [markdown]
+# And it becomes an implementation of the op: the same contract, a function from arrays to the output and its vjp. The plain op stays
+# the definition; `@op.implementation("cupy")` registers another one for the arrays of that module, and nothing else in the
+# package changes. Here a copy of the op is used, so that the package's own stays as it is.
+
+
+# %%
+@tt.op
+def my_gelu(x):
+    """The plain definition."""
+    return tt.ops.gelu.function(x)
+
+
+@my_gelu.implementation(xp.__name__)
+def _(x):
+    x = xp.ascontiguousarray(x)
+    out = xp.empty_like(x)
+    kernels["gelu_forward"](x, out)
+
+    def vjp(g):
+        grad = xp.empty_like(x)
+        kernels["gelu_backward"](x, xp.ascontiguousarray(g), grad)
+        return grad
+    return out, vjp
+
+
+def largest_difference():
+    """Of values and gradients from the plain op's in float64, over sizes with and without a tail, transposed arrays included."""
+    worst = 0.0
+    for shape in ((1,), (127,), (128,), (129,), (3, 1000), (0,), (40, 30)):
+        x, g = rng.standard_normal((2, *shape)) * 3
+        for turn in (False, True):
+            x, g = (x.T, g.T) if turn else (x, g)
+            mine = tt.Tensor(backend.to_device(x.astype("float32"), here.device), requires_grad=True)
+            out = my_gelu(mine)
+            out.backward(backend.to_device(g.astype("float32"), here.device))
+            exact = tt.Tensor(x.astype("float32").astype("float64"), requires_grad=True)
+            plain = tt.ops.gelu(exact)
+            plain.backward(g.astype("float32").astype("float64"))
+            for a, b in ((out.numpy(), plain.numpy()), (backend.to_numpy(mine.grad), exact.grad)):
+                worst = max(worst, float(np.abs(a - b).max(initial=0)))
+    return worst
+
+
+def writes_past_the_end(kernels, n=129, room=256):
+    """How many of the elements behind the n-th a kernel for n elements changes."""
+    x, out = xp.zeros(room, "float32"), xp.full(room, 7, "float32")
+    kernels["gelu_forward"](x[:n], out[:n])
+    return int((out[n:] != 7).sum())
+
+
+kernel_error = kernel_past = careless_past = None
+if kernels:
+    kernel_error, kernel_past = largest_difference(), writes_past_the_end(kernels)
+    careless_past = writes_past_the_end(build(SOURCE.replace("if (i < n) out", "out")))
+    print(f"largest difference from the plain op in float64: {kernel_error:.1e}; written past the end: {kernel_past} elements, "
+          f"and {careless_past} without the test `i < n`")
+    assert kernel_error < 5e-6 and kernel_past == 0 and careless_past > 0
+else:
+    print("not run: there is neither a GPU nor a C++ compiler here")
+kernel_times = None
+if on_gpu:
+    x = tt.Tensor(xp.asarray(rng.standard_normal((LARGEST * 64, 384)).astype("float32")))
+    kernel_times = {"plain": seconds(lambda: tt.ops.gelu(x)), "kernel": seconds(lambda: my_gelu(x))}
+    print(f"plain {1e6 * kernel_times['plain']:.0f} us, one kernel {1e6 * kernel_times['kernel']:.0f} us")
+else:
+    print("speed of the kernel: not measured, for want of a GPU")
+
+# %% [markdown]
+# ## What was measured
+
+# %%
+print(f"array calls of a ViT's step: {sum(counted['ViT'].values())}; launches alone {1e3 * floor:.1f} ms, a step of {LARGEST} "
+      f"{1e3 * times[LARGEST]:.1f} ms on the {here.device}")
+here.measured(on_gpu=on_gpu, bytes=sizes, array_calls=counted, launch_seconds=per_launch, floor_seconds=floor,
+              step_seconds=times, look_costs=looked, line={"names": line.names, "asked_ms": asked, "done_ms": done},
+              product_errors={"widths": WIDTHS, **product_errors}, updates_lost=lost,
+              kernel={"error": kernel_error, "past_the_end": kernel_past, "past_the_end_without_test": careless_past,
+                      "seconds": kernel_times})
+
+# %% [markdown]
+# ## Exercises
+# 1. Which ops of a block make the most array calls? Count with `tensor.observe` and `Counted` together. Which of them could be
+#    one kernel, and what would that make of the floor?
+# 2. `x[x > 0].sum()` and `(x * (x > 0)).sum()` give the same number. Which one would you write in a step, and why?
+# 3. Add a bias to `gelu_forward`: out[i] = gelu(x[i] + b[i % width]). What is the gradient of b, and why can the same kernel not
+#    write it?
+# 4. Write `0.5` instead of `0.5f` and check again. Does the test notice? How would you find it out?
+# 5. Measure the share of lost steps for weights that have been trained. Which layers suffer most?
+#
+# ## The paper
+# Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.1: a copy of the weights in float32 takes
+# the updates, since an update that is smaller than 2^-11 of its weight is lost in float16. Here the same is measured for bf16
+# (2^-8 of the weight): `lost`.
+
+# %%
+here.end()

@@ -1,0 +1,118 @@
+"""CIFAR-10 from scratch: a ViT, the DynamicViT made from it, and a LookupViT, beside the controls they have to beat. For a GPU:
+
+    python lessons/full/cifar10.py --full --device cuda        # 3 seeds; the same command goes on where it was stopped
+    python lessons/full/cifar10.py --device cuda               # one seed, few epochs: does it run, how long does an epoch take?
+
+Every arm sees the same pictures in the same order and gets the same budget: a first part of EPOCHS from scratch and a second of
+FURTHER epochs at a smaller learning rate. DynamicViT has no first part of its own; it starts from the ViT's, which is also its
+teacher, and the ViT itself goes on for as long. Accuracies are of the running means of the weights. Pictures are moved,
+mirrored and erased, and mixed in pairs (mixup, CutMix). The recipe was fixed beforehand: no choice was made by the test pictures.
+Writes cifar10_full_cifar10.json, with the seconds of an epoch, and a picture.
+"""
+import dataclasses
+
+from tinytoken import compare, lesson
+from tinytoken.models import DynamicViT, LookupViT, ViT
+from tinytoken.train import Classify, Distil
+from tinytoken.trial import Trial, difference
+
+here = lesson.begin("cifar10", data="cifar10")
+
+EPOCHS, FURTHER = here.pick((1, 1), (4, 2), (200, 30))
+RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(48, 16000, 16000), test_pictures=here.pick(32, 2000, 10000), smoothing=0.1,
+                        **here.pick(dict(batch=16, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.5,)),
+                                    dict(batch=256, dim=192), dict(batch=256, dim=192)))
+AUGMENT, AVERAGE, DROP_PATH = dict(erase=0.25, mixup=0.2, cutmix=1.0), 0.9995, 0.1
+RATIO_WEIGHT = 10  # lesson 07 on CIFAR-10: with the paper's 2 the ratios are not reached in so few steps
+NARROW = here.pick((("dim", 8), ("heads", 1)), (("dim", 128), ("heads", 2)), (("dim", 128), ("heads", 2)))
+COMPRESSED = here.pick((2, 2), (3, 3), (3, 3))
+VIT, DYNAMIC, LOOKUP = "ViT", "DynamicViT .7", "LookupViT 3x3"
+# name: (kind, sizes that differ, options, whether only the first seed trains it)
+ARMS = {
+    VIT: (ViT, (), {}, False),
+    DYNAMIC: (DynamicViT, (), {}, False),
+    LOOKUP: (LookupViT, (), {"compressed": COMPRESSED}, False),
+    "no way back": (LookupViT, (), {"compressed": COMPRESSED, "reuse": "none"}, False),
+    "ViT, narrower": (ViT, NARROW, {}, False),
+}
+FINE = here.pick(4, 2, 2)  # pixels of a patch: at full size 256 tokens
+ARMS |= {f"{name}, fine": (kind, (("patch", FINE),), {"compressed": here.pick((3, 3), (5, 5), (5, 5))} if kind is LookupViT else {}, True)
+         for name, (kind, *_) in list(ARMS.items())[:3]}
+GOAL, AIM, MARGIN = 88.0, 90.0, 1.0  # percent, percent, points: fixed before any run
+
+
+def start_of(trial, name, done):
+    """The first part -> (model, what fit reported). DynamicViT's is that of the ViT of the same sizes. done: those of this seed."""
+    name = name.replace(DYNAMIC, VIT)
+    if name not in done:
+        kind, sizes, options, _ = ARMS[name]
+        model = trial.new(kind, sizes=sizes, **options)
+        objective = Classify(model, RECIPE.smoothing, drop_path=DROP_PATH)
+        done[name] = model, trial.fit(f"{name} start", objective, EPOCHS * len(trial.batches), RECIPE.lr, average=AVERAGE)
+    return done[name]
+
+
+def train(trial, name, done):
+    """Both parts of an arm -> (model, seconds of training, seconds per epoch of both)."""
+    kind, sizes, options, _ = ARMS[name]
+    start, first = start_of(trial, name, done)
+    if kind is DynamicViT:
+        model = trial.new(kind, start, sizes, prune_before=RECIPE.prune_before, keep_ratios=RECIPE.keep_ratios)
+        for p in (p for module in model.score_predictor for p in module.parameters()):
+            p.lr_scale = RECIPE.predictor_lr_scale
+        objective = Distil(model, start, RECIPE.smoothing, weights=(1, RATIO_WEIGHT, 0.5, 0.5), drop_path=DROP_PATH)
+    else:
+        model = trial.new(kind, start, sizes, **options)
+        objective = Classify(model, RECIPE.smoothing, drop_path=DROP_PATH)
+    steps = len(trial.batches)
+    second = trial.fit(name, objective, FURTHER * steps, RECIPE.further_lr, EPOCHS * steps, average=AVERAGE)
+    return model, first["seconds"] + second["seconds"], {"first": first["seconds"] / EPOCHS, "second": second["seconds"] / FURTHER}
+
+
+seeds = [here.seed + i for i in range(here.pick(1, 1, 3))]
+rows, right = {name: [] for name in ARMS}, {name: [] for name in ARMS}
+for seed in seeds:
+    trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, here.size != "smoke", **AUGMENT)
+    done = {}
+    for name, (*_, once) in ARMS.items():
+        if once and (seed != seeds[0] or here.size == "default"):
+            continue
+        model, spent, epoch = train(trial, name, done)
+        rows[name].append(trial.measure(model, spent) | {"seconds_per_epoch": epoch})
+        right[name].append(trial.answers(model).argmax(axis=1) == trial.test.labels)
+rows = {name: arm for name, arm in rows.items() if arm}
+
+table = [f"{'arm':<22}{'accuracy, %':>14}{'M MACs':>9}{'M params':>10}{'s per epoch':>13}{'above its ViT [95 %]':>26}"]
+above = {}
+for name, arm in rows.items():
+    reference = f"{VIT}, fine" if name.endswith("fine") else VIT
+    above[name] = difference(right[name], right[reference])
+    gap = "" if name == reference else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*above[name])
+    table.append(f"{name:<22}{compare.spread_text([100 * row['accuracy'] for row in arm]):>14}{arm[0]['macs'] / 1e6:>9.1f}"
+                 f"{arm[0]['parameters'] / 1e6:>10.2f}{arm[0]['seconds_per_epoch']['second']:>13.1f}{gap:>26}")
+print("\n".join(table))
+
+share = {name: arm[0]["macs"] / rows[VIT][0]["macs"] for name, arm in rows.items()}
+reached = 100 * sum(row["accuracy"] for row in rows[VIT]) / len(rows[VIT])
+here.claim("ViT: accuracy, %", reached, low=GOAL)
+here.claim("the same: the aim", reached, low=AIM)
+here.claim("DynamicViT .7: % of the ViT's MACs saved", 100 * (1 - share[DYNAMIC]), low=30, high=39)
+here.claim("DynamicViT .7: points lost to the ViT with as many further steps", -above[DYNAMIC][0], high=MARGIN)
+here.claim("LookupViT 3x3: share of the ViT's MACs", share[LOOKUP], high=0.5)
+here.claim("LookupViT 3x3: lower end of the 95 % interval of what it is above the ViT", above[LOOKUP][1], low=-MARGIN)
+
+
+def draw(figure):
+    axes = figure.subplots()
+    for name, arm in rows.items():
+        x, y = arm[0]["macs"] / 1e6, [100 * row["accuracy"] for row in arm]
+        axes.plot([x] * len(y), y, "o", ms=5)
+        axes.annotate(name, (x, max(y)), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes.set(xscale="log", xlabel="M multiply-adds per picture", ylabel="accuracy, %", title=f"{RECIPE.data}: one point per seed")
+
+
+here.picture("arms", draw, 7, 4.5)
+here.measured(rows=rows, above={name: list(gap) for name, gap in above.items()}, seeds=seeds,
+              recipe=dataclasses.asdict(RECIPE) | {"epochs": EPOCHS, "further_epochs": FURTHER, "average": AVERAGE,
+                                                   "drop_path": DROP_PATH, "ratio_weight": RATIO_WEIGHT, **AUGMENT})
+here.end()
