@@ -1,0 +1,71 @@
+"""Kernels on the CPU: their sources, compiled by a C++ compiler behind shim.h, as a runner for `launch.running_on`."""
+import ctypes
+import functools
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import numpy as np
+
+from tinytoken.cuda import launch
+
+SHIM = pathlib.Path(__file__).with_name("shim.h")
+C_TYPES = {"float32": ("float", ctypes.c_float), "int32": ("int", ctypes.c_int), "int64": ("long long", ctypes.c_longlong),
+           "uint32": ("unsigned", ctypes.c_uint), "uint8": ("unsigned char", ctypes.c_ubyte)}
+compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+
+
+@functools.cache
+def library(family, text=None):
+    """The compiled family; text: another source in its place."""
+    text = (launch.SOURCES / "common.cuh").read_text() + (text or (launch.SOURCES / f"{family}.cu").read_text())
+    folder = tempfile.TemporaryDirectory()
+    source = pathlib.Path(folder.name) / f"{family}.cpp"
+    source.write_text(f'#include "{SHIM}"\n{text}\n' + "\n".join(
+        runner(launch.Kernel(name, family, tuple(map(launch._parameter, parameters.split(",")))))
+        for name, parameters in launch.DECLARATION.findall(text)))
+    built = subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))],
+                           capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    loaded = ctypes.CDLL(str(source.with_suffix(".so")))
+    loaded.folder = folder  # as long as the library
+    return loaded
+
+
+def runner(kernel):
+    """C++ that runs a kernel over a grid."""
+    types = [C_TYPES[dtype][0] + "*" * array for _, dtype, array, _ in kernel.parameters]
+    names = [name for name, *_ in kernel.parameters]
+    given = "".join(f", {t} {n}" for t, n in zip(types, names))
+    return (f'extern "C" int run_{kernel.name}(int shim_blocks, int shim_threads, int shim_bytes, int shim_backward{given}) '
+            f'{{ return shim_launch(shim_blocks, shim_threads, shim_bytes, shim_backward, [=] {{ {kernel.name}({", ".join(names)}); }}); }}')
+
+
+class Emulator:
+    """Runs launches on NumPy arrays and notes them. Each runs twice, threads in order and in reverse: what differs lacks a barrier."""
+
+    def __init__(self, **sources):
+        self.sources, self.launches = sources, []
+
+    def __call__(self, kernel, blocks, threads, arguments, shared):
+        self.launches.append((kernel.name, blocks, threads, shared))
+        run = getattr(library(kernel.family, self.sources.get(kernel.family)), f"run_{kernel.name}")
+        written = [a for a, (*_, out) in zip(arguments, kernel.parameters) if out and a is not None]
+        before = [a.copy() for a in written]
+        results = []
+        for backward in (0, 1):
+            for array, old in zip(written, before):
+                array[...] = old
+            assert run(blocks, threads, shared, backward, *map(pointer, arguments, kernel.parameters)) == 0, (
+                f"{kernel.name}: threads wait for each other, or wrote past their shared memory")
+            results.append([a.copy() for a in written])
+        for (name, *_), first, second in zip([p for p, a in zip(kernel.parameters, arguments) if p[3] and a is not None], *results):
+            assert np.array_equal(first, second, equal_nan=True), f"{kernel.name}: {name} depends on the order of the threads"
+
+
+def pointer(value, parameter):
+    _, dtype, array, _ = parameter
+    if not array:
+        return C_TYPES[dtype][1](value.item())
+    return ctypes.c_void_p(None if value is None else value.__array_interface__["data"][0])

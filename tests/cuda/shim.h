@@ -1,0 +1,118 @@
+// CUDA's words for C++, so that a kernel's source runs on the CPU: one coroutine per CUDA thread, blocks one after another. A barrier
+// gives the turn to the next thread. Threads run in order or, with `backward` set, in reverse: where a barrier is missing, the
+// two orders give different results. Shared memory is filled with NaN before each block.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <ucontext.h>
+#include <vector>
+
+using std::max;
+using std::min;
+
+struct Index { int x = 1; };
+static Index threadIdx, blockIdx, blockDim, gridDim;
+static float* shim_shared;
+
+#define __global__
+#define __device__ static
+#define SHARED(type, name) type* name = (type*)shim_shared
+
+static float __int_as_float(int bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+enum Wait { RUNNING, BLOCK, LANES, DONE };
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    Wait wait;
+    float given;
+};
+static const int STACK = 1 << 16;
+static std::vector<Thread> threads;
+static int current;
+static ucontext_t scheduler;
+static std::function<void()>* body;
+
+static void wait_for(Wait what) {
+    threads[current].wait = what;
+    swapcontext(&threads[current].context, &scheduler);
+}
+#define __syncthreads() wait_for(BLOCK)
+#define __syncwarp() wait_for(LANES)
+
+static float __shfl_xor_sync(unsigned, float value, int mask) {
+    int partner = current ^ mask;
+    threads[current].given = value;
+    __syncwarp();
+    float found = threads[partner].given;
+    __syncwarp();
+    return found;
+}
+
+static void run_thread() {
+    (*body)();
+    threads[current].wait = DONE;
+    swapcontext(&threads[current].context, &scheduler);
+}
+
+// Let go those from `first` to `last` if all that are not done wait for the same; a thread that has ended counts as arrived.
+static bool release(int first, int last, Wait what) {
+    bool some = false;
+    for (int t = first; t < last; t++) {
+        if (threads[t].wait == DONE) continue;
+        if (threads[t].wait != what) return false;
+        some = true;
+    }
+    for (int t = first; some && t < last; t++)
+        if (threads[t].wait == what) threads[t].wait = RUNNING;
+    return some;
+}
+
+static bool run_block(int count, bool backward) {
+    for (int t = 0; t < count; t++) {
+        Thread& thread = threads[t];
+        getcontext(&thread.context);
+        if (!thread.stack) thread.stack.reset(new char[STACK]);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = STACK;
+        thread.context.uc_link = &scheduler;
+        makecontext(&thread.context, run_thread, 0);
+        thread.wait = RUNNING;
+    }
+    while (true) {
+        for (int turn = 0; turn < count; turn++) {
+            current = backward ? count - 1 - turn : turn;
+            if (threads[current].wait != RUNNING) continue;
+            threadIdx.x = current;
+            swapcontext(&scheduler, &threads[current].context);
+        }
+        bool moved = release(0, count, BLOCK), done = true;
+        for (int t = 0; t < count; t += 32) moved |= release(t, min(t + 32, count), LANES);
+        for (int t = 0; t < count; t++) done &= threads[t].wait == DONE;
+        if (done) return true;
+        if (!moved) return false;  // they wait for each other
+    }
+}
+
+static int shim_launch(int blocks, int count, int bytes, int backward, std::function<void()> call) {
+    std::vector<float> shared(bytes / 4 + 1);
+    shim_shared = shared.data();
+    if ((int)threads.size() < count) threads.resize(count);
+    body = &call;
+    blockDim.x = count;
+    gridDim.x = blocks;
+    for (int b = 0; b < blocks; b++) {
+        blockIdx.x = backward ? blocks - 1 - b : b;
+        std::fill(shared.begin(), shared.end(), NAN);
+        if (!run_block(count, backward)) return 1;
+    }
+    return shared[bytes / 4] == shared[bytes / 4];  // written past the end: 1
+}

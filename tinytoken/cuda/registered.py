@@ -1,0 +1,190 @@
+"""Kernels as implementations of ops: each has the contract of the op it stands in for, from arrays to the output and its vjp. What
+they do not cover (float64, the official mask) runs as the plain op."""
+import functools
+import math
+
+from .. import ops
+from ..backend import array_module
+from ..ops.attend import check_attention
+from ..ops.loss import check_labels
+from . import launch
+from .launch import contiguous, cover
+
+ROW_WARPS = 4  # rows of a block, a warp for each
+MOST_SHARED = 99 * 1024  # bytes of a block on every device since sm_80
+registry = {}  # op name -> the function registered here
+
+
+def kernels_of(op, covers=lambda *arrays, **settings: True):
+    """Decorator: register a function for float32 arrays that `covers` says yes to; others go to the plain op."""
+    def register(function):
+        @functools.wraps(function)
+        def run(*arrays, **settings):
+            first = next(a for a in arrays if a is not None and hasattr(a, "dtype"))
+            if first.dtype != "float32" or not first.size or not covers(*arrays, **settings):
+                return op.function(*arrays, **settings)
+            return function(*arrays, **settings)
+        registry[op.name] = run
+        return op.implementation("cupy")(run)
+    return register
+
+
+def rows_of(count):
+    """(blocks, threads) with a warp for each row."""
+    return -(-count // ROW_WARPS), 32 * ROW_WARPS
+
+
+@kernels_of(ops.gelu)
+def gelu(x):
+    x, grid = contiguous(x), cover(x.size)
+    out = launch.empty_like(x)
+    launch.launch("gelu_forward", *grid, x, out, x.size)
+
+    def vjp(g):
+        dx = launch.empty_like(x)
+        launch.launch("gelu_backward", *grid, x, contiguous(g), dx, x.size)
+        return dx
+    return out, vjp
+
+
+@kernels_of(ops.layer_norm, lambda x, weight=None, bias=None, *, eps=1e-6: all(p is None or p.shape == x.shape[-1:] for p in (weight, bias)))
+def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
+    width = x.shape[-1]
+    x, rows = contiguous(x), x.size // width
+    out, mean, scale = launch.empty_like(x), launch.empty(x, rows), launch.empty(x, rows)
+    launch.launch("layer_norm_forward", *rows_of(rows), x, weight, bias, out, mean, scale, rows, width, eps)
+
+    def vjp(g):
+        g = contiguous(g)
+
+        def of_x():
+            dx = launch.empty_like(x)
+            launch.launch("layer_norm_backward", *rows_of(rows), x, weight, g, mean, scale, dx, rows, width)
+            return dx
+
+        @functools.cache
+        def of_parameters():
+            stretch = max(16, -(-rows // 264))  # two blocks for each multiprocessor of an H100
+            count = -(-rows // stretch)
+            parts, sums = launch.empty(x, count, 2, width), launch.empty(x, 2, width)
+            launch.launch("layer_norm_parameters", count, min(256, -(-width // 32) * 32), x, g, mean, scale, parts, rows, width, stretch)
+            launch.launch("sum_parts", *cover(2 * width), parts, sums, count, 2 * width)
+            return sums
+        return of_x, lambda: of_parameters()[0], lambda: of_parameters()[1]
+    return out, vjp
+
+
+# Attention
+
+def strided(x):
+    """The array and its strides of picture, head and token, in elements; a copy if its last axis is not contiguous."""
+    x = x if x.strides[-1] == x.itemsize else array_module(x).ascontiguousarray(x)
+    return x, *(s // x.itemsize for s in x.strides[:3])
+
+
+def shared_bytes(queries, tokens, d, warps):
+    """Of the largest of the three attention kernels."""
+    return 4 * max(2 * tokens * (d + 1) + warps * (tokens + 2 * d), 2 * queries * (d + 1) + warps * 2 * (queries + d))
+
+
+def fits(q, k, v, keep=None, *, sees_itself=True, official=False, weights=False):
+    """Whether the kernels cover this call: keys and values of a head must fit into shared memory."""
+    return not official and q.ndim == k.ndim == 4 and shared_bytes(q.shape[2], k.shape[2], q.shape[3], 4) <= MOST_SHARED
+
+
+@kernels_of(ops.attention, fits)
+def attention(q, k, v, keep=None, *, sees_itself=True, official=False, weights=False):
+    check_attention("attention", q, k, v, keep, sees_itself)
+    out, A, _, gradients = attend(q, k, v, keep, sees_itself and keep is not None, weights, False)
+
+    def vjp(g, g_weights=None):
+        of_q, of_k, of_v, of_keep = gradients(g, g_weights, None)
+        return of_q, of_k, None if g is None else of_v, None if keep is None else of_keep
+    return ((out, A) if weights else out), vjp
+
+
+@kernels_of(ops.lookup_gather, fits)
+def lookup_gather(q, k, v):
+    check_attention("lookup_gather", q, k, v, None, False)
+    out, A, logits, gradients = attend(q, k, v, None, False, True, True)
+
+    def vjp(g, g_A, g_logits):
+        of_q, of_k, of_v, _ = gradients(g, g_A, g_logits)
+        return of_q, of_k, None if g is None else of_v
+    return (out, A, logits), vjp
+
+
+def attend(q, k, v, keep, itself, with_weights, with_logits):
+    """The launches of attention -> (out, A or None, logits or None, gradients). gradients(g, gA, glogits) -> functions of q, k, v, keep."""
+    (batch, heads, queries, d), tokens = q.shape, k.shape[2]
+    blocks, warps = batch * heads, 8 if shared_bytes(queries, tokens, d, 8) <= MOST_SHARED else 4
+    shape = (heads, queries, tokens, d, itself, 1 / math.sqrt(d))
+    given = (*strided(q), *strided(k), *strided(v), None if keep is None else contiguous(keep))
+    run = functools.partial(launch.launch, shared=shared_bytes(queries, tokens, d, warps))
+    out = launch.empty(q, batch, heads, queries, d)
+    A, logits = (launch.empty(q, batch, heads, queries, tokens) if wanted else None for wanted in (with_weights, with_logits))
+    highest, total = launch.empty(q, batch, heads, queries), launch.empty(q, batch, heads, queries)
+    run("attention_forward", blocks, 32 * warps, *given, out, A, logits, highest, total, *shape)
+
+    def gradients(g, g_weights, g_logits):
+        upstream = [None if u is None else contiguous(u) for u in (g, g_weights, g_logits)]
+        along, dq = launch.empty_like(highest), launch.empty_like(out)
+        run("attention_backward_queries", blocks, 32 * warps, *given, *upstream, highest, total, along, dq, *shape)
+
+        @functools.cache
+        def of_keys():
+            dk, dv = launch.empty(q, *k.shape), launch.empty(q, *k.shape)
+            dkeep = None if keep is None else launch.empty(q, batch, heads, tokens)
+            run("attention_backward_keys", blocks, 32 * warps, *given, *upstream, highest, total, along, dk, dv, dkeep, *shape)
+            return dk, dv, dkeep
+        return (lambda: dq), (lambda: of_keys()[0]), (lambda: of_keys()[1]), (lambda: of_keys()[2].sum(axis=1))
+    return out, A, logits, gradients
+
+
+# Token selection
+
+@kernels_of(ops.take_tokens, lambda x, index: index.dtype == "int64" and x.ndim == 3 and index.ndim == 2 and index.size)
+def take_tokens(x, index):
+    (batch, tokens, width), k = x.shape, index.shape[1]
+    x, index = contiguous(x), contiguous(index)
+    out = launch.empty(x, batch, k, width)
+    launch.launch("take_rows", *cover(out.size), x, index, out, batch, tokens, k, width)
+
+    def vjp(g):
+        dx = launch.empty_like(x)
+        launch.launch("put_rows", *cover(dx.size), contiguous(g), index, dx, batch, tokens, k, width)
+        return dx, None
+    return out, vjp
+
+
+# Losses
+
+@kernels_of(ops.cross_entropy, lambda logits, targets, *, smoothing=0.0: logits.ndim == 2 and 0 <= smoothing < 1)
+def cross_entropy(logits, targets, *, smoothing=0.0):
+    batch, classes = logits.shape
+    soft = targets.shape == logits.shape
+    if not soft:
+        check_labels("cross_entropy", targets, batch, classes)
+    targets = contiguous(targets.astype("float32" if soft else "int64", copy=False))
+    logits, pair = contiguous(logits), (None, targets) if soft else (targets, None)
+    losses, log_sum, mean = launch.empty(logits, batch), launch.empty(logits, batch), launch.empty(logits)
+    launch.launch("cross_entropy_forward", *rows_of(batch), logits, *pair, losses, log_sum, batch, classes, smoothing)
+    launch.launch("mean_of", 1, 256, losses, mean, batch, shared=4 * 256)
+
+    def vjp(g):
+        dlogits, dtargets = launch.empty_like(logits), launch.empty_like(logits) if soft else None
+        launch.launch("cross_entropy_backward", *rows_of(batch), logits, *pair, log_sum, contiguous(g), dlogits, dtargets, batch,
+                      classes, smoothing)
+        return dlogits, dtargets
+    return mean, vjp
+
+
+def top_k(scores, k):
+    """ops.top_k of a float32 (B, N) array."""
+    index = launch.empty(scores, len(scores), k, dtype="int64")
+    if k and len(scores):
+        tokens = scores.shape[1]
+        launch.launch("top_k", len(scores), min(1024, -(-tokens // 32) * 32), contiguous(scores), index, tokens, k, shared=8 * tokens)
+    return index
+
+

@@ -1,0 +1,69 @@
+// Layer norm. One warp per row; x is read from memory once, the later passes find it in the cache.
+
+extern "C" __global__ void layer_norm_forward(const float* x, const float* weight, const float* bias, float* out, float* mean,
+                                              float* scale, int rows, int width, float eps) {
+    int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    const float* in = x + (long long)row * width;
+    float total = 0.0f;
+    for (int c = lane; c < width; c += WARP) total += in[c];
+    float centre = warp_sum(total) / width;
+    total = 0.0f;
+    for (int c = lane; c < width; c += WARP) total += (in[c] - centre) * (in[c] - centre);
+    float factor = 1.0f / sqrtf(warp_sum(total) / width + eps);
+    if (lane == 0) {
+        mean[row] = centre;
+        scale[row] = factor;
+    }
+    for (int c = lane; c < width; c += WARP) {
+        float value = (in[c] - centre) * factor;
+        if (weight) value *= weight[c];
+        if (bias) value += bias[c];
+        out[(long long)row * width + c] = value;
+    }
+}
+
+extern "C" __global__ void layer_norm_backward(const float* x, const float* weight, const float* g, const float* mean,
+                                               const float* scale, float* dx, int rows, int width) {
+    int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    long long first = (long long)row * width;
+    float centre = mean[row], factor = scale[row], sum = 0.0f, along = 0.0f;
+    for (int c = lane; c < width; c += WARP) {
+        float u = weight ? g[first + c] * weight[c] : g[first + c];
+        sum += u;
+        along += u * (x[first + c] - centre) * factor;
+    }
+    sum = warp_sum(sum) / width;
+    along = warp_sum(along) / width;
+    for (int c = lane; c < width; c += WARP) {
+        float u = weight ? g[first + c] * weight[c] : g[first + c];
+        dx[first + c] = (u - sum - (x[first + c] - centre) * factor * along) * factor;
+    }
+}
+
+// Gradients of weight and bias: each block adds up a stretch of rows, a thread per column; `sum_parts` adds the stretches. Two
+// steps in a fixed order, where atomics would add in any.
+extern "C" __global__ void layer_norm_parameters(const float* x, const float* g, const float* mean, const float* scale, float* parts,
+                                                 int rows, int width, int stretch) {
+    int first = blockIdx.x * stretch, last = min(first + stretch, rows);
+    for (int c = threadIdx.x; c < width; c += blockDim.x) {
+        float of_weight = 0.0f, of_bias = 0.0f;
+        for (int row = first; row < last; row++) {
+            float u = g[(long long)row * width + c];
+            of_weight += u * (x[(long long)row * width + c] - mean[row]) * scale[row];
+            of_bias += u;
+        }
+        parts[(long long)blockIdx.x * 2 * width + c] = of_weight;
+        parts[(long long)blockIdx.x * 2 * width + width + c] = of_bias;
+    }
+}
+
+// parts (P, size) -> out (size): the sum over P.
+extern "C" __global__ void sum_parts(const float* parts, float* out, int count, int size) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) return;
+    float total = 0.0f;
+    for (int p = 0; p < count; p++) total += parts[(long long)p * size + i];
+    out[i] = total;
+}
