@@ -5,7 +5,7 @@ import math
 
 from .. import ops
 from ..backend import array_module
-from ..ops.attend import check_attention
+from ..ops.attend import REUSE, check_attention
 from ..ops.loss import check_labels
 from . import launch
 from .launch import contiguous, cover
@@ -141,7 +141,50 @@ def attend(q, k, v, keep, itself, with_weights, with_logits):
     return out, A, logits, gradients
 
 
+@kernels_of(ops.lookup_infuse, lambda A, logits, v, *, reuse: reuse in REUSE and A.ndim == v.ndim == 4 and A.shape == logits.shape
+            and A.shape[:3] == v.shape[:3])
+def lookup_infuse(A, logits, v, *, reuse):
+    (batch, heads, M, N), d = A.shape, v.shape[3]
+    sizes, soft = (batch * heads, M, N, d), reuse == "resoftmax"
+    R, v, mass = contiguous(A), contiguous(v), launch.empty(A, batch, heads, N)
+    if reuse != "probs":
+        given, R = contiguous(logits if soft else A), launch.empty_like(A)
+        launch.launch("infuse_weights", *cover(mass.size), given, R, mass, *sizes[:3], soft)
+    out = launch.empty(A, batch, heads, N, d)
+    launch.launch("infuse_out", *cover(out.size), R, v, out, *sizes)
+
+    def vjp(g):
+        g = contiguous(g)
+
+        def of_scores():
+            d_given = launch.empty_like(A)
+            launch.launch("infuse_scores", *cover(mass.size), R, mass, v, g, d_given, *sizes, reuse != "probs", soft)
+            return d_given
+
+        def of_values():
+            dv = launch.empty_like(v)
+            launch.launch("infuse_values", *cover(dv.size), R, g, dv, *sizes)
+            return dv
+        return None if soft else of_scores, of_scores if soft else None, of_values
+    return out, vjp
+
+
 # Token selection
+
+@kernels_of(ops.gumbel_softmax, lambda log_probs, noise, *, tau=1.0, hard=False: log_probs.shape == noise.shape and tau > 0
+            and log_probs.shape[-1] <= 32)
+def gumbel_softmax(log_probs, noise, *, tau=1.0, hard=False):
+    rows, classes = log_probs.size // log_probs.shape[-1], log_probs.shape[-1]
+    soft = launch.empty_like(log_probs)
+    out = launch.empty_like(log_probs) if hard else soft
+    launch.launch("gumbel_forward", *cover(rows), contiguous(log_probs), contiguous(noise), soft, out if hard else None, rows, classes, tau, hard)
+
+    def vjp(g):
+        dx = launch.empty_like(soft)
+        launch.launch("gumbel_backward", *cover(rows), soft, contiguous(g), dx, rows, classes, tau)
+        return dx, dx
+    return out, vjp
+
 
 @kernels_of(ops.take_tokens, lambda x, index: index.dtype == "int64" and x.ndim == 3 and index.ndim == 2 and index.size)
 def take_tokens(x, index):
@@ -158,6 +201,38 @@ def take_tokens(x, index):
 
 
 # Losses
+
+def log_softmax_rows(x):
+    """log softmax over the last axis."""
+    out, width = launch.empty_like(x), x.shape[-1]
+    launch.launch("log_softmax_forward", *rows_of(x.size // width), contiguous(x), out, x.size // width, width)
+    return out
+
+
+@kernels_of(ops.log_softmax, lambda x, *, axis=-1: axis in (-1, x.ndim - 1))
+def log_softmax(x, *, axis=-1):
+    out, width = log_softmax_rows(x), x.shape[-1]
+
+    def vjp(g):
+        dx = launch.empty_like(out)
+        launch.launch("log_softmax_backward", *rows_of(x.size // width), out, contiguous(g), dx, x.size // width, width)
+        return dx
+    return out, vjp
+
+
+@kernels_of(ops.kl_divergence, lambda logits, teacher_logits: logits.ndim == 2 and logits.shape == teacher_logits.shape)
+def kl_divergence(logits, teacher_logits):
+    student, teacher = log_softmax_rows(logits), log_softmax_rows(teacher_logits)
+    (batch, classes), losses, mean = logits.shape, launch.empty(logits, len(logits)), launch.empty(logits)
+    launch.launch("kl_forward", *rows_of(batch), student, teacher, losses, batch, classes)
+    launch.launch("mean_of", 1, 256, losses, mean, batch, shared=4 * 256)
+
+    def vjp(g):
+        of_student, of_teacher = launch.empty_like(student), launch.empty_like(student)
+        launch.launch("kl_backward", *cover(student.size), student, teacher, losses, contiguous(g), of_student, of_teacher, batch, classes)
+        return of_student, of_teacher
+    return mean, vjp
+
 
 @kernels_of(ops.cross_entropy, lambda logits, targets, *, smoothing=0.0: logits.ndim == 2 and 0 <= smoothing < 1)
 def cross_entropy(logits, targets, *, smoothing=0.0):
