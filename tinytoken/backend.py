@@ -76,7 +76,17 @@ def module_for(device):
     if device == "cpu":
         return np
     import cupy
+    _first_cuda()
     return cupy
+
+
+at_first_cuda = []  # what to call when a CUDA device is used for the first time; tinytoken/__init__ puts the kernels here
+
+
+@functools.cache
+def _first_cuda():
+    for call in at_first_cuda:
+        call()
 
 
 def device_of(array):

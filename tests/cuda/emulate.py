@@ -50,6 +50,7 @@ class Emulator:
 
     def __call__(self, kernel, blocks, threads, arguments, shared):
         self.launches.append((kernel.name, blocks, threads, shared))
+        arguments = [getattr(a, "host", a) for a in arguments]  # of the stand-in for CuPy
         run = getattr(library(kernel.family, self.sources.get(kernel.family)), f"run_{kernel.name}")
         written = [a for a, (*_, out) in zip(arguments, kernel.parameters) if out and a is not None]
         before = [a.copy() for a in written]

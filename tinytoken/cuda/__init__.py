@@ -2,4 +2,4 @@
 
 sources/ holds the kernels, a family per file; launch.py checks and runs them; registered.py makes them implementations of ops.
 """
-from . import registered  # noqa: F401
+from .registered import register  # noqa: F401

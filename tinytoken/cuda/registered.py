@@ -12,21 +12,27 @@ from .launch import contiguous, cover
 
 ROW_WARPS = 4  # rows of a block, a warp for each
 MOST_SHARED = 99 * 1024  # bytes of a block on every device since sm_80
-registry = {}  # op name -> the function registered here
+registry = {}  # op name -> (the op, the function here)
 
 
 def kernels_of(op, covers=lambda *arrays, **settings: True):
-    """Decorator: register a function for float32 arrays that `covers` says yes to; others go to the plain op."""
-    def register(function):
+    """Decorator: keep a function for float32 arrays that `covers` says yes to; others go to the plain op."""
+    def keep(function):
         @functools.wraps(function)
         def run(*arrays, **settings):
             first = next(a for a in arrays if a is not None and hasattr(a, "dtype"))
             if first.dtype != "float32" or not first.size or not covers(*arrays, **settings):
                 return op.function(*arrays, **settings)
             return function(*arrays, **settings)
-        registry[op.name] = run
-        return op.implementation("cupy")(run)
-    return register
+        registry[op.name] = op, run
+        return run
+    return keep
+
+
+def register():
+    """Make the kernels the implementations of their ops for CuPy arrays. `tinytoken.plain()` switches them off."""
+    for op, function in registry.values():
+        op.implementation("cupy")(function)
 
 
 def rows_of(count):

@@ -1,0 +1,77 @@
+"""Whole training steps with the kernels in place, on the stand-in for CuPy and the shim, against the plain ops: losses, gradients,
+launches."""
+import numpy as np
+import pytest
+
+import standin
+import tinytoken as tt
+from emulate import Emulator, compiler
+from tinytoken.backend import to_device
+from tinytoken.cuda import launch
+from tinytoken.models import DynamicViT, LookupViT, ViT
+from tinytoken.train import Classify, Distil
+
+pytestmark = pytest.mark.skipif(compiler is None, reason="no C++ compiler to run the kernels with")
+SIZES = dict(image_size=16, patch_size=4, dim=8, depth=2, heads=2, num_classes=3)
+STEPS = {
+    "vit": lambda: Classify(ViT(**SIZES), smoothing=0.1),
+    "lookupvit": lambda: Classify(LookupViT(**SIZES, compressed=(2, 2))),
+    "lookupvit, resoftmax": lambda: Classify(LookupViT(**SIZES, compressed=(2, 2), reuse="resoftmax")),
+    "dynamicvit": lambda: Distil(DynamicViT(**SIZES, prune_before=(1,), keep_ratios=(0.5,)), ViT(**SIZES))}
+
+
+@pytest.fixture
+def emulator():
+    with standin.installed(kernels=True), launch.running_on(Emulator()) as found:
+        tt._kernels()
+        yield found
+
+
+def step(name):
+    """A step's loss and gradients, on the host."""
+    tt.manual_seed(0)
+    objective = STEPS[name]()
+    for module in (objective.model, getattr(objective, "teacher", objective.model)):
+        module.to("cuda")
+    rng = np.random.default_rng(1)
+    arrays = (rng.standard_normal((3, 3, 16, 16)).astype("float32"), rng.integers(0, 3, 3))
+    arrays = (*(to_device(a, "cuda") for a in arrays), *objective.noise(3, 0, 0, standin.modules()["cupy"]))
+    objective.model.train()
+    loss, _ = objective(*arrays)
+    loss.backward()
+    return float(loss), {n: p.grad.get() for n, p in objective.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_with_kernels_equals_the_plain_one(name, emulator):
+    loss, grads = step(name)
+    first = list(emulator.launches)
+    assert len({name for name, *_ in first}) > 8
+    with tt.plain():
+        expected, plain_grads = step(name)
+    assert emulator.launches == first  # plain() launched nothing
+    assert loss == pytest.approx(expected, abs=2e-5) and grads.keys() == plain_grads.keys()
+    largest = max(np.abs(g).max() for g in plain_grads.values())
+    for n, g in grads.items():
+        np.testing.assert_allclose(g, plain_grads[n], rtol=0, atol=1e-4 * largest, err_msg=n)
+
+
+def test_a_step_makes_the_same_launches_again(emulator):
+    step("dynamicvit")
+    once = list(emulator.launches)
+    emulator.launches.clear()
+    again = step("dynamicvit")
+    assert emulator.launches == once
+    assert step("dynamicvit")[0] == again[0]
+
+
+def test_pruned_inference(emulator):
+    tt.manual_seed(0)
+    model = DynamicViT(**SIZES, prune_before=(1,), keep_ratios=(0.5,)).to("cuda").eval()
+    images = to_device(np.random.default_rng(1).standard_normal((3, 3, 16, 16)).astype("float32"), "cuda")
+    with tt.no_grad():
+        logits = model(images).numpy()
+        with tt.plain():
+            expected = model(images).numpy()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    assert {"take_rows", "attention_forward"} <= {name for name, *_ in emulator.launches}
