@@ -80,6 +80,7 @@ def module_for(device):
     return cupy
 
 
+faster = {}  # name -> a function of `cuda/` for CuPy arrays that stands in for one that is no op: see tensor.kernel
 at_first_cuda = []  # what to call when a CUDA device is used for the first time; tinytoken/__init__ puts the kernels here
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from . import nn
 from .backend import array_module, blas_threads, cpu_count, prepare_cpu, quick_switches
 from .errors import expect
-from .tensor import Tensor, grad
+from .tensor import Tensor, grad, kernel
 
 BLOCK = 32768  # elements of a pass over the flat buffers: few enough that all its temporaries stay in the cache
 
@@ -40,21 +40,28 @@ class AdamW:
         expect(self.flat.holds(self.params), "AdamW", "a parameter's array, group or place changed since the optimiser was made "
                "(another dtype or device, a copy, another optimiser): make a new optimiser")
         lr = self.lr if lr is None else lr
-        flat, self.steps = self.flat, self.steps + 1
+        flat, self.steps, corrections = self.flat, self.steps + 1, [1 - beta ** (self.steps + 1) for beta in self.betas]
+        fast = kernel("adamw", flat.data)
+        if fast:
+            norm = fast(self, lr, corrections)
+            self._add_to_mean(slice(None))
+            return norm
         with blas_threads(1):  # more of them would sum in another order
             norm = clip_norm(flat.grad, math.inf if self.clip is None else self.clip)
-        corrections = [1 - beta ** self.steps for beta in self.betas]
         block = BLOCK if array_module(flat.data) is np else flat.data.size
         for start, stop, scale, decay in flat.segments:
             for a in range(start, stop, block):
                 cut = slice(a, min(a + block, stop))
                 self._update(flat.data[cut], flat.grad[cut], self.m[cut], self.v[cut], lr * scale,
                              self.weight_decay if decay else 0.0, corrections)
-                if self.mean is not None:
-                    change = flat.data[cut] - self.mean[cut]
-                    change *= 1 - min(self.average, (1 + self.steps) / (10 + self.steps))
-                    self.mean[cut] += change
+                self._add_to_mean(cut)
         return norm
+
+    def _add_to_mean(self, cut):
+        if self.mean is not None:
+            change = self.flat.data[cut] - self.mean[cut]
+            change *= 1 - min(self.average, (1 + self.steps) / (10 + self.steps))
+            self.mean[cut] += change
 
     def use_average(self):
         """Put the running mean in the weights' place."""

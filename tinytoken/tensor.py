@@ -19,7 +19,7 @@ import threading
 
 import numpy as np
 
-from .backend import FLOATS, array_module, device_of, is_array, to_numpy
+from .backend import FLOATS, array_module, device_of, faster, is_array, to_numpy
 from .errors import GradientError, GraphError, InputError, expect
 
 
@@ -54,6 +54,12 @@ def recording():
 def plain():
     """Context (or decorator): ops use their plain definition, whatever faster ones are registered. Holds for this thread."""
     return _mode_set(plain=True)
+
+
+def kernel(name, array):
+    """The kernel that is registered under this name for a function that is no op (backend.faster), or None: for a NumPy array, under
+    plain(), or where there is none."""
+    return None if _mode.plain or array_module(array) is np else faster.get(name)
 
 
 def observe(observer):

@@ -75,3 +75,33 @@ def test_pruned_inference(emulator):
             expected = model(images).numpy()
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
     assert {"take_rows", "attention_forward"} <= {name for name, *_ in emulator.launches}
+
+
+@pytest.mark.parametrize("clip, average", [(0.5, None), (None, 0.9), (1e9, None)])
+def test_the_optimiser_with_kernels_equals_the_plain_one(clip, average, emulator):
+    def trained(device, plain):
+        tt.manual_seed(0)
+        model = ViT(**SIZES).to(device)
+        model.head.weight.lr_scale = 3.0
+        optimizer = tt.optim.AdamW(model.parameters(), 1e-2, clip=clip, average=average)
+        norms = []
+        for step in range(3):
+            gradient = np.random.default_rng(step).standard_normal(optimizer.flat.grad.size).astype("float32")
+            optimizer.flat.grad[...] = to_device(gradient, device)
+            norms.append(float(optimizer.step()))
+        return norms, tt.backend.to_numpy(optimizer.flat.data), [tt.backend.to_numpy(a) for a in optimizer.state()[0].values()]
+
+    norms, weights, moments = trained("cuda", False)
+    assert {"squares", "clip_factor", "set_rates", "adamw"} == {name for name, *_ in emulator.launches}
+    plain_norms, plain_weights, plain_moments = trained("cpu", True)
+    assert norms == pytest.approx(plain_norms, rel=1e-5)
+    for a, b in zip([weights, *moments], [plain_weights, *plain_moments]):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6)
+
+
+def test_top_k_is_the_kernel_where_it_can_be(emulator):
+    scores = np.random.default_rng(0).standard_normal((3, 40)).astype("float32")
+    for array, launched in ((scores, ["top_k"]), (scores.astype("float64"), []), (np.zeros((2, 7000), "float32"), [])):
+        emulator.launches.clear()
+        found = tt.ops.top_k(to_device(array, "cuda"), 5)
+        assert np.array_equal(found.get(), tt.ops.top_k(array, 5)) and [name for name, *_ in emulator.launches] == launched

@@ -4,9 +4,10 @@ import functools
 import math
 
 from .. import ops
-from ..backend import array_module
+from ..backend import array_module, faster
 from ..ops.attend import REUSE, check_attention
 from ..ops.loss import check_labels
+from ..tensor import plain
 from . import launch
 from .launch import contiguous, cover
 
@@ -33,6 +34,7 @@ def register():
     """Make the kernels the implementations of their ops for CuPy arrays. `tinytoken.plain()` switches them off."""
     for op, function in registry.values():
         op.implementation("cupy")(function)
+    faster.update(top_k=top_k, adamw=adamw)
 
 
 def rows_of(count):
@@ -261,7 +263,10 @@ def cross_entropy(logits, targets, *, smoothing=0.0):
 
 
 def top_k(scores, k):
-    """ops.top_k of a float32 (B, N) array."""
+    """ops.top_k of a (B, N) array. Rows longer than shared memory, and float64, go to the plain one."""
+    if scores.dtype != "float32" or 8 * scores.shape[1] > 48 * 1024:
+        with plain():
+            return ops.top_k(scores, k)
     index = launch.empty(scores, len(scores), k, dtype="int64")
     if k and len(scores):
         tokens = scores.shape[1]
@@ -269,3 +274,21 @@ def top_k(scores, k):
     return index
 
 
+
+
+# The optimiser
+
+def adamw(optimizer, lr, corrections):
+    """AdamW.step's work on flat storage, clipping included -> the gradient's norm before, a 0-d array."""
+    flat, (b1, b2) = optimizer.flat, optimizer.betas
+    size = flat.data.size
+    blocks = min(264, -(-size // 256))
+    parts, norm, factor, rates = (launch.empty(flat.data, *shape) for shape in ((blocks,), (), (), (3,)))
+    launch.launch("squares", blocks, 256, flat.grad, parts, size, shared=4 * 256)
+    launch.launch("clip_factor", 1, 32, parts, norm, factor, blocks, math.inf if optimizer.clip is None else optimizer.clip)
+    launch.launch("set_rates", 1, 32, rates, lr, 1 / corrections[0], 1 / corrections[1])
+    for start, stop, scale, decay in flat.segments:
+        cut = slice(start, stop)
+        launch.launch("adamw", *cover(stop - start), flat.data[cut], flat.grad[cut], optimizer.m[cut], optimizer.v[cut], factor, rates,
+                      stop - start, scale, optimizer.weight_decay if decay else 0.0, b1, b2, optimizer.eps)
+    return norm

@@ -17,10 +17,19 @@ extern "C" __global__ void squares(const float* values, float* parts, long long 
 
 // parts (count) -> norm (1), and factor (1): what the gradient is multiplied by, so that its norm is at most `largest`
 extern "C" __global__ void clip_factor(const float* parts, float* norm, float* factor, int count, float largest) {
+    if (threadIdx.x) return;
     float total = 0.0f;
     for (int i = 0; i < count; i++) total += parts[i];
     norm[0] = sqrtf(total);
     factor[0] = fminf(largest / (norm[0] + 1e-12f), 1.0f);
+}
+
+// rates (3): numbers from the host into device memory, without a copy
+extern "C" __global__ void set_rates(float* rates, float lr, float first, float second) {
+    if (threadIdx.x) return;
+    rates[0] = lr;
+    rates[1] = first;
+    rates[2] = second;
 }
 
 // One step for a group of parameters. rates: lr, 1 / (1 - b1^t), 1 / (1 - b2^t), on the device: a captured step changes them in place.
