@@ -8,7 +8,7 @@ from ..backend import array_module, faster
 from ..ops.attend import REUSE, check_attention
 from ..ops.loss import check_labels
 from ..tensor import plain
-from . import launch
+from . import gemm, launch
 from .launch import contiguous, cover
 
 ROW_WARPS = 4  # rows of a block, a warp for each
@@ -42,6 +42,30 @@ def rows_of(count):
     return -(-count // ROW_WARPS), 32 * ROW_WARPS
 
 
+def summed(kernel, arrays, rows, width, shape):
+    """Sums over rows -> an array of `shape`: `kernel` adds up stretches of rows, then the stretches are added, in a fixed order."""
+    stretch = max(16, -(-rows // 264))  # two blocks for each multiprocessor of an H100
+    count, size = -(-rows // stretch), math.prod(shape)
+    parts, sums = launch.empty(arrays[0], count, size), launch.empty(arrays[0], *shape)
+    launch.launch(kernel, count, min(256, -(-width // 32) * 32), *arrays, parts, rows, width, stretch)
+    launch.launch("sum_parts", *cover(size), parts, sums, count, size)
+    return sums
+
+
+@kernels_of(ops.linear, lambda x, weight, bias=None: gemm.library() is not None and weight.ndim == 2 and weight.size
+            and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1]))
+def linear(x, weight, bias=None):
+    rows, weight = contiguous(x.reshape(-1, x.shape[-1])), contiguous(weight)
+    out = gemm.product(rows, weight, tb=True, bias=bias)
+
+    def vjp(g):
+        flat = contiguous(g.reshape(-1, g.shape[-1]))
+        return (lambda: gemm.product(flat, weight).reshape(x.shape),
+                lambda: gemm.product(flat, rows, ta=True),
+                lambda: summed("column_parts", (flat,), *flat.shape, flat.shape[1:]))
+    return out.reshape(*x.shape[:-1], len(weight)), vjp
+
+
 @kernels_of(ops.gelu)
 def gelu(x):
     x, grid = contiguous(x), cover(x.size)
@@ -72,12 +96,7 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
 
         @functools.cache
         def of_parameters():
-            stretch = max(16, -(-rows // 264))  # two blocks for each multiprocessor of an H100
-            count = -(-rows // stretch)
-            parts, sums = launch.empty(x, count, 2, width), launch.empty(x, 2, width)
-            launch.launch("layer_norm_parameters", count, min(256, -(-width // 32) * 32), x, g, mean, scale, parts, rows, width, stretch)
-            launch.launch("sum_parts", *cover(2 * width), parts, sums, count, 2 * width)
-            return sums
+            return summed("layer_norm_parameters", (x, g, mean, scale), rows, width, (2, width))
         return of_x, lambda: of_parameters()[0], lambda: of_parameters()[1]
     return out, vjp
 

@@ -59,6 +59,16 @@ extern "C" __global__ void layer_norm_parameters(const float* x, const float* g,
     }
 }
 
+// Sums over rows, of a stretch per block: the gradient of a bias.
+extern "C" __global__ void column_parts(const float* values, float* parts, int rows, int width, int stretch) {
+    int first = blockIdx.x * stretch, last = min(first + stretch, rows);
+    for (int c = threadIdx.x; c < width; c += blockDim.x) {
+        float total = 0.0f;
+        for (int row = first; row < last; row++) total += values[(long long)row * width + c];
+        parts[(long long)blockIdx.x * width + c] = total;
+    }
+}
+
 // parts (P, size) -> out (size): the sum over P.
 extern "C" __global__ void sum_parts(const float* parts, float* out, int count, int size) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
