@@ -32,6 +32,7 @@ class AdamW:
         self.lr, self.weight_decay, self.betas, self.eps, self.clip = lr, weight_decay, betas, eps, clip
         xp = array_module(self.flat.data)
         self.m, self.v, self.steps = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data), 0
+        self.rates = None  # of the kernels in cuda/: what changes from step to step, in device memory
         self.average, self.mean = average, None if average is None else self.flat.data.copy()
 
     def step(self, lr=None):
@@ -40,12 +41,11 @@ class AdamW:
         expect(self.flat.holds(self.params), "AdamW", "a parameter's array, group or place changed since the optimiser was made "
                "(another dtype or device, a copy, another optimiser): make a new optimiser")
         lr = self.lr if lr is None else lr
-        flat, self.steps, corrections = self.flat, self.steps + 1, [1 - beta ** (self.steps + 1) for beta in self.betas]
-        fast = kernel("adamw", flat.data)
+        flat, fast = self.flat, kernel("adamw", self.flat.data)
         if fast:
-            norm = fast(self, lr, corrections)
-            self._add_to_mean(slice(None))
-            return norm
+            return fast(self, lr)
+        self.steps += 1
+        corrections = self.corrections()
         with blas_threads(1):  # more of them would sum in another order
             norm = clip_norm(flat.grad, math.inf if self.clip is None else self.clip)
         block = BLOCK if array_module(flat.data) is np else flat.data.size
@@ -54,14 +54,19 @@ class AdamW:
                 cut = slice(a, min(a + block, stop))
                 self._update(flat.data[cut], flat.grad[cut], self.m[cut], self.v[cut], lr * scale,
                              self.weight_decay if decay else 0.0, corrections)
-                self._add_to_mean(cut)
+                if self.mean is not None:
+                    change = flat.data[cut] - self.mean[cut]
+                    change *= self.mean_share()
+                    self.mean[cut] += change
         return norm
 
-    def _add_to_mean(self, cut):
-        if self.mean is not None:
-            change = self.flat.data[cut] - self.mean[cut]
-            change *= 1 - min(self.average, (1 + self.steps) / (10 + self.steps))
-            self.mean[cut] += change
+    def corrections(self):
+        """1 - beta^t, for both betas: what the moments, which begin at 0, are too small by."""
+        return [1 - beta ** self.steps for beta in self.betas]
+
+    def mean_share(self):
+        """The share of the weights in their running mean at this step."""
+        return 0.0 if self.mean is None else 1 - min(self.average, (1 + self.steps) / (10 + self.steps))
 
     def use_average(self):
         """Put the running mean in the weights' place."""

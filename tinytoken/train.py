@@ -15,7 +15,7 @@ from .backend import array_module, cpu_count, out_of_memory, to_numpy
 from .cost import recorded_macs
 from .errors import InputError, expect
 from .optim import AdamW, loss_and_grads, share_out, warmup_cosine
-from .tensor import no_grad
+from .tensor import kernel, no_grad
 
 
 # Objectives: called with a slice of the batch -> (loss, parts). `noise` makes what is drawn for a whole batch, by image number,
@@ -146,12 +146,11 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
         for step in range(start, steps):
             arrays = batches(offset + step)
             arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
-            if micro is None:  # on a GPU a batch is one slice, whatever it says
-                micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays)) if xp is np else len(arrays[0])
+            if step == start:
+                take = _stepper(objective, params, optimizer, arrays, micro, threads, advice)
             rate = lr * warmup_cosine(step, steps, warmup)
-            loss, parts = _gradients(objective, params, arrays, micro, threads)
-            expect(xp is not np or math.isfinite(loss), "fit", lambda: f"the loss is {loss} at step {step} {advice}")
-            unread.append((step, {"loss": loss, **parts}, optimizer.step(rate)))
+            loss, parts, norm = take(arrays, rate)
+            unread.append((step, {"loss": loss, **parts}, norm))
             progress.update()
             done, last, asked = step + 1, step + 1 == steps, interrupt.asked
             log, save = done % log_every == 0 or last, run and (done % run.every == 0 or last or asked)
@@ -173,6 +172,22 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
                 raise KeyboardInterrupt(f"{phase} stopped after step {done} of {steps}")
     model.eval()
     return result
+
+
+def _stepper(objective, params, optimizer, arrays, micro, threads, advice):
+    """A function (arrays, learning rate) -> (loss, parts, the gradient's norm) that does a training step. arrays: of the first."""
+    captured = kernel("captured_step", params[0].data)
+    if captured:
+        return captured(lambda arrays: _gradients(objective, params, arrays, len(arrays[0]), 1), optimizer)
+    if micro is None:
+        micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays))
+
+    def take(arrays, rate):
+        loss, parts = _gradients(objective, params, arrays, micro, threads)
+        on_host = isinstance(loss, float)  # else nobody looks yet
+        expect(not on_host or math.isfinite(loss), "fit", lambda: f"the loss is {loss} at step {optimizer.steps} {advice}")
+        return loss, parts, optimizer.step(rate)
+    return take
 
 
 def _gradients(objective, params, arrays, micro, threads):

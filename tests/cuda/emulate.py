@@ -8,6 +8,7 @@ import tempfile
 
 import numpy as np
 
+import standin
 from tinytoken.cuda import launch
 
 SHIM = pathlib.Path(__file__).with_name("shim.h")
@@ -51,6 +52,10 @@ class Emulator:
     def __call__(self, kernel, blocks, threads, arguments, shared):
         self.launches.append((kernel.name, blocks, threads, shared))
         arguments = [getattr(a, "host", a) for a in arguments]  # of the stand-in for CuPy
+        standin.in_place(lambda: self.run(kernel, blocks, threads, arguments, shared),
+                         *(a for a, (*_, out) in zip(arguments, kernel.parameters) if out and a is not None))
+
+    def run(self, kernel, blocks, threads, arguments, shared):
         run = getattr(library(kernel.family, self.sources.get(kernel.family)), f"run_{kernel.name}")
         written = [a for a, (*_, out) in zip(arguments, kernel.parameters) if out and a is not None]
         before = [a.copy() for a in written]

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector>
 
@@ -30,37 +31,39 @@ static float __int_as_float(int bits) {
 
 enum Wait { RUNNING, BLOCK, LANES, DONE };
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // to begin with
+    jmp_buf place;       // to go on: setjmp leaves the signal mask alone, which swapcontext asks the system for each time
     std::unique_ptr<char[]> stack;
     Wait wait;
-    float given;
+    bool begun;
+    float given[2];
+    int turn;
 };
 static const int STACK = 1 << 16;
 static std::vector<Thread> threads;
 static int current;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static std::function<void()>* body;
 
 static void wait_for(Wait what) {
     threads[current].wait = what;
-    swapcontext(&threads[current].context, &scheduler);
+    if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
 }
 #define __syncthreads() wait_for(BLOCK)
 #define __syncwarp() wait_for(LANES)
 
 static float __shfl_xor_sync(unsigned, float value, int mask) {
-    int partner = current ^ mask;
-    threads[current].given = value;
+    Thread& own = threads[current];
+    int partner = current ^ mask, turn = own.turn ^= 1;  // two places in turn: nobody writes again before all have read
+    own.given[turn] = value;
     __syncwarp();
-    float found = threads[partner].given;
-    __syncwarp();
-    return found;
+    return threads[partner].given[turn];
 }
 
 static void run_thread() {
     (*body)();
     threads[current].wait = DONE;
-    swapcontext(&threads[current].context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 // Let go those from `first` to `last` if all that are not done wait for the same; a thread that has ended counts as arrived.
@@ -76,6 +79,13 @@ static bool release(int first, int last, Wait what) {
     return some;
 }
 
+static void resume(Thread& thread) {
+    if (_setjmp(scheduler)) return;
+    if (thread.begun) _longjmp(thread.place, 1);
+    thread.begun = true;
+    setcontext(&thread.context);
+}
+
 static bool run_block(int count, bool backward) {
     for (int t = 0; t < count; t++) {
         Thread& thread = threads[t];
@@ -83,16 +93,18 @@ static bool run_block(int count, bool backward) {
         if (!thread.stack) thread.stack.reset(new char[STACK]);
         thread.context.uc_stack.ss_sp = thread.stack.get();
         thread.context.uc_stack.ss_size = STACK;
-        thread.context.uc_link = &scheduler;
+        thread.context.uc_link = nullptr;
         makecontext(&thread.context, run_thread, 0);
         thread.wait = RUNNING;
+        thread.begun = false;
+        thread.turn = 0;
     }
     while (true) {
         for (int turn = 0; turn < count; turn++) {
             current = backward ? count - 1 - turn : turn;
             if (threads[current].wait != RUNNING) continue;
             threadIdx.x = current;
-            swapcontext(&scheduler, &threads[current].context);
+            resume(threads[current]);
         }
         bool moved = release(0, count, BLOCK), done = true;
         for (int t = 0; t < count; t += 32) moved |= release(t, min(t + 32, count), LANES);

@@ -129,10 +129,10 @@ def test_adamw_and_clipping_are_the_optimisers():
         expected.grad[...] = g
         norm = optimizer.step()
         parts, found, factor = (np.full(s, np.nan, "float32") for s in (7, 1, 1))
-        rates = np.array([1e-2, 1 / (1 - 0.9 ** step), 1 / (1 - 0.999 ** step)], "float32")
+        rates = np.array([1e-2, 1 / (1 - 0.9 ** step), 1 / (1 - 0.999 ** step), 0], "float32")
         with run():
             launch.launch("squares", 7, 64, g, parts, n, shared=4 * 64)
             launch.launch("clip_factor", 1, 32, parts, found, factor, 7, 1.0)
-            launch.launch("adamw", *launch.cover(n), w, g, m, v, factor, rates, n, 1.0, 0.05, 0.9, 0.999, 1e-8)
+            launch.launch("adamw", *launch.cover(n), w, g, m, v, None, factor, rates, n, 1.0, 0.05, 0.9, 0.999, 1e-8)
         assert found[0] == pytest.approx(float(norm), rel=1e-5)
         np.testing.assert_allclose(w, expected.data, rtol=0, atol=2e-6)

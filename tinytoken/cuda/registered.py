@@ -32,9 +32,10 @@ def kernels_of(op, covers=lambda *arrays, **settings: True):
 
 def register():
     """Make the kernels the implementations of their ops for CuPy arrays. `tinytoken.plain()` switches them off."""
+    from . import capture  # which stands on this file
     for op, function in registry.values():
         op.implementation("cupy")(function)
-    faster.update(top_k=top_k, adamw=adamw)
+    faster.update(top_k=top_k, adamw=adamw, captured_step=capture.CapturedStep)
 
 
 def rows_of(count):
@@ -297,17 +298,30 @@ def top_k(scores, k):
 
 # The optimiser
 
-def adamw(optimizer, lr, corrections):
-    """AdamW.step's work on flat storage, clipping included -> the gradient's norm before, a 0-d array."""
-    flat, (b1, b2) = optimizer.flat, optimizer.betas
-    size = flat.data.size
+def adamw(optimizer, lr):
+    """AdamW.step's work -> the gradient's norm before clipping, a 0-d array."""
+    set_rates(optimizer, lr)
+    return update(optimizer)
+
+
+def set_rates(optimizer, lr):
+    """Count the step, and put what depends on its number into device memory: a captured step reads it there."""
+    if optimizer.rates is None:
+        optimizer.rates = launch.empty(optimizer.flat.data, 4)
+    optimizer.steps += 1
+    launch.launch("set_rates", 1, 32, optimizer.rates, lr, *(1 / c for c in optimizer.corrections()), optimizer.mean_share())
+
+
+def update(optimizer):
+    """Clip, AdamW and the running mean of the weights, on flat storage, by the rates in device memory."""
+    flat, (b1, b2), size = optimizer.flat, optimizer.betas, optimizer.flat.data.size
     blocks = min(264, -(-size // 256))
-    parts, norm, factor, rates = (launch.empty(flat.data, *shape) for shape in ((blocks,), (), (), (3,)))
+    parts, norm, factor = (launch.empty(flat.data, *shape) for shape in ((blocks,), (), ()))
     launch.launch("squares", blocks, 256, flat.grad, parts, size, shared=4 * 256)
     launch.launch("clip_factor", 1, 32, parts, norm, factor, blocks, math.inf if optimizer.clip is None else optimizer.clip)
-    launch.launch("set_rates", 1, 32, rates, lr, 1 / corrections[0], 1 / corrections[1])
     for start, stop, scale, decay in flat.segments:
         cut = slice(start, stop)
-        launch.launch("adamw", *cover(stop - start), flat.data[cut], flat.grad[cut], optimizer.m[cut], optimizer.v[cut], factor, rates,
-                      stop - start, scale, optimizer.weight_decay if decay else 0.0, b1, b2, optimizer.eps)
+        launch.launch("adamw", *cover(stop - start), flat.data[cut], flat.grad[cut], optimizer.m[cut], optimizer.v[cut],
+                      None if optimizer.mean is None else optimizer.mean[cut], factor, optimizer.rates, stop - start, scale,
+                      optimizer.weight_decay if decay else 0.0, b1, b2, optimizer.eps)
     return norm

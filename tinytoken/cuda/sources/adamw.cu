@@ -24,17 +24,19 @@ extern "C" __global__ void clip_factor(const float* parts, float* norm, float* f
     factor[0] = fminf(largest / (norm[0] + 1e-12f), 1.0f);
 }
 
-// rates (3): numbers from the host into device memory, without a copy
-extern "C" __global__ void set_rates(float* rates, float lr, float first, float second) {
+// rates (4): numbers from the host into device memory, without a copy
+extern "C" __global__ void set_rates(float* rates, float lr, float first, float second, float mean_share) {
     if (threadIdx.x) return;
     rates[0] = lr;
     rates[1] = first;
     rates[2] = second;
+    rates[3] = mean_share;
 }
 
-// One step for a group of parameters. rates: lr, 1 / (1 - b1^t), 1 / (1 - b2^t), on the device: a captured step changes them in place.
-extern "C" __global__ void adamw(float* weight, float* g, float* m, float* v, const float* factor, const float* rates, long long n,
-                                 float lr_scale, float decay, float b1, float b2, float eps) {
+// One step for a group of parameters. rates: lr, 1 / (1 - b1^t), 1 / (1 - b2^t), and the share of the new weights in their running
+// mean (which may be null), all on the device: they change from step to step, the arguments do not.
+extern "C" __global__ void adamw(float* weight, float* g, float* m, float* v, float* mean, const float* factor, const float* rates,
+                                 long long n, float lr_scale, float decay, float b1, float b2, float eps) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float lr = rates[0] * lr_scale, gradient = g[i] * factor[0];
@@ -43,4 +45,5 @@ extern "C" __global__ void adamw(float* weight, float* g, float* m, float* v, co
     v[i] += (gradient * gradient - v[i]) * (1.0f - b2);
     float change = m[i] / (sqrtf(v[i] * rates[2]) + eps) * (lr * rates[1]);
     weight[i] = weight[i] * (1.0f - lr * decay) - change;
+    if (mean) mean[i] += (weight[i] - mean[i]) * rates[3];
 }

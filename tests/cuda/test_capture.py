@@ -1,0 +1,78 @@
+"""The captured step on the stand-in, whose graphs repeat what was captured on the same memory: replayed steps equal ordinary ones."""
+import numpy as np
+import pytest
+
+import standin
+import tinytoken as tt
+from emulate import Emulator, compiler
+from test_kernels import numpy_product
+from test_standin import OBJECTIVES, batches
+from tinytoken.backend import faster, to_numpy
+from tinytoken.cuda import gemm, launch
+from tinytoken.train import fit
+
+pytestmark = pytest.mark.skipif(compiler is None, reason="no C++ compiler to run the kernels with")
+
+
+@pytest.fixture(autouse=True)
+def emulator(monkeypatch):
+    monkeypatch.setattr(gemm, "product", numpy_product)
+    monkeypatch.setattr(gemm, "library", lambda: "some")
+    with standin.installed(kernels=True), launch.running_on(Emulator()) as found:
+        tt._kernels()
+        yield found
+
+
+def trained(name, steps=6, **more):
+    tt.manual_seed(0)
+    objective = OBJECTIVES[name]("cuda")
+    found = fit(objective.model, objective, batches("cuda"), steps=steps, log_every=2, bar=False, **more)
+    return {n: to_numpy(p.data) for n, p in objective.model.named_parameters()}, {n: v for n, v in found.items() if n != "seconds"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_replayed_steps_are_the_ordinary_ones_bit_by_bit(name, monkeypatch):
+    weights, said = trained(name, average=0.9)
+    monkeypatch.delitem(faster, "captured_step")
+    expected, told = trained(name, average=0.9)
+    assert said == told and all(np.array_equal(weights[n], expected[n]) for n in expected)
+
+
+def test_from_the_third_step_on_nothing_is_launched_but_the_rates(emulator):
+    trained("vit", 3)
+    before = len(emulator.launches)
+    emulator.launches.clear()
+    trained("vit", 6)
+    assert len(emulator.launches) == before + 3 and emulator.launches[-3:] == [("set_rates", 1, 32, 0)] * 3
+
+
+def test_a_step_that_cannot_be_captured_goes_on_with_one_warning(monkeypatch):
+    class Nosy(type(OBJECTIVES["vit"]("cpu"))):
+        def __call__(self, images, *rest):
+            float(images.sum())
+            return super().__call__(images, *rest)
+    make = lambda device: Nosy(OBJECTIVES["vit"](device).model)
+    monkeypatch.setitem(OBJECTIVES, "nosy", make)
+    with pytest.warns(UserWarning, match="could not be captured .RuntimeError: the current stream is capturing.*launched by itself") as warned:
+        weights, _ = trained("nosy")
+    assert len(warned) == 1
+    monkeypatch.delitem(faster, "captured_step")
+    expected, _ = trained("nosy")
+    assert all(np.array_equal(weights[n], expected[n]) for n in expected)
+
+
+def test_another_batch_size_is_an_ordinary_step(emulator):
+    from tinytoken.cuda.capture import CapturedStep
+    tt.manual_seed(0)
+    objective = OBJECTIVES["lookupvit"]("cuda")
+    params = objective.model.parameters()
+    take = CapturedStep(lambda arrays: tt.optim.loss_and_grads(objective, params, arrays), tt.optim.AdamW(params))
+    arrays = batches("cuda")(0)
+    for _ in range(4):
+        take(arrays, 1e-3)
+    emulator.launches.clear()
+    loss, parts, norm = take(tuple(a[:5] for a in arrays), 1e-3)
+    assert len(emulator.launches) > 20 and float(norm) > 0 and float(loss) == pytest.approx(sum(map(float, parts.values())), rel=1e-5)
+    emulator.launches.clear()
+    take(arrays, 1e-3)
+    assert [name for name, *_ in emulator.launches] == ["set_rates"]
