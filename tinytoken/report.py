@@ -161,9 +161,9 @@ def grading(results):
 @part
 def lessons(results):
     """A line for each lesson: what its default run measured."""
-    tape, checks, attention, vit, masks, gumbel, lookup = (load(results / f"{name}.json")["results"] for name in (
+    tape, checks, attention, vit, masks, gumbel, lookup, gpu = (load(results / f"{name}.json")["results"] for name in (
         "01_tape", "02_gradient_checks", "03_attention", "04_vit", "05_masking_is_removing", "06_gumbel_softmax",
-        "08_lookup_attention"))
+        "08_lookup_attention", "12_gpu"))
     blind, recall = checks["blind"]["softmax, zeros returned"], attention["recall"]
     right = {name: f"{row['right_percent']:.1f} ± {row['std_over_seeds']:.1f} %" for name, row in recall.items()}
     on_object, official = vit["weight_on_object"], max(masks["official"], key=lambda row: row["spread"])
@@ -193,7 +193,11 @@ def lessons(results):
         f"errand that reads in one place and writes in others, one head of `probs` leaves {left['probs']} % of the error, `renorm` "
         f"{left['renorm']}, `resoftmax` {left['resoftmax']}, two heads of `probs` {left['probs, two heads']} (medians of "
         f"{len(lookup['seeds'])} seeds).",
-        "9. As of lessons 10 and 11, the default run is too short to decide anything; their full runs have not been made yet."))
+        "9. As of lessons 10 and 11, the default run is too short to decide anything; their full runs have not been made yet.",
+        "10. See 9.", "11. See 9.",
+        f"12. A ViT's training step is {sum(gpu['array_calls']['ViT'].values())} array calls, each a launch on a GPU or more, whatever the "
+        f"batch. Rounded to bf16 the factors of a product cost {100 * gpu['product_errors']['bf16'][-1]:.2f} % of it; of the weights, "
+        f"{100 * gpu['updates_lost']['0.0001']:.0f} % would not feel a step of 1e-4."))
 
 
 @part
