@@ -214,6 +214,21 @@ def dynamicvit_cifar10(results):
     return f"{arms_text(found)}\n\n{claims_text(found['results']['claims'])}"
 
 
+@part
+def vit_cifar10(results):
+    """Two ViTs from scratch: lesson 04's in full, within an hour, and the longer one that lesson 07 starts from."""
+    short, long = (load(results / f"{name}_full_cifar10.json") for name in ("04_vit", "07_dynamicvit"))
+    start, first = long["results"]["starts"][0], short["results"]
+    on = short["machine"]
+    return (f"`python lessons/04_vit.py --full --data cifar10` trains the ViT of this table for {first['steps']:,} steps and gets "
+            f"{100 * first['accuracy'][0]:.1f} % of {first['test_pictures']:,} test pictures right, after "
+            f"{first['train_seconds'] / 60:.0f} minutes of training; lesson 07 does it for {long['results']['recipe']['first_steps']:,} "
+            f"steps, {start['trained']['seconds'] / 60:.0f} minutes, and gets {100 * start['accuracy']:.1f} % (one seed each: "
+            f"{short['seed']}; batch {long['results']['recipe']['batch']}, AdamW at {long['results']['recipe']['lr']}, warm-up and "
+            f"cosine decay, moved and mirrored pictures). Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, "
+            f"{on['blas']}.")
+
+
 def arms_text(found):
     """The table of lesson 07's arms and its conditions. The share of object is a column where it is known."""
     rows, recipe, seeds = (found["results"][name] for name in ("rows", "recipe", "seeds"))
