@@ -233,14 +233,19 @@ print(f"the host has asked for everything after {asked[-1]:.1f} ms, the device h
 
 def draw_line(figure):
     axes = figure.subplots()
-    kinds = sorted(set(line.names[1:]))
-    palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#f0e442", "#000000"]
-    for row, moments in enumerate((done, asked)):
+    spent = {}
+    for name, start, stop in zip(line.names[1:], done, done[1:]):
+        spent[name] = spent.get(name, 0.0) + stop - start
+    longest = sorted(spent, key=spent.get, reverse=True)[:7]
+    colours = dict(zip(longest, ("#cc79a7", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#f0e442")))
+    rows = {"done by the device": done, "asked by the host": asked} if on_gpu else {"on the CPU": done}
+    for row, moments in enumerate(rows.values()):
         for name, start, stop in zip(line.names[1:], moments, moments[1:]):
-            axes.barh(row, stop - start, left=start, height=0.6, color=palette[kinds.index(name) % len(palette)], label=name)
+            label = name if name in colours else "other"
+            axes.barh(row, stop - start, left=start, height=0.6, color=colours.get(name, "#999999"), label=label)
     found = dict(zip(*axes.get_legend_handles_labels()[::-1]))
-    axes.set(yticks=[0, 1], yticklabels=["done by the device", "asked by the host"], xlabel="ms", title=f"One step of {LARGEST} pictures")
-    axes.legend(found.values(), found.keys(), fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="ms", title=f"One step of {LARGEST} pictures")
+    axes.legend(found.values(), found.keys(), fontsize=8, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
 
 here.picture("line", draw_line, 10, 3.4)

@@ -1,6 +1,7 @@
 """What runs in a training step or a forward pass must not read device memory from the host, and must be written for both array
 modules: read off the sources, so that it holds where no GPU is."""
 import ast
+import inspect
 import pathlib
 
 import pytest
@@ -80,3 +81,24 @@ def test_the_check_sees(line, reason):
 
 def test_files_are_there():
     assert all(pathlib.Path(file.path).exists() for file in FILES) and len(FILES) > 15
+
+
+def of_the_module(node):
+    """Whether it is `xp.name` or `array_module(...).name`."""
+    if not isinstance(node, ast.Attribute):
+        return False
+    owner = node.value.func if isinstance(node.value, ast.Call) else node.value
+    return isinstance(owner, ast.Name) and owner.id == ("array_module" if isinstance(node.value, ast.Call) else "xp")
+
+
+def test_cupy_has_what_the_code_takes_from_it():
+    """Runs wherever CuPy is installed: it needs no device for this."""
+    cupy = pytest.importorskip("cupy")
+    nodes = [(file.name, node) for file in [*FILES, house.File(house.PACKAGE / "backend.py")] for node in ast.walk(file.tree)]
+    taken = {(name, node.attr) for name, node in nodes if of_the_module(node)}
+    assert len(taken) > 50 and {one for one in taken if not hasattr(cupy, one[1])} == set()
+    calls = [(name, node) for name, node in nodes if isinstance(node, ast.Call) and of_the_module(node.func)]
+    known = {attr: inspect.signature(getattr(cupy, attr)).parameters for _, attr in taken if not isinstance(getattr(cupy, attr), cupy.ufunc)
+             and callable(getattr(cupy, attr)) and not isinstance(getattr(cupy, attr), type)}
+    assert {(name, node.func.attr, word.arg) for name, node in calls for word in node.keywords
+            if node.func.attr in known and word.arg and word.arg not in known[node.func.attr]} == set()

@@ -161,9 +161,9 @@ def grading(results):
 @part
 def lessons(results):
     """A line for each lesson: what its default run measured."""
-    tape, checks, attention, vit, masks, gumbel, lookup = (load(results / f"{name}.json")["results"] for name in (
+    tape, checks, attention, vit, masks, gumbel, lookup, gpu = (load(results / f"{name}.json")["results"] for name in (
         "01_tape", "02_gradient_checks", "03_attention", "04_vit", "05_masking_is_removing", "06_gumbel_softmax",
-        "08_lookup_attention"))
+        "08_lookup_attention", "12_gpu"))
     blind, recall = checks["blind"]["softmax, zeros returned"], attention["recall"]
     right = {name: f"{row['right_percent']:.1f} ± {row['std_over_seeds']:.1f} %" for name, row in recall.items()}
     on_object, official = vit["weight_on_object"], max(masks["official"], key=lambda row: row["spread"])
@@ -193,7 +193,11 @@ def lessons(results):
         f"errand that reads in one place and writes in others, one head of `probs` leaves {left['probs']} % of the error, `renorm` "
         f"{left['renorm']}, `resoftmax` {left['resoftmax']}, two heads of `probs` {left['probs, two heads']} (medians of "
         f"{len(lookup['seeds'])} seeds).",
-        "9. As of lessons 10 and 11, the default run is too short to decide anything; their full runs have not been made yet."))
+        "9. As of lessons 10 and 11, the default run is too short to decide anything; their full runs have not been made yet.",
+        "10. See 9.", "11. See 9.",
+        f"12. A ViT's training step is {sum(gpu['array_calls']['ViT'].values())} array calls, each a launch on a GPU or more, whatever the "
+        f"batch. Rounded to bf16 the factors of a product cost {100 * gpu['product_errors']['bf16'][-1]:.2f} % of it; of the weights, "
+        f"{100 * gpu['updates_lost']['0.0001']:.0f} % would not feel a step of 1e-4."))
 
 
 @part
@@ -208,6 +212,21 @@ def dynamicvit_cifar10(results):
     """Lesson 07 in full on CIFAR-10: the headline arms, one seed."""
     found = load(results / "07_dynamicvit_full_cifar10.json")
     return f"{arms_text(found)}\n\n{claims_text(found['results']['claims'])}"
+
+
+@part
+def vit_cifar10(results):
+    """Two ViTs from scratch: lesson 04's in full, within an hour, and the longer one that lesson 07 starts from."""
+    short, long = (load(results / f"{name}_full_cifar10.json") for name in ("04_vit", "07_dynamicvit"))
+    start, first = long["results"]["starts"][0], short["results"]
+    on = short["machine"]
+    return (f"`python lessons/04_vit.py --full --data cifar10` trains the ViT of this table for {first['steps']:,} steps and gets "
+            f"{100 * first['accuracy'][0]:.1f} % of {first['test_pictures']:,} test pictures right, after "
+            f"{first['train_seconds'] / 60:.0f} minutes of training; lesson 07 does it for {long['results']['recipe']['first_steps']:,} "
+            f"steps, {start['trained']['seconds'] / 60:.0f} minutes, and gets {100 * start['accuracy']:.1f} % (one seed each: "
+            f"{short['seed']}; batch {long['results']['recipe']['batch']}, AdamW at {long['results']['recipe']['lr']}, warm-up and "
+            f"cosine decay, moved and mirrored pictures). Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, "
+            f"{on['blas']}.")
 
 
 def arms_text(found):
