@@ -159,7 +159,6 @@ floor = per_launch * sum(counted["ViT"].values())
 model.to(here.device)
 objective = Classify(model)
 optimizer = optim.AdamW(model.parameters(), clip=1.0)
-threads = None if on_gpu else 1
 
 
 def step(size, look=False):
@@ -347,21 +346,30 @@ compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None
 
 def build(source):
     """{name: function(*arrays)} of a kernel source: on the GPU, else on the CPU; None where there is no compiler either."""
-    names = ("gelu_forward", "gelu_backward")
     if on_gpu:
         module = xp.RawModule(code=source)
-        kernels = {name: module.get_function(name) for name in names}
-        return {name: lambda *arrays, kernel=kernel: kernel((-(-arrays[0].size // THREADS),), (THREADS,), (
-            *arrays, np.int32(arrays[0].size))) for name, kernel in kernels.items()}
-    if compiler is None:
+        load = module.get_function
+    elif compiler:
+        with tempfile.TemporaryDirectory() as folder:
+            file = pathlib.Path(folder) / "kernel.cpp"
+            file.write_text(SHIM + source + RUN)
+            subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(file), "-o", str(file.with_suffix(".so"))], check=True)
+            library = ctypes.CDLL(str(file.with_suffix(".so")))
+        load = lambda name: getattr(library, f"run_{name}")
+    else:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "kernel.cpp"
-        file.write_text(SHIM + source + RUN)
-        subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(file), "-o", str(file.with_suffix(".so"))], check=True)
-        library = ctypes.CDLL(str(file.with_suffix(".so")))
-    return {name: lambda *arrays, name=name: getattr(library, f"run_{name}")(
-        -(-arrays[0].size // THREADS), THREADS, *(ctypes.c_void_p(array.ctypes.data) for array in arrays), arrays[0].size) for name in names}
+    return {name: launcher(load(name)) for name in ("gelu_forward", "gelu_backward")}
+
+
+def launcher(kernel):
+    def launch(*arrays):
+        size = arrays[0].size
+        blocks = -(-size // THREADS)
+        if on_gpu and size:  # a grid of no blocks is an error there
+            kernel((blocks,), (THREADS,), (*arrays, np.int32(size)))
+        elif not on_gpu:
+            kernel(blocks, THREADS, *(ctypes.c_void_p(array.ctypes.data) for array in arrays), size)
+    return launch
 
 
 kernels = build(SOURCE)

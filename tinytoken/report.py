@@ -233,10 +233,9 @@ def arms_text(found):
     """The table of lesson 07's arms and its conditions. The share of object is a column where it is known."""
     rows, recipe, seeds = (found["results"][name] for name in ("rows", "recipe", "seeds"))
     reference, known = rows["ViT, further"], any(row.get("on_object") for arm in rows.values() for row in arm)
-    heads = ["arm", "seeds", "accuracy", "minus ViT's, points", "M MACs", "object share, by stage",
+    whole = any("all_tokens" in row for arm in rows.values() for row in arm)
+    heads = ["arm", "seeds", "accuracy", "minus ViT's, points", *["with all tokens"] * whole, "M MACs", *["object share, by stage"] * known,
              "tokens kept in training (target)"]
-    if not known:
-        heads.remove("object share, by stage")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, arm in rows.items():
         reached = [100 * row["accuracy"] for row in arm]
@@ -244,7 +243,9 @@ def arms_text(found):
         seen = [row["on_object"] for row in arm if row.get("on_object")]
         shares = [statistics.mean(values) for values in zip(*([share / k["all"] for share in k["stages"]] for k in seen))]
         kept = [statistics.mean(values) for values in zip(*(row["ratios"] for row in arm if "ratios" in row))]
+        unpruned = [100 * row["all_tokens"] for row in arm if "all_tokens" in row]
         cells = [name, len(arm), f"{spread_text(reached)} %", "" if arm is reference else spread_text(gaps, "+.1f"),
+                 *[f"{spread_text(unpruned)} %" if unpruned else ""] * whole,
                  f"{arm[0]['macs'] / 1e6:.1f}", *[", ".join(f"{share:.2f}" for share in shares)] * known,
                  ", ".join(f"{k:.3f} ({target:.3f})" for k, target in zip(kept, arm[0].get("targets", ())))]
         lines.append(f"| {' | '.join(map(str, cells))} |")

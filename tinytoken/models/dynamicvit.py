@@ -85,8 +85,9 @@ class DynamicViT(ViT):
 
     def forward(self, images, noise=None, hard=True, keep=None, trace=False, paths=None):
         """noise: per stage, Gumbel draws (B, N, 2) added to the log-probabilities; None draws them. hard=False: decisions stay
-        soft. paths: factors (B, depth, 2) of the residual branches (train.drop_paths). All three belong to train mode. keep: per stage, a mask (B, N) that replaces the decision; it holds by masking in train
-        mode and by gathering in eval mode, where every image must keep the same number."""
+        soft. paths: factors (B, depth, 2) of the residual branches (train.drop_paths). All three belong to train mode. keep: per
+        stage, a mask (B, N) that replaces the decision; it holds by masking in train mode and by gathering in eval mode, where
+        every image must keep the same number."""
         for name, given in (("noise", noise), ("keep", keep)):
             expect(given is None or len(given) == len(self.prune_before), "DynamicViT",
                    lambda: f"{len(given)} arrays of {name} for {len(self.prune_before)} stages")
