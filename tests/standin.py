@@ -255,7 +255,7 @@ def modules():
 @contextlib.contextmanager
 def installed(kernels=False):
     """Context: `--device cuda` is the stand-in, and the counts begin at 0. Ops are plain, but with kernels=True those of
-    tinytoken.cuda run: the caller says on what (launch.running_on)."""
+    tinytoken.cuda run: the caller says on what (launcher.running_on)."""
     before = {name: sys.modules.get(name) for name in modules()}
     sys.modules.update(modules())
     backend.cuda_ready.cache_clear()

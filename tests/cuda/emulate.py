@@ -1,4 +1,4 @@
-"""Kernels on the CPU: their sources, compiled by a C++ compiler behind shim.h, as a runner for `launch.running_on`."""
+"""Kernels on the CPU: their sources, compiled by a C++ compiler behind shim.h, as a runner for `launcher.running_on`."""
 import ctypes
 import functools
 import pathlib
@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 
 import standin
-from tinytoken.cuda import launch
+from tinytoken.cuda import launcher
 
 SHIM = pathlib.Path(__file__).with_name("shim.h")
 C_TYPES = {"float32": ("float", ctypes.c_float), "int32": ("int", ctypes.c_int), "int64": ("long long", ctypes.c_longlong),
@@ -20,12 +20,12 @@ compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None
 @functools.cache
 def library(family, text=None):
     """The compiled family; text: another source in its place."""
-    text = (launch.SOURCES / "common.cuh").read_text() + (text or (launch.SOURCES / f"{family}.cu").read_text())
+    text = (launcher.SOURCES / "common.cuh").read_text() + (text or (launcher.SOURCES / f"{family}.cu").read_text())
     folder = tempfile.TemporaryDirectory()
     source = pathlib.Path(folder.name) / f"{family}.cpp"
     source.write_text(f'#include "{SHIM}"\n{text}\n' + "\n".join(
-        runner(launch.Kernel(name, family, tuple(map(launch._parameter, parameters.split(",")))))
-        for name, parameters in launch.DECLARATION.findall(text)))
+        runner(launcher.Kernel(name, family, tuple(map(launcher._parameter, parameters.split(",")))))
+        for name, parameters in launcher.DECLARATION.findall(text)))
     built = subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))],
                            capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

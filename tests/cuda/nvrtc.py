@@ -5,7 +5,7 @@ import importlib.util
 import pathlib
 import re
 
-from tinytoken.cuda import launch
+from tinytoken.cuda import launcher
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
@@ -26,7 +26,7 @@ def compile_family(family, architecture):
     """(the log of ptxas with registers and spills of each kernel, PTX as text, size of the cubin)."""
     nvrtc, program = library(), ctypes.c_void_p()
     check = lambda code: _check(nvrtc, program, code)
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), launch.source(family).encode(), f"{family}.cu".encode(), 0, None, None))
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), launcher.source(family).encode(), f"{family}.cu".encode(), 0, None, None))
     options = [f"--gpu-architecture={architecture}", "-std=c++17", "--ptxas-options=-v", "-default-device"]
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     check(nvrtc.nvrtcCompileProgram(program, len(options), given))

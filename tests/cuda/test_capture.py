@@ -8,7 +8,7 @@ from emulate import Emulator, compiler
 from test_kernels import numpy_product
 from test_standin import OBJECTIVES, batches
 from tinytoken.backend import faster, to_numpy
-from tinytoken.cuda import gemm, launch
+from tinytoken.cuda import gemm, launcher
 from tinytoken.train import fit
 
 pytestmark = pytest.mark.skipif(compiler is None, reason="no C++ compiler to run the kernels with")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(compiler is None, reason="no C++ compiler to run
 def emulator(monkeypatch):
     monkeypatch.setattr(gemm, "product", numpy_product)
     monkeypatch.setattr(gemm, "library", lambda: "some")
-    with standin.installed(kernels=True), launch.running_on(Emulator()) as found:
+    with standin.installed(kernels=True), launcher.running_on(Emulator()) as found:
         tt._kernels()
         yield found
 

@@ -4,10 +4,10 @@ import re
 import pytest
 
 import nvrtc
-from tinytoken.cuda import launch
+from tinytoken.cuda import launcher
 
 pytestmark = pytest.mark.skipif(nvrtc.library() is None, reason="no NVRTC: pip install 'tinytoken-vit[nvrtc]'")
-FAMILIES = sorted({kernel.family for kernel in launch.kernels().values()})
+FAMILIES = sorted({kernel.family for kernel in launcher.kernels().values()})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -16,15 +16,15 @@ def test_compiles_without_spills_and_doubles(family, architecture):
     log, ptx, size = nvrtc.compile_family(family, architecture)
     assert size > 1000 and nvrtc.spills(log) == 0, log
     assert re.findall(r".*\.f64.*", ptx) == []
-    for kernel in launch.kernels().values():
+    for kernel in launcher.kernels().values():
         assert kernel.family != family or f".entry {kernel.name}(" in ptx
 
 
 def test_the_checks_see_doubles_and_errors(monkeypatch):
-    text = launch.source("activation").replace("0.5f * x[i]", "0.5 * x[i]")
-    monkeypatch.setattr(launch, "source", lambda family: text)
+    text = launcher.source("activation").replace("0.5f * x[i]", "0.5 * x[i]")
+    monkeypatch.setattr(launcher, "source", lambda family: text)
     assert ".f64" in nvrtc.compile_family("activation", "sm_90")[1]
-    monkeypatch.setattr(launch, "source", lambda family: text.replace("erff", "errf"))
+    monkeypatch.setattr(launcher, "source", lambda family: text.replace("erff", "errf"))
     with pytest.raises(AssertionError, match="errf"):
         nvrtc.compile_family("activation", "sm_90")
     assert nvrtc.spills("24 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads") == 24

@@ -8,16 +8,16 @@ import pytest
 import tinytoken as tt
 from emulate import Emulator, compiler
 from tinytoken import ops
-from tinytoken.cuda import gemm, launch, registered
+from tinytoken.cuda import gemm, launcher, registered
 
 pytestmark = pytest.mark.skipif(compiler is None, reason="no C++ compiler to run the kernels with")
 
 
 @pytest.fixture(autouse=True)
 def emulator(monkeypatch):
-    monkeypatch.setattr(launch, "empty", lambda like, *shape, dtype="float32": np.full(
+    monkeypatch.setattr(launcher, "empty", lambda like, *shape, dtype="float32": np.full(
         shape, np.nan if dtype == "float32" else -1, dtype))
-    with launch.running_on(Emulator()) as found:
+    with launcher.running_on(Emulator()) as found:
         yield found
 
 

@@ -5,18 +5,18 @@ import pytest
 import tinytoken as tt
 from emulate import Emulator, compiler
 from small import refuses
-from tinytoken.cuda import launch
+from tinytoken.cuda import launcher
 
 needs_compiler = pytest.mark.skipif(compiler is None, reason="no C++ compiler to run the kernels with")
 X = np.ones(10, "float32")
 
 
 def run(**sources):
-    return launch.running_on(Emulator(**sources))
+    return launcher.running_on(Emulator(**sources))
 
 
 def test_declarations_are_read():
-    found = launch.kernels()
+    found = launcher.kernels()
     assert found["gelu_backward"].parameters == (("x", "float32", True, False), ("g", "float32", True, False),
                                                  ("dx", "float32", True, True), ("n", "int32", False, False))
     assert dict((p[0], p[1]) for p in found["attention_forward"].parameters)["q_b"] == "int64"
@@ -30,44 +30,44 @@ def test_declarations_are_read():
 ])
 def test_arguments_are_checked(arguments, text):
     with run() as ran, refuses(text):
-        launch.launch("gelu_forward", 1, 32, *arguments)
+        launcher.launch("gelu_forward", 1, 32, *arguments)
     assert ran.launches == []
 
 
 @pytest.mark.parametrize("grid", [(0, 32), (1, 33), (1, 2048), (2**31, 32)])
 def test_grids_are_checked(grid):
     with run(), refuses(f"gelu_forward: a grid of {grid[0]} x {grid[1]}"):
-        launch.launch("gelu_forward", *grid, X, X, 10)
+        launcher.launch("gelu_forward", *grid, X, X, 10)
 
 
 def test_numbers_get_the_declared_width():
     seen = []
-    with launch.running_on(lambda kernel, blocks, threads, arguments, shared: seen.append(arguments)):
-        launch.launch("layer_norm_forward", 1, 32, X, None, None, X, X, X, 1, np.int64(10), 1e-6)
+    with launcher.running_on(lambda kernel, blocks, threads, arguments, shared: seen.append(arguments)):
+        launcher.launch("layer_norm_forward", 1, 32, X, None, None, X, X, X, 1, np.int64(10), 1e-6)
     assert [type(a) for a in seen[0][6:]] == [np.int32, np.int32, np.float32] and seen[0][1] is None
 
 
 def test_a_view_with_gaps_is_copied():
     wide = np.arange(12.0).reshape(3, 4)
-    assert launch.contiguous(wide) is wide and launch.contiguous(wide[:, ::2]).flags.c_contiguous
+    assert launcher.contiguous(wide) is wide and launcher.contiguous(wide[:, ::2]).flags.c_contiguous
 
 
 def test_a_grid_covers_all_elements():
-    assert [launch.cover(n, 32) for n in (1, 32, 33)] == [(1, 32), (1, 32), (2, 32)]
+    assert [launcher.cover(n, 32) for n in (1, 32, 33)] == [(1, 32), (1, 32), (2, 32)]
     with refuses(f"cuda: {2**39} elements are too many for one launch"):
-        launch.cover(2**39)
+        launcher.cover(2**39)
 
 
 # The shim
 
-MEAN = (launch.SOURCES / "loss.cu").read_text()
-NORM = (launch.SOURCES / "norm.cu").read_text()
+MEAN = (launcher.SOURCES / "loss.cu").read_text()
+NORM = (launcher.SOURCES / "norm.cu").read_text()
 
 
 def mean(n=700, **sources):
     out = np.full(1, np.nan, "float32")
     with run(**sources):
-        launch.launch("mean_of", 1, 256, np.arange(n, dtype="float32"), out, n, shared=4 * 256)
+        launcher.launch("mean_of", 1, 256, np.arange(n, dtype="float32"), out, n, shared=4 * 256)
     return out[0]
 
 
@@ -90,7 +90,7 @@ def test_threads_that_wait_for_each_other_are_found():
 @needs_compiler
 def test_shared_memory_that_is_too_small_is_found():
     with run(), pytest.raises(AssertionError, match="past their shared memory"):
-        launch.launch("mean_of", 1, 32, X, np.zeros(1, "float32"), 10, shared=4 * 31)
+        launcher.launch("mean_of", 1, 32, X, np.zeros(1, "float32"), 10, shared=4 * 31)
 
 
 @needs_compiler
@@ -101,10 +101,10 @@ def test_shared_memory_begins_as_nan():
 
 @needs_compiler
 def test_a_missing_tail_is_found():
-    broken = (launch.SOURCES / "activation.cu").read_text().replace("if (i < n) out", "out")
+    broken = (launcher.SOURCES / "activation.cu").read_text().replace("if (i < n) out", "out")
     out = np.full(300, 7, "float32")
     with run(activation=broken):
-        launch.launch("gelu_forward", 2, 128, np.zeros(300, "float32"), out, 200)
+        launcher.launch("gelu_forward", 2, 128, np.zeros(300, "float32"), out, 200)
     assert (out[:200] == 0).all() and (out[200:256] == 0).all() and (out[256:] == 7).all()  # 56 elements too many
 
 
@@ -113,7 +113,7 @@ def test_a_kernel_that_stops_within_a_warp_still_sums_right():
     """Rows that do not fill the last block: whole warps end early, and the others must not wait for them."""
     x, out, mean_, scale = np.arange(15, dtype="float32").reshape(5, 3), *(np.full(s, np.nan, "float32") for s in ((5, 3), 5, 5))
     with run():
-        launch.launch("layer_norm_forward", 2, 128, x, None, None, out, mean_, scale, 5, 3, 1e-6)
+        launcher.launch("layer_norm_forward", 2, 128, x, None, None, out, mean_, scale, 5, 3, 1e-6)
     assert np.allclose(mean_, x.mean(axis=1)) and np.allclose(out.mean(axis=1), 0, atol=1e-6)
 
 
@@ -131,8 +131,8 @@ def test_adamw_and_clipping_are_the_optimisers():
         parts, found, factor = (np.full(s, np.nan, "float32") for s in (7, 1, 1))
         rates = np.array([1e-2, 1 / (1 - 0.9 ** step), 1 / (1 - 0.999 ** step), 0], "float32")
         with run():
-            launch.launch("squares", 7, 64, g, parts, n, shared=4 * 64)
-            launch.launch("clip_factor", 1, 32, parts, found, factor, 7, 1.0)
-            launch.launch("adamw", *launch.cover(n), w, g, m, v, None, factor, rates, n, 1.0, 0.05, 0.9, 0.999, 1e-8)
+            launcher.launch("squares", 7, 64, g, parts, n, shared=4 * 64)
+            launcher.launch("clip_factor", 1, 32, parts, found, factor, 7, 1.0)
+            launcher.launch("adamw", *launcher.cover(n), w, g, m, v, None, factor, rates, n, 1.0, 0.05, 0.9, 0.999, 1e-8)
         assert found[0] == pytest.approx(float(norm), rel=1e-5)
         np.testing.assert_allclose(w, expected.data, rtol=0, atol=2e-6)

@@ -8,7 +8,7 @@ import tinytoken as tt
 from emulate import Emulator, compiler
 from tinytoken.backend import to_device
 from test_kernels import numpy_product
-from tinytoken.cuda import gemm, launch
+from tinytoken.cuda import gemm, launcher
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil
 
@@ -25,7 +25,7 @@ STEPS = {
 def emulator(monkeypatch):
     monkeypatch.setattr(gemm, "product", numpy_product)
     monkeypatch.setattr(gemm, "library", lambda: "some")
-    with standin.installed(kernels=True), launch.running_on(Emulator()) as found:
+    with standin.installed(kernels=True), launcher.running_on(Emulator()) as found:
         tt._kernels()
         yield found
 

@@ -1,5 +1,12 @@
 """Fused kernels for the ops, on CuPy arrays. Deletable: without it the plain ops run. Imported at the first use of a CUDA device.
 
-sources/ holds the kernels, a family per file; launch.py checks and runs them; registered.py makes them implementations of ops.
+sources/ holds the kernels, a family per file; launcher.py checks and runs them; registered.py makes them implementations of ops.
 """
-from .registered import register  # noqa: F401
+from ..backend import faster
+from . import capture, registered
+
+
+def register():
+    """Put the kernels in place for CuPy arrays. `tinytoken.plain()` switches them off."""
+    registered.register()
+    faster.update(captured_step=capture.CapturedStep)

@@ -10,7 +10,7 @@ import threading
 
 from ..backend import module_for
 from ..errors import InputError, expect
-from . import launch
+from . import launcher
 
 # cublasLt.h: attributes and values
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER = 3, 4, 7, 8  # of a product
@@ -172,6 +172,6 @@ def product(a, b, *, ta=False, tb=False, bias=None):
     expect(K == inner and (bias is None or bias.shape == (N,)) and min(M, N, K) > 0, "product",
            lambda: f"a {a.shape}{' transposed' * ta}, b {b.shape}{' transposed' * tb}, bias {getattr(bias, 'shape', None)}")
     expect(all(x.dtype == "float32" and x.flags.c_contiguous for x in (a, b)), "product", "contiguous float32 matrices expected")
-    out = launch.empty(a, M, N)
+    out = launcher.empty(a, M, N)
     _runner(plan(M, N, K, ta, tb, bias is not None, getattr(_mode, "precision", "fp32")), a, b, out, bias)
     return out

@@ -8,8 +8,8 @@ from ..backend import array_module, faster
 from ..ops.attend import REUSE, check_attention
 from ..ops.loss import check_labels
 from ..tensor import plain
-from . import gemm, launch
-from .launch import contiguous, cover
+from . import gemm, launcher
+from .launcher import contiguous, cover
 
 ROW_WARPS = 4  # rows of a block, a warp for each
 MOST_SHARED = 99 * 1024  # bytes of a block on every device since sm_80
@@ -31,11 +31,10 @@ def kernels_of(op, covers=lambda *arrays, **settings: True):
 
 
 def register():
-    """Make the kernels the implementations of their ops for CuPy arrays. `tinytoken.plain()` switches them off."""
-    from . import capture  # which stands on this file
+    """Make the kernels the implementations of their ops for CuPy arrays."""
     for op, function in registry.values():
         op.implementation("cupy")(function)
-    faster.update(top_k=top_k, adamw=adamw, captured_step=capture.CapturedStep)
+    faster.update(top_k=top_k, adamw=adamw)
 
 
 def rows_of(count):
@@ -47,9 +46,9 @@ def summed(kernel, arrays, rows, width, shape):
     """Sums over rows -> an array of `shape`: `kernel` adds up stretches of rows, then the stretches are added, in a fixed order."""
     stretch = max(16, -(-rows // 264))  # two blocks for each multiprocessor of an H100
     count, size = -(-rows // stretch), math.prod(shape)
-    parts, sums = launch.empty(arrays[0], count, size), launch.empty(arrays[0], *shape)
-    launch.launch(kernel, count, min(256, -(-width // 32) * 32), *arrays, parts, rows, width, stretch)
-    launch.launch("sum_parts", *cover(size), parts, sums, count, size)
+    parts, sums = launcher.empty(arrays[0], count, size), launcher.empty(arrays[0], *shape)
+    launcher.launch(kernel, count, min(256, -(-width // 32) * 32), *arrays, parts, rows, width, stretch)
+    launcher.launch("sum_parts", *cover(size), parts, sums, count, size)
     return sums
 
 
@@ -70,12 +69,12 @@ def linear(x, weight, bias=None):
 @kernels_of(ops.gelu)
 def gelu(x):
     x, grid = contiguous(x), cover(x.size)
-    out = launch.empty_like(x)
-    launch.launch("gelu_forward", *grid, x, out, x.size)
+    out = launcher.empty_like(x)
+    launcher.launch("gelu_forward", *grid, x, out, x.size)
 
     def vjp(g):
-        dx = launch.empty_like(x)
-        launch.launch("gelu_backward", *grid, x, contiguous(g), dx, x.size)
+        dx = launcher.empty_like(x)
+        launcher.launch("gelu_backward", *grid, x, contiguous(g), dx, x.size)
         return dx
     return out, vjp
 
@@ -84,15 +83,15 @@ def gelu(x):
 def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
     width = x.shape[-1]
     x, rows = contiguous(x), x.size // width
-    out, mean, scale = launch.empty_like(x), launch.empty(x, rows), launch.empty(x, rows)
-    launch.launch("layer_norm_forward", *rows_of(rows), x, weight, bias, out, mean, scale, rows, width, eps)
+    out, mean, scale = launcher.empty_like(x), launcher.empty(x, rows), launcher.empty(x, rows)
+    launcher.launch("layer_norm_forward", *rows_of(rows), x, weight, bias, out, mean, scale, rows, width, eps)
 
     def vjp(g):
         g = contiguous(g)
 
         def of_x():
-            dx = launch.empty_like(x)
-            launch.launch("layer_norm_backward", *rows_of(rows), x, weight, g, mean, scale, dx, rows, width)
+            dx = launcher.empty_like(x)
+            launcher.launch("layer_norm_backward", *rows_of(rows), x, weight, g, mean, scale, dx, rows, width)
             return dx
 
         @functools.cache
@@ -148,21 +147,21 @@ def attend(q, k, v, keep, itself, with_weights, with_logits):
     blocks, warps = batch * heads, 8 if shared_bytes(queries, tokens, d, 8) <= MOST_SHARED else 4
     shape = (heads, queries, tokens, d, itself, 1 / math.sqrt(d))
     given = (*strided(q), *strided(k), *strided(v), None if keep is None else contiguous(keep))
-    run = functools.partial(launch.launch, shared=shared_bytes(queries, tokens, d, warps))
-    out = launch.empty(q, batch, heads, queries, d)
-    A, logits = (launch.empty(q, batch, heads, queries, tokens) if wanted else None for wanted in (with_weights, with_logits))
-    highest, total = launch.empty(q, batch, heads, queries), launch.empty(q, batch, heads, queries)
+    run = functools.partial(launcher.launch, shared=shared_bytes(queries, tokens, d, warps))
+    out = launcher.empty(q, batch, heads, queries, d)
+    A, logits = (launcher.empty(q, batch, heads, queries, tokens) if wanted else None for wanted in (with_weights, with_logits))
+    highest, total = launcher.empty(q, batch, heads, queries), launcher.empty(q, batch, heads, queries)
     run("attention_forward", blocks, 32 * warps, *given, out, A, logits, highest, total, *shape)
 
     def gradients(g, g_weights, g_logits):
         upstream = [None if u is None else contiguous(u) for u in (g, g_weights, g_logits)]
-        along, dq = launch.empty_like(highest), launch.empty_like(out)
+        along, dq = launcher.empty_like(highest), launcher.empty_like(out)
         run("attention_backward_queries", blocks, 32 * warps, *given, *upstream, highest, total, along, dq, *shape)
 
         @functools.cache
         def of_keys():
-            dk, dv = launch.empty(q, *k.shape), launch.empty(q, *k.shape)
-            dkeep = None if keep is None else launch.empty(q, batch, heads, tokens)
+            dk, dv = launcher.empty(q, *k.shape), launcher.empty(q, *k.shape)
+            dkeep = None if keep is None else launcher.empty(q, batch, heads, tokens)
             run("attention_backward_keys", blocks, 32 * warps, *given, *upstream, highest, total, along, dk, dv, dkeep, *shape)
             return dk, dv, dkeep
         return (lambda: dq), (lambda: of_keys()[0]), (lambda: of_keys()[1]), (lambda: of_keys()[2].sum(axis=1))
@@ -174,24 +173,24 @@ def attend(q, k, v, keep, itself, with_weights, with_logits):
 def lookup_infuse(A, logits, v, *, reuse):
     (batch, heads, M, N), d = A.shape, v.shape[3]
     sizes, soft = (batch * heads, M, N, d), reuse == "resoftmax"
-    R, v, mass = contiguous(A), contiguous(v), launch.empty(A, batch, heads, N)
+    R, v, mass = contiguous(A), contiguous(v), launcher.empty(A, batch, heads, N)
     if reuse != "probs":
-        given, R = contiguous(logits if soft else A), launch.empty_like(A)
-        launch.launch("infuse_weights", *cover(mass.size), given, R, mass, *sizes[:3], soft)
-    out = launch.empty(A, batch, heads, N, d)
-    launch.launch("infuse_out", *cover(out.size), R, v, out, *sizes)
+        given, R = contiguous(logits if soft else A), launcher.empty_like(A)
+        launcher.launch("infuse_weights", *cover(mass.size), given, R, mass, *sizes[:3], soft)
+    out = launcher.empty(A, batch, heads, N, d)
+    launcher.launch("infuse_out", *cover(out.size), R, v, out, *sizes)
 
     def vjp(g):
         g = contiguous(g)
 
         def of_scores():
-            d_given = launch.empty_like(A)
-            launch.launch("infuse_scores", *cover(mass.size), R, mass, v, g, d_given, *sizes, reuse != "probs", soft)
+            d_given = launcher.empty_like(A)
+            launcher.launch("infuse_scores", *cover(mass.size), R, mass, v, g, d_given, *sizes, reuse != "probs", soft)
             return d_given
 
         def of_values():
-            dv = launch.empty_like(v)
-            launch.launch("infuse_values", *cover(dv.size), R, g, dv, *sizes)
+            dv = launcher.empty_like(v)
+            launcher.launch("infuse_values", *cover(dv.size), R, g, dv, *sizes)
             return dv
         return None if soft else of_scores, of_scores if soft else None, of_values
     return out, vjp
@@ -203,13 +202,13 @@ def lookup_infuse(A, logits, v, *, reuse):
             and log_probs.shape[-1] <= 32)
 def gumbel_softmax(log_probs, noise, *, tau=1.0, hard=False):
     rows, classes = log_probs.size // log_probs.shape[-1], log_probs.shape[-1]
-    soft = launch.empty_like(log_probs)
-    out = launch.empty_like(log_probs) if hard else soft
-    launch.launch("gumbel_forward", *cover(rows), contiguous(log_probs), contiguous(noise), soft, out if hard else None, rows, classes, tau, hard)
+    soft = launcher.empty_like(log_probs)
+    out = launcher.empty_like(log_probs) if hard else soft
+    launcher.launch("gumbel_forward", *cover(rows), contiguous(log_probs), contiguous(noise), soft, out if hard else None, rows, classes, tau, hard)
 
     def vjp(g):
-        dx = launch.empty_like(soft)
-        launch.launch("gumbel_backward", *cover(rows), soft, contiguous(g), dx, rows, classes, tau)
+        dx = launcher.empty_like(soft)
+        launcher.launch("gumbel_backward", *cover(rows), soft, contiguous(g), dx, rows, classes, tau)
         return dx, dx
     return out, vjp
 
@@ -218,12 +217,12 @@ def gumbel_softmax(log_probs, noise, *, tau=1.0, hard=False):
 def take_tokens(x, index):
     (batch, tokens, width), k = x.shape, index.shape[1]
     x, index = contiguous(x), contiguous(index)
-    out = launch.empty(x, batch, k, width)
-    launch.launch("take_rows", *cover(out.size), x, index, out, batch, tokens, k, width)
+    out = launcher.empty(x, batch, k, width)
+    launcher.launch("take_rows", *cover(out.size), x, index, out, batch, tokens, k, width)
 
     def vjp(g):
-        dx = launch.empty_like(x)
-        launch.launch("put_rows", *cover(dx.size), contiguous(g), index, dx, batch, tokens, k, width)
+        dx = launcher.empty_like(x)
+        launcher.launch("put_rows", *cover(dx.size), contiguous(g), index, dx, batch, tokens, k, width)
         return dx, None
     return out, vjp
 
@@ -232,8 +231,8 @@ def take_tokens(x, index):
 
 def log_softmax_rows(x):
     """log softmax over the last axis."""
-    out, width = launch.empty_like(x), x.shape[-1]
-    launch.launch("log_softmax_forward", *rows_of(x.size // width), contiguous(x), out, x.size // width, width)
+    out, width = launcher.empty_like(x), x.shape[-1]
+    launcher.launch("log_softmax_forward", *rows_of(x.size // width), contiguous(x), out, x.size // width, width)
     return out
 
 
@@ -242,8 +241,8 @@ def log_softmax(x, *, axis=-1):
     out, width = log_softmax_rows(x), x.shape[-1]
 
     def vjp(g):
-        dx = launch.empty_like(out)
-        launch.launch("log_softmax_backward", *rows_of(x.size // width), out, contiguous(g), dx, x.size // width, width)
+        dx = launcher.empty_like(out)
+        launcher.launch("log_softmax_backward", *rows_of(x.size // width), out, contiguous(g), dx, x.size // width, width)
         return dx
     return out, vjp
 
@@ -251,13 +250,13 @@ def log_softmax(x, *, axis=-1):
 @kernels_of(ops.kl_divergence, lambda logits, teacher_logits: logits.ndim == 2 and logits.shape == teacher_logits.shape)
 def kl_divergence(logits, teacher_logits):
     student, teacher = log_softmax_rows(logits), log_softmax_rows(teacher_logits)
-    (batch, classes), losses, mean = logits.shape, launch.empty(logits, len(logits)), launch.empty(logits)
-    launch.launch("kl_forward", *rows_of(batch), student, teacher, losses, batch, classes)
-    launch.launch("mean_of", 1, 256, losses, mean, batch, shared=4 * 256)
+    (batch, classes), losses, mean = logits.shape, launcher.empty(logits, len(logits)), launcher.empty(logits)
+    launcher.launch("kl_forward", *rows_of(batch), student, teacher, losses, batch, classes)
+    launcher.launch("mean_of", 1, 256, losses, mean, batch, shared=4 * 256)
 
     def vjp(g):
-        of_student, of_teacher = launch.empty_like(student), launch.empty_like(student)
-        launch.launch("kl_backward", *cover(student.size), student, teacher, losses, contiguous(g), of_student, of_teacher, batch, classes)
+        of_student, of_teacher = launcher.empty_like(student), launcher.empty_like(student)
+        launcher.launch("kl_backward", *cover(student.size), student, teacher, losses, contiguous(g), of_student, of_teacher, batch, classes)
         return of_student, of_teacher
     return mean, vjp
 
@@ -270,13 +269,13 @@ def cross_entropy(logits, targets, *, smoothing=0.0):
         check_labels("cross_entropy", targets, batch, classes)
     targets = contiguous(targets.astype("float32" if soft else "int64", copy=False))
     logits, pair = contiguous(logits), (None, targets) if soft else (targets, None)
-    losses, log_sum, mean = launch.empty(logits, batch), launch.empty(logits, batch), launch.empty(logits)
-    launch.launch("cross_entropy_forward", *rows_of(batch), logits, *pair, losses, log_sum, batch, classes, smoothing)
-    launch.launch("mean_of", 1, 256, losses, mean, batch, shared=4 * 256)
+    losses, log_sum, mean = launcher.empty(logits, batch), launcher.empty(logits, batch), launcher.empty(logits)
+    launcher.launch("cross_entropy_forward", *rows_of(batch), logits, *pair, losses, log_sum, batch, classes, smoothing)
+    launcher.launch("mean_of", 1, 256, losses, mean, batch, shared=4 * 256)
 
     def vjp(g):
-        dlogits, dtargets = launch.empty_like(logits), launch.empty_like(logits) if soft else None
-        launch.launch("cross_entropy_backward", *rows_of(batch), logits, *pair, log_sum, contiguous(g), dlogits, dtargets, batch,
+        dlogits, dtargets = launcher.empty_like(logits), launcher.empty_like(logits) if soft else None
+        launcher.launch("cross_entropy_backward", *rows_of(batch), logits, *pair, log_sum, contiguous(g), dlogits, dtargets, batch,
                       classes, smoothing)
         return dlogits, dtargets
     return mean, vjp
@@ -287,10 +286,10 @@ def top_k(scores, k):
     if scores.dtype != "float32" or 8 * scores.shape[1] > 48 * 1024:
         with plain():
             return ops.top_k(scores, k)
-    index = launch.empty(scores, len(scores), k, dtype="int64")
+    index = launcher.empty(scores, len(scores), k, dtype="int64")
     if k and len(scores):
         tokens = scores.shape[1]
-        launch.launch("top_k", len(scores), min(1024, -(-tokens // 32) * 32), contiguous(scores), index, tokens, k, shared=8 * tokens)
+        launcher.launch("top_k", len(scores), min(1024, -(-tokens // 32) * 32), contiguous(scores), index, tokens, k, shared=8 * tokens)
     return index
 
 
@@ -307,21 +306,21 @@ def adamw(optimizer, lr):
 def set_rates(optimizer, lr):
     """Count the step, and put what depends on its number into device memory: a captured step reads it there."""
     if optimizer.rates is None:
-        optimizer.rates = launch.empty(optimizer.flat.data, 4)
+        optimizer.rates = launcher.empty(optimizer.flat.data, 4)
     optimizer.steps += 1
-    launch.launch("set_rates", 1, 32, optimizer.rates, lr, *(1 / c for c in optimizer.corrections()), optimizer.mean_share())
+    launcher.launch("set_rates", 1, 32, optimizer.rates, lr, *(1 / c for c in optimizer.corrections()), optimizer.mean_share())
 
 
 def update(optimizer):
     """Clip, AdamW and the running mean of the weights, on flat storage, by the rates in device memory."""
     flat, (b1, b2), size = optimizer.flat, optimizer.betas, optimizer.flat.data.size
     blocks = min(264, -(-size // 256))
-    parts, norm, factor = (launch.empty(flat.data, *shape) for shape in ((blocks,), (), ()))
-    launch.launch("squares", blocks, 256, flat.grad, parts, size, shared=4 * 256)
-    launch.launch("clip_factor", 1, 32, parts, norm, factor, blocks, math.inf if optimizer.clip is None else optimizer.clip)
+    parts, norm, factor = (launcher.empty(flat.data, *shape) for shape in ((blocks,), (), ()))
+    launcher.launch("squares", blocks, 256, flat.grad, parts, size, shared=4 * 256)
+    launcher.launch("clip_factor", 1, 32, parts, norm, factor, blocks, math.inf if optimizer.clip is None else optimizer.clip)
     for start, stop, scale, decay in flat.segments:
         cut = slice(start, stop)
-        launch.launch("adamw", *cover(stop - start), flat.data[cut], flat.grad[cut], optimizer.m[cut], optimizer.v[cut],
+        launcher.launch("adamw", *cover(stop - start), flat.data[cut], flat.grad[cut], optimizer.m[cut], optimizer.v[cut],
                       None if optimizer.mean is None else optimizer.mean[cut], factor, optimizer.rates, stop - start, scale,
                       optimizer.weight_decay if decay else 0.0, b1, b2, optimizer.eps)
     return norm
