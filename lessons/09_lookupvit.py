@@ -247,8 +247,9 @@ for seed in seeds:
         options = dict({"compressed": here.pick((2, 2), (3, 3), (3, 3))} if arm.kind is LookupViT else {}, **dict(arm.options))
         model, steps = trial.new(arm.kind, sizes=arm.sizes, **options), arm.steps or STEPS
         report = trial.fit(f"{name} {steps}", Classify(model), steps, trial.recipe.lr)
-        rows[name].append(trial.measure(model, report) | {"steps": steps})
-        answers[name].append(trial.answers(model).argmax(axis=1) == trial.test.labels)
+        logits = trial.answers(model)
+        rows[name].append(trial.measure(model, report, logits) | {"steps": steps})
+        answers[name].append(logits.argmax(axis=1) == trial.test.labels)
         if seed == seeds[0]:
             trained[name], shown = model, trial
 

@@ -9,7 +9,6 @@
 
 # %%
 import ctypes
-import math
 import pathlib
 import shutil
 import subprocess
@@ -64,8 +63,8 @@ def seconds(run, rounds=here.pick(2, 7, 15)):
 # %%
 model = ViT(**SIZES).to(here.device)
 train, _ = here.pictures(here.pick(64, 2000, 16000), 1)
-sizes = {"parameters": sum(p.data.nbytes for p in model.parameters()), "gradients": sum(p.data.nbytes for p in model.parameters()),
-         "moments of AdamW": 2 * sum(p.data.nbytes for p in model.parameters()), "pictures, as bytes": train.images.nbytes,
+learned = sum(p.data.nbytes for p in model.parameters())
+sizes = {"parameters": learned, "gradients": learned, "moments of AdamW": 2 * learned, "pictures, as bytes": train.images.nbytes,
          "the same as float32": 4 * train.images.nbytes}
 for name, size in sizes.items():
     print(f"{name:<22}{size / 1e6:>8.1f} MB")

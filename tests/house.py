@@ -13,7 +13,7 @@ AIMS = {"tensor.py": 250, "tensor.py and ops/": 700, "a model file": 200, "witho
 
 # A file imports only from floors below, and without circles from its own.
 FLOORS = (("errors",), ("backend",), ("random",), ("tensor",), ("ops",), ("cuda",),
-          ("checking", "diagnosis", "differences", "cost", "nn"), ("models",), ("optim", "train", "checkpoint", "data", "plot"),
+          ("checking", "diagnosis", "differences", "cost"), ("nn",), ("models",), ("optim", "train", "checkpoint", "data", "plot"),
           ("compare", "predict", "doctor", "bench", "lesson", "report", "trial"), ("course",), ("__init__", "__main__"))
 
 

@@ -185,7 +185,7 @@ def test_modes_and_the_observer_are_restored_after_an_error():
     with pytest.raises(tt.InputError):
         tt.macs(model, np.zeros((1, 3, 4, 4), "float32"))
     assert model.training and model.head.training and tensor._mode.observer is None and tensor._mode.recording
-    assert model(pictures(size)).requires_grad and tt.nn.innermost() is None
+    assert model(pictures(size)).requires_grad and tt.cost.innermost() is None
 
 
 # Nothing uncounted

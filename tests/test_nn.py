@@ -7,7 +7,7 @@ import pytest
 import tinytoken as tt
 from equations import resize_by_loops
 from small import MODELS, SMALL, each_model, loss_of, refuses
-from tinytoken import nn
+from tinytoken import cost, nn
 from tinytoken.models import LookupViT, ViT
 
 @pytest.fixture(autouse=True)
@@ -123,24 +123,24 @@ def test_the_innermost_module_is_known_per_thread():
             self.inner = Inner()
 
         def forward(self, x):
-            seen.append(nn.innermost())
+            seen.append(cost.innermost())
             self.inner(x)
-            seen.append(nn.innermost())
-            other = threading.Thread(target=lambda: seen.append(nn.innermost()))
+            seen.append(cost.innermost())
+            other = threading.Thread(target=lambda: seen.append(cost.innermost()))
             other.start()
             other.join()
 
     class Inner(nn.Module):
         def forward(self, x):
-            seen.append(nn.innermost())
+            seen.append(cost.innermost())
             if x:
                 raise ValueError("inside")
     model = Outer()
     model(0)
-    assert seen == [model, model.inner, model, None] and nn.innermost() is None
+    assert seen == [model, model.inner, model, None] and cost.innermost() is None
     with pytest.raises(ValueError, match="inside"):
         model(1)
-    assert nn.innermost() is None
+    assert cost.innermost() is None
 
 
 # Layers

@@ -94,9 +94,7 @@ def run_compare(args):
     from . import compare
     changes = {name: getattr(args, name) for name in ("data", "steps", "seed") if getattr(args, name) is not None}
     out = args.out or pathlib.Path("runs") / f"compare-{pathlib.Path(args.data).name}-{args.seed}"
-    device = backend.choose_device(args.device)
-    if args.device == "auto" and device == "cpu":
-        print(f"running on the CPU: {backend.cuda_ready()[1]}")
+    device = backend.announced_device(args.device)
     table, picture = compare.run(compare.Recipe(**changes), out, device=device, threads=args.threads)
     print(f"\n{compare.table_text(table)}\n{picture}\neverything is in {out}")
 

@@ -56,7 +56,7 @@ def cuda_ready():
 @functools.cache
 def cupy_wheels():
     """Names of the installed packages that bring a module cupy."""
-    return sorted({name for name in importlib.metadata.packages_distributions().get("cupy", ())})
+    return sorted(set(importlib.metadata.packages_distributions().get("cupy", ())))
 
 
 def choose_device(name="auto"):
@@ -69,6 +69,14 @@ def choose_device(name="auto"):
     if not ready and name == "cuda":
         raise InputError(f"device: cuda asked for, but {reason}; `python -m tinytoken doctor` says how to fix it")
     return "cuda" if ready else "cpu"
+
+
+def announced_device(name="auto"):
+    """choose_device for a program: where 'auto' found no GPU, one line says why."""
+    device = choose_device(name)
+    if name == "auto" and device == "cpu":
+        print(f"running on the CPU: {cuda_ready()[1]}")
+    return device
 
 
 def module_for(device):

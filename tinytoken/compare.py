@@ -44,6 +44,11 @@ class Recipe:
     test_pictures: int = 2000  # of scenes; CIFAR has 10,000
 
     @property
+    def moves(self):
+        """Options of Batches: photographs stay what they are when moved or mirrored, scenes are drawn everywhere already."""
+        return {} if self.data == "scenes" else {"pad": 4, "flip": True}
+
+    @property
     def further(self):
         """The steps of the second part."""
         return self.steps // 4
@@ -62,7 +67,7 @@ def run(recipe, out, device="auto", every=200, threads=None, bar=True):
     check_writable(out)
     train, test = load_pictures(recipe)
     batches = Batches(backend.to_device(train.images, device), backend.to_device(train.labels, device), recipe.batch,
-                      seed=recipe.seed, **({} if recipe.data == "scenes" else {"pad": 4, "flip": True}))
+                      seed=recipe.seed, **recipe.moves)
     trained, training = train_all(recipe, batches, train.names, Run(out, every), device, threads, bar)
     prepare = lambda images: normalise(backend.to_device(images, device), batches.mean, batches.std)
     table = measure(recipe, trained, test, prepare, device, threads)

@@ -1,8 +1,8 @@
 """Multiply-adds (MACs), counted from the ops that ran, and the graph as text. Biases, and the ops in FREE, count zero."""
 import collections
 import dataclasses
+import threading
 
-from . import nn
 from .errors import GraphError
 from .tensor import no_grad, observe, recording, topological_order
 
@@ -13,6 +13,21 @@ FREE = frozenset("""
     embedding softmax log_softmax layer_norm gelu relu sigmoid tanh split_heads merge_heads gumbel_softmax take_tokens put_tokens
     patchify resize cross_entropy kl_divergence mse
 """.split())
+
+
+_running = threading.local()
+
+
+def running_modules():
+    """The modules whose forward is running in this thread, outermost first: a list that nn.Module puts itself on and takes itself
+    off."""
+    return _running.__dict__.setdefault("stack", [])
+
+
+def innermost():
+    """The module whose forward is running now in this thread, or None."""
+    stack = running_modules()
+    return stack[-1] if stack else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +58,7 @@ def macs(model, images, **call):
             return
         n = op.shapes_to_macs(*shapes)
         by_op[op.name] += n
-        by_module[names.get(id(nn.innermost()), "(outside)")] += n
+        by_module[names.get(id(innermost()), "(outside)")] += n
 
     modes = [(module, module.training) for _, module in model.named_modules()]
     try:

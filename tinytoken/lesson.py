@@ -16,9 +16,7 @@ class Lesson:
 
     def __init__(self, name, size, data, device, seed, out):
         self.name, self.size, self.data, self.seed, self.results, self.claims = name, size, data, seed, {}, []
-        self.device, self.out, self.began = backend.choose_device(device), pathlib.Path(out), time.perf_counter()
-        if device == "auto" and self.device == "cpu":
-            print(f"running on the CPU: {backend.cuda_ready()[1]}")
+        self.device, self.out, self.began = backend.announced_device(device), pathlib.Path(out), time.perf_counter()
         self.stem = "_".join([name] + ["full"] * (size == "full") + [pathlib.Path(data).name] * (data != "scenes"))  # of files
         compare.check_writable(self.out)
         random.manual_seed(seed)

@@ -1,12 +1,12 @@
 """Modules: parameters with names, and the layers of a transformer. Class and parameter names follow timm."""
 import math
-import threading
 import warnings
 
 import numpy as np
 
 from . import ops, random
 from .backend import array_module, device_of, to_device, to_numpy
+from .cost import running_modules
 from .errors import expect
 from .tensor import Tensor
 
@@ -26,22 +26,13 @@ class Parameter(Tensor):
         return twin
 
 
-_running = threading.local()  # .stack: the modules whose forward is running in this thread, for costs by module
-
-
-def innermost():
-    """The module whose forward is running now in this thread, or None."""
-    stack = getattr(_running, "stack", None)
-    return stack[-1] if stack else None
-
-
 class Module:
     """Something with parameters. Parameters, modules and lists of modules among its attributes are found by name, in the
     order in which they were set. Subclasses write forward(); calling the module runs it."""
     training = True
 
     def __call__(self, *args, **kwargs):
-        stack = _running.__dict__.setdefault("stack", [])
+        stack = running_modules()
         stack.append(self)
         try:
             return self.forward(*args, **kwargs)

@@ -25,9 +25,8 @@ class Trial:
             (folder / ".gitignore").write_text("*\n")  # wherever it is, weights stay out of version control
             self.run = Run(folder / f"seed{recipe.seed}", every=100)
         train, self.test = compare.load_pictures(recipe)
-        moved = {} if recipe.data == "scenes" else {"pad": 4, "flip": True}
         images, labels = (backend.to_device(array, device) for array in (train.images, train.labels))
-        self.batches = Batches(images, labels, recipe.batch, seed=recipe.seed, **moved | changes)
+        self.batches = Batches(images, labels, recipe.batch, seed=recipe.seed, **recipe.moves | changes)
 
     def new(self, kind, start=None, sizes=(), **options):
         """A model of the recipe's sizes, or others where `sizes` (by the recipe's names) has them, with the weights of `start` as
@@ -51,9 +50,11 @@ class Trial:
         """Logits (B, K) of the test pictures, on the host."""
         return infer(model, self.test.images, self.prepare, **call)
 
-    def measure(self, model, trained, **call):
-        """What is noted of a trained model: accuracy, multiply-adds per picture, parameters, what fit reported."""
-        return {"accuracy": accuracy(self.answers(model, **call), self.test.labels),
+    def measure(self, model, trained, logits=None, **call):
+        """What is noted of a trained model: accuracy, multiply-adds per picture, parameters, what fit reported. logits: its answers,
+        where the caller has them."""
+        logits = self.answers(model, **call) if logits is None else logits
+        return {"accuracy": accuracy(logits, self.test.labels),
                 "macs": macs(model, self.prepare(self.test.images[:1]), **call).total,
                 "parameters": model.parameter_count(), "trained": trained}
 

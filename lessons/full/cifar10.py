@@ -78,8 +78,9 @@ for seed in seeds:
         if once and (seed != seeds[0] or here.size == "default"):
             continue
         model, spent, epoch = train(trial, name, done)
-        rows[name].append(trial.measure(model, spent) | {"seconds_per_epoch": epoch})
-        right[name].append(trial.answers(model).argmax(axis=1) == trial.test.labels)
+        logits = trial.answers(model)
+        rows[name].append(trial.measure(model, spent, logits) | {"seconds_per_epoch": epoch})
+        right[name].append(logits.argmax(axis=1) == trial.test.labels)
 rows = {name: arm for name, arm in rows.items() if arm}
 
 table = [f"{'arm':<22}{'accuracy, %':>14}{'M MACs':>9}{'M params':>10}{'s per epoch':>13}{'above its ViT [95 %]':>26}"]
