@@ -247,6 +247,7 @@ def modules():
     cupyx, scipy, special = (types.ModuleType(name) for name in ("cupyx", "cupyx.scipy", "cupyx.scipy.special"))
     cupyx.scatter_add = lambda target, index, values: in_place(lambda: np.add.at(target.host, index.host, values.host), target.host)
     cupy.cuda = types.SimpleNamespace(Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None), get_current_stream=Stream,
+                                      Device=lambda: types.SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024}),
                                       using_allocator=lambda malloc: contextlib.nullcontext())
     special.erf = lambda x: ndarray(np.asarray(backend.erf(x.host)))
     return {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}

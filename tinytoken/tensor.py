@@ -56,10 +56,10 @@ def plain():
     return _mode_set(plain=True)
 
 
-def kernel(name, array):
-    """The kernel that is registered under this name for a function that is no op (backend.faster), or None: for a NumPy array, under
-    plain(), or where there is none."""
-    return None if _mode.plain or array_module(array) is np else faster.get(name)
+def kernel(name, x):
+    """The kernel that is registered under this name for a function that is no op (backend.faster), or None: for a NumPy array or a
+    Tensor of one, under plain(), or where there is none."""
+    return None if _mode.plain or array_module(x.data if isinstance(x, Tensor) else x) is np else faster.get(name)
 
 
 def observe(observer):
@@ -378,6 +378,9 @@ def _upstream(root, gradient):
     return gradient
 
 
+ADDED = object()  # in place of a gradient: a kernel in cuda/ has added it to where it belongs
+
+
 def _run_node(node, edges, upstream, arrive):
     """Free a node, run its vjp, and send on the gradients along `edges`. What only the vjp held goes when this returns."""
     vjp = node.vjp
@@ -387,8 +390,11 @@ def _run_node(node, edges, upstream, arrive):
     if len(entries) != len(edges):
         raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array arguments")
     for i, (edge, g) in enumerate(zip(edges, entries)):
-        if edge and g is not None:
-            arrive(edge[0], _checked(node.op, i, g() if callable(g) else g, edge))
+        if not edge or g is None:
+            continue
+        g = g() if callable(g) else g
+        if g is not ADDED:
+            arrive(edge[0], _checked(node.op, i, g, edge))
 
 
 def _accumulate(arrived, key, g):

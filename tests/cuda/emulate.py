@@ -13,14 +13,15 @@ from tinytoken.cuda import launcher
 
 SHIM = pathlib.Path(__file__).with_name("shim.h")
 C_TYPES = {"float32": ("float", ctypes.c_float), "int32": ("int", ctypes.c_int), "int64": ("long long", ctypes.c_longlong),
-           "uint32": ("unsigned", ctypes.c_uint), "uint8": ("unsigned char", ctypes.c_ubyte)}
+           "uint32": ("unsigned", ctypes.c_uint)}
 compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
 @functools.cache
-def library(family, text=None):
+def library(family, constants=(), text=None):
     """The compiled family; text: another source in its place."""
-    text = (launcher.SOURCES / "common.cuh").read_text() + (text or (launcher.SOURCES / f"{family}.cu").read_text())
+    whole = launcher.source(family, constants, device=False)
+    text = whole if text is None else whole.replace((launcher.SOURCES / f"{family}.cu").read_text(), text)
     folder = tempfile.TemporaryDirectory()
     source = pathlib.Path(folder.name) / f"{family}.cpp"
     source.write_text(f'#include "{SHIM}"\n{text}\n' + "\n".join(
@@ -36,11 +37,10 @@ def library(family, text=None):
 
 def runner(kernel):
     """C++ that runs a kernel over a grid."""
-    types = [C_TYPES[dtype][0] + "*" * array for _, dtype, array, _ in kernel.parameters]
-    names = [name for name, *_ in kernel.parameters]
-    given = "".join(f", {t} {n}" for t, n in zip(types, names))
+    given = "".join(f", {'void*' if array else C_TYPES[dtype][0]} {name}" for name, dtype, array, _ in kernel.parameters)
+    passed = ", ".join(f"Any{{{name}}}" if array else name for name, _, array, _ in kernel.parameters)
     return (f'extern "C" int run_{kernel.name}(int shim_blocks, int shim_threads, int shim_bytes, int shim_backward{given}) '
-            f'{{ return shim_launch(shim_blocks, shim_threads, shim_bytes, shim_backward, [=] {{ {kernel.name}({", ".join(names)}); }}); }}')
+            f'{{ return shim_launch(shim_blocks, shim_threads, shim_bytes, shim_backward, [=] {{ {kernel.name}({passed}); }}); }}')
 
 
 class Emulator:
@@ -56,7 +56,7 @@ class Emulator:
                          *(a for a, (*_, out) in zip(arguments, kernel.parameters) if out and a is not None))
 
     def run(self, kernel, blocks, threads, arguments, shared):
-        run = getattr(library(kernel.family, self.sources.get(kernel.family)), f"run_{kernel.name}")
+        run = getattr(library(kernel.family, kernel.constants, self.sources.get(kernel.family)), f"run_{kernel.name}")
         written = [a for a, (*_, out) in zip(arguments, kernel.parameters) if out and a is not None]
         before = [a.copy() for a in written]
         results = []
@@ -75,3 +75,34 @@ def pointer(value, parameter):
     if not array:
         return C_TYPES[dtype][1](value.item())
     return ctypes.c_void_p(None if value is None else value.__array_interface__["data"][0])
+
+
+# bf16, which NumPy does not know: its bits in uint16
+
+BF16_NAN = 0x7FC0
+
+
+def floats(array):
+    """float32 of an array of floats or of bf16 bits."""
+    return (array.astype("uint32") << 16).view("float32") if array.dtype == "uint16" else array
+
+
+def bf16(array):
+    """The bits of an array of floats, rounded to nearest even."""
+    bits = np.ascontiguousarray(array, "float32").view("uint32")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16")
+
+
+def numpy_product(a, b, *, ta=False, tb=False, bias=None, add=None, out=None, dtype="float32"):
+    """In the place of gemm.product: see test_gemm.py for what is checked of that."""
+    out = launcher.empty(a, a.shape[ta], b.shape[1 - tb], dtype=dtype) if out is None else out
+    host = lambda x: getattr(x, "host", x)
+
+    def run():
+        x, y = (floats(host(one)).astype("float64") for one in (a, b))  # float32 sums would depend on how many threads BLAS has
+        result = (x.T if ta else x) @ (y.T if tb else y)
+        for more in (bias, add):
+            result = result if more is None else result + floats(host(more))
+        host(out)[...] = bf16(result) if dtype == "uint16" else result
+    standin.in_place(run, host(out))
+    return out

@@ -22,11 +22,11 @@ def library():
     return ctypes.CDLL(str(paths[0])) if paths else None
 
 
-def compile_family(family, architecture):
+def compile_family(family, architecture, constants=()):
     """(the log of ptxas with registers and spills of each kernel, PTX as text, size of the cubin)."""
     nvrtc, program = library(), ctypes.c_void_p()
     check = lambda code: _check(nvrtc, program, code)
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), launcher.source(family).encode(), f"{family}.cu".encode(), 0, None, None))
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), launcher.source(family, constants).encode(), f"{family}.cu".encode(), 0, None, None))
     options = [f"--gpu-architecture={architecture}", "-std=c++17", "--ptxas-options=-v", "-default-device"]
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     check(nvrtc.nvrtcCompileProgram(program, len(options), given))
@@ -53,5 +53,5 @@ def _check(nvrtc, program, code):
 
 
 def spills(log):
-    """Bytes spilled, of all kernels of a log."""
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    """Bytes spilled, or kept in a stack for want of registers, of all kernels of a log."""
+    return sum(int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", log))

@@ -23,10 +23,30 @@ static float* shim_shared;
 #define __device__ static
 #define SHARED(type, name) type* name = (type*)shim_shared
 
-static float __int_as_float(int bits) {
+#define FAST_EXP(x) expf(x)
+struct float2 { float x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
+struct Any {  // an array of whatever type the kernel declares
+    void* place;
+    template <class T> operator T*() const { return (T*)place; }
+};
+
+static float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+static float __int_as_float(int bits) { return __uint_as_float(bits); }
+
+static unsigned pack(float low, float high) {
+    unsigned halves[2];
+    float values[2] = {low, high};
+    for (int i = 0; i < 2; i++) {
+        std::memcpy(&halves[i], &values[i], 4);
+        halves[i] = std::isnan(values[i]) ? 0x7fff : (halves[i] + 0x7fff + (halves[i] >> 16 & 1)) >> 16;
+    }
+    return halves[0] | halves[1] << 16;
 }
 
 enum Wait { RUNNING, BLOCK, LANES, DONE };
@@ -38,6 +58,8 @@ struct Thread {
     bool begun;
     float given[2];
     int turn;
+    unsigned a[4], b[2];  // what it holds of a product of tiles
+    const unsigned short* row;
 };
 static const int STACK = 1 << 16;
 static std::vector<Thread> threads;
@@ -58,6 +80,34 @@ static float __shfl_xor_sync(unsigned, float value, int mask) {
     own.given[turn] = value;
     __syncwarp();
     return threads[partner].given[turn];
+}
+
+// Products of tiles, as device.cuh describes them: each lane lays out what it holds, and reads what its results need.
+static float half_of(const unsigned* parts, int which, int column) { return __uint_as_float(parts[which] >> 16 * (column % 2) << 16); }
+
+static void multiply_tiles(float* c, const unsigned* a, const unsigned* b) {
+    Thread& own = threads[current];
+    std::memcpy(own.a, a, sizeof own.a);
+    std::memcpy(own.b, b, sizeof own.b);
+    __syncwarp();
+    Thread* warp = &threads[current / 32 * 32];
+    int lane = current % 32;
+    for (int part = 0; part < 4; part++) {
+        int row = lane / 4, column = lane % 4 * 2 + part % 2;
+        for (int k = 0; k < 16; k++)
+            c[part] += half_of(warp[row * 4 + k % 8 / 2].a, part / 2 + 2 * (k / 8), k) * half_of(warp[column * 4 + k % 8 / 2].b, k / 8, k);
+    }
+    __syncwarp();
+}
+
+static void load_transposed(unsigned* b, const unsigned short* row) {
+    threads[current].row = row;
+    __syncwarp();
+    Thread* warp = &threads[current / 32 * 32];
+    int column = current % 32 / 4, first = current % 4 * 2;
+    for (int tile = 0; tile < 2; tile++)
+        b[tile] = warp[tile * 8 + first].row[column] | warp[tile * 8 + first + 1].row[column] << 16;
+    __syncwarp();
 }
 
 static void run_thread() {

@@ -4,9 +4,8 @@ import pytest
 
 import standin
 import tinytoken as tt
-from emulate import Emulator, compiler
-from test_kernels import numpy_product
-from test_standin import OBJECTIVES, batches
+from emulate import Emulator, compiler, numpy_product
+from test_standin import OBJECTIVES, SIZES, batches
 from tinytoken.backend import faster, to_numpy
 from tinytoken.cuda import gemm, launcher
 from tinytoken.train import fit
@@ -31,10 +30,13 @@ def trained(name, steps=6, **more):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_replayed_steps_are_the_ordinary_ones_bit_by_bit(name, monkeypatch):
-    weights, said = trained(name, average=0.9)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replayed_steps_are_the_ordinary_ones_bit_by_bit(name, precision, monkeypatch):
+    if precision == "bf16":
+        monkeypatch.setitem(SIZES, "dim", 32)  # heads that its kernels cover
+    weights, said = trained(name, average=0.9, precision=precision)
     monkeypatch.delitem(faster, "captured_step")
-    expected, told = trained(name, average=0.9)
+    expected, told = trained(name, average=0.9, precision=precision)
     assert said == told and all(np.array_equal(weights[n], expected[n]) for n in expected)
 
 

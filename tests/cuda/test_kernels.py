@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
-from emulate import Emulator, compiler
+from emulate import BF16_NAN, Emulator, compiler, numpy_product
 from tinytoken import ops
 from tinytoken.cuda import gemm, launcher, registered
 
@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(compiler is None, reason="no C++ compiler to run
 @pytest.fixture(autouse=True)
 def emulator(monkeypatch):
     monkeypatch.setattr(launcher, "empty", lambda like, *shape, dtype="float32": np.full(
-        shape, np.nan if dtype == "float32" else -1, dtype))
+        shape, np.nan if dtype == "float32" else BF16_NAN if dtype == "uint16" else -1, dtype))
+    monkeypatch.setattr(launcher, "most_shared", lambda: 99 * 1024)
     with launcher.running_on(Emulator()) as found:
         yield found
 
@@ -54,12 +55,6 @@ def close(a, b, tolerance):
 
 def normal(*shape, seed=0, scale=1.0):
     return (scale * np.random.default_rng(seed).standard_normal(shape)).astype("float32")
-
-
-def numpy_product(a, b, *, ta=False, tb=False, bias=None):
-    """In cuBLASLt's place: see test_gemm.py for what is checked of that."""
-    out = (a.T if ta else a) @ (b.T if tb else b)
-    return out if bias is None else out + bias
 
 
 @pytest.mark.parametrize("shape, outputs", [((1, 1), 1), ((3, 7, 5), 40), ((700, 3), 33)])

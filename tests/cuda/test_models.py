@@ -5,9 +5,8 @@ import pytest
 
 import standin
 import tinytoken as tt
-from emulate import Emulator, compiler
+from emulate import Emulator, compiler, numpy_product
 from tinytoken.backend import to_device
-from test_kernels import numpy_product
 from tinytoken.cuda import gemm, launcher
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil
@@ -30,10 +29,10 @@ def emulator(monkeypatch):
         yield found
 
 
-def step(name):
+def step(name, steps=STEPS):
     """A step's loss and gradients, on the host."""
     tt.manual_seed(0)
-    objective = STEPS[name]()
+    objective = steps[name]()
     for module in (objective.model, getattr(objective, "teacher", objective.model)):
         module.to("cuda")
     rng = np.random.default_rng(1)
@@ -57,6 +56,25 @@ def test_a_step_with_kernels_equals_the_plain_one(name, emulator):
     largest = max(np.abs(g).max() for g in plain_grads.values())
     for n, g in grads.items():
         np.testing.assert_allclose(g, plain_grads[n], rtol=0, atol=1e-4 * largest, err_msg=n)
+
+
+WIDE = dict(SIZES, dim=32)  # heads that the bf16 kernels cover
+WIDE_STEPS = {
+    "vit": lambda: Classify(ViT(**WIDE), smoothing=0.1, drop_path=0.5),
+    "lookupvit": lambda: Classify(LookupViT(**WIDE, compressed=(2, 2)), drop_path=0.5),
+    "dynamicvit": lambda: Distil(DynamicViT(**WIDE, prune_before=(1,), keep_ratios=(0.5,)), ViT(**WIDE))}
+
+
+@pytest.mark.parametrize("name", WIDE_STEPS)
+def test_a_step_in_bf16_is_near_the_plain_one(name, emulator):
+    with gemm.precision("bf16"):
+        loss, grads = step(name, WIDE_STEPS)
+    assert {"bf16_attention_backward", "bf16_gelu_backward"} <= {name for name, *_ in emulator.launches}
+    with tt.plain():
+        expected, plain_grads = step(name, WIDE_STEPS)
+    assert loss == pytest.approx(expected, rel=0.01) and grads.keys() == plain_grads.keys()
+    for n, g in grads.items():
+        np.testing.assert_allclose(g, plain_grads[n], rtol=0, atol=0.05 * np.abs(plain_grads[n]).max() + 1e-5, err_msg=n)
 
 
 def test_a_step_makes_the_same_launches_again(emulator):

@@ -3,10 +3,10 @@
 sources/ holds the kernels, a family per file; launcher.py checks and runs them; registered.py makes them implementations of ops.
 """
 from ..backend import faster
-from . import capture, registered
+from . import capture, gemm, mixed, registered
 
 
 def register():
     """Put the kernels in place for CuPy arrays. `tinytoken.plain()` switches them off."""
     registered.register()
-    faster.update(captured_step=capture.CapturedStep)
+    faster.update(captured_step=capture.CapturedStep, residual=mixed.residual, precision=gemm.precision)

@@ -5,11 +5,12 @@ A graph repeats what was captured: the same kernels on the same addresses with t
 step lies in device memory that is written before each launch: the batch and its noise, and AdamW's rates. Its temporaries live in a
 memory pool of its own, which nothing else uses.
 """
+import contextlib
 import gc
 import warnings
 
 from ..backend import module_for
-from . import registered
+from . import gemm, mixed, registered
 
 WARM_UP = 2  # ordinary steps before the capture: they compile the kernels, time the products and fill the pool
 
@@ -24,6 +25,7 @@ class CapturedStep:
         self.gradients, self.optimizer, self.calls, self.graph, self.failed = gradients, optimizer, 0, None, False
         self.stream, self.pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
         self.given = self.names = self.values = None
+        self.weights = mixed.Weights(optimizer.flat) if gemm.current_precision() == "bf16" else None
 
     def __call__(self, arrays, lr):
         cupy = module_for("cuda")
@@ -50,7 +52,8 @@ class CapturedStep:
 
     def _run(self, arrays):
         """What is captured -> loss, parts and norm in one array."""
-        loss, parts = self.gradients(arrays)
+        with self.weights.in_use() if self.weights else contextlib.nullcontext():
+            loss, parts = self.gradients(arrays)
         norm = registered.update(self.optimizer)
         self.names = tuple(parts)
         return module_for("cuda").stack([loss, *parts.values(), norm])

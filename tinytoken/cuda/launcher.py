@@ -14,17 +14,20 @@ from ..errors import InputError, expect
 
 SOURCES = pathlib.Path(__file__).parent / "sources"
 DECLARATION = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
-DTYPES = {"float": "float32", "int": "int32", "long long": "int64", "unsigned": "uint32", "unsigned char": "uint8"}
-# CUDA's own spelling of shared memory whose size is given at the launch
-DYNAMIC_SHARED = "#define SHARED(type, name) extern __shared__ type name[]\n"
+# bf16 lies in uint16 arrays, which kernels read one or, as bf16x2, two at a time
+DTYPES = {"float": "float32", "int": "int32", "long long": "int64", "unsigned": "uint32", "unsigned char": "uint8",
+          "bf16": "uint16", "bf16x2": "uint16"}
+CONSTANTS = {"HEAD_DIM": (16, 32, 64)}  # numbers that a source is compiled for, and the ones it is tested with
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel's name, its source file without .cu, and its parameters: (name, dtype, whether an array, whether written)."""
+    """A kernel's name, its source file without .cu, its parameters: (name, dtype, whether an array, whether written), and the
+    constants that the source is compiled for: (name, number)."""
     name: str
     family: str
     parameters: tuple
+    constants: tuple = ()
 
 
 @functools.cache
@@ -43,15 +46,18 @@ def _parameter(text):
 
 
 @functools.cache
-def source(family):
-    """The text of a family with what all kernels share before it."""
-    return DYNAMIC_SHARED + (SOURCES / "common.cuh").read_text() + (SOURCES / f"{family}.cu").read_text()
+def source(family, constants=(), device=True):
+    """The text of a family with what all kernels share before it, and, for the device, what only a device understands."""
+    shared = [SOURCES / name for name in (("device.cuh",) if device else ()) + ("common.cuh", f"{family}.cu")]
+    return "".join(f"#define {name} {value}\n" for name, value in constants) + "".join(path.read_text() for path in shared)
 
 
-def launch(name, blocks, threads, *arguments, shared=0):
+def launch(name, blocks, threads, *arguments, shared=0, constants=()):
     """Run a kernel on `blocks` blocks of `threads` threads, with `shared` bytes of shared memory of each. Arrays must be contiguous
     and of the declared dtype, None stands for a null pointer, numbers get the declared width. Raises InputError otherwise."""
     kernel = kernels()[name]
+    if constants:
+        kernel = dataclasses.replace(kernel, constants=constants)
     expect(len(arguments) == len(kernel.parameters), name, lambda: f"{len(arguments)} arguments, expected {len(kernel.parameters)}")
     expect(0 < blocks < 2**31 and threads % 32 == 0 and 0 < threads <= 1024, name, lambda: f"a grid of {blocks} x {threads}")
     _runner(kernel, blocks, threads, [_argument(name, value, *p) for value, p in zip(arguments, kernel.parameters)], shared)
@@ -76,12 +82,18 @@ def on_device(kernel, blocks, threads, arguments, shared):
 
 @functools.cache
 def _compiled(kernel):
-    return _module(kernel.family).get_function(kernel.name)
+    return _module(kernel.family, kernel.constants).get_function(kernel.name)
 
 
 @functools.cache
-def _module(family):
-    return module_for("cuda").RawModule(code=source(family), options=("-std=c++17",))
+def _module(family, constants):
+    return module_for("cuda").RawModule(code=source(family, constants), options=("-std=c++17",))
+
+
+@functools.cache
+def most_shared():
+    """Bytes of shared memory that a block may have on the device."""
+    return module_for("cuda").cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
 
 _runner = on_device

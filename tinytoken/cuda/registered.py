@@ -12,7 +12,6 @@ from . import gemm, launcher
 from .launcher import contiguous, cover
 
 ROW_WARPS = 4  # rows of a block, a warp for each
-MOST_SHARED = 99 * 1024  # bytes of a block on every device since sm_80
 registry = {}  # op name -> (the op, the function here)
 
 
@@ -42,13 +41,25 @@ def rows_of(count):
     return -(-count // ROW_WARPS), 32 * ROW_WARPS
 
 
-def summed(kernel, arrays, rows, width, shape):
-    """Sums over rows -> an array of `shape`: `kernel` adds up stretches of rows, then the stretches are added, in a fixed order."""
+def stretches(kernel, arrays, rows, width, *more, sums=1, each=1):
+    """Partial sums (P, sums * width): `kernel` adds up stretches of rows, a thread for `each` columns."""
     stretch = max(16, -(-rows // 264))  # two blocks for each multiprocessor of an H100
-    count, size = -(-rows // stretch), math.prod(shape)
-    parts, sums = launcher.empty(arrays[0], count, size), launcher.empty(arrays[0], *shape)
-    launcher.launch(kernel, count, min(256, -(-width // 32) * 32), *arrays, parts, rows, width, stretch)
-    launcher.launch("sum_parts", *cover(size), parts, sums, count, size)
+    count = -(-rows // stretch)
+    parts = launcher.empty(arrays[0], count, sums * width)
+    launcher.launch(kernel, count, min(256, -(-width // (32 * each)) * 32), *arrays, parts, rows, width, *more, stretch)
+    return parts
+
+
+def sum_parts(parts, *outs, add=False):
+    """parts (P, size) -> their sum, cut into the arrays `outs` of (size / len(outs)) numbers each, one or two; add: to what they hold."""
+    count, size = parts.shape
+    launcher.launch("sum_parts", -(-size // 32), 256, parts, outs[0], outs[-1], count, size, size // len(outs), add, shared=4 * 256)
+
+
+def summed(kernel, arrays, rows, width, shape):
+    """The sums as a new array of `shape`, in a fixed order."""
+    sums = launcher.empty(arrays[0], *shape)
+    sum_parts(stretches(kernel, arrays, rows, width, sums=math.prod(shape) // width), sums)
     return sums
 
 
@@ -116,7 +127,7 @@ def shared_bytes(queries, tokens, d, warps):
 
 def fits(q, k, v, keep=None, *, sees_itself=True, official=False, weights=False):
     """Whether the kernels cover this call: keys and values of a head must fit into shared memory."""
-    return not official and q.ndim == k.ndim == 4 and shared_bytes(q.shape[2], k.shape[2], q.shape[3], 4) <= MOST_SHARED
+    return not official and q.ndim == k.ndim == 4 and shared_bytes(q.shape[2], k.shape[2], q.shape[3], 4) <= launcher.most_shared()
 
 
 @kernels_of(ops.attention, fits)
@@ -144,7 +155,7 @@ def lookup_gather(q, k, v):
 def attend(q, k, v, keep, itself, with_weights, with_logits):
     """The launches of attention -> (out, A or None, logits or None, gradients). gradients(g, gA, glogits) -> functions of q, k, v, keep."""
     (batch, heads, queries, d), tokens = q.shape, k.shape[2]
-    blocks, warps = batch * heads, 8 if shared_bytes(queries, tokens, d, 8) <= MOST_SHARED else 4
+    blocks, warps = batch * heads, 8 if shared_bytes(queries, tokens, d, 8) <= launcher.most_shared() else 4
     shape = (heads, queries, tokens, d, itself, 1 / math.sqrt(d))
     given = (*strided(q), *strided(k), *strided(v), None if keep is None else contiguous(keep))
     run = functools.partial(launcher.launch, shared=shared_bytes(queries, tokens, d, warps))

@@ -69,11 +69,19 @@ extern "C" __global__ void column_parts(const float* values, float* parts, int r
     }
 }
 
-// parts (P, size) -> out (size): the sum over P.
-extern "C" __global__ void sum_parts(const float* parts, float* out, int count, int size) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size) return;
+// parts (P, size) -> the sum over P, added to what is there if `add`: columns up to `split` to out, the rest to second. A block has 32
+// columns and a warp for every (blockDim / 32)-th row, so that many rows are read at a time.
+extern "C" __global__ void sum_parts(const float* parts, float* out, float* second, int count, int size, int split, int add) {
+    SHARED(float, sums);
+    int column = blockIdx.x * WARP + threadIdx.x % WARP;
     float total = 0.0f;
-    for (int p = 0; p < count; p++) total += parts[(long long)p * size + i];
-    out[i] = total;
+    if (column < size)
+        for (int p = threadIdx.x / WARP; p < count; p += blockDim.x / WARP) total += parts[(long long)p * size + column];
+    sums[threadIdx.x] = total;
+    __syncthreads();
+    if (threadIdx.x >= WARP || column >= size) return;
+    float* to = column < split ? out + column : second + column - split;
+    total = add ? *to : 0.0f;
+    for (int t = threadIdx.x; t < blockDim.x; t += WARP) total += sums[t];
+    *to = total;
 }
