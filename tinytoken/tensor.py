@@ -19,12 +19,13 @@ import threading
 
 import numpy as np
 
-from .backend import FLOATS, array_module, device_of, faster, is_array, to_numpy
+from . import backend
+from .backend import FLOATS, array_module, device_of, is_array, to_numpy
 from .errors import GradientError, GraphError, InputError, expect
 
 
 class _Mode(threading.local):
-    recording, plain, observer = True, False, None
+    recording, observer = True, None
 
 
 _mode = _Mode()
@@ -32,18 +33,18 @@ registry = {}  # (module, name) -> Op; a later definition replaces an earlier on
 
 
 @contextlib.contextmanager
-def _mode_set(**values):
-    before = {name: getattr(_mode, name) for name in values}
-    _mode.__dict__.update(values)
+def _set(mode, name, value):
+    before = getattr(mode, name)
+    setattr(mode, name, value)
     try:
         yield
     finally:
-        _mode.__dict__.update(before)
+        setattr(mode, name, before)
 
 
 def no_grad():
     """Context (or decorator): ops record nothing. Holds for the thread that enters it."""
-    return _mode_set(recording=False)
+    return _set(_mode, "recording", False)
 
 
 def recording():
@@ -53,18 +54,17 @@ def recording():
 
 def plain():
     """Context (or decorator): ops use their plain definition, whatever faster ones are registered. Holds for this thread."""
-    return _mode_set(plain=True)
+    return _set(backend.mode, "plain", True)
 
 
 def kernel(name, x):
-    """The kernel that is registered under this name for a function that is no op (backend.faster), or None: for a NumPy array or a
-    Tensor of one, under plain(), or where there is none."""
-    return None if _mode.plain or array_module(x.data if isinstance(x, Tensor) else x) is np else faster.get(name)
+    """backend.kernel for the module of an array or Tensor."""
+    return backend.kernel(name, array_module(x.data if isinstance(x, Tensor) else x))
 
 
 def observe(observer):
     """Context: observer(op, shapes of the array arguments) is called for each op that this thread runs."""
-    return _mode_set(observer=observer)
+    return _set(_mode, "observer", observer)
 
 
 class Tensor:
@@ -205,7 +205,7 @@ class Op:
             arrays = [self._raw(i, a, dtype, xp) for i, a in enumerate(arrays)]
             if not any(map(is_array, arrays)):
                 arrays = [a if a is None else xp.asarray(a, dtype) for a in arrays]
-        run = self.implementations.get(xp.__name__) if self.implementations and not _mode.plain else None
+        run = self.implementations.get(xp.__name__) if self.implementations and not backend.mode.plain else None
         if self.composition and run is None:
             return self.function(*args, **settings)
         try:

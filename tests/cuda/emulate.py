@@ -13,7 +13,7 @@ from tinytoken.cuda import launcher
 
 SHIM = pathlib.Path(__file__).with_name("shim.h")
 C_TYPES = {"float32": ("float", ctypes.c_float), "int32": ("int", ctypes.c_int), "int64": ("long long", ctypes.c_longlong),
-           "uint32": ("unsigned", ctypes.c_uint)}
+           "uint32": ("unsigned", ctypes.c_uint), "uint8": ("unsigned char", ctypes.c_ubyte)}
 compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
@@ -27,7 +27,7 @@ def library(family, constants=(), text=None):
     source.write_text(f'#include "{SHIM}"\n{text}\n' + "\n".join(
         runner(launcher.Kernel(name, family, tuple(map(launcher._parameter, parameters.split(",")))))
         for name, parameters in launcher.DECLARATION.findall(text)))
-    built = subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))],
+    built = subprocess.run([compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))],
                            capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     loaded = ctypes.CDLL(str(source.with_suffix(".so")))

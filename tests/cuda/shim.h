@@ -39,6 +39,9 @@ static float __uint_as_float(unsigned bits) {
 }
 static float __int_as_float(int bits) { return __uint_as_float(bits); }
 
+static float __fmul_rn(float a, float b) { return a * b; }
+static float __fadd_rn(float a, float b) { return a + b; }
+
 static unsigned pack(float low, float high) {
     unsigned halves[2];
     float values[2] = {low, high};

@@ -3,10 +3,11 @@
 sources/ holds the kernels, a family per file; launcher.py checks and runs them; registered.py makes them implementations of ops.
 """
 from ..backend import faster
-from . import capture, gemm, mixed, registered
+from . import capture, data, gemm, mixed, registered
 
 
 def register():
     """Put the kernels in place for CuPy arrays. `tinytoken.plain()` switches them off."""
     registered.register()
-    faster.update(captured_step=capture.CapturedStep, residual=mixed.residual, precision=gemm.precision)
+    faster.update(captured_step=capture.CapturedStep, residual=mixed.residual, precision=gemm.precision,
+                  random_bits=data.random_bits, gather_pictures=data.gather_pictures)
