@@ -8,7 +8,7 @@ from emulate import Emulator, compiler, numpy_product
 from test_standin import OBJECTIVES, SIZES, batches
 from tinytoken.backend import faster, to_numpy
 from tinytoken.cuda import gemm, launcher
-from tinytoken.train import fit
+from tinytoken.train import fit, infer
 
 pytestmark = pytest.mark.skipif(compiler is None, reason="no C++ compiler to run the kernels with")
 
@@ -40,12 +40,13 @@ def test_replayed_steps_are_the_ordinary_ones_bit_by_bit(name, precision, monkey
     assert said == told and all(np.array_equal(weights[n], expected[n]) for n in expected)
 
 
-def test_from_the_third_step_on_nothing_is_launched_but_the_rates(emulator):
+def test_from_the_third_step_on_nothing_is_launched_but_the_batch_and_the_rates(emulator):
     trained("vit", 3)
-    before = len(emulator.launches)
+    before = list(emulator.launches)
     emulator.launches.clear()
     trained("vit", 6)
-    assert len(emulator.launches) == before + 3 and emulator.launches[-3:] == [("set_rates", 1, 32, 0)] * 3
+    more = [name for name, *_ in emulator.launches[len(before):]]
+    assert emulator.launches[:len(before)] == before and set(more) == {"random_bits", "gather_pictures", "set_rates"}
 
 
 def test_a_step_that_cannot_be_captured_goes_on_with_one_warning(monkeypatch):
@@ -61,6 +62,21 @@ def test_a_step_that_cannot_be_captured_goes_on_with_one_warning(monkeypatch):
     monkeypatch.delitem(faster, "captured_step")
     expected, _ = trained("nosy")
     assert all(np.array_equal(weights[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_inference_is_captured_where_it_is_worth_it(name, emulator):
+    tt.manual_seed(0)
+    model = OBJECTIVES[name]("cuda").model
+    images, many = batches("cuda")(0)[0], standin.modules()["cupy"].concatenate
+    expected = infer(model, images, batch_size=8)
+    emulator.launches.clear()
+    found = infer(model, many([images] * 6 + [images[:3]]), batch_size=8)
+    once = len(emulator.launches)
+    assert np.array_equal(found, np.concatenate([expected] * 6 + [infer(model, images[:3])]))
+    emulator.launches.clear()
+    infer(model, many([images] * 12 + [images[:3]]), batch_size=8)
+    assert len(emulator.launches) == once  # the six more launched nothing
 
 
 def test_another_batch_size_is_an_ordinary_step(emulator):

@@ -9,5 +9,5 @@ from . import capture, data, gemm, mixed, registered
 def register():
     """Put the kernels in place for CuPy arrays. `tinytoken.plain()` switches them off."""
     registered.register()
-    faster.update(captured_step=capture.CapturedStep, residual=mixed.residual, precision=gemm.precision,
+    faster.update(captured_step=capture.CapturedStep, captured=capture.Captured, residual=mixed.residual, precision=gemm.precision,
                   random_bits=data.random_bits, gather_pictures=data.gather_pictures)

@@ -20,16 +20,19 @@ class Weights:
     products add weight gradients where they belong. Other weights, a teacher's say, are taken for constant and rounded once.
     Without this in use each weight is rounded whenever it is wanted, and gradients are returned."""
 
-    def __init__(self, flat):
-        self.flat, self.rounded, self.others = flat, launcher.empty(flat.data, flat.data.size, dtype="uint16"), {}
+    def __init__(self, flat=None):
+        self.flat, self.copies, self.others = flat, {}, {}
+        if flat is None:
+            return
+        self.rounded = launcher.empty(flat.data, flat.data.size, dtype="uint16")
         self.copies = {id(view): (copy, grad) for view, copy, grad in zip(flat.views, flat.cut(self.rounded), flat.grads)}
 
     @contextlib.contextmanager
-    def in_use(self, gradients=True):
-        """Context: round the weights as they are now, and use them. gradients: also add to the flat gradient."""
-        launcher.launch("bf16_round", *cover(self.flat.data.size // 2), self.flat.data, self.rounded, self.flat.data.size // 2)
+    def in_use(self):
+        """Context: round the weights as they are now, and use them."""
+        if self.flat is not None:
+            launcher.launch("bf16_round", *cover(self.flat.data.size // 2), self.flat.data, self.rounded, self.flat.data.size // 2)
         before, _now.weights = getattr(_now, "weights", None), self
-        self.adds = gradients
         try:
             yield
         finally:
@@ -58,7 +61,7 @@ def rounded_alone(array):
 def place_of(array):
     """Where the gradient of a parameter's array is added to, or None: it is to be returned."""
     known = getattr(_now, "weights", None)
-    return known.copies[id(array)][1] if known and known.adds and id(array) in known.copies else None
+    return known.copies[id(array)][1] if known and id(array) in known.copies else None
 
 
 def weight_gradient(weight, a, b):
