@@ -253,6 +253,11 @@ def modules():
     return {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
 
 
+def in_place_of_cupy():
+    """Whether it is installed now."""
+    return isinstance(sys.modules.get("cupy"), Module)
+
+
 @contextlib.contextmanager
 def installed(kernels=False):
     """Context: `--device cuda` is the stand-in, and the counts begin at 0. Ops are plain, but with kernels=True those of

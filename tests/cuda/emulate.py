@@ -9,6 +9,7 @@ import tempfile
 import numpy as np
 
 import standin
+from tinytoken import backend
 from tinytoken.cuda import launcher
 
 SHIM = pathlib.Path(__file__).with_name("shim.h")
@@ -68,6 +69,25 @@ class Emulator:
             results.append([a.copy() for a in written])
         for (name, *_), first, second in zip([p for p, a in zip(kernel.parameters, arguments) if p[3] and a is not None], *results):
             assert np.array_equal(first, second, equal_nan=True), f"{kernel.name}: {name} depends on the order of the threads"
+
+
+class Place:
+    """A device for the tests, "cpu" (the shim) or "cuda", and what was launched there."""
+
+    def __init__(self, device):
+        self.device, self.runner = device, Emulator() if device == "cpu" else self.launch
+        self.launches = self.runner.launches if device == "cpu" else []
+
+    def launch(self, kernel, blocks, threads, arguments, shared):
+        self.launches.append((kernel.name, blocks, threads, shared))
+        launcher.on_device(kernel, blocks, threads, arguments, shared)
+
+    def put(self, array):
+        """A NumPy array there; anything else as it is."""
+        return backend.to_device(array, self.device) if isinstance(array, np.ndarray) else array
+
+
+place = Place("cpu")  # the one in use, set by the fixture
 
 
 def pointer(value, parameter):
