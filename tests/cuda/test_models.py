@@ -91,8 +91,8 @@ def test_a_step_finds_what_lasts_at_the_same_addresses(there, monkeypatch):
         calls.append((kernel, blocks, threads, shared, places))
         before(kernel, blocks, threads, arguments, shared)
     before = launcher._runner
-    with launcher.running_on(note), gemm.precision("bf16"), weights.in_use():
-        for _ in range(2):
+    for _ in range(2):
+        with launcher.running_on(note), gemm.precision("bf16"), weights.in_use():
             tt.optim.loss_and_grads(objective, optimizer.params, arrays)
             registered.update(optimizer)
     half = len(calls) // 2
