@@ -58,9 +58,10 @@ class Distil:
 
     def __call__(self, images, labels, draws, *paths):
         with no_grad():
-            logits, seen = self.teacher(images, trace=True)
+            tokens = self.teacher.features(images)
+            logits = self.teacher.classify(tokens)
         out = self.model(images, noise=[draws[:, s] for s in range(draws.shape[1])], **dict(zip(("paths",), paths)))
-        return models.dynamicvit_loss(out, labels, logits, seen.tokens, self.model.keep_ratios, weights=self.weights,
+        return models.dynamicvit_loss(out, labels, logits, self.teacher.patches(tokens), self.model.keep_ratios, weights=self.weights,
                                       token_norm="image", smoothing=self.smoothing)
 
 
