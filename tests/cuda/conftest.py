@@ -43,6 +43,6 @@ def there(request, monkeypatch):
         return
     monkeypatch.setattr(gemm, "product", emulate.numpy_product)
     monkeypatch.setattr(gemm, "library", lambda: "some")
-    with standin.installed(kernels=True), launcher.running_on(emulate.Emulator()) as emulator:
+    with standin.installed(kernels=True), launcher.running_on(emulate.Emulator(twice=False)) as emulator:
         tinytoken._kernels()
         yield emulator.launches
