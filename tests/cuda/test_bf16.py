@@ -8,8 +8,8 @@ import tinytoken as tt
 from emulate import bf16, floats
 from tinytoken import nn, ops
 from tinytoken.backend import to_numpy
-from tinytoken.cuda import gemm, launcher, mixed
-from tinytoken.cuda.registered import stretches
+from tinytoken.cuda import gemm, launcher, mixed, weights
+from tinytoken.cuda.sums import stretches
 
 pytestmark = pytest.mark.usefixtures("place")
 ROUNDING = 2.0 ** -8
@@ -44,8 +44,8 @@ def nan_like(array):
 
 def test_rounding_is_to_nearest_even():
     x = np.array([1.0, 1 + 2.0 ** -8, 1 + 3 * 2.0 ** -8, -1e-40, 3.1415927, np.inf], "float32")
-    assert floats(to_numpy(mixed.rounded(emulate.place.put(x)))).tolist() == [1.0, 1.0, 1.015625, floats(bf16(x))[3], 3.140625, np.inf]
-    assert np.array_equal(to_numpy(mixed.rounded(normal_there(33, 8))), bf16(normal(33, 8)))
+    assert floats(to_numpy(weights.rounded(emulate.place.put(x)))).tolist() == [1.0, 1.0, 1.015625, floats(bf16(x))[3], 3.140625, np.inf]
+    assert np.array_equal(to_numpy(weights.rounded(normal_there(33, 8))), bf16(normal(33, 8)))
 
 
 @pytest.mark.parametrize("rows, width", [(1, 8), (5, 40), (9, 64), (3, 200)])
@@ -142,7 +142,7 @@ def test_a_branch_and_all_its_gradients(which, dropped, flat):
     if flat:
         storage = nn.flatten(params)
         storage.grad[...] = 1  # what is there is added to
-        with mixed.Weights(storage).in_use():
+        with gemm.precision("bf16"), weights.Weights(storage).in_use():
             out = run()
             found = tt.grad(out, mine + params, gradient=put(g))
         assert all((to_numpy(one) == 0).all() for one in found[len(mine):])
@@ -158,18 +158,18 @@ def test_a_branch_and_all_its_gradients(which, dropped, flat):
 
 def test_one_kernel_rounds_all_weights(place):
     block = modules().to(place.device)
-    right = lambda: np.array_equal(to_numpy(mixed.rounded(block.attn.qkv.weight.data)), bf16(to_numpy(block.attn.qkv.weight.data)))
+    right = lambda: np.array_equal(to_numpy(weights.rounded(block.attn.qkv.weight.data)), bf16(to_numpy(block.attn.qkv.weight.data)))
     flat = nn.flatten(block.parameters())
-    with mixed.Weights(flat).in_use():
+    with gemm.precision("bf16"), weights.Weights(flat).in_use():
         place.launches.clear()
         assert right() and not place.launches
         block.attn.qkv.weight.data += 1
-    with mixed.Weights(flat).in_use():
+    with gemm.precision("bf16"), weights.Weights(flat).in_use():
         assert right()
-    with mixed.Weights().in_use():  # of a model that is not trained here: rounded once, and no place for gradients
-        first = mixed.rounded(block.attn.qkv.weight.data)
-        assert right() and mixed.rounded(block.attn.qkv.weight.data) is first and mixed.place_of(block.attn.qkv.weight.data) is None
-    assert mixed.place_of(block.attn.qkv.weight.data) is None
+    with weights.Weights().in_use():  # of a model that is not trained here: rounded once, and no place for gradients
+        first = weights.rounded(block.attn.qkv.weight.data)
+        assert right() and weights.rounded(block.attn.qkv.weight.data) is first and weights.place_of(block.attn.qkv.weight.data) is None
+    assert weights.place_of(block.attn.qkv.weight.data) is None
 
 
 @pytest.mark.parametrize("why", ["fp32", "official", "trace", "a head of 24", "float64", "another class"])

@@ -30,7 +30,7 @@ def agree(op, *arrays, tolerance=2e-5, upstream_of=None, **settings):
         ("float32", emulate.place.put), ("float64", lambda g: g))]
     mine, plain = (entries(vjp(*g)) for vjp, g in zip((my_vjp, plain_vjp), given))
     assert len(mine) == len(plain) or len(plain) > len(mine)
-    for a, b in zip(mine, plain):
+    for _, a, b in (entry for entry in zip(host, mine, plain) if entry[0] is not None):
         assert (a is None) == (b is None)
         if b is not None:
             close(a, b, tolerance)

@@ -4,7 +4,8 @@ import pytest
 
 import tinytoken as tt
 from tinytoken.backend import module_for, to_device
-from tinytoken.cuda import gemm, launcher, mixed, registered
+from tinytoken.cuda import gemm, launcher, registered
+from tinytoken.cuda.weights import Weights
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil
 
@@ -80,7 +81,8 @@ def test_a_step_finds_what_lasts_at_the_same_addresses(there, monkeypatch):
     rng, calls = np.random.default_rng(1), []
     arrays = [to_device(a, "cuda") for a in (rng.standard_normal((3, 3, 16, 16)).astype("float32"), rng.integers(0, 3, 3))]
     registered.set_rates(optimizer, 1e-3)
-    weights = mixed.Weights(optimizer.flat)
+    with gemm.precision("bf16"):
+        weights = Weights(optimizer.flat)
     lasting = {name: (address_of(a), a.nbytes) for name, a in {
         "data": optimizer.flat.data, "grad": optimizer.flat.grad, "m": optimizer.m, "v": optimizer.v, "rates": optimizer.rates,
         "rounded": weights.rounded}.items()}

@@ -9,7 +9,8 @@ import gc
 import warnings
 
 from ..backend import module_for
-from . import gemm, mixed, registered
+from . import registered
+from .weights import Weights
 
 WARM_UP = 2  # ordinary steps before the capture: they compile the kernels, time the products and fill the pool
 
@@ -17,11 +18,11 @@ WARM_UP = 2  # ordinary steps before the capture: they compile the kernels, time
 class Captured:
     """captured(arrays) -> what function(arrays) gives, one array. The first calls are ordinary ones; then the call is captured, and
     from there on replayed, with the same bits. Where that fails, or for arrays of other shapes, calls go on being ordinary ones,
-    after one warning that says why. Weights that do not change are rounded once (mixed.Weights)."""
+    after one warning that says why. Weights that do not change are rounded once (weights.Weights)."""
 
     def __init__(self, function, what="a call", weights=None):
         cupy = module_for("cuda")
-        self.function, self.what, self.weights = function, what, weights or mixed.Weights()
+        self.function, self.what, self.weights = function, what, weights or Weights()
         self.stream, self.pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
         self.calls, self.graph, self.failed, self.given, self.values = 0, None, False, None, None
 
@@ -78,8 +79,7 @@ class CapturedStep:
 
     def __init__(self, gradients, optimizer):
         self.gradients, self.optimizer, self.names = gradients, optimizer, ()
-        flat = optimizer.flat if gemm.current_precision() == "bf16" else None
-        self.run = Captured(self._run, "a training step", mixed.Weights(flat))
+        self.run = Captured(self._run, "a training step", Weights(optimizer.flat))
 
     def __call__(self, arrays, lr):
         registered.set_rates(self.optimizer, lr)

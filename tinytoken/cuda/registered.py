@@ -10,8 +10,9 @@ from ..ops.loss import check_labels
 from ..tensor import plain
 from . import gemm, launcher
 from .launcher import contiguous, cover
+from .sums import rows_of, stretches
+from .weights import summed_gradients, weight_gradient
 
-ROW_WARPS = 4  # rows of a block, a warp for each
 registry = {}  # op name -> (the op, the function here)
 
 
@@ -36,45 +37,17 @@ def register():
     faster.update(top_k=top_k, adamw=adamw)
 
 
-def rows_of(count):
-    """(blocks, threads) with a warp for each row."""
-    return -(-count // ROW_WARPS), 32 * ROW_WARPS
-
-
-def stretches(kernel, arrays, rows, width, *more, sums=1, each=1):
-    """Partial sums (P, sums * width): `kernel` adds up stretches of rows, a thread for `each` columns."""
-    stretch = max(16, -(-rows // 264))  # two blocks for each multiprocessor of an H100
-    count = -(-rows // stretch)
-    parts = launcher.empty(arrays[0], count, sums * width)
-    launcher.launch(kernel, count, min(256, -(-width // (32 * each)) * 32), *arrays, parts, rows, width, *more, stretch)
-    return parts
-
-
-def sum_parts(parts, *outs, add=False):
-    """parts (P, size) -> their sum, cut into the arrays `outs` of (size / len(outs)) numbers each, one or two; add: to what they hold."""
-    count, size = parts.shape
-    launcher.launch("sum_parts", -(-size // 32), 256, parts, outs[0], outs[-1], count, size, size // len(outs), add, shared=4 * 256)
-
-
-def summed(kernel, arrays, rows, width, shape):
-    """The sums as a new array of `shape`, in a fixed order."""
-    sums = launcher.empty(arrays[0], *shape)
-    sum_parts(stretches(kernel, arrays, rows, width, sums=math.prod(shape) // width), sums)
-    return sums
-
-
 @kernels_of(ops.linear, lambda x, weight, bias=None: gemm.library() is not None and weight.ndim == 2 and weight.size
             and x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1]))
 def linear(x, weight, bias=None):
-    rows, weight = contiguous(x.reshape(-1, x.shape[-1])), contiguous(weight)
-    out = gemm.product(rows, weight, tb=True, bias=bias)
+    rows, W = contiguous(x.reshape(-1, x.shape[-1])), contiguous(weight)
+    out = gemm.product(rows, W, tb=True, bias=bias)
 
     def vjp(g):
         flat = contiguous(g.reshape(-1, g.shape[-1]))
-        return (lambda: gemm.product(flat, weight).reshape(x.shape),
-                lambda: gemm.product(flat, rows, ta=True),
-                lambda: summed("column_parts", (flat,), *flat.shape, flat.shape[1:]))
-    return out.reshape(*x.shape[:-1], len(weight)), vjp
+        of_bias = [None] if bias is None else summed_gradients(lambda: stretches("column_parts", (flat,), *flat.shape), bias)
+        return lambda: gemm.product(flat, W).reshape(x.shape), weight_gradient(weight, lambda: flat, rows), *of_bias
+    return out.reshape(*x.shape[:-1], len(W)), vjp
 
 
 @kernels_of(ops.gelu)
@@ -90,7 +63,8 @@ def gelu(x):
     return out, vjp
 
 
-@kernels_of(ops.layer_norm, lambda x, weight=None, bias=None, *, eps=1e-6: all(p is None or p.shape == x.shape[-1:] for p in (weight, bias)))
+@kernels_of(ops.layer_norm, lambda x, weight=None, bias=None, *, eps=1e-6: (weight is None) == (bias is None)
+            and (weight is None or weight.shape == bias.shape == x.shape[-1:]))
 def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
     width = x.shape[-1]
     x, rows = contiguous(x), x.size // width
@@ -105,10 +79,8 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
             launcher.launch("layer_norm_backward", *rows_of(rows), x, weight, g, mean, scale, dx, rows, width)
             return dx
 
-        @functools.cache
-        def of_parameters():
-            return summed("layer_norm_parameters", (x, g, mean, scale), rows, width, (2, width))
-        return of_x, lambda: of_parameters()[0], lambda: of_parameters()[1]
+        parts = lambda: stretches("layer_norm_parameters", (x, g, mean, scale), rows, width, sums=2)
+        return of_x, *([None, None] if weight is None else summed_gradients(parts, weight, bias))
     return out, vjp
 
 
