@@ -17,6 +17,7 @@ from tinytoken import backend
 from tinytoken.tensor import plain
 
 LACKS = {"vecdot", "frompyfunc", "char", "vectorize", "nditer"}  # of what NumPy has and this project might reach for
+CUBLAS = {"matmul", "dot", "vdot", "inner", "tensordot", "einsum"}  # CuPy's wrappers of it refuse to be captured
 counts = {"reads": 0, "copies": 0}  # device to host, host to device
 capturing = []  # the Graph that is being captured, or nothing
 
@@ -45,6 +46,8 @@ def compute(function, args, options):
     host, settings, out = unwrapped(args), unwrapped(options), options.get("out")
     outs = [] if out is None else [one.host for one in (out if isinstance(out, tuple) else (out,))]
     if capturing:
+        if name_of(function) in CUBLAS:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
         capturing[0].changes(*outs)
     result = wrapped(function(*host, **settings), out)
     if capturing:
@@ -57,6 +60,11 @@ def compute(function, args, options):
                 old[...] = new
         capturing[0].calls += [again] if made or outs else []
     return result
+
+
+def name_of(function):
+    """Of a function, a ufunc's method or an array's."""
+    return getattr(getattr(function, "__self__", None), "__name__", function.__name__)
 
 
 def flat(value):

@@ -129,6 +129,12 @@ def test_lookup_infuse(reuse, batch, heads, M, N, d):
     agree(ops.lookup_infuse, A, logits, normal(batch, heads, M, d, seed=1), reuse=reuse, tolerance=2e-4)
 
 
+@pytest.mark.parametrize("grid, size", [((4, 4), (2, 2)), ((3, 5), (2, 3)), ((1, 1), (1, 1)), ((2, 3), (4, 4))])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_resize(grid, size, antialias):
+    agree(ops.resize, normal(3, grid[0] * grid[1], 7), grid=grid, size=size, antialias=antialias)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (3, 37, 2), (5, 3, 7)])
 @pytest.mark.parametrize("tau, hard", [(1.0, True), (1.0, False), (0.3, True), (2.0, False)])
 def test_gumbel_softmax(shape, tau, hard):

@@ -6,6 +6,7 @@ import math
 from .. import ops
 from ..backend import array_module, faster
 from ..ops.attend import REUSE, check_attention
+from ..ops.grid import resize_matrix_on
 from ..ops.loss import check_labels
 from ..tensor import plain
 from . import gemm, launcher
@@ -177,6 +178,19 @@ def lookup_infuse(A, logits, v, *, reuse):
             return dv
         return None if soft else of_scores, of_scores if soft else None, of_values
     return out, vjp
+
+
+@kernels_of(ops.resize, lambda x, *, grid, size, antialias=True: x.ndim == 3 and x.shape[1] == grid[0] * grid[1])
+def resize(x, *, grid, size, antialias=True):
+    matrix = resize_matrix_on(array_module(x), tuple(grid), tuple(size), antialias)
+    return mix_tokens(matrix, x), lambda g: mix_tokens(matrix.T, g)
+
+
+def mix_tokens(matrix, x):
+    """matrix (M, N) times the tokens of each picture, x (B, N, D)."""
+    out = launcher.empty(x, len(x), len(matrix), x.shape[2])
+    launcher.launch("mix_tokens", *cover(out.size), contiguous(matrix), contiguous(x), out, len(x), *matrix.shape, x.shape[2])
+    return out
 
 
 # Token selection
