@@ -8,8 +8,8 @@ import tinytoken as tt
 from emulate import bf16, floats
 from tinytoken import nn, ops
 from tinytoken.backend import to_numpy
-from tinytoken.cuda import gemm, launcher, mixed, weights
-from tinytoken.cuda.sums import stretches
+from tinytoken.cuda import gemm, launcher, mixed, registered, weights
+from tinytoken.cuda.sums import Sums
 
 pytestmark = pytest.mark.usefixtures("place")
 ROUNDING = 2.0 ** -8
@@ -64,10 +64,10 @@ def test_norm(rows, width):
 @pytest.mark.parametrize("dropped", [False, True])
 def test_gradient_of_a_branchs_end(rows, width, dropped):
     g, paths = normal_there(rows, width), np.array([2.0, 0.0][:1 + (rows % 2 == 0)], "float32") if dropped else None
-    up = mixed.Upstream(g, emulate.place.put(paths))
+    up = mixed.Upstream(g, emulate.place.put(paths), normal_there(width))
     expected = wide(g) * (1 if paths is None else np.repeat(paths, rows // len(paths))[:, None])
     near(up.rounded, expected, ROUNDING)
-    near(up.parts.sum(axis=0), expected.sum(axis=0), 1e-4)
+    near(up.of_bias(), expected.sum(axis=0), 1e-4)
 
 
 @pytest.mark.parametrize("rows, width", [(1, 8), (40, 72)])
@@ -77,10 +77,10 @@ def test_gelu(rows, width):
     out, dx = nan_like(x), nan_like(x)
     launcher.launch("bf16_gelu_forward", *launcher.cover(x.size // 2), x, out, x.size // 2)
     near(out, expected, ROUNDING)
-    parts = stretches("bf16_gelu_backward", (x, g, dx), rows, width, each=2)
+    sums = Sums(normal_there(width)).run("bf16_gelu_backward", (x, g, dx), rows, width, each=2)
     near(dx, vjp(wide(g)), ROUNDING)
-    near(parts.sum(axis=0), vjp(wide(g)).sum(axis=0), 1e-5)
-    near(stretches("bf16_sum", (g,), rows, width, each=2).sum(axis=0), wide(g).sum(axis=0), 1e-5)
+    near(sums.finish()[0], vjp(wide(g)).sum(axis=0), 1e-5)
+    near(Sums(normal_there(width)).run("bf16_sum", (g,), rows, width, each=2).finish()[0], wide(g).sum(axis=0), 1e-5)
 
 
 MASKS = {None: None, "hard": lambda rng, shape: rng.random(shape) < 0.5, "soft": lambda rng, shape: rng.random(shape),
@@ -184,3 +184,29 @@ def test_what_is_not_covered_is_left_to_the_plain_ops(why):
         if why == "fp32":
             with gemm.precision("bf16"):
                 assert mixed.residual(tt.Tensor(x), block.norm1, inner, None) is not None
+
+
+@tt.op
+def kernel_norm(x, weight, bias):
+    return registered.layer_norm(x, weight, bias)
+
+
+def test_sums_of_a_step_are_those_of_its_pass():
+    """A norm that runs twice in a pass, one that ran in the pass before only, and passes of other sizes."""
+    first, second = (nn.LayerNorm(32).to(emulate.place.device) for _ in range(2))
+    storage = nn.flatten(first.parameters() + second.parameters())
+    step = weights.Weights(storage)
+    for norms, rows in (((first, second), 9), ((second, second), 40), ((first,), 3), ((first, second), 9)):
+        x, g = normal_there(rows, 32, seed=rows), normal_there(rows, 32, seed=rows + 1)
+
+        def run():
+            out = tt.Tensor(x)
+            for norm in norms:
+                out = kernel_norm(out, norm.weight, norm.bias)
+            return tt.grad(out, first.parameters() + second.parameters(), gradient=g)
+        expected = [to_numpy(one) for one in run()]
+        storage.grad[...] = 0
+        with step.in_use():
+            returned = run()  # by the second run of a norm; the engine adds it
+        for p, more, one in zip(first.parameters() + second.parameters(), returned, expected):
+            np.testing.assert_allclose(to_numpy(p.grad + more), one, rtol=0, atol=1e-5 * max(1, np.abs(one).max()))

@@ -20,9 +20,9 @@ class Captured:
     from there on replayed, with the same bits. Where that fails, or for arrays of other shapes, calls go on being ordinary ones,
     after one warning that says why. Weights that do not change are rounded once (weights.Weights)."""
 
-    def __init__(self, function, what="a call", weights=None):
+    def __init__(self, function, what="a call"):
         cupy = module_for("cuda")
-        self.function, self.what, self.weights = function, what, weights or Weights()
+        self.function, self.what, self.weights = function, what, Weights()
         self.stream, self.pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
         self.calls, self.graph, self.failed, self.given, self.values = 0, None, False, None, None
 
@@ -79,7 +79,7 @@ class CapturedStep:
 
     def __init__(self, gradients, optimizer):
         self.gradients, self.optimizer, self.names = gradients, optimizer, ()
-        self.run = Captured(self._run, "a training step", Weights(optimizer.flat))
+        self.run, self.weights = Captured(self._run, "a training step"), Weights(optimizer.flat)
 
     def __call__(self, arrays, lr):
         registered.set_rates(self.optimizer, lr)
@@ -87,7 +87,8 @@ class CapturedStep:
         return loss, dict(zip(self.names, parts)), norm
 
     def _run(self, arrays):
-        loss, parts = self.gradients(arrays)
+        with self.weights.in_use():
+            loss, parts = self.gradients(arrays)
         norm = registered.update(self.optimizer)
         self.names = tuple(parts)
         return module_for("cuda").stack([loss, *parts.values(), norm])

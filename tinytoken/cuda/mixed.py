@@ -8,8 +8,8 @@ import functools
 from ..tensor import Tensor, op
 from . import gemm, launcher
 from .launcher import contiguous, cover
-from .sums import rows_of, stretches
-from .weights import rounded, summed_gradients, weight_gradient
+from .sums import Sums, rows_of, summed_gradients
+from .weights import rounded, weight_gradient
 
 
 def half(a, b, **more):
@@ -32,16 +32,19 @@ class Norm:
             launcher.launch("bf16_norm_backward", *rows_of(len(self.x)), self.x, self.parameters[0], g(), self.mean, self.scale, past, dx,
                             *self.sizes)
             return dx.reshape(shape)
-        parts = lambda: stretches("bf16_norm_parameters", (self.x, g(), self.mean, self.scale), *self.sizes, sums=2, each=2)
-        return of_x, *summed_gradients(parts, *self.parameters)
+        of_parameters = lambda sums: sums.run("bf16_norm_parameters", (self.x, g(), self.mean, self.scale), *self.sizes, each=2)
+        return of_x, *summed_gradients(of_parameters, *self.parameters)
 
 
 class Upstream:
-    """The gradient of a branch's output, g (R, D) float32 times the branch's factors, in bf16, with partial sums of its columns."""
+    """The gradient of a branch's output, g (R, D) float32 times the branch's factors, in bf16, and that of its bias."""
 
-    def __init__(self, g, paths):
+    def __init__(self, g, paths, bias):
         self.rounded, per = launcher.empty(g, *g.shape, dtype="uint16"), len(g) if paths is None else len(g) // len(paths)
-        self.parts = stretches("bf16_round_and_sum", (g, paths, self.rounded), *g.shape, per, each=2)
+        self.sums = Sums(bias).run("bf16_round_and_sum", (g, paths, self.rounded), *g.shape, per, each=2)
+
+    def of_bias(self):
+        return self.sums.finish()[0]
 
 
 def joined(x, inner, weight, bias, paths):
@@ -70,7 +73,7 @@ def attention_branch(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weigh
     out = joined(rows, attended, proj_weight, proj_bias, paths)
 
     def vjp(g):
-        up = Upstream(as_rows(g), paths)
+        up = Upstream(as_rows(g), paths, proj_bias)
 
         @functools.cache
         def of_qkv():
@@ -78,10 +81,10 @@ def attention_branch(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weigh
             run("backward", 4, 4, qkv, keep, attended, half(up.rounded, rounded(proj_weight)), highest, total, dqkv, dkeep)
             return dqkv, dkeep
         of_normed = functools.cache(lambda: half(of_qkv()[0], rounded(qkv_weight)))
-        of_bias = lambda: stretches("bf16_sum", (of_qkv()[0],), *qkv.shape, each=2)
+        of_bias = lambda sums: sums.run("bf16_sum", (of_qkv()[0],), *qkv.shape, each=2)
         return (*norm.gradients(of_normed, as_rows(g), x.shape),
                 weight_gradient(qkv_weight, lambda: of_qkv()[0], norm.out), *([None] if qkv_bias is None else summed_gradients(of_bias, qkv_bias)),
-                weight_gradient(proj_weight, lambda: up.rounded, attended), *summed_gradients(lambda: up.parts, proj_bias),
+                weight_gradient(proj_weight, lambda: up.rounded, attended), up.of_bias,
                 None if keep is None else lambda: of_qkv()[1].sum(axis=1), None)
     return out.reshape(x.shape), vjp
 
@@ -108,17 +111,17 @@ def mlp_branch(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_
     out = joined(rows, active, fc2_weight, fc2_bias, paths)
 
     def vjp(g):
-        up = Upstream(as_rows(g), paths)
+        up = Upstream(as_rows(g), paths, fc2_bias)
 
         @functools.cache
         def of_hidden():
             d_hidden = launcher.empty(x, *hidden.shape, dtype="uint16")
             given = (hidden, half(up.rounded, rounded(fc2_weight)), d_hidden)
-            return d_hidden, stretches("bf16_gelu_backward", given, *hidden.shape, each=2)
+            return d_hidden, Sums(fc1_bias).run("bf16_gelu_backward", given, *hidden.shape, each=2)
         of_normed = functools.cache(lambda: half(of_hidden()[0], rounded(fc1_weight)))
         return (*norm.gradients(of_normed, as_rows(g), x.shape),
-                weight_gradient(fc1_weight, lambda: of_hidden()[0], norm.out), *summed_gradients(lambda: of_hidden()[1], fc1_bias),
-                weight_gradient(fc2_weight, lambda: up.rounded, active), *summed_gradients(lambda: up.parts, fc2_bias), None)
+                weight_gradient(fc1_weight, lambda: of_hidden()[0], norm.out), lambda: of_hidden()[1].finish()[0],
+                weight_gradient(fc2_weight, lambda: up.rounded, active), up.of_bias, None)
     return out.reshape(x.shape), vjp
 
 

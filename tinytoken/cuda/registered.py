@@ -11,8 +11,8 @@ from ..ops.loss import check_labels
 from ..tensor import plain
 from . import gemm, launcher
 from .launcher import contiguous, cover
-from .sums import rows_of, stretches
-from .weights import summed_gradients, weight_gradient
+from .sums import rows_of, summed_gradients
+from .weights import weight_gradient
 
 registry = {}  # op name -> (the op, the function here)
 
@@ -46,7 +46,7 @@ def linear(x, weight, bias=None):
 
     def vjp(g):
         flat = contiguous(g.reshape(-1, g.shape[-1]))
-        of_bias = [None] if bias is None else summed_gradients(lambda: stretches("column_parts", (flat,), *flat.shape), bias)
+        of_bias = [None] if bias is None else summed_gradients(lambda sums: sums.run("column_parts", (flat,), *flat.shape), bias)
         return lambda: gemm.product(flat, W).reshape(x.shape), weight_gradient(weight, lambda: flat, rows), *of_bias
     return out.reshape(*x.shape[:-1], len(W)), vjp
 
@@ -80,8 +80,8 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
             launcher.launch("layer_norm_backward", *rows_of(rows), x, weight, g, mean, scale, dx, rows, width)
             return dx
 
-        parts = lambda: stretches("layer_norm_parameters", (x, g, mean, scale), rows, width, sums=2)
-        return of_x, *([None, None] if weight is None else summed_gradients(parts, weight, bias))
+        of_parameters = lambda sums: sums.run("layer_norm_parameters", (x, g, mean, scale), rows, width)
+        return of_x, *([None, None] if weight is None else summed_gradients(of_parameters, weight, bias))
     return out, vjp
 
 

@@ -50,11 +50,11 @@ extern "C" __global__ void bf16_norm_backward(const float* x, const float* weigh
     }
 }
 
-// Gradients of the norm's weight and bias: sums of a stretch of rows per block, a thread per pair of columns. parts (blocks, 2, width)
+// Gradients of the norm's weight and bias: sums of a stretch of rows per block, a thread per pair of columns. parts, pitch, second: see norm.cu
 extern "C" __global__ void bf16_norm_parameters(const float* x, const bf16x2* g, const float* mean, const float* scale, float* parts,
-                                                int rows, int width, int stretch) {
+                                                int pitch, int second, int rows, int width, int stretch) {
     int first = blockIdx.x * stretch, last = min(first + stretch, rows), pairs = width / 2;
-    float2* part = (float2*)parts + (long long)blockIdx.x * 2 * pairs;
+    float2 *part = (float2*)(parts + (long long)blockIdx.x * pitch), *second_part = part + second / 2;
     for (int c = threadIdx.x; c < pairs; c += blockDim.x) {
         float2 of_weight = {0.0f, 0.0f}, of_bias = {0.0f, 0.0f};
         for (int row = first; row < last; row++) {
@@ -66,14 +66,14 @@ extern "C" __global__ void bf16_norm_parameters(const float* x, const bf16x2* g,
             of_bias.y += high(both);
         }
         part[c] = of_weight;
-        part[pairs + c] = of_bias;
+        second_part[c] = of_bias;
     }
 }
 
 // The gradient g of a branch's output, rounded, times the branch's factor of the row's picture (`per` rows each; null: 1), and the sums of
-// its columns, which is the bias's gradient. A block has a stretch of rows. parts (blocks, width)
-extern "C" __global__ void bf16_round_and_sum(const float* g, const float* factor, bf16x2* out, float* parts, int rows, int width,
-                                              int per, int stretch) {
+// its columns, which is the bias's gradient. A block has a stretch of rows. parts: see norm.cu
+extern "C" __global__ void bf16_round_and_sum(const float* g, const float* factor, bf16x2* out, float* parts, int pitch, int second,
+                                              int rows, int width, int per, int stretch) {
     int first = blockIdx.x * stretch, last = min(first + stretch, rows), pairs = width / 2;
     for (int c = threadIdx.x; c < pairs; c += blockDim.x) {
         float2 total = {0.0f, 0.0f};
@@ -86,11 +86,11 @@ extern "C" __global__ void bf16_round_and_sum(const float* g, const float* facto
             total.x += value.x;
             total.y += value.y;
         }
-        ((float2*)parts)[(long long)blockIdx.x * pairs + c] = total;
+        ((float2*)(parts + (long long)blockIdx.x * pitch))[c] = total;
     }
 }
 
-extern "C" __global__ void bf16_sum(const bf16x2* values, float* parts, int rows, int width, int stretch) {
+extern "C" __global__ void bf16_sum(const bf16x2* values, float* parts, int pitch, int second, int rows, int width, int stretch) {
     int first = blockIdx.x * stretch, last = min(first + stretch, rows), pairs = width / 2;
     for (int c = threadIdx.x; c < pairs; c += blockDim.x) {
         float2 total = {0.0f, 0.0f};
@@ -99,7 +99,7 @@ extern "C" __global__ void bf16_sum(const bf16x2* values, float* parts, int rows
             total.x += low(both);
             total.y += high(both);
         }
-        ((float2*)parts)[(long long)blockIdx.x * pairs + c] = total;
+        ((float2*)(parts + (long long)blockIdx.x * pitch))[c] = total;
     }
 }
 
@@ -126,9 +126,9 @@ extern "C" __global__ void bf16_gelu_forward(const bf16x2* x, bf16x2* out, long 
     out[i] = pack(u * phi(u), v * phi(v));
 }
 
-// and the sums of its columns: the gradient of the bias before it. parts (blocks, width)
-extern "C" __global__ void bf16_gelu_backward(const bf16x2* x, const bf16x2* g, bf16x2* dx, float* parts, int rows, int width,
-                                              int stretch) {
+// and the sums of its columns: the gradient of the bias before it. parts: see norm.cu
+extern "C" __global__ void bf16_gelu_backward(const bf16x2* x, const bf16x2* g, bf16x2* dx, float* parts, int pitch,
+                                              int second, int rows, int width, int stretch) {
     int first = blockIdx.x * stretch, last = min(first + stretch, rows), pairs = width / 2;
     for (int c = threadIdx.x; c < pairs; c += blockDim.x) {
         float2 total = {0.0f, 0.0f};
@@ -139,6 +139,6 @@ extern "C" __global__ void bf16_gelu_backward(const bf16x2* x, const bf16x2* g, 
             total.x += u;
             total.y += v;
         }
-        ((float2*)parts)[(long long)blockIdx.x * pairs + c] = total;
+        ((float2*)(parts + (long long)blockIdx.x * pitch))[c] = total;
     }
 }

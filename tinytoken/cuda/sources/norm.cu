@@ -43,9 +43,10 @@ extern "C" __global__ void layer_norm_backward(const float* x, const float* weig
 }
 
 // Gradients of weight and bias: each block adds up a stretch of rows, a thread per column; `sum_parts` adds the stretches. Two
-// steps in a fixed order, where atomics would add in any.
+// steps in a fixed order, where atomics would add in any. A block's sums are a row of `parts`, `pitch` numbers long; those of the bias
+// begin `second` numbers after those of the weight.
 extern "C" __global__ void layer_norm_parameters(const float* x, const float* g, const float* mean, const float* scale, float* parts,
-                                                 int rows, int width, int stretch) {
+                                                 int pitch, int second, int rows, int width, int stretch) {
     int first = blockIdx.x * stretch, last = min(first + stretch, rows);
     for (int c = threadIdx.x; c < width; c += blockDim.x) {
         float of_weight = 0.0f, of_bias = 0.0f;
@@ -54,29 +55,30 @@ extern "C" __global__ void layer_norm_parameters(const float* x, const float* g,
             of_weight += u * (x[(long long)row * width + c] - mean[row]) * scale[row];
             of_bias += u;
         }
-        parts[(long long)blockIdx.x * 2 * width + c] = of_weight;
-        parts[(long long)blockIdx.x * 2 * width + width + c] = of_bias;
+        parts[(long long)blockIdx.x * pitch + c] = of_weight;
+        parts[(long long)blockIdx.x * pitch + second + c] = of_bias;
     }
 }
 
 // Sums over rows, of a stretch per block: the gradient of a bias.
-extern "C" __global__ void column_parts(const float* values, float* parts, int rows, int width, int stretch) {
+extern "C" __global__ void column_parts(const float* values, float* parts, int pitch, int second, int rows, int width, int stretch) {
     int first = blockIdx.x * stretch, last = min(first + stretch, rows);
     for (int c = threadIdx.x; c < width; c += blockDim.x) {
         float total = 0.0f;
         for (int row = first; row < last; row++) total += values[(long long)row * width + c];
-        parts[(long long)blockIdx.x * width + c] = total;
+        parts[(long long)blockIdx.x * pitch + c] = total;
     }
 }
 
-// parts (P, size) -> the sum over P, added to what is there if `add`: columns up to `split` to out, the rest to second. A block has 32
-// columns and a warp for every (blockDim / 32)-th row, so that many rows are read at a time.
-extern "C" __global__ void sum_parts(const float* parts, float* out, float* second, int count, int size, int split, int add) {
+// The sum over P of the first `size` numbers of the rows of parts (P, pitch), added to what is there if `add`: columns up to `split` to
+// out, the rest to second. A block has 32 columns and a warp for every (blockDim / 32)-th row, so that many rows are read at a time.
+extern "C" __global__ void sum_parts(const float* parts, float* out, float* second, int pitch, int count, int size, int split,
+                                     int add) {
     SHARED(float, sums);
     int column = blockIdx.x * WARP + threadIdx.x % WARP;
     float total = 0.0f;
     if (column < size)
-        for (int p = threadIdx.x / WARP; p < count; p += blockDim.x / WARP) total += parts[(long long)p * size + column];
+        for (int p = threadIdx.x / WARP; p < count; p += blockDim.x / WARP) total += parts[(long long)p * pitch + column];
     sums[threadIdx.x] = total;
     __syncthreads();
     if (threadIdx.x >= WARP || column >= size) return;
