@@ -5,6 +5,7 @@ import pytest
 import standin
 import tinytoken as tt
 from emulate import Emulator, compiler, numpy_product
+from test_lessons import run, scripts
 from test_standin import OBJECTIVES, SIZES, batches
 from tinytoken.backend import faster, to_numpy
 from tinytoken.cuda import gemm, launcher
@@ -94,3 +95,10 @@ def test_another_batch_size_is_an_ordinary_step(emulator):
     emulator.launches.clear()
     take(arrays, 1e-3)
     assert [name for name, *_ in emulator.launches] == ["set_rates"]
+
+
+@pytest.mark.slow
+def test_lesson_13_on_a_device(tmp_path, monkeypatch):
+    script, = (script for script in scripts if script.stem == "13_one_step")
+    noted = run(script, tmp_path, monkeypatch, "--device", "cuda")  # it asserts that captured and ordinary steps end in the same weights
+    assert noted["on_gpu"] and noted["accuracy"].keys() == {"fp32", "bf16"} and len(noted["step_seconds"]) == 2
