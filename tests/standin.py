@@ -9,6 +9,7 @@ It computes with NumPy, so it says nothing of CuPy's own kernels: those are for 
 """
 import contextlib
 import sys
+import time
 import types
 
 import numpy as np
@@ -245,6 +246,16 @@ class Stream:
         return graph
 
 
+class Event:
+    """cupy.cuda.Event: a moment of the host's clock."""
+
+    def record(self):
+        self.moment = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+
 def modules():
     """{name: module} for sys.modules."""
     cupy = Module("cupy")
@@ -256,7 +267,8 @@ def modules():
     cupyx.scatter_add = lambda target, index, values: in_place(lambda: np.add.at(target.host, index.host, values.host), target.host)
     cupy.cuda = types.SimpleNamespace(Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None), get_current_stream=Stream,
                                       Device=lambda: types.SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024}),
-                                      using_allocator=lambda malloc: contextlib.nullcontext())
+                                      using_allocator=lambda malloc: contextlib.nullcontext(), Event=Event,
+                                      get_elapsed_time=lambda start, stop: 1e3 * (stop.moment - start.moment))
     special.erf = lambda x: ndarray(np.asarray(backend.erf(x.host)))
     return {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
 

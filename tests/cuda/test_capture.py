@@ -4,6 +4,7 @@ import pytest
 
 import standin
 import tinytoken as tt
+from test_lessons import run, scripts
 from test_standin import OBJECTIVES, SIZES, batches
 from tinytoken.backend import faster, module_for, to_numpy
 from tinytoken.train import fit, infer
@@ -83,3 +84,10 @@ def test_another_batch_size_is_an_ordinary_step(there):
     there.clear()
     take(arrays, 1e-3)
     assert [name for name, *_ in there] == ["set_rates"]
+
+
+@pytest.mark.slow
+def test_lesson_13_on_a_device(there, tmp_path, monkeypatch):
+    script, = (script for script in scripts if script.stem == "13_one_step")
+    noted = run(script, tmp_path, monkeypatch, "--device", "cuda")  # it asserts that captured and ordinary steps end in the same weights
+    assert noted["on_gpu"] and noted["accuracy"].keys() == {"fp32", "bf16"} and len(noted["step_seconds"]) == 2
