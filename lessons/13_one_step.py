@@ -543,7 +543,7 @@ here.measured(on_gpu=on_gpu, ways=list(WAYS), launches=counts, all_launches=all_
 # %% [markdown]
 # ## Exercises
 # 1. "Adding gradients" is many launches with plain ops and few with fused ones. Which additions are left? (Print shapes in `note`.)
-#    Where do the others happen? (Look for `ADDED`, and for `add=` in `tinytoken/cuda/weights.py` and `sums.py`.)
+#    Where do the others happen? (Look for `ADDED`, and for `add=` in `tinytoken/cuda/gradients.py` and `weights.py`.)
 # 2. Count the bytes of a GELU, plain and fused, by hand as for the layer norm, and check them with `moved`.
 # 3. Sum 4096 bf16 numbers in bf16 by pairs, pairs of pairs and so on. How large is the error, and why?
 # 4. Freeze a temporary: write into `residual` between two replays, then between two kernels of one. When is it harmless?

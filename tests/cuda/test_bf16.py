@@ -9,7 +9,7 @@ from emulate import bf16, floats
 from tinytoken import nn, ops
 from tinytoken.backend import to_numpy
 from tinytoken.cuda import gemm, launcher, mixed, registered, weights
-from tinytoken.cuda.sums import Sums
+from tinytoken.cuda.gradients import Sums
 
 pytestmark = pytest.mark.usefixtures("place")
 ROUNDING = 2.0 ** -8

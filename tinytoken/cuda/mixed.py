@@ -7,9 +7,10 @@ import functools
 
 from ..tensor import Tensor, op
 from . import gemm, launcher
+from .gradients import Sums, summed_gradients, weight_gradient
 from .launcher import contiguous, cover
-from .sums import Sums, rows_of, summed_gradients
-from .weights import rounded, weight_gradient
+from .sums import rows_of
+from .weights import rounded
 
 
 def half(a, b, **more):

@@ -10,9 +10,9 @@ from ..ops.grid import resize_matrix_on
 from ..ops.loss import check_labels
 from ..tensor import plain
 from . import gemm, launcher
+from .gradients import summed_gradients, weight_gradient
 from .launcher import contiguous, cover
-from .sums import rows_of, summed_gradients
-from .weights import weight_gradient
+from .sums import rows_of
 
 registry = {}  # op name -> (the op, the function here)
 

@@ -3,7 +3,6 @@ import contextlib
 import threading
 
 from ..backend import array_module
-from ..tensor import ADDED
 from . import gemm, launcher, sums
 from .launcher import contiguous, cover
 
@@ -101,12 +100,3 @@ def place_of(array):
     """Where the gradient of a parameter's array is added to, or None: it is to be returned."""
     known = in_use_now()
     return known.places.get(id(array)) if known else None
-
-
-def weight_gradient(weight, a, b):
-    """A function for a vjp: a^T b, added to the gradient's place if it has one."""
-    def run():
-        place = place_of(weight)
-        gradient = gemm.product(a(), b, ta=True, out=place, add=place)
-        return gradient if place is None else ADDED
-    return run
