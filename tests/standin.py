@@ -266,9 +266,12 @@ def modules():
     cupyx, scipy, special = (types.ModuleType(name) for name in ("cupyx", "cupyx.scipy", "cupyx.scipy.special"))
     cupyx.scatter_add = lambda target, index, values: in_place(lambda: np.add.at(target.host, index.host, values.host), target.host)
     cupy.cuda = types.SimpleNamespace(Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None), get_current_stream=Stream,
-                                      Device=lambda: types.SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024}),
+                                      Device=lambda: types.SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024},
+                                                                           synchronize=lambda: None),
                                       using_allocator=lambda malloc: contextlib.nullcontext(), Event=Event,
                                       get_elapsed_time=lambda start, stop: 1e3 * (stop.moment - start.moment))
+    cupy.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(
+        as_strided=lambda x, shape, strides: ndarray(np.lib.stride_tricks.as_strided(x.host, shape, strides))))
     special.erf = lambda x: ndarray(np.asarray(backend.erf(x.host)))
     return {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
 

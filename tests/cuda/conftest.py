@@ -6,9 +6,15 @@ import emulate
 import standin
 import tinytoken
 from tinytoken import backend
-from tinytoken.cuda import gemm, launcher
+from tinytoken.cuda import gemm, launcher, sums
 
 POISON = {"float32": np.nan, "uint16": emulate.BF16_NAN, "int64": -1}  # in an array that a kernel is to fill
+
+
+def fewer_threads(monkeypatch):
+    """In sums over rows: the shim runs one thread after the other."""
+    monkeypatch.setattr(sums, "STRETCHES", 5)
+    monkeypatch.setattr(sums, "THREADS", 96)
 
 
 @pytest.fixture(params=["shim", pytest.param("device", marks=pytest.mark.gpu)])
@@ -25,6 +31,7 @@ def place(request, monkeypatch):
         monkeypatch.setattr(launcher, "most_shared", lambda: 163 * 1024)
         monkeypatch.setattr(gemm, "product", emulate.numpy_product)
         monkeypatch.setattr(gemm, "library", lambda: "some")
+        fewer_threads(monkeypatch)
     with launcher.running_on(found.runner):
         yield found
 
@@ -43,6 +50,7 @@ def there(request, monkeypatch):
         return
     monkeypatch.setattr(gemm, "product", emulate.numpy_product)
     monkeypatch.setattr(gemm, "library", lambda: "some")
+    fewer_threads(monkeypatch)
     with standin.installed(kernels=True), launcher.running_on(emulate.Emulator(twice=False)) as emulator:
         tinytoken._kernels()
         yield emulator.launches

@@ -77,10 +77,10 @@ def test_gelu(rows, width):
     out, dx = nan_like(x), nan_like(x)
     launcher.launch("bf16_gelu_forward", *launcher.cover(x.size // 2), x, out, x.size // 2)
     near(out, expected, ROUNDING)
-    sums = Sums(normal_there(width)).run("bf16_gelu_backward", (x, g, dx), rows, width, each=2)
+    sums = Sums(normal_there(width)).run("bf16_gelu_backward", (x, g, dx), rows, width)
     near(dx, vjp(wide(g)), ROUNDING)
     near(sums.finish()[0], vjp(wide(g)).sum(axis=0), 1e-5)
-    near(Sums(normal_there(width)).run("bf16_sum", (g,), rows, width, each=2).finish()[0], wide(g).sum(axis=0), 1e-5)
+    near(Sums(normal_there(width)).run("bf16_sum", (g,), rows, width).finish()[0], wide(g).sum(axis=0), 1e-5)
 
 
 MASKS = {None: None, "hard": lambda rng, shape: rng.random(shape) < 0.5, "soft": lambda rng, shape: rng.random(shape),

@@ -3,8 +3,7 @@ product. A vector's is a sum over rows; in a step all partial sums lie in one ar
 import functools
 
 from ..tensor import ADDED
-from . import gemm, launcher, weights
-from .sums import STRETCHES, add_up
+from . import gemm, launcher, sums, weights
 
 
 def weight_gradient(weight, a, b):
@@ -25,15 +24,15 @@ class Sums:
         self.columns = known.columns_of(arrays) if known else None
         self.parts = None if self.columns is None else known.parts
 
-    def run(self, kernel, inputs, rows, width, *more, each=1):
-        """Launch `kernel` on stretches of rows, a thread for `each` columns. -> self"""
+    def run(self, kernel, inputs, rows, width, *more):
+        """Launch `kernel` on stretches of rows. -> self"""
         size, first, second = len(self.arrays) * width, 0, width
         if self.columns is None:
-            self.parts = launcher.empty(inputs[0], STRETCHES, size)
+            self.parts = launcher.empty(inputs[0], sums.STRETCHES, size)
         else:
             first, second = self.columns[0], self.columns[-1] - self.columns[0]
-        launcher.launch(kernel, STRETCHES, min(256, -(-width // (32 * each)) * 32), *inputs, self.parts[:, first:], self.parts.shape[1], second,
-                        rows, width, *more, -(-rows // STRETCHES))
+        launcher.launch(kernel, len(self.parts), sums.THREADS, *inputs, self.parts[:, first:], self.parts.shape[1], second, rows, width,
+                        *more, -(-rows // len(self.parts)), shared=8 * sums.THREADS)
         return self
 
     def finish(self):
@@ -41,7 +40,7 @@ class Sums:
         if self.columns is not None:
             return [ADDED] * len(self.arrays)
         outs = [launcher.empty_like(array) for array in self.arrays]
-        add_up(self.parts, outs)
+        sums.add_up(self.parts, outs)
         return outs
 
 
@@ -49,7 +48,7 @@ def summed_gradients(compute, *arrays):
     """Functions for a vjp, one for each array: compute(sums) makes the partial sums when one of them is first asked for."""
     @functools.cache
     def run():
-        sums = Sums(*arrays)
-        compute(sums)
-        return sums.finish()
+        mine = Sums(*arrays)
+        compute(mine)
+        return mine.finish()
     return [lambda i=i: run()[i] for i in range(len(arrays))]

@@ -33,7 +33,7 @@ class Norm:
             launcher.launch("bf16_norm_backward", *rows_of(len(self.x)), self.x, self.parameters[0], g(), self.mean, self.scale, past, dx,
                             *self.sizes)
             return dx.reshape(shape)
-        of_parameters = lambda sums: sums.run("bf16_norm_parameters", (self.x, g(), self.mean, self.scale), *self.sizes, each=2)
+        of_parameters = lambda sums: sums.run("bf16_norm_parameters", (self.x, g(), self.mean, self.scale), *self.sizes)
         return of_x, *summed_gradients(of_parameters, *self.parameters)
 
 
@@ -42,7 +42,7 @@ class Upstream:
 
     def __init__(self, g, paths, bias):
         self.rounded, per = launcher.empty(g, *g.shape, dtype="uint16"), len(g) if paths is None else len(g) // len(paths)
-        self.sums = Sums(bias).run("bf16_round_and_sum", (g, paths, self.rounded), *g.shape, per, each=2)
+        self.sums = Sums(bias).run("bf16_round_and_sum", (g, paths, self.rounded), *g.shape, per)
 
     def of_bias(self):
         return self.sums.finish()[0]
@@ -82,7 +82,7 @@ def attention_branch(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weigh
             run("backward", 4, 4, qkv, keep, attended, half(up.rounded, rounded(proj_weight)), highest, total, dqkv, dkeep)
             return dqkv, dkeep
         of_normed = functools.cache(lambda: half(of_qkv()[0], rounded(qkv_weight)))
-        of_bias = lambda sums: sums.run("bf16_sum", (of_qkv()[0],), *qkv.shape, each=2)
+        of_bias = lambda sums: sums.run("bf16_sum", (of_qkv()[0],), *qkv.shape)
         return (*norm.gradients(of_normed, as_rows(g), x.shape),
                 weight_gradient(qkv_weight, lambda: of_qkv()[0], norm.out), *([None] if qkv_bias is None else summed_gradients(of_bias, qkv_bias)),
                 weight_gradient(proj_weight, lambda: up.rounded, attended), up.of_bias,
@@ -118,7 +118,7 @@ def mlp_branch(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_
         def of_hidden():
             d_hidden = launcher.empty(x, *hidden.shape, dtype="uint16")
             given = (hidden, half(up.rounded, rounded(fc2_weight)), d_hidden)
-            return d_hidden, Sums(fc1_bias).run("bf16_gelu_backward", given, *hidden.shape, each=2)
+            return d_hidden, Sums(fc1_bias).run("bf16_gelu_backward", given, *hidden.shape)
         of_normed = functools.cache(lambda: half(of_hidden()[0], rounded(fc1_weight)))
         return (*norm.gradients(of_normed, as_rows(g), x.shape),
                 weight_gradient(fc1_weight, lambda: of_hidden()[0], norm.out), lambda: of_hidden()[1].finish()[0],

@@ -290,8 +290,6 @@ def top_k(scores, k):
     return index
 
 
-
-
 # The optimiser
 
 def adamw(optimizer, lr):

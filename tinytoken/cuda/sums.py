@@ -3,6 +3,7 @@ from . import launcher
 
 ROW_WARPS = 4  # rows of a block, a warp for each
 STRETCHES = 264  # two blocks for each multiprocessor of an H100; always as many, some perhaps empty: the same sums have the same bits
+THREADS = 512  # of the block that adds up a stretch
 
 
 def rows_of(count):

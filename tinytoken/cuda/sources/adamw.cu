@@ -15,11 +15,12 @@ extern "C" __global__ void squares(const float* values, float* parts, long long 
     if (threadIdx.x == 0) parts[blockIdx.x] = sums[0];
 }
 
-// parts (count) -> norm (1), and factor (1): what the gradient is multiplied by, so that its norm is at most `largest`
+// parts (count) -> norm (1), and factor (1): what the gradient is multiplied by, so that its norm is at most `largest`. One warp.
 extern "C" __global__ void clip_factor(const float* parts, float* norm, float* factor, int count, float largest) {
-    if (threadIdx.x) return;
     float total = 0.0f;
-    for (int i = 0; i < count; i++) total += parts[i];
+    for (int i = threadIdx.x; i < count; i += WARP) total += parts[i];
+    total = warp_sum(total);
+    if (threadIdx.x) return;
     norm[0] = sqrtf(total);
     factor[0] = fminf(largest / (norm[0] + 1e-12f), 1.0f);
 }

@@ -50,34 +50,58 @@ extern "C" __global__ void bf16_norm_backward(const float* x, const float* weigh
     }
 }
 
-// Gradients of the norm's weight and bias: sums of a stretch of rows per block, a thread per pair of columns. parts, pitch, second: see norm.cu
+// Kernels that add up columns: a block has a stretch of rows, first up to last, and its threads are dealt to pairs of columns (`lanes` of
+// them side by side) and to every `groups`-th row. What the groups have is added in their order.
+#define DEAL(pairs) \
+    int first = blockIdx.x * stretch, last = min(first + stretch, rows), lanes = min((pairs + WARP - 1) / WARP * WARP, (int)blockDim.x), \
+        groups = blockDim.x / lanes, group = threadIdx.x / lanes, lane = threadIdx.x % lanes
+
+// The sum of the groups' totals to `to`; every thread of the block comes here.
+__device__ inline void add_groups(float2 total, float2* sums, int lanes, int groups, float2* to, bool inside) {
+    sums[threadIdx.x] = total;
+    __syncthreads();
+    if (threadIdx.x < lanes && inside) {
+        for (int other = 1; other < groups; other++) {
+            total.x += sums[other * lanes + threadIdx.x].x;
+            total.y += sums[other * lanes + threadIdx.x].y;
+        }
+        *to = total;
+    }
+    __syncthreads();
+}
+
+// Gradients of the norm's weight and bias. parts, pitch, second: see norm.cu
 extern "C" __global__ void bf16_norm_parameters(const float* x, const bf16x2* g, const float* mean, const float* scale, float* parts,
                                                 int pitch, int second, int rows, int width, int stretch) {
-    int first = blockIdx.x * stretch, last = min(first + stretch, rows), pairs = width / 2;
-    float2 *part = (float2*)(parts + (long long)blockIdx.x * pitch), *second_part = part + second / 2;
-    for (int c = threadIdx.x; c < pairs; c += blockDim.x) {
+    SHARED(float2, sums);
+    int pairs = width / 2;
+    DEAL(pairs);
+    float2* part = (float2*)(parts + (long long)blockIdx.x * pitch);
+    for (int c = lane; c - lane < pairs; c += lanes) {
         float2 of_weight = {0.0f, 0.0f}, of_bias = {0.0f, 0.0f};
-        for (int row = first; row < last; row++) {
-            unsigned both = g[(long long)row * pairs + c];
+        for (int row = first + group; c < pairs && group < groups && row < last; row += groups) {
+            bf16x2 both = g[(long long)row * pairs + c];
             float2 in = ((const float2*)x)[(long long)row * pairs + c];
             of_weight.x += low(both) * (in.x - mean[row]) * scale[row];
             of_weight.y += high(both) * (in.y - mean[row]) * scale[row];
             of_bias.x += low(both);
             of_bias.y += high(both);
         }
-        part[c] = of_weight;
-        second_part[c] = of_bias;
+        add_groups(of_weight, sums, lanes, groups, part + c, c < pairs);
+        add_groups(of_bias, sums, lanes, groups, part + second / 2 + c, c < pairs);
     }
 }
 
 // The gradient g of a branch's output, rounded, times the branch's factor of the row's picture (`per` rows each; null: 1), and the sums of
-// its columns, which is the bias's gradient. A block has a stretch of rows. parts: see norm.cu
+// its columns, which is the bias's gradient.
 extern "C" __global__ void bf16_round_and_sum(const float* g, const float* factor, bf16x2* out, float* parts, int pitch, int second,
                                               int rows, int width, int per, int stretch) {
-    int first = blockIdx.x * stretch, last = min(first + stretch, rows), pairs = width / 2;
-    for (int c = threadIdx.x; c < pairs; c += blockDim.x) {
+    SHARED(float2, sums);
+    int pairs = width / 2;
+    DEAL(pairs);
+    for (int c = lane; c - lane < pairs; c += lanes) {
         float2 total = {0.0f, 0.0f};
-        for (int row = first; row < last; row++) {
+        for (int row = first + group; c < pairs && group < groups && row < last; row += groups) {
             float2 value = ((const float2*)g)[(long long)row * pairs + c];
             float times = factor ? factor[row / per] : 1.0f;
             value.x *= times;
@@ -86,20 +110,22 @@ extern "C" __global__ void bf16_round_and_sum(const float* g, const float* facto
             total.x += value.x;
             total.y += value.y;
         }
-        ((float2*)(parts + (long long)blockIdx.x * pitch))[c] = total;
+        add_groups(total, sums, lanes, groups, (float2*)(parts + (long long)blockIdx.x * pitch) + c, c < pairs);
     }
 }
 
 extern "C" __global__ void bf16_sum(const bf16x2* values, float* parts, int pitch, int second, int rows, int width, int stretch) {
-    int first = blockIdx.x * stretch, last = min(first + stretch, rows), pairs = width / 2;
-    for (int c = threadIdx.x; c < pairs; c += blockDim.x) {
+    SHARED(float2, sums);
+    int pairs = width / 2;
+    DEAL(pairs);
+    for (int c = lane; c - lane < pairs; c += lanes) {
         float2 total = {0.0f, 0.0f};
-        for (int row = first; row < last; row++) {
-            unsigned both = values[(long long)row * pairs + c];
+        for (int row = first + group; c < pairs && group < groups && row < last; row += groups) {
+            bf16x2 both = values[(long long)row * pairs + c];
             total.x += low(both);
             total.y += high(both);
         }
-        ((float2*)(parts + (long long)blockIdx.x * pitch))[c] = total;
+        add_groups(total, sums, lanes, groups, (float2*)(parts + (long long)blockIdx.x * pitch) + c, c < pairs);
     }
 }
 
@@ -126,19 +152,21 @@ extern "C" __global__ void bf16_gelu_forward(const bf16x2* x, bf16x2* out, long 
     out[i] = pack(u * phi(u), v * phi(v));
 }
 
-// and the sums of its columns: the gradient of the bias before it. parts: see norm.cu
-extern "C" __global__ void bf16_gelu_backward(const bf16x2* x, const bf16x2* g, bf16x2* dx, float* parts, int pitch,
-                                              int second, int rows, int width, int stretch) {
-    int first = blockIdx.x * stretch, last = min(first + stretch, rows), pairs = width / 2;
-    for (int c = threadIdx.x; c < pairs; c += blockDim.x) {
+// and the sums of its columns: the gradient of the bias before it
+extern "C" __global__ void bf16_gelu_backward(const bf16x2* x, const bf16x2* g, bf16x2* dx, float* parts, int pitch, int second, int rows,
+                                              int width, int stretch) {
+    SHARED(float2, sums);
+    int pairs = width / 2;
+    DEAL(pairs);
+    for (int c = lane; c - lane < pairs; c += lanes) {
         float2 total = {0.0f, 0.0f};
-        for (int row = first; row < last; row++) {
-            unsigned in = x[(long long)row * pairs + c], up = g[(long long)row * pairs + c];
+        for (int row = first + group; c < pairs && group < groups && row < last; row += groups) {
+            bf16x2 in = x[(long long)row * pairs + c], up = g[(long long)row * pairs + c];
             float u = low(up) * gelu_slope(low(in)), v = high(up) * gelu_slope(high(in));
             dx[(long long)row * pairs + c] = pack(u, v);
             total.x += u;
             total.y += v;
         }
-        ((float2*)(parts + (long long)blockIdx.x * pitch))[c] = total;
+        add_groups(total, sums, lanes, groups, (float2*)(parts + (long long)blockIdx.x * pitch) + c, c < pairs);
     }
 }
