@@ -3,18 +3,10 @@ import numpy as np
 import pytest
 
 import emulate
-import standin
-import tinytoken
 from tinytoken import backend
-from tinytoken.cuda import gemm, launcher, sums
+from tinytoken.cuda import gemm, launcher
 
 POISON = {"float32": np.nan, "uint16": emulate.BF16_NAN, "int64": -1}  # in an array that a kernel is to fill
-
-
-def fewer_threads(monkeypatch):
-    """In sums over rows: the shim runs one thread after the other."""
-    monkeypatch.setattr(sums, "STRETCHES", 5)
-    monkeypatch.setattr(sums, "THREADS", 96)
 
 
 @pytest.fixture(params=["shim", pytest.param("device", marks=pytest.mark.gpu)])
@@ -31,7 +23,7 @@ def place(request, monkeypatch):
         monkeypatch.setattr(launcher, "most_shared", lambda: 163 * 1024)
         monkeypatch.setattr(gemm, "product", emulate.numpy_product)
         monkeypatch.setattr(gemm, "library", lambda: "some")
-        fewer_threads(monkeypatch)
+        emulate.fewer_threads(monkeypatch)
     with launcher.running_on(found.runner):
         yield found
 
@@ -48,9 +40,5 @@ def there(request, monkeypatch):
         with launcher.running_on(found.runner):
             yield found.launches
         return
-    monkeypatch.setattr(gemm, "product", emulate.numpy_product)
-    monkeypatch.setattr(gemm, "library", lambda: "some")
-    fewer_threads(monkeypatch)
-    with standin.installed(kernels=True), launcher.running_on(emulate.Emulator(twice=False)) as emulator:
-        tinytoken._kernels()
+    with emulate.stand_in(monkeypatch) as emulator:
         yield emulator.launches

@@ -1,4 +1,5 @@
 """Kernels on the CPU: their sources, compiled by a C++ compiler behind shim.h, as a runner for `launcher.running_on`."""
+import contextlib
 import ctypes
 import functools
 import pathlib
@@ -9,8 +10,9 @@ import tempfile
 import numpy as np
 
 import standin
+import tinytoken
 from tinytoken import backend
-from tinytoken.cuda import launcher
+from tinytoken.cuda import gemm, launcher, sums
 
 SHIM = pathlib.Path(__file__).with_name("shim.h")
 C_TYPES = {"float32": ("float", ctypes.c_float), "int32": ("int", ctypes.c_int), "int64": ("long long", ctypes.c_longlong),
@@ -70,6 +72,23 @@ class Emulator:
             results.append([a.copy() for a in written])
         for (name, *_), first, second in zip([p for p, a in zip(kernel.parameters, arguments) if p[3] and a is not None], results[0], results[-1]):
             assert np.array_equal(first, second, equal_nan=True), f"{kernel.name}: {name} depends on the order of the threads"
+
+
+def fewer_threads(monkeypatch):
+    """In sums over rows: the shim runs one thread after the other."""
+    monkeypatch.setattr(sums, "STRETCHES", 5)
+    monkeypatch.setattr(sums, "THREADS", 96)
+
+
+@contextlib.contextmanager
+def stand_in(monkeypatch):
+    """Context: the stand-in for CuPy with kernels in place, which the shim runs -> the Emulator."""
+    monkeypatch.setattr(gemm, "product", numpy_product)
+    monkeypatch.setattr(gemm, "library", lambda: "some")
+    fewer_threads(monkeypatch)
+    with standin.installed(kernels=True), launcher.running_on(Emulator(twice=False)) as emulator:
+        tinytoken._kernels()
+        yield emulator
 
 
 class Place:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import cpu
+import emulate
 import gpu
 import gpu_kernels
 import standin
 import tinytoken as tt
-from emulate import Emulator, compiler, numpy_product
 from gpu_kernels import Kernels, Launch, twins
 from gpu_tinytoken import TinyToken
 from tinytoken.cuda import gemm, launcher
@@ -279,14 +279,11 @@ def test_the_share_of_the_roofline(idle):
 
 @pytest.fixture
 def emulator(monkeypatch):
-    monkeypatch.setattr(gemm, "product", numpy_product)
-    monkeypatch.setattr(gemm, "library", lambda: "some")
-    with standin.installed(kernels=True), launcher.running_on(Emulator()) as found:
-        tt._kernels()
+    with emulate.stand_in(monkeypatch) as found:
         yield found
 
 
-@pytest.mark.skipif(compiler is None, reason="no C++ compiler to run the kernels with")
+@pytest.mark.skipif(emulate.compiler is None, reason="no C++ compiler to run the kernels with")
 def test_tinytoken_is_timed_as_it_trains_and_infers(emulator):
     ways = {gpu.OURS: TinyToken("bf16"), "tinytoken bf16 launched": TinyToken("bf16", captured=False), "in float32": Plain()}
     count = {}
