@@ -283,6 +283,7 @@ def emulator(monkeypatch):
         yield found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(emulate.compiler is None, reason="no C++ compiler to run the kernels with")
 def test_tinytoken_is_timed_as_it_trains_and_infers(emulator):
     ways = {gpu.OURS: TinyToken("bf16"), "tinytoken bf16 launched": TinyToken("bf16", captured=False), "in float32": Plain()}
@@ -355,6 +356,7 @@ class Event:
         pass
 
 
+@pytest.mark.slow
 def test_the_script_from_end_to_end(idle, monkeypatch, tmp_path, capsys):
     cuda, torch = standin.modules()["cupy"].cuda, types.SimpleNamespace(__version__="2", version=types.SimpleNamespace(cuda="13"))
     cupy, freed, asked = sys.modules["cupy"], [], []
