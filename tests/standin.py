@@ -1,19 +1,90 @@
 """A stand-in for CuPy whose arrays lie in host memory and behave as if they did not. For what can be found out without a GPU:
 whether code hands NumPy arrays to the device's ops, reads device values on the host, or asks for a function that CuPy lacks.
 
+It also captures graphs: what is computed between begin_capture and end_capture is undone, and repeated by launch(), on the same
+memory with the same numbers. So a step that is frozen wrongly, with a rate or a batch of the step that was captured, shows.
+
 It computes with NumPy, so it says nothing of CuPy's own kernels: those are for the tests marked gpu on a GPU.
 `python -m pytest -m gpu --standin` runs the bodies of those tests on it.
 """
 import contextlib
 import sys
+import time
 import types
 
 import numpy as np
 
 from tinytoken import backend
+from tinytoken.tensor import plain
 
 LACKS = {"vecdot", "frompyfunc", "char", "vectorize", "nditer"}  # of what NumPy has and this project might reach for
+CUBLAS = {"matmul", "dot", "vdot", "inner", "tensordot", "einsum"}  # CuPy's wrappers of it refuse to be captured
 counts = {"reads": 0, "copies": 0}  # device to host, host to device
+capturing = []  # the Graph that is being captured, or nothing
+
+
+class Graph:
+    """cupy.cuda.Graph, of what compute() ran and Emulator launched meanwhile."""
+
+    def __init__(self):
+        self.calls, self.before = [], []
+
+    def changes(self, *arrays):
+        """These are about to be written in place: a capture does nothing, so they are put back when it ends."""
+        self.before += [(array, array.copy()) for array in arrays]
+
+    def undo(self):
+        for array, old in reversed(self.before):
+            array[...] = old
+
+    def launch(self, stream=None):
+        for call in self.calls:
+            call()
+
+
+def compute(function, args, options):
+    """function(*args, **options) on the arrays' memory, and noted if a graph is being captured."""
+    host, settings, out = unwrapped(args), unwrapped(options), options.get("out")
+    outs = [] if out is None else [one.host for one in (out if isinstance(out, tuple) else (out,))]
+    if capturing:
+        if name_of(function) in CUBLAS:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        capturing[0].changes(*outs)
+    result = wrapped(function(*host, **settings), out)
+    if capturing:
+        inputs = [a for a in flat(host) if isinstance(a, np.ndarray)] + [getattr(function, "__self__", None)]
+        made = [] if out is not None else [r.host for r in flat(result) if isinstance(r, ndarray)]
+        made = [m for m in made if not any(isinstance(a, np.ndarray) and np.may_share_memory(m, a) for a in inputs)]  # views are nothing to do
+
+        def again():
+            for old, new in zip(made, (np.asarray(n) for n in flat(function(*host, **settings)))):
+                old[...] = new
+        capturing[0].calls += [again] if made or outs else []
+    return result
+
+
+def name_of(function):
+    """Of a function, a ufunc's method or an array's."""
+    return getattr(getattr(function, "__self__", None), "__name__", function.__name__)
+
+
+def flat(value):
+    return [leaf for one in value for leaf in flat(one)] if isinstance(value, (tuple, list)) else [value]
+
+
+def in_place(call, *arrays):
+    """call() writes into these NumPy arrays."""
+    if capturing:
+        capturing[0].changes(*arrays)
+        capturing[0].calls.append(call)
+    call()
+
+
+def synchronous(what):
+    """Count a read or a copy: a capture forbids both."""
+    if capturing:
+        raise RuntimeError("the current stream is capturing, so synchronous API calls are disallowed")
+    counts[what] += 1
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
@@ -24,7 +95,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         self.host = host
 
     shape, dtype, ndim, size = (property(lambda self, name=name: getattr(self.host, name)) for name in ("shape", "dtype", "ndim", "size"))
-    nbytes, flags, strides = (property(lambda self, name=name: getattr(self.host, name)) for name in ("nbytes", "flags", "strides"))
+    nbytes, flags, strides, itemsize = (property(lambda self, name=name: getattr(self.host, name)) for name in (
+        "nbytes", "flags", "strides", "itemsize"))
     T = property(lambda self: ndarray(self.host.T))
 
     def __array__(self, *_, **__):
@@ -33,30 +105,35 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
         if method not in ("__call__", "at") or ufunc.__name__ in LACKS:
             raise TypeError(f"CuPy has no {ufunc.__name__}.{method}")
-        return wrapped(getattr(ufunc, method)(*unwrapped(inputs), **unwrapped(options)), options.get("out"))
+        return compute(getattr(ufunc, method), inputs, options)
 
     def __array_function__(self, function, _, args, options):
         if function.__name__ in LACKS or not function.__module__.startswith("numpy"):
             raise TypeError(f"CuPy has no {function.__name__}")
-        return wrapped(function(*unwrapped(args), **unwrapped(options)), options.get("out"))
+        return compute(function, args, options)
 
     def __getattr__(self, name):
         if name.startswith("_"):
             raise AttributeError(name)
         method = getattr(self.host, name)
-        return lambda *args, **options: wrapped(method(*unwrapped(args), **unwrapped(options)), options.get("out"))
+        return lambda *args, **options: compute(method, args, options)
 
     def __getitem__(self, key):
-        return wrapped(self.host[self.index(key)])
+        place = self.index(key)
+        return compute(lambda host: host[place], (self,), {})
 
     def __setitem__(self, key, value):
-        self.host[self.index(key)] = unwrapped(value)
+        place, new = self.index(key), unwrapped(value)
+        in_place(lambda: self.host.__setitem__(place, new), self.host)
 
     def index(self, key):
         """A key as NumPy takes it. One that is a condition makes a result whose size the host has to read."""
         parts = key if isinstance(key, tuple) else (key,)
-        counts["reads"] += sum(isinstance(part, ndarray) and part.dtype == bool for part in parts)
-        counts["copies"] += sum(isinstance(part, np.ndarray) for part in parts)  # CuPy lets it pass, and copies it
+        for part in parts:
+            if isinstance(part, ndarray) and part.dtype == bool:
+                synchronous("reads")
+            if isinstance(part, np.ndarray):  # CuPy lets it pass, and copies it
+                synchronous("copies")
         raw = tuple(part.host if isinstance(part, ndarray) else part for part in parts)
         return raw if isinstance(key, tuple) else raw[0]
 
@@ -67,7 +144,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         return (self[i] for i in range(len(self)))
 
     def get(self):
-        counts["reads"] += 1
+        synchronous("reads")
         return self.host.copy()
 
     def item(self):
@@ -109,7 +186,7 @@ def wrapped(result, out=None):
 def copied(value, *args, **options):
     """cupy.asarray and cupy.array: the one way for a NumPy array to the device."""
     if isinstance(value, (np.ndarray, np.generic)):
-        counts["copies"] += 1
+        synchronous("copies")
         return ndarray(np.array(value, *args, **options))
     return wrapped(np.array(unwrapped(value), *args, **options))
 
@@ -121,10 +198,11 @@ class Ufunc:
         self.ufunc = ufunc
 
     def __call__(self, *args, **options):
-        return wrapped(self.ufunc(*unwrapped(args), **unwrapped(options)), options.get("out"))
+        return compute(self.ufunc, args, options)
 
     def at(self, target, key, *values):
-        self.ufunc.at(target.host, target.index(key), *unwrapped(values))
+        place, new = target.index(key), unwrapped(values)
+        in_place(lambda: self.ufunc.at(target.host, place, *new), target.host)
 
 
 class Module(types.ModuleType):
@@ -135,7 +213,47 @@ class Module(types.ModuleType):
         if name in LACKS or name.startswith("_"):
             raise AttributeError(f"module 'cupy' has no attribute '{name}'")
         function = getattr(np, name)
-        return Ufunc(function) if isinstance(function, np.ufunc) else lambda *args, **options: wrapped(function(*unwrapped(args), **unwrapped(options)), options.get("out"))
+        return Ufunc(function) if isinstance(function, np.ufunc) else lambda *args, **options: compute(function, args, options)
+
+
+class Stream:
+    """cupy.cuda.Stream, of which there is one."""
+
+    def __init__(self, non_blocking=False):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def record(self):
+        return "event"
+
+    def wait_event(self, event):
+        assert event == "event"
+
+    def is_capturing(self):
+        return bool(capturing)
+
+    def begin_capture(self):
+        capturing.append(Graph())
+
+    def end_capture(self):
+        graph = capturing.pop()
+        graph.undo()
+        return graph
+
+
+class Event:
+    """cupy.cuda.Event: a moment of the host's clock."""
+
+    def record(self):
+        self.moment = time.perf_counter()
+
+    def synchronize(self):
+        pass
 
 
 def modules():
@@ -146,20 +264,34 @@ def modules():
         value, *args, **options)
     cupy.array = copied
     cupyx, scipy, special = (types.ModuleType(name) for name in ("cupyx", "cupyx.scipy", "cupyx.scipy.special"))
-    cupyx.scatter_add = lambda target, index, values: np.add.at(target.host, index.host, values.host)
+    cupyx.scatter_add = lambda target, index, values: in_place(lambda: np.add.at(target.host, index.host, values.host), target.host)
+    cupy.cuda = types.SimpleNamespace(Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None), get_current_stream=Stream,
+                                      Device=lambda: types.SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024},
+                                                                           synchronize=lambda: None),
+                                      using_allocator=lambda malloc: contextlib.nullcontext(), Event=Event,
+                                      get_elapsed_time=lambda start, stop: 1e3 * (stop.moment - start.moment))
+    cupy.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(
+        as_strided=lambda x, shape, strides: ndarray(np.lib.stride_tricks.as_strided(x.host, shape, strides))))
     special.erf = lambda x: ndarray(np.asarray(backend.erf(x.host)))
     return {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
 
 
+def in_place_of_cupy():
+    """Whether it is installed now."""
+    return isinstance(sys.modules.get("cupy"), Module)
+
+
 @contextlib.contextmanager
-def installed():
-    """Context: `--device cuda` is the stand-in, and the counts begin at 0."""
+def installed(kernels=False):
+    """Context: `--device cuda` is the stand-in, and the counts begin at 0. Ops are plain, but with kernels=True those of
+    tinytoken.cuda run: the caller says on what (launcher.running_on)."""
     before = {name: sys.modules.get(name) for name in modules()}
     sys.modules.update(modules())
     backend.cuda_ready.cache_clear()
     counts.update(reads=0, copies=0)
     try:
-        yield counts
+        with contextlib.nullcontext() if kernels else plain():
+            yield counts
     finally:
         for name, module in before.items():
             if module is None:

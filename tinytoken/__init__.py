@@ -5,3 +5,12 @@ from .cost import explain, macs
 from .errors import GradientError, GraphError, InputError
 from .random import manual_seed
 from .tensor import Tensor, fused, grad, no_grad, op, plain
+
+
+def _kernels():
+    """The fused kernels, where a CUDA device is used: not before, since they need one, and nothing else needs them."""
+    from . import cuda
+    cuda.register()
+
+
+backend.at_first_cuda.append(_kernels)

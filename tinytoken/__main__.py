@@ -32,6 +32,7 @@ def parser():
     job.add_argument("--steps", type=int, help="training steps of each model")
     job.add_argument("--seed", type=int, default=0)
     job.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    job.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="of a GPU's products in training (default: fp32)")
     job.add_argument("--threads", type=int, help="CPU threads (default: all)")
     job.add_argument("--out", type=pathlib.Path, help="folder for what is written (default: runs/compare-DATA-SEED)")
     job.set_defaults(run=run_compare)
@@ -92,7 +93,7 @@ def course(commands):
 
 def run_compare(args):
     from . import compare
-    changes = {name: getattr(args, name) for name in ("data", "steps", "seed") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("data", "steps", "seed", "precision") if getattr(args, name) is not None}
     out = args.out or pathlib.Path("runs") / f"compare-{pathlib.Path(args.data).name}-{args.seed}"
     device = backend.announced_device(args.device)
     table, picture = compare.run(compare.Recipe(**changes), out, device=device, threads=args.threads)

@@ -9,6 +9,7 @@ import importlib.metadata
 import math
 import os
 import sys
+import threading
 
 import numpy as np
 
@@ -84,7 +85,30 @@ def module_for(device):
     if device == "cpu":
         return np
     import cupy
+    _first_cuda()
     return cupy
+
+
+class Mode(threading.local):
+    """plain: no faster implementations in this thread, see tensor.plain."""
+    plain = False
+
+
+mode = Mode()
+faster = {}  # name -> a function of `cuda/` for CuPy arrays that stands in for one that is no op
+at_first_cuda = []  # what to call when a CUDA device is used for the first time; tinytoken/__init__ puts the kernels here
+
+
+def kernel(name, xp):
+    """The kernel that is registered under this name for a function that is no op, or None: for NumPy, under plain(), or where there is
+    none."""
+    return None if xp is np or mode.plain else faster.get(name)
+
+
+@functools.cache
+def _first_cuda():
+    for call in at_first_cuda:
+        call()
 
 
 def device_of(array):

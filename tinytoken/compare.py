@@ -42,6 +42,7 @@ class Recipe:
     smoothing: float = 0.0
     train_pictures: int = 16000  # of scenes; CIFAR has 50,000
     test_pictures: int = 2000  # of scenes; CIFAR has 10,000
+    precision: str = "fp32"  # of products in training, see train.products_in
 
     @property
     def moves(self):
@@ -63,6 +64,7 @@ def run(recipe, out, device="auto", every=200, threads=None, bar=True):
     began, out, device = time.perf_counter(), pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
     expect(threads is None or threads >= 1, "compare", f"{threads} threads, expected at least 1")
+    expect(recipe.precision == "fp32" or device == "cuda", "compare", f"precision {recipe.precision}: on the CPU products are in fp32")
     random.manual_seed(recipe.seed)  # refuses a bad one before any work
     check_writable(out)
     train, test = load_pictures(recipe)
@@ -101,7 +103,8 @@ def train_all(recipe, batches, names, run, device, threads=None, bar=True):
 
     def part(phase, model, objective, steps, lr, offset):
         results[phase] = fit(model, objective, batches, steps=steps, lr=lr, weight_decay=recipe.weight_decay,
-                             seed=recipe.seed, offset=offset, threads=threads, run=run, phase=phase, header=header, bar=bar)
+                             seed=recipe.seed, offset=offset, threads=threads, run=run, phase=phase, header=header, bar=bar,
+                             precision=recipe.precision)
 
     vit, teacher = recipe.model(models.ViT).to(device), recipe.model(models.ViT).to(device)
     part("vit-start", vit, Classify(vit, recipe.smoothing), first, recipe.lr, 0)

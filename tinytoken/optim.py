@@ -7,7 +7,7 @@ import numpy as np
 from . import nn
 from .backend import array_module, blas_threads, cpu_count, prepare_cpu, quick_switches
 from .errors import expect
-from .tensor import Tensor, grad
+from .tensor import Tensor, grad, kernel
 
 BLOCK = 32768  # elements of a pass over the flat buffers: few enough that all its temporaries stay in the cache
 
@@ -32,6 +32,7 @@ class AdamW:
         self.lr, self.weight_decay, self.betas, self.eps, self.clip = lr, weight_decay, betas, eps, clip
         xp = array_module(self.flat.data)
         self.m, self.v, self.steps = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data), 0
+        self.rates = None  # of the kernels in cuda/: what changes from step to step, in device memory
         self.average, self.mean = average, None if average is None else self.flat.data.copy()
 
     def step(self, lr=None):
@@ -40,10 +41,13 @@ class AdamW:
         expect(self.flat.holds(self.params), "AdamW", "a parameter's array, group or place changed since the optimiser was made "
                "(another dtype or device, a copy, another optimiser): make a new optimiser")
         lr = self.lr if lr is None else lr
-        flat, self.steps = self.flat, self.steps + 1
+        flat, fast = self.flat, kernel("adamw", self.flat.data)
+        if fast:
+            return fast(self, lr)
+        self.steps += 1
+        corrections = self.corrections()
         with blas_threads(1):  # more of them would sum in another order
             norm = clip_norm(flat.grad, math.inf if self.clip is None else self.clip)
-        corrections = [1 - beta ** self.steps for beta in self.betas]
         block = BLOCK if array_module(flat.data) is np else flat.data.size
         for start, stop, scale, decay in flat.segments:
             for a in range(start, stop, block):
@@ -52,9 +56,17 @@ class AdamW:
                              self.weight_decay if decay else 0.0, corrections)
                 if self.mean is not None:
                     change = flat.data[cut] - self.mean[cut]
-                    change *= 1 - min(self.average, (1 + self.steps) / (10 + self.steps))
+                    change *= self.mean_share()
                     self.mean[cut] += change
         return norm
+
+    def corrections(self):
+        """1 - beta^t, for both betas: what the moments, which begin at 0, are too small by."""
+        return [1 - beta ** self.steps for beta in self.betas]
+
+    def mean_share(self):
+        """The share of the weights in their running mean at this step."""
+        return 0.0 if self.mean is None else 1 - min(self.average, (1 + self.steps) / (10 + self.steps))
 
     def use_average(self):
         """Put the running mean in the weights' place."""

@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 
+from .backend import kernel
 from .errors import expect
 
 MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -46,10 +47,11 @@ def bits(shape, *, site, step=None, seed=None, xp=np):
     site = zlib.crc32(site.encode()) if isinstance(site, str) else site
     _check_seed(seed)
     expect(0 <= site < 2**32 and 0 <= step < 2**32, "random", f"site {site} and step {step} must fit in 32 bits")
-    size = math.prod(shape)
+    seed, size, fast = int(seed), math.prod(shape), kernel("random_bits", xp)  # a NumPy integer would make the words 64 bits wide
+    if fast:
+        return fast(xp, shape, site, step, seed)
     block = xp.arange((size + 3) // 4, dtype="uint32")
     constant = [xp.full(block.shape, word, dtype="uint32") for word in (site, step, 0)]
-    seed = int(seed)  # a NumPy integer would make the words 64 bits wide
     words = philox4x32((block, *constant), (seed & 0xFFFFFFFF, seed >> 32))
     return xp.stack(words, axis=-1).reshape(-1)[:size].reshape(shape)
 

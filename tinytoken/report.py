@@ -161,9 +161,9 @@ def grading(results):
 @part
 def lessons(results):
     """A line for each lesson: what its default run measured."""
-    tape, checks, attention, vit, masks, gumbel, lookup, gpu = (load(results / f"{name}.json")["results"] for name in (
+    tape, checks, attention, vit, masks, gumbel, lookup, gpu, step = (load(results / f"{name}.json")["results"] for name in (
         "01_tape", "02_gradient_checks", "03_attention", "04_vit", "05_masking_is_removing", "06_gumbel_softmax",
-        "08_lookup_attention", "12_gpu"))
+        "08_lookup_attention", "12_gpu", "13_one_step"))
     blind, recall = checks["blind"]["softmax, zeros returned"], attention["recall"]
     right = {name: f"{row['right_percent']:.1f} ± {row['std_over_seeds']:.1f} %" for name, row in recall.items()}
     on_object, official = vit["weight_on_object"], max(masks["official"], key=lambda row: row["spread"])
@@ -197,7 +197,12 @@ def lessons(results):
         "10. See 9.", "11. See 9.",
         f"12. A ViT's training step is {sum(gpu['array_calls']['ViT'].values())} array calls, each a launch on a GPU or more, whatever the "
         f"batch. Rounded to bf16 the factors of a product cost {100 * gpu['product_errors']['bf16'][-1]:.2f} % of it; of the weights, "
-        f"{100 * gpu['updates_lost']['0.0001']:.0f} % would not feel a step of 1e-4."))
+        f"{100 * gpu['updates_lost']['0.0001']:.0f} % would not feel a step of 1e-4.",
+        f"13. Such a step is {step['all_launches'][0]} array calls as CuPy makes them, sums of gradients included, {step['all_launches'][1]} launches "
+        f"with fused ops and {step['all_launches'][2]} with whole branches in bf16; for a picture it moves "
+        f"{', '.join(f'{size / 1e6:.1f}' for size in step['bytes_per_picture'])} MB. A running sum of {step['sums']['terms'][-1]:,} bf16 "
+        f"numbers is off by {100 * step['sums']['in bf16'][-1]:.0f} %. A graph that froze its learning rate or its step number is wrong from "
+        f"step {step['frozen']['step number']['first_wrong']} on, and says nothing."))
 
 
 @part

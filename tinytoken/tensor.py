@@ -19,12 +19,13 @@ import threading
 
 import numpy as np
 
+from . import backend
 from .backend import FLOATS, array_module, device_of, is_array, to_numpy
 from .errors import GradientError, GraphError, InputError, expect
 
 
 class _Mode(threading.local):
-    recording, plain, observer = True, False, None
+    recording, observer = True, None
 
 
 _mode = _Mode()
@@ -32,18 +33,18 @@ registry = {}  # (module, name) -> Op; a later definition replaces an earlier on
 
 
 @contextlib.contextmanager
-def _mode_set(**values):
-    before = {name: getattr(_mode, name) for name in values}
-    _mode.__dict__.update(values)
+def _set(mode, name, value):
+    before = getattr(mode, name)
+    setattr(mode, name, value)
     try:
         yield
     finally:
-        _mode.__dict__.update(before)
+        setattr(mode, name, before)
 
 
 def no_grad():
     """Context (or decorator): ops record nothing. Holds for the thread that enters it."""
-    return _mode_set(recording=False)
+    return _set(_mode, "recording", False)
 
 
 def recording():
@@ -53,12 +54,17 @@ def recording():
 
 def plain():
     """Context (or decorator): ops use their plain definition, whatever faster ones are registered. Holds for this thread."""
-    return _mode_set(plain=True)
+    return _set(backend.mode, "plain", True)
+
+
+def kernel(name, x):
+    """backend.kernel for the module of an array or Tensor."""
+    return backend.kernel(name, array_module(x.data if isinstance(x, Tensor) else x))
 
 
 def observe(observer):
     """Context: observer(op, shapes of the array arguments) is called for each op that this thread runs."""
-    return _mode_set(observer=observer)
+    return _set(_mode, "observer", observer)
 
 
 class Tensor:
@@ -199,7 +205,7 @@ class Op:
             arrays = [self._raw(i, a, dtype, xp) for i, a in enumerate(arrays)]
             if not any(map(is_array, arrays)):
                 arrays = [a if a is None else xp.asarray(a, dtype) for a in arrays]
-        run = self.implementations.get(xp.__name__) if self.implementations and not _mode.plain else None
+        run = self.implementations.get(xp.__name__) if self.implementations and not backend.mode.plain else None
         if self.composition and run is None:
             return self.function(*args, **settings)
         try:
@@ -372,6 +378,9 @@ def _upstream(root, gradient):
     return gradient
 
 
+ADDED = object()  # in place of a gradient: a kernel in cuda/ has added it to where it belongs
+
+
 def _run_node(node, edges, upstream, arrive):
     """Free a node, run its vjp, and send on the gradients along `edges`. What only the vjp held goes when this returns."""
     vjp = node.vjp
@@ -381,8 +390,11 @@ def _run_node(node, edges, upstream, arrive):
     if len(entries) != len(edges):
         raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array arguments")
     for i, (edge, g) in enumerate(zip(edges, entries)):
-        if edge and g is not None:
-            arrive(edge[0], _checked(node.op, i, g() if callable(g) else g, edge))
+        if not edge or g is None:
+            continue
+        g = g() if callable(g) else g
+        if g is not ADDED:
+            arrive(edge[0], _checked(node.op, i, g, edge))
 
 
 def _accumulate(arrived, key, g):

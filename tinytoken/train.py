@@ -1,4 +1,5 @@
 """Training: what each model minimises, `fit` with its history and checkpoints, and evaluation on all cores."""
+import contextlib
 import json
 import math
 import pathlib
@@ -15,7 +16,7 @@ from .backend import array_module, cpu_count, out_of_memory, to_numpy
 from .cost import recorded_macs
 from .errors import InputError, expect
 from .optim import AdamW, loss_and_grads, share_out, warmup_cosine
-from .tensor import no_grad
+from .tensor import kernel, no_grad
 
 
 # Objectives: called with a slice of the batch -> (loss, parts). `noise` makes what is drawn for a whole batch, by image number,
@@ -57,9 +58,10 @@ class Distil:
 
     def __call__(self, images, labels, draws, *paths):
         with no_grad():
-            logits, seen = self.teacher(images, trace=True)
+            tokens = self.teacher.features(images)
+            logits = self.teacher.classify(tokens)
         out = self.model(images, noise=[draws[:, s] for s in range(draws.shape[1])], **dict(zip(("paths",), paths)))
-        return models.dynamicvit_loss(out, labels, logits, seen.tokens, self.model.keep_ratios, weights=self.weights,
+        return models.dynamicvit_loss(out, labels, logits, self.teacher.patches(tokens), self.model.keep_ratios, weights=self.weights,
                                       token_norm="image", smoothing=self.smoothing)
 
 
@@ -117,7 +119,7 @@ def _earlier(line, phase, step):
 
 
 def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=0.1, clip=1.0, average=None, micro=None,
-        threads=None, seed=0, offset=0, run=None, phase="train", header=None, log_every=20, bar=True):
+        threads=None, seed=0, offset=0, run=None, phase="train", header=None, log_every=20, bar=True, precision="fp32"):
     """Train `model` for `steps` steps of AdamW with warm-up and cosine decay -> {"seconds": of training, "loss": mean over the
     last logged steps, and its parts}. Frozen parameters stay as they are. The model is left in eval mode, with `average` with the
     running mean of its weights (see AdamW).
@@ -128,7 +130,7 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     history (JSON lines) and the checkpoint `phase`.npz, written every run.every steps, at the end, and on Ctrl-C, which ends the
     run after the step it is in with KeyboardInterrupt. A checkpoint that is there is gone on with, to the same bits as an
     uninterrupted run with as many threads; one that says another model, recipe or header (JSON: what else a checkpoint is to
-    say) is another run's, and refused.
+    say) is another run's, and refused. precision: as of `products_in`.
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
     params = [p for p in model.parameters() if p.requires_grad]
@@ -136,22 +138,23 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro, seed=seed, offset=offset,
                   batch=batches.batch_size, groups=[s[2:] for s in optimizer.flat.segments], **objective.settings)
     recipe |= {} if average is None else {"average": average}
+    recipe |= {} if precision == "fp32" else {"precision": precision}
     header = header or {}
     start, result, recent = _resume(run, phase, model, optimizer, {"recipe": recipe, **header})
     advice = f"of {phase}: try a learning rate below {lr}" + (". The last checkpoint is unharmed." if run else "")
     unread = []  # (step, losses, gradient norm) that nobody has looked at yet: on a GPU a look waits for all work before it
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
-    with _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
+    rounding = products_in(precision, params[0])
+    with rounding, _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
         for step in range(start, steps):
             arrays = batches(offset + step)
             arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
-            if micro is None:  # on a GPU a batch is one slice, whatever it says
-                micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays)) if xp is np else len(arrays[0])
+            if step == start:
+                take = _stepper(objective, params, optimizer, arrays, micro, threads, advice)
             rate = lr * warmup_cosine(step, steps, warmup)
-            loss, parts = _gradients(objective, params, arrays, micro, threads)
-            expect(xp is not np or math.isfinite(loss), "fit", lambda: f"the loss is {loss} at step {step} {advice}")
-            unread.append((step, {"loss": loss, **parts}, optimizer.step(rate)))
+            loss, parts, norm = take(arrays, rate)
+            unread.append((step, {"loss": loss, **parts}, norm))
             progress.update()
             done, last, asked = step + 1, step + 1 == steps, interrupt.asked
             log, save = done % log_every == 0 or last, run and (done % run.every == 0 or last or asked)
@@ -173,6 +176,31 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
                 raise KeyboardInterrupt(f"{phase} stopped after step {done} of {steps}")
     model.eval()
     return result
+
+
+def products_in(precision, x):
+    """Context: what products on the device of x round their factors to. "fp32": to nothing, the only one on a CPU; "tf32" and "bf16" are a
+    GPU's, "bf16" also for whatever lies between the products of a block. Sums, parameters and gradients are float32 always.
+    Raises InputError where there is no such precision."""
+    fast = kernel("precision", x)
+    expect(precision == "fp32" or fast, "precision", f"{precision!r}: on the CPU and under plain() products are in fp32")
+    return fast(precision) if fast else contextlib.nullcontext()
+
+
+def _stepper(objective, params, optimizer, arrays, micro, threads, advice):
+    """A function (arrays, learning rate) -> (loss, parts, the gradient's norm) that does a training step. arrays: of the first."""
+    captured = kernel("captured_step", params[0].data)
+    if captured:
+        return captured(lambda arrays: _gradients(objective, params, arrays, len(arrays[0]), 1), optimizer)
+    if micro is None:
+        micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays))
+
+    def take(arrays, rate):
+        loss, parts = _gradients(objective, params, arrays, micro, threads)
+        on_host = isinstance(loss, float)  # else nobody looks yet
+        expect(not on_host or math.isfinite(loss), "fit", lambda: f"the loss is {loss} at step {optimizer.steps} {advice}")
+        return loss, parts, optimizer.step(rate)
+    return take
 
 
 def _gradients(objective, params, arrays, micro, threads):
@@ -268,19 +296,27 @@ def slice_size(images, threads=None, macs=0):
     return size
 
 
-def infer(model, images, prepare=lambda images: images, batch_size=None, threads=None, **call):
+WORTH_CAPTURING = 5  # slices: the first calls of what is captured are ordinary ones
+
+
+def infer(model, images, prepare=lambda images: images, batch_size=None, threads=None, precision="fp32", **call):
     """Logits (B, K) in host memory of a model in eval mode, slice by slice on all cores. prepare: raw images -> model input.
-    batch_size: images of a slice (None: `slice_size`, on a GPU 128)."""
+    batch_size: images of a slice (None: `slice_size`, on a GPU 128). precision: as of `products_in`."""
     mode, xp = model.training, array_module(model.parameters()[0].data)
     batch_size = batch_size or (slice_size(len(images), threads) if xp is np else 128)
     cuts = [slice(a, a + batch_size) for a in range(0, len(images), batch_size)]
     model.eval()
 
+    forward, captured = lambda arrays: model(*arrays, **call).data, kernel("captured", model.parameters()[0])
+    if captured and len(cuts) >= WORTH_CAPTURING:
+        forward = captured(forward, "a forward pass")
+
     def logits(cut):
         with no_grad():
-            return to_numpy(model(prepare(images[cut]), **call).data)
+            return to_numpy(forward((prepare(images[cut]),)))
     try:
-        return np.concatenate(share_out(logits, cuts, threads if xp is np else 1))
+        with products_in(precision, model.parameters()[0]):
+            return np.concatenate(share_out(logits, cuts, threads if xp is np else 1))
     finally:
         model.train(mode)
 

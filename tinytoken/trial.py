@@ -40,7 +40,8 @@ class Trial:
     def fit(self, phase, objective, steps, lr, offset=0, **more):
         """Train objective.model -> what fit reports. more: further options of fit."""
         return fit(objective.model, objective, self.batches, steps=steps, lr=lr, weight_decay=self.recipe.weight_decay,
-                   offset=offset, seed=self.recipe.seed, run=self.run, phase=phase.replace(" ", "-"), bar=self.bar, **more)
+                   offset=offset, seed=self.recipe.seed, run=self.run, phase=phase.replace(" ", "-"), bar=self.bar,
+                   precision=self.recipe.precision, **more)
 
     def prepare(self, images):
         """uint8 pictures -> what a model takes."""

@@ -96,9 +96,34 @@ def read_arrays(path):
     return {group: members[""] if "" in members else members for group, members in arrays.items()}
 
 
+def arrays_of(work):
+    """(what write_arrays writes, as read_arrays reads it, multiply-adds of one image)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "arrays.npz"
+        macs = write_arrays(work, path)
+        return read_arrays(path), macs
+
+
 def teacher(work):
     """The dense ViT of a DynamicViT's sizes."""
     return tt.models.ViT(**{k: v for k, v in work.config.items() if k not in ("prune_before", "keep_ratios")})
+
+
+def objective_of(work, arrays):
+    """What tinytoken minimises in a workload, its model in train mode, with the weights of read_arrays."""
+    model = getattr(tt.models, work.kind)(**work.config)
+    model.load_state_dict(arrays["weights"])
+    model.train()
+    if work.kind != "DynamicViT":
+        return Classify(model)
+    dense = teacher(work)
+    dense.load_state_dict(arrays["teacher"])
+    return Distil(model, dense)
+
+
+def batch_of(arrays):
+    """What a step is called with."""
+    return tuple(arrays[name] for name in ("images", "labels", "noise") if name in arrays)
 
 
 # The contender's side: a process that answers requests
@@ -117,15 +142,8 @@ class TinyToken:
         return lambda: a @ b
 
     def prepare(self, work, arrays, recipe):
-        model = getattr(tt.models, work.kind)(**work.config)
-        model.load_state_dict(arrays["weights"])
-        model.train()
-        batch = tuple(arrays[name] for name in ("images", "labels", "noise") if name in arrays)
-        if work.kind == "DynamicViT":
-            dense = teacher(work)
-            dense.load_state_dict(arrays["teacher"])
-        objective = Distil(model, dense) if work.kind == "DynamicViT" else Classify(model)
-        params = model.parameters()
+        objective, batch = objective_of(work, arrays), batch_of(arrays)
+        model, params = objective.model, objective.model.parameters()
         optimizer = AdamW(params, **recipe)
         micro = slice_size(work.batch, macs=recorded_macs(objective, batch))
 
@@ -328,9 +346,9 @@ def summarise(row):
                     name: quartiles([a / b for a, b in zip(values, ms[peer])]) for name, values in ms.items() if name != peer}
 
 
-def table(rows, key, title, form):
+def table(rows, key, title, form, contenders=CONTENDERS):
     """Markdown: a line per workload and mode, a column per contender."""
-    names = [name for name in CONTENDERS if any(name in cells for row in rows for cells in row.get(key, {}).values())]
+    names = [name for name in contenders if any(name in cells for row in rows for cells in row.get(key, {}).values())]
     lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         for mode, cells in row.get(key, {}).items():

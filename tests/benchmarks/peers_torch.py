@@ -1,4 +1,4 @@
-"""The models of tinytoken written plainly in PyTorch, and PyTorch as a contender of cpu.py.
+"""The models of tinytoken written plainly in PyTorch, and PyTorch as a contender of cpu.py and of gpu.py.
 
 Sizes, multiply-adds, parameter names and results are tinytoken's: `load_state_dict` takes its weights as they are.
 """
@@ -136,7 +136,7 @@ class DynamicViT(ViT):
 
     def masked(self, x, noise):
         decisions, seen = [], None
-        itself, ones = torch.eye(x.shape[1]), torch.ones(x.shape[:2])
+        itself, ones = torch.eye(x.shape[1], device=x.device), torch.ones(x.shape[:2], device=x.device)
         for i, block in enumerate(self.blocks):
             if i in self.prune_before:
                 before = decisions[-1] if decisions else ones[:, 1:]
@@ -240,8 +240,17 @@ def macs(model, images):
     return counter.get_total_flops() // 2
 
 
+def arguments(work, arrays, device="cpu"):
+    """What the loss is called with: images, labels, and for DynamicViT noise and teacher."""
+    batch = [torch.from_numpy(arrays[name]).to(device) for name in ("images", "labels", "noise") if name in arrays]
+    if "teacher" in arrays:
+        sizes = {k: v for k, v in work.config.items() if k not in ("prune_before", "keep_ratios")}
+        batch.append(build("ViT", sizes, arrays["teacher"]).eval().to(device))
+    return batch
+
+
 class Torch:
-    """PyTorch as a contender: "torch" as it comes, "torch-compile" with its functions compiled, "torch-best" with freed memory
+    """PyTorch as a contender of cpu.py: "torch" as it comes, "torch-compile" with its functions compiled, "torch-best" with freed memory
     kept in the process and the fused AdamW (and what cpu.py preloads)."""
 
     def __init__(self, name):
@@ -261,10 +270,7 @@ class Torch:
     def prepare(self, work, arrays, recipe):
         model = build(work.kind, work.config, arrays["weights"])
         count = macs(model, arrays["images"])
-        batch = [torch.from_numpy(arrays[name]) for name in ("images", "labels", "noise") if name in arrays]
-        if "teacher" in arrays:
-            sizes = {k: v for k, v in work.config.items() if k not in ("prune_before", "keep_ratios")}
-            batch.append(build("ViT", sizes, arrays["teacher"]).eval())
+        batch = arguments(work, arrays)
         optimizer = adamw(model, recipe["lr"], recipe["weight_decay"], fused=self.best or None)
         loss_of, logits_of = model.loss, model.forward
         if self.compiled:
@@ -303,3 +309,98 @@ def mkl():
         said.seek(0)
         words = said.read().decode(errors="replace").partition(", Lnx")[0]
     return words.removeprefix("MKL_VERBOSE ") or "no MKL"
+
+
+class OnDevice:
+    """PyTorch in bf16 autocast as a contender of gpu.py. how: "eager", "graph" (a whole step as one CUDA graph) or "compile"."""
+
+    optimiser = {"eager": {"fused": True}, "graph": {"fused": True, "capturable": True}, "compile": {"foreach": True, "capturable": True}}
+
+    def __init__(self, how, device="cuda"):
+        self.how, self.device = how, device
+        torch.backends.cudnn.benchmark = True
+        if how == "compile":
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would go on uncompiled
+            torch._inductor.config.autotune_num_choices_displayed = 0
+
+    def train(self, work, arrays, recipe):
+        """A function that does a training step -> loss and gradient norm, on the device."""
+        model = build(work.kind, work.config, arrays["weights"]).to(self.device)
+        optimizer = adamw(model, recipe["lr"], recipe["weight_decay"], **self.optimiser[self.how])
+
+        def update():
+            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
+            optimizer.step()
+            return norm
+        loss_of, update = self.compiled(model.loss), self.compiled(update)
+
+        def step(*batch):
+            optimizer.zero_grad()
+            with self.autocast():
+                loss = loss_of(*batch)
+            loss.backward()
+            return loss.detach(), update()
+        return self.repeated(step, arguments(work, arrays, self.device))
+
+    def infer(self, work, arrays):
+        """A function that gives the logits. Weights of products are rounded once, not at each call as autocast would."""
+        model = build(work.kind, work.config, arrays["weights"]).to(self.device).eval()
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(torch.bfloat16)
+        forward = self.compiled(model.forward)
+
+        def logits(images):
+            with torch.inference_mode(), self.autocast():
+                return forward(images)
+        return self.repeated(logits, [torch.from_numpy(arrays["images"]).to(self.device)])
+
+    def autocast(self):
+        return torch.autocast(self.device, torch.bfloat16)
+
+    def compiled(self, function):
+        return torch.compile(function, mode="max-autotune", dynamic=False) if self.how == "compile" else function
+
+    def repeated(self, call, arguments):
+        call = Graphed(call, arguments) if self.how == "graph" else call
+
+        def once():
+            if self.how == "compile":
+                torch.compiler.cudagraph_mark_step_begin()  # what the call before gave may be written over
+            return call(*arguments)
+        return once
+
+    @staticmethod
+    def host(tensor):
+        return tensor.detach().float().cpu().numpy()
+
+
+class Graphed:
+    """call(*arguments) as one CUDA graph from the fourth time on; tensors are copied in. The first three are ordinary calls, on a
+    stream of their own, as PyTorch's manual has it."""
+
+    def __init__(self, call, arguments):
+        self.call, self.given = call, [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        self.side, self.ordinary, self.graph, self.out = torch.cuda.Stream(), 3, None, None
+
+    def __call__(self, *arguments):
+        for mine, given in zip(self.given, arguments):
+            if isinstance(given, torch.Tensor):
+                mine.copy_(given)
+        if self.ordinary:
+            return self.run_aside()
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.out = self.call(*self.given)
+            self.graph = graph
+        self.graph.replay()
+        return self.out
+
+    def run_aside(self):
+        self.ordinary -= 1
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            out = self.call(*self.given)
+        torch.cuda.current_stream().wait_stream(self.side)
+        return out

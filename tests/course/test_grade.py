@@ -232,6 +232,7 @@ def test_the_command_reports_and_the_same_submission_gives_the_same_report(tmp_p
     assert said["score"] == 0 and said["output"] == "no a1_autograd.py was handed in" and len(said["tests"]) > 10
 
 
+@pytest.mark.slow
 def test_a_folder_of_submissions(tmp_path):
     for name, source in (("ada", SOLVED), ("bob", "import torch\n"), ("eve", None)):
         (tmp_path / "in" / name).mkdir(parents=True)

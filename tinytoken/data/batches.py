@@ -5,9 +5,11 @@ The same code serves NumPy and CuPy: on a GPU the whole set lies in its memory, 
 import functools
 
 from .. import random
-from ..backend import array_module
+from ..backend import array_module, kernel
 from ..errors import expect, shape_of
 from . import mix
+
+SITE = "tinytoken.data.batches."
 
 
 class Batches:
@@ -50,7 +52,10 @@ class Batches:
     def __call__(self, step):
         epoch, place = divmod(step, self.steps_per_epoch)
         chosen = self._epoch_order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
-        if self.pad or self.flip:
+        fast = kernel("gather_pictures", array_module(self.images))
+        if fast:
+            images = fast(self, chosen, step, *line(self.mean, self.std), *(SITE + name for name in ("crop", "flip")))
+        elif self.pad or self.flip:
             images = self._moved(chosen, step)
         else:
             images = normalise(self.images[chosen], self.mean, self.std)
@@ -59,14 +64,14 @@ class Batches:
         if not self.ways:
             return images, self.labels[chosen]
         # which of two ways is drawn on the host: the same bits, and no device has to be waited for
-        number = random.integers(1, len(self.ways), site="tinytoken.data.batches.way", step=step, seed=self.seed)[0]
+        number = random.integers(1, len(self.ways), site=SITE + "way", step=step, seed=self.seed)[0]
         way, alpha = self.ways[int(number)]
         return way(images, mix.one_hot(self.labels[chosen], self.classes), alpha, step=step, seed=self.seed)
 
     def _epoch_order(self, epoch):
         known, order = self._order
         if known != epoch:
-            order = random.permutation(len(self.images), site="tinytoken.data.batches.order", step=epoch, seed=self.seed,
+            order = random.permutation(len(self.images), site=SITE + "order", step=epoch, seed=self.seed,
                                        xp=array_module(self.images))
             self._order = (epoch, order)
         return order
@@ -75,10 +80,10 @@ class Batches:
         """The chosen pictures, moved and mirrored, by one gather: source row and column of every pixel of every picture."""
         xp, (height, width) = array_module(self.images), self.images.shape[2:]
         draw = dict(step=step, seed=self.seed, xp=xp)
-        shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site="tinytoken.data.batches.crop", **draw) - self.pad
+        shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site=SITE + "crop", **draw) - self.pad
         rows, columns = xp.arange(height) + shift[:, 0], xp.arange(width) + shift[:, 1]
         if self.flip:
-            mirrored = random.integers((self.batch_size, 1), 2, site="tinytoken.data.batches.flip", **draw) == 1
+            mirrored = random.integers((self.batch_size, 1), 2, site=SITE + "flip", **draw) == 1
             columns = xp.where(mirrored, columns[:, ::-1], columns)
         inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
         rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
@@ -102,8 +107,12 @@ def normalise(images, mean, std):
 @functools.lru_cache(maxsize=32)
 def _line(mean, std, xp):
     """Scale and offset (3, 1, 1) of `normalise` on the device, made once: a copy to it in every step would hold the step up."""
-    scale, offset = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
-    return xp.asarray(scale, dtype="float32")[:, None, None], xp.asarray(offset, dtype="float32")[:, None, None]
+    return tuple(xp.asarray(three, dtype="float32")[:, None, None] for three in line(mean, std))
+
+
+def line(mean, std):
+    """`normalise` as a scale and an offset for each channel."""
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
 
 
 def channel_statistics(images):

@@ -57,7 +57,7 @@ class LookupBlock(nn.Module):
             return lookup, compressed
         if self.reuse != "none":
             lookup = lookup + nn.branch(self.infuse(lookup, compressed, A, logits), paths, 3)
-        return lookup + nn.branch(self.lookup_mlp(self.lookup_norm(lookup)), paths, 4), compressed
+        return nn.residual(lookup, self.lookup_norm, self.lookup_mlp, paths, 4), compressed
 
     def gather(self, lookup, compressed):
         """(a) information gathering -> what each head read (B, H, M, d), the attention A (B, H, M, N), its logits."""

@@ -63,13 +63,17 @@ class ViT(nn.Module):
         """The tokens without the class token."""
         return x[:, 1:] if self.pool == "token" else x
 
+    def features(self, images, attention=None, paths=None):
+        """images -> normed tokens (B, T, D), the class token first if there is one. attention: a list that gets the blocks' weights."""
+        x = self.embed(images)
+        for i, block in enumerate(self.blocks):
+            x = block(x, trace=attention, paths=of_block(paths, i))
+        return self.norm(x)
+
     def forward(self, images, trace=False, paths=None):
         """paths: factors (B, depth, 2) of the residual branches, for training (train.drop_paths)."""
         record = Trace()
-        x = self.embed(images)
-        for i, block in enumerate(self.blocks):
-            x = block(x, trace=record.attention if trace else None, paths=of_block(paths, i))
-        x = self.norm(x)
+        x = self.features(images, record.attention if trace else None, paths)
         logits = self.classify(x)
         if not trace:
             return logits

@@ -49,7 +49,7 @@ def attention(q, k, v, keep=None, *, sees_itself=True, official=False, weights=F
     For hard masks this equals attention over the gathered keys. A row that sees no key gives zeros.
     official: the official code's form instead: the maximum over all keys, and eps in the quotient. keep=None: plain softmax.
     """
-    _check_attention("attention", q, k, v, keep, sees_itself)
+    check_attention("attention", q, k, v, keep, sees_itself)
     scale = 1 / math.sqrt(q.shape[-1])
     scores = (q * scale) @ k.swapaxes(-1, -2)
     if keep is None:
@@ -76,7 +76,7 @@ def _(q, k, v, keep=None):
     return 2 * math.prod(q) * k[2]
 
 
-def _check_attention(name, q, k, v, keep, sees_itself):
+def check_attention(name, q, k, v, keep, sees_itself):
     shapes = lambda: f"{shape_of('q', q)}, {shape_of('k', k)}, {shape_of('v', v)}"
     expect(q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
            and k.shape[:3] == v.shape[:3], name, lambda: f"{shapes()}: expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)")
@@ -143,7 +143,7 @@ def lookup_gather(q, k, v):
     """LookupViT's information gathering: compressed tokens read the lookup tokens (Koner et al. 2024, arXiv 2407.12753).
     q (B, H, M, d), k and v (B, H, N, d) -> out (B, H, M, d), A (B, H, M, N) with rows that sum to 1, and the scaled logits
     under it, for `lookup_infuse`: what comes back through A and the logits is added up here."""
-    _check_attention("lookup_gather", q, k, v, None, False)
+    check_attention("lookup_gather", q, k, v, None, False)
     scale = 1 / math.sqrt(q.shape[-1])
     logits = (q * scale) @ k.swapaxes(-1, -2)
     A = softmax_of(logits)

@@ -31,7 +31,7 @@ def resize(x, *, grid, size, antialias=True):
     A constant matrix, `resize_matrix`; with antialias (as jax.image.resize has it) every token is read when it shrinks."""
     expect(x.ndim == 3 and x.shape[1] == grid[0] * grid[1], "resize",
            lambda: f"{shape_of('x', x)}, expected (B, {grid[0] * grid[1]}, D) for the grid {tuple(grid)}")
-    matrix = _resize_matrix(tuple(grid), tuple(size), antialias, x.dtype.name, array_module(x))
+    matrix = resize_matrix_on(array_module(x), tuple(grid), tuple(size), antialias, x.dtype.name)
     return matrix @ x, lambda g: matrix.T @ g
 
 
@@ -49,5 +49,6 @@ def resize_matrix(grid, size, antialias=True):
 
 
 @functools.lru_cache(maxsize=64)
-def _resize_matrix(grid, size, antialias, dtype, xp):
+def resize_matrix_on(xp, grid, size, antialias=True, dtype="float32"):
+    """The same as an array of that module, made once."""
     return xp.asarray(resize_matrix(grid, size, antialias).astype(dtype))

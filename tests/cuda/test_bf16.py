@@ -1,0 +1,212 @@
+"""The kernels in bf16, and the two branches made of them, against the plain ops in float64, at the values that bf16 has. What is
+written as float32 agrees as float32 does; what is written as bf16 to a rounding."""
+import numpy as np
+import pytest
+
+import emulate
+import tinytoken as tt
+from emulate import bf16, floats
+from tinytoken import nn, ops
+from tinytoken.backend import to_numpy
+from tinytoken.cuda import gemm, launcher, mixed, registered, weights
+from tinytoken.cuda.gradients import Sums
+
+pytestmark = pytest.mark.usefixtures("place")
+ROUNDING = 2.0 ** -8
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype("float32")
+
+
+def near(found, expected, tolerance):
+    found = floats(to_numpy(found))
+    assert found.shape == np.shape(expected)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max(initial=1e-3))
+
+
+def wide(array):
+    return floats(to_numpy(array)).astype("float64")
+
+
+def normal_there(*shape, **more):
+    return emulate.place.put(normal(*shape, **more))
+
+
+def bf16_there(*shape, **more):
+    return emulate.place.put(bf16(normal(*shape, **more)))
+
+
+def nan_like(array):
+    """The same, as a kernel finds what it is to write."""
+    return launcher.empty(array, *array.shape, dtype=array.dtype.name)
+
+
+def test_rounding_is_to_nearest_even():
+    x = np.array([1.0, 1 + 2.0 ** -8, 1 + 3 * 2.0 ** -8, -1e-40, 3.1415927, np.inf], "float32")
+    assert floats(to_numpy(weights.rounded(emulate.place.put(x)))).tolist() == [1.0, 1.0, 1.015625, floats(bf16(x))[3], 3.140625, np.inf]
+    assert np.array_equal(to_numpy(weights.rounded(normal_there(33, 8))), bf16(normal(33, 8)))
+
+
+@pytest.mark.parametrize("rows, width", [(1, 8), (5, 40), (9, 64), (3, 200)])
+def test_norm(rows, width):
+    x, weight, bias, past = normal_there(rows, width, scale=2) + 1, *(normal_there(*s, seed=i) for i, s in enumerate([(width,)] * 2 + [(rows, width)], 1))
+    g = bf16_there(rows, width, seed=4)
+    norm = mixed.Norm(x, weight, bias, 1e-6)
+    expected, vjp = ops.layer_norm.function(*map(wide, (x, weight, bias)), eps=1e-6)
+    near(norm.out, expected, ROUNDING)
+    found, plain = [one() for one in norm.gradients(lambda: g, past, x.shape)], [one() for one in vjp(wide(g))]
+    for mine, one in zip(found, (plain[0] + to_numpy(past), *plain[1:])):
+        near(mine, one, 1e-4)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 8), (40, 72), (7, 520)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_gradient_of_a_branchs_end(rows, width, dropped):
+    g, paths = normal_there(rows, width), np.array([2.0, 0.0][:1 + (rows % 2 == 0)], "float32") if dropped else None
+    up = mixed.Upstream(g, emulate.place.put(paths), normal_there(width))
+    expected = wide(g) * (1 if paths is None else np.repeat(paths, rows // len(paths))[:, None])
+    near(up.rounded, expected, ROUNDING)
+    near(up.of_bias(), expected.sum(axis=0), 1e-4)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 8), (40, 72)])
+def test_gelu(rows, width):
+    x, g = bf16_there(rows, width, scale=2), bf16_there(rows, width, seed=1)
+    expected, vjp = ops.gelu.function(wide(x))
+    out, dx = nan_like(x), nan_like(x)
+    launcher.launch("bf16_gelu_forward", *launcher.cover(x.size // 2), x, out, x.size // 2)
+    near(out, expected, ROUNDING)
+    sums = Sums(normal_there(width)).run("bf16_gelu_backward", (x, g, dx), rows, width)
+    near(dx, vjp(wide(g)), ROUNDING)
+    near(sums.finish()[0], vjp(wide(g)).sum(axis=0), 1e-5)
+    near(Sums(normal_there(width)).run("bf16_sum", (g,), rows, width).finish()[0], wide(g).sum(axis=0), 1e-5)
+
+
+MASKS = {None: None, "hard": lambda rng, shape: rng.random(shape) < 0.5, "soft": lambda rng, shape: rng.random(shape),
+         "none": lambda rng, shape: np.zeros(shape)}
+
+
+@pytest.mark.parametrize("batch, heads, tokens, d", [(1, 1, 1, 16), (2, 2, 16, 16), (1, 2, 37, 32), (1, 1, 65, 64)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention(batch, heads, tokens, d, mask):
+    qkv, g = bf16_there(batch, tokens, 3 * heads * d, scale=1.5), bf16_there(batch, tokens, heads * d, seed=1)
+    keep = None if mask is None else emulate.place.put(MASKS[mask](np.random.default_rng(3), (batch, tokens)).astype("float32"))
+    (q, k, v), split = ops.split_heads.function(wide(qkv), heads=heads, parts=3)
+    expected, vjp = ops.attention.function(q, k, v, None if keep is None else wide(keep))
+    merged, merge = ops.merge_heads.function(expected)
+    highest, total = (launcher.empty(g, batch, heads, tokens) for _ in range(2))
+    out, dqkv, dkeep = nan_like(g), nan_like(qkv), None if keep is None else nan_like(highest)
+    run = lambda *given: mixed.launch_attention(batch, heads, tokens, d, *given)
+    run("forward", 3, 1, qkv, keep, out, highest, total)
+    near(out, merged, 2 * ROUNDING)
+    assert (to_numpy(total) > 0).all()
+    run("backward", 4, 4, qkv, keep, out, g, highest, total, dqkv, dkeep)
+    found = [one() if callable(one) else one for one in vjp(merge(wide(g)))]
+    near(dqkv, split(*found[:3]), 3 * ROUNDING)
+    if keep is not None:
+        near(dkeep.sum(axis=1), found[3], 4 * ROUNDING)
+
+
+def modules(D=32, heads=2):
+    tt.manual_seed(0)
+    block = nn.Block(D, heads, 2)
+    nn.initialise(block, residual_scale=1.0)
+    for n, (_, p) in enumerate(block.named_parameters()):
+        p.data[...] += normal(*p.shape, seed=n, scale=0.2)
+    return block
+
+
+@pytest.mark.parametrize("which", ["attention", "attention under a mask", "mlp"])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_branch_and_all_its_gradients(which, dropped, flat):
+    x, g, put = normal(2, 9, 32), normal(2, 9, 32, seed=1), emulate.place.put
+    keep = (np.random.default_rng(0).random((2, 9)) < 0.6).astype("float32") if "mask" in which else None
+    paths = np.array([0.5, 2.0], "float32") if dropped else None
+
+    def parts(block):
+        return (block.norm2, block.mlp) if which == "mlp" else (block.norm1, block.attn)
+
+    def leaves(make):
+        return [tt.Tensor(make(one), requires_grad=True) for one in (x, keep) if one is not None]
+    norm, inner = parts(modules().astype("float64"))
+    exact = leaves(wide)
+    expected = nn.residual(exact[0], norm, inner, None if paths is None else wide(paths)[:, None], 0, *exact[1:])
+    plain = tt.grad(expected, [*exact, *norm.parameters(), *inner.parameters()], gradient=wide(g))
+
+    norm, inner = parts(modules().to(emulate.place.device))
+    mine, params = leaves(put), [*norm.parameters(), *inner.parameters()]
+    op, given, settings = mixed.COVERED["tinytoken.nn", type(inner).__name__](mine[0], inner, put(paths), *mine[1:])
+    run = lambda: op(mine[0], norm.weight, norm.bias, *given, eps=norm.eps, **settings)
+    if flat:
+        storage = nn.flatten(params)
+        storage.grad[...] = 1  # what is there is added to
+        with gemm.precision("bf16"), weights.Weights(storage).in_use():
+            out = run()
+            found = tt.grad(out, mine + params, gradient=put(g))
+        assert all((to_numpy(one) == 0).all() for one in found[len(mine):])
+        found[len(mine):] = [p.grad - 1 for p in params]
+    else:
+        out = run()
+        found = tt.grad(out, mine + params, gradient=put(g))
+    near(out.data, expected.data, 2 * ROUNDING)
+    names = ["x", "keep"][:len(mine)] + [f"{m}.{n}" for m, module in (("norm", norm), ("inner", inner)) for n, _ in module.named_parameters()]
+    for name, a, b in zip(names, found, plain):
+        np.testing.assert_allclose(to_numpy(a), b, rtol=0, atol=0.03 * np.abs(b).max(), err_msg=name)
+
+
+def test_one_kernel_rounds_all_weights(place):
+    block = modules().to(place.device)
+    right = lambda: np.array_equal(to_numpy(weights.rounded(block.attn.qkv.weight.data)), bf16(to_numpy(block.attn.qkv.weight.data)))
+    flat = nn.flatten(block.parameters())
+    with gemm.precision("bf16"), weights.Weights(flat).in_use():
+        place.launches.clear()
+        assert right() and not place.launches
+        block.attn.qkv.weight.data += 1
+    with gemm.precision("bf16"), weights.Weights(flat).in_use():
+        assert right()
+    with weights.Weights().in_use():  # of a model that is not trained here: rounded once, and no place for gradients
+        first = weights.rounded(block.attn.qkv.weight.data)
+        assert right() and weights.rounded(block.attn.qkv.weight.data) is first and weights.place_of(block.attn.qkv.weight.data) is None
+    assert weights.place_of(block.attn.qkv.weight.data) is None
+
+
+@pytest.mark.parametrize("why", ["fp32", "official", "trace", "a head of 24", "float64", "another class"])
+def test_what_is_not_covered_is_left_to_the_plain_ops(why):
+    class Other(nn.Attention):
+        pass
+    block = (modules(48, 2) if "24" in why else modules()).to(emulate.place.device)
+    x, inner = normal_there(1, 5, 48 if "24" in why else 32), block.attn if why != "another class" else Other(32, 2)
+    more = {"official": (None, True), "trace": (None, False, [])}.get(why, ())
+    with gemm.precision("fp32" if why == "fp32" else "bf16"):
+        assert mixed.residual(tt.Tensor(x.astype("float64") if why == "float64" else x), block.norm1, inner, None, *more) is None
+        if why == "fp32":
+            with gemm.precision("bf16"):
+                assert mixed.residual(tt.Tensor(x), block.norm1, inner, None) is not None
+
+
+@tt.op
+def kernel_norm(x, weight, bias):
+    return registered.layer_norm(x, weight, bias)
+
+
+def test_sums_of_a_step_are_those_of_its_pass():
+    """A norm that runs twice in a pass, one that ran in the pass before only, and passes of other sizes."""
+    first, second = (nn.LayerNorm(32).to(emulate.place.device) for _ in range(2))
+    storage = nn.flatten(first.parameters() + second.parameters())
+    step = weights.Weights(storage)
+    for norms, rows in (((first, second), 9), ((second, second), 40), ((first,), 3), ((first, second), 9)):
+        x, g = normal_there(rows, 32, seed=rows), normal_there(rows, 32, seed=rows + 1)
+
+        def run():
+            out = tt.Tensor(x)
+            for norm in norms:
+                out = kernel_norm(out, norm.weight, norm.bias)
+            return tt.grad(out, first.parameters() + second.parameters(), gradient=g)
+        expected = [to_numpy(one) for one in run()]
+        storage.grad[...] = 0
+        with step.in_use():
+            returned = run()  # by the second run of a norm; the engine adds it
+        for p, more, one in zip(first.parameters() + second.parameters(), returned, expected):
+            np.testing.assert_allclose(to_numpy(p.grad + more), one, rtol=0, atol=1e-5 * max(1, np.abs(one).max()))

@@ -1,0 +1,93 @@
+"""The captured step: replayed steps equal ordinary ones. The stand-in's graphs repeat what was captured, on the same memory."""
+import numpy as np
+import pytest
+
+import standin
+import tinytoken as tt
+from test_lessons import run, scripts
+from test_standin import OBJECTIVES, SIZES, batches
+from tinytoken.backend import faster, module_for, to_numpy
+from tinytoken.train import fit, infer
+
+
+def trained(name, steps=None, **more):
+    """steps: two ordinary ones, the captured one and a replay on the stand-in, which is slow; 20 on a device."""
+    steps = steps or (4 if standin.in_place_of_cupy() else 20)
+    tt.manual_seed(0)
+    objective = OBJECTIVES[name]("cuda")
+    found = fit(objective.model, objective, batches("cuda"), steps=steps, log_every=2, bar=False, **more)
+    return {n: to_numpy(p.data) for n, p in objective.model.named_parameters()}, {n: v for n, v in found.items() if n != "seconds"}
+
+
+@pytest.mark.parametrize("name, precision", [pytest.param(name, precision, marks=[] if (name, precision) == (
+    "dynamicvit", "bf16") else pytest.mark.slow) for name in OBJECTIVES for precision in ("fp32", "bf16")])
+def test_replayed_steps_are_the_ordinary_ones_bit_by_bit(name, precision, there, monkeypatch):
+    if precision == "bf16":
+        monkeypatch.setitem(SIZES, "dim", 32)  # heads that its kernels cover
+    weights, said = trained(name, average=0.9, precision=precision)
+    monkeypatch.delitem(faster, "captured_step")
+    expected, told = trained(name, average=0.9, precision=precision)
+    assert said == told and all(np.array_equal(weights[n], expected[n]) for n in expected)
+
+
+def test_from_the_third_step_on_nothing_is_launched_but_the_batch_and_the_rates(there):
+    trained("vit", 3)
+    before = list(there)
+    there.clear()
+    trained("vit", 5)
+    more = [name for name, *_ in there[len(before):]]
+    assert there[:len(before)] == before and set(more) == {"random_bits", "gather_pictures", "set_rates"}
+
+
+def test_a_step_that_cannot_be_captured_goes_on_with_one_warning(there, monkeypatch):
+    class Nosy(type(OBJECTIVES["vit"]("cpu"))):
+        def __call__(self, images, *rest):
+            float(images.sum())
+            return super().__call__(images, *rest)
+    make = lambda device: Nosy(OBJECTIVES["vit"](device).model)
+    monkeypatch.setitem(OBJECTIVES, "nosy", make)
+    with pytest.warns(UserWarning, match="a training step could not be captured .*launched by itself") as warned:
+        weights, _ = trained("nosy")
+    assert len(warned) == 1
+    monkeypatch.delitem(faster, "captured_step")
+    expected, _ = trained("nosy")
+    assert all(np.array_equal(weights[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("name", ["dynamicvit", pytest.param("lookupvit", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)])
+def test_inference_is_captured_where_it_is_worth_it(name, there):
+    tt.manual_seed(0)
+    model = OBJECTIVES[name]("cuda").model
+    images, many = batches("cuda")(0)[0], module_for("cuda").concatenate
+    expected = infer(model, images, batch_size=8)
+    there.clear()
+    found = infer(model, many([images] * 6 + [images[:3]]), batch_size=8)
+    once = len(there)
+    assert np.array_equal(found, np.concatenate([expected] * 6 + [infer(model, images[:3])]))
+    there.clear()
+    infer(model, many([images] * 12 + [images[:3]]), batch_size=8)
+    assert len(there) == once  # the six more launched nothing
+
+
+def test_another_batch_size_is_an_ordinary_step(there):
+    from tinytoken.cuda.capture import CapturedStep
+    tt.manual_seed(0)
+    objective = OBJECTIVES["lookupvit"]("cuda")
+    params = objective.model.parameters()
+    take = CapturedStep(lambda arrays: tt.optim.loss_and_grads(objective, params, arrays), tt.optim.AdamW(params))
+    arrays = batches("cuda")(0)
+    for _ in range(4):
+        take(arrays, 1e-3)
+    there.clear()
+    loss, parts, norm = take(tuple(a[:5] for a in arrays), 1e-3)
+    assert len(there) > 20 and float(norm) > 0 and float(loss) == pytest.approx(sum(map(float, parts.values())), rel=1e-5)
+    there.clear()
+    take(arrays, 1e-3)
+    assert [name for name, *_ in there] == ["set_rates"]
+
+
+@pytest.mark.slow
+def test_lesson_13_on_a_device(there, tmp_path, monkeypatch):
+    script, = (script for script in scripts if script.stem == "13_one_step")
+    noted = run(script, tmp_path, monkeypatch, "--device", "cuda")  # it asserts that captured and ordinary steps end in the same weights
+    assert noted["on_gpu"] and noted["accuracy"].keys() == {"fp32", "bf16"} and len(noted["step_seconds"]) == 2

@@ -1,0 +1,182 @@
+"""Each kernel against the plain op it stands for, in float64: values and gradients, tails and masks."""
+import pathlib
+
+import numpy as np
+import pytest
+
+import emulate
+from tinytoken import ops
+from tinytoken.backend import to_numpy
+from tinytoken.cuda import launcher, registered
+
+pytestmark = pytest.mark.usefixtures("place")
+
+
+def agree(op, *arrays, tolerance=2e-5, upstream_of=None, **settings):
+    """The registered function's outputs and gradients equal the plain op's in float64."""
+    host = [to_numpy(a) if hasattr(a, "dtype") else a for a in arrays]
+    wide = [a.astype("float64") if getattr(a, "dtype", None) == "float32" else a for a in host]
+    mine, my_vjp = registered.registry[op.name][1](*map(emulate.place.put, arrays), **settings)
+    plain, plain_vjp = op.function(*wide, **settings)
+    rng = np.random.default_rng(5)
+    several = isinstance(plain, tuple)
+    pairs = list(zip(mine, plain)) if several else [(mine, plain)]
+    for a, b in pairs:
+        close(a, b, tolerance)
+    upstream = [rng.standard_normal(np.shape(p)) for _, p in pairs]
+    if upstream_of is not None:
+        upstream = [g if i in upstream_of else None for i, g in enumerate(upstream)]
+    given = [[None if g is None else put(np.asarray(g, dtype)) for g in upstream] for dtype, put in (
+        ("float32", emulate.place.put), ("float64", lambda g: g))]
+    mine, plain = (entries(vjp(*g)) for vjp, g in zip((my_vjp, plain_vjp), given))
+    assert len(mine) == len(plain) or len(plain) > len(mine)
+    for _, a, b in (entry for entry in zip(host, mine, plain) if entry[0] is not None):
+        assert (a is None) == (b is None)
+        if b is not None:
+            close(a, b, tolerance)
+
+
+def entries(result):
+    return [one() if callable(one) else one for one in (result if isinstance(result, tuple) else (result,))]
+
+
+def close(a, b, tolerance):
+    assert a.shape == np.shape(b) and a.dtype == "float32"
+    np.testing.assert_allclose(to_numpy(a), b, rtol=0, atol=tolerance * max(1.0, np.abs(b).max(initial=0)))
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype("float32")
+
+
+@pytest.mark.parametrize("shape, outputs", [((1, 1), 1), ((3, 7, 5), 40), ((700, 3), 33)])
+def test_linear(shape, outputs):
+    weight, bias = normal(outputs, shape[-1], seed=1), normal(outputs, seed=2)
+    agree(ops.linear, normal(*shape), weight, bias)
+    agree(ops.linear, normal(*shape), weight)
+    agree(ops.linear, normal(*shape[::-1]).T if len(shape) == 2 else normal(*shape), normal(shape[-1], outputs, seed=1).T, bias)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 37), (256,), (257,), (2, 3, 100)])
+def test_gelu(shape):
+    agree(ops.gelu, normal(*shape, scale=3))
+
+
+def test_gelu_of_a_transposed_array():
+    agree(ops.gelu, normal(5, 6).T)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 1), (5, 31), (9, 32), (4, 96), (33, 100), (6, 384)])
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)])
+def test_layer_norm(rows, width, given):
+    weight, bias = (normal(width, seed=i) if there else None for i, there in enumerate(given, 1))
+    arrays = [normal(rows, width, scale=2) + 3] + [p for p in (weight, bias)]
+    agree(ops.layer_norm, *arrays, tolerance=5e-5 if width > 1 else 1e-3)
+
+
+SIZES = [(1, 1, 1, 1, 1), (2, 2, 5, 5, 4), (1, 2, 33, 33, 8), (2, 1, 9, 20, 32), (1, 1, 65, 65, 16), (1, 1, 3, 40, 33)]
+
+
+@pytest.mark.parametrize("batch, heads, queries, tokens, d", SIZES)
+@pytest.mark.parametrize("weights", [False, True])
+def test_attention_without_a_mask(batch, heads, queries, tokens, d, weights):
+    arrays = (normal(batch, heads, queries, d, scale=2), normal(batch, heads, tokens, d, seed=1), normal(batch, heads, tokens, d, seed=2))
+    agree(ops.attention, *arrays, weights=weights)
+
+
+MASKS = {"hard": lambda rng, shape: rng.random(shape) < 0.5, "soft": lambda rng, shape: rng.random(shape),
+         "one": lambda rng, shape: np.arange(shape[1]) == 0 * np.ones(shape), "none": lambda rng, shape: np.zeros(shape)}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("sees_itself", [True, False])
+@pytest.mark.parametrize("spread", [1, 20])
+def test_attention_under_a_mask(mask, sees_itself, spread):
+    keep = MASKS[mask](np.random.default_rng(3), (2, 37)).astype("float32")
+    arrays = [normal(2, 2, 37, 8, seed=i, scale=spread ** 0.5) for i in range(3)]
+    agree(ops.attention, *arrays, keep, sees_itself=sees_itself, tolerance=1e-4 if spread == 1 else 3e-3)
+
+
+def test_attention_reads_the_parts_of_a_packed_qkv_where_they_are(place):
+    q, k, v = ops.split_heads.function(place.put(normal(2, 10, 3 * 2 * 4)), heads=2, parts=3)[0]
+    assert not q.flags.c_contiguous and registered.strided(q)[0] is q
+    agree(ops.attention, q, k, v)
+    agree(ops.attention, q.swapaxes(-1, -2), k.swapaxes(-1, -2), v.swapaxes(-1, -2))  # these are copied
+
+
+def test_attention_that_does_not_fit_or_is_official_is_the_plain_op(place, monkeypatch):
+    monkeypatch.setattr(launcher, "most_shared", lambda: 99 * 1024)
+    big = normal(1, 1, 200, 64)
+    assert registered.fits(big, big, big) is False
+    registered.attention(big, big, big)
+    small, keep = normal(1, 1, 5, 4), np.ones((1, 5), "float32")
+    registered.attention(small, small, small, keep, official=True)
+    assert place.launches == []
+
+
+@pytest.mark.parametrize("upstream_of", [(0,), (1,), (2,), (0, 1, 2)])
+def test_lookup_gather(upstream_of):
+    agree(ops.lookup_gather, normal(2, 2, 9, 8), normal(2, 2, 33, 8, seed=1), normal(2, 2, 33, 8, seed=2), upstream_of=upstream_of)
+
+
+@pytest.mark.parametrize("reuse", ["probs", "renorm", "resoftmax"])
+@pytest.mark.parametrize("batch, heads, M, N, d", [(1, 1, 1, 1, 1), (2, 2, 9, 33, 8), (1, 3, 4, 64, 5)])
+def test_lookup_infuse(reuse, batch, heads, M, N, d):
+    logits = normal(batch, heads, M, N, scale=2)
+    A = ops.softmax.function(logits)[0]
+    if N > 40:
+        A[..., 3] = 0  # a column that underflowed
+    agree(ops.lookup_infuse, A, logits, normal(batch, heads, M, d, seed=1), reuse=reuse, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("grid, size", [((4, 4), (2, 2)), ((3, 5), (2, 3)), ((1, 1), (1, 1)), ((2, 3), (4, 4))])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_resize(grid, size, antialias):
+    agree(ops.resize, normal(3, grid[0] * grid[1], 7), grid=grid, size=size, antialias=antialias)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 37, 2), (5, 3, 7)])
+@pytest.mark.parametrize("tau, hard", [(1.0, True), (1.0, False), (0.3, True), (2.0, False)])
+def test_gumbel_softmax(shape, tau, hard):
+    agree(ops.gumbel_softmax, normal(*shape), normal(*shape, seed=1), tau=tau, hard=hard, tolerance=1e-4)
+
+
+def test_of_equal_values_the_first_wins():
+    out, _ = registered.gumbel_softmax(*(emulate.place.put(np.zeros((3, 4), "float32")) for _ in range(2)), hard=True)
+    assert np.array_equal(to_numpy(out), [[1, 0, 0, 0]] * 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 5, 2), (3, 33), (2, 100)])
+def test_log_softmax(shape):
+    agree(ops.log_softmax, normal(*shape, scale=5))
+    agree(ops.log_softmax, normal(*shape, scale=5), axis=len(shape) - 1)
+
+
+@pytest.mark.parametrize("batch, classes", [(1, 2), (5, 10), (33, 40)])
+def test_kl_divergence(batch, classes):
+    agree(ops.kl_divergence, normal(batch, classes, scale=2), normal(batch, classes, seed=1, scale=2))
+
+
+@pytest.mark.parametrize("index", [[[0, 2, 4], [1, 2, 3]], [[3, 3, 0], [4, 4, 4]], [[2], [0]]])
+def test_take_tokens(index):
+    agree(ops.take_tokens, normal(2, 5, 7), np.array(index))
+
+
+@pytest.mark.parametrize("batch, classes", [(1, 2), (5, 10), (9, 33), (40, 33)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy(batch, classes, smoothing):
+    rng = np.random.default_rng(1)
+    agree(ops.cross_entropy, normal(batch, classes, scale=3), rng.integers(0, classes, batch), smoothing=smoothing)
+    agree(ops.cross_entropy, normal(batch, classes, scale=3), rng.dirichlet(np.ones(classes), batch).astype("float32"), smoothing=smoothing)
+
+
+@pytest.mark.parametrize("tokens, k", [(1, 1), (8, 3), (33, 33), (64, 45), (100, 0), (1100, 700)])
+def test_top_k(tokens, k):
+    scores = np.random.default_rng(tokens).integers(0, 9, (3, tokens)).astype("float32")  # many equal ones
+    scores[1] = -np.inf
+    assert np.array_equal(to_numpy(registered.top_k(emulate.place.put(scores), k)), ops.top_k(scores, k))
+
+
+def test_every_registered_op_is_checked_here():
+    text = pathlib.Path(__file__).read_text()
+    assert [name for name in registered.registry if f"agree(ops.{name}," not in text] == []

@@ -1,0 +1,132 @@
+"""Kernels by name, and their launch. A kernel's declaration in `sources/` is the one place that says what it takes; each argument is
+checked against it and given its width, so a Python number never arrives as 64 bits where the kernel reads 32.
+"""
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import re
+
+import numpy as np
+
+from ..backend import array_module, is_array, module_for
+from ..errors import InputError, expect
+
+SOURCES = pathlib.Path(__file__).parent / "sources"
+DECLARATION = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
+# bf16 lies in uint16 arrays, which kernels read one or, as bf16x2, two at a time
+DTYPES = {"float": "float32", "int": "int32", "long long": "int64", "unsigned": "uint32", "unsigned char": "uint8",
+          "bf16": "uint16", "bf16x2": "uint16"}
+CONSTANTS = {"HEAD_DIM": (16, 32, 64)}  # numbers that a source is compiled for, and the ones it is tested with
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel's name, its source file without .cu, its parameters: (name, dtype, whether an array, whether written), and the
+    constants that the source is compiled for: (name, number)."""
+    name: str
+    family: str
+    parameters: tuple
+    constants: tuple = ()
+
+
+@functools.cache
+def kernels():
+    """{name: Kernel} of all sources."""
+    found = {}
+    for path in sorted(SOURCES.glob("*.cu")):
+        for name, parameters in DECLARATION.findall(path.read_text()):
+            found[name] = Kernel(name, path.stem, tuple(map(_parameter, parameters.split(","))))
+    return found
+
+
+def _parameter(text):
+    words = re.fullmatch(r"\s*(const )?([\w ]+?)(\*?) ?(\w+)\s*", text)
+    return words[4], DTYPES[words[2]], bool(words[3]), bool(words[3]) and not words[1]
+
+
+@functools.cache
+def source(family, constants=(), device=True):
+    """The text of a family with what all kernels share before it, and, for the device, what only a device understands."""
+    shared = [SOURCES / name for name in (("device.cuh",) if device else ()) + ("common.cuh", f"{family}.cu")]
+    return "".join(f"#define {name} {value}\n" for name, value in constants) + "".join(path.read_text() for path in shared)
+
+
+def launch(name, blocks, threads, *arguments, shared=0, constants=()):
+    """Run a kernel on `blocks` blocks of `threads` threads, with `shared` bytes of shared memory of each. Arrays must be contiguous
+    and of the declared dtype, None stands for a null pointer, numbers get the declared width. Raises InputError otherwise."""
+    kernel = kernels()[name]
+    if constants:
+        kernel = dataclasses.replace(kernel, constants=constants)
+    expect(len(arguments) == len(kernel.parameters), name, lambda: f"{len(arguments)} arguments, expected {len(kernel.parameters)}")
+    expect(0 < blocks < 2**31 and threads % 32 == 0 and 0 < threads <= 1024, name, lambda: f"a grid of {blocks} x {threads}")
+    _runner(kernel, blocks, threads, [_argument(name, value, *p) for value, p in zip(arguments, kernel.parameters)], shared)
+
+
+def _argument(kernel, value, name, dtype, array, _):
+    if not array:
+        return np.dtype(dtype).type(value)
+    if value is None:
+        return None
+    expect(is_array(value) and value.dtype == dtype, kernel, lambda: f"{name} is {getattr(value, 'dtype', type(value))}, expected {dtype}")
+    return value
+
+
+def on_device(kernel, blocks, threads, arguments, shared):
+    """Launch on the current device and stream."""
+    compiled = _compiled(kernel)
+    if shared > 48 * 1024:
+        compiled.max_dynamic_shared_size_bytes = shared
+    compiled((blocks,), (threads,), tuple(np.uintp(0) if a is None else a for a in arguments), shared_mem=shared)
+
+
+@functools.cache
+def _compiled(kernel):
+    return _module(kernel.family, kernel.constants).get_function(kernel.name)
+
+
+@functools.cache
+def _module(family, constants):
+    return module_for("cuda").RawModule(code=source(family, constants), options=("-std=c++17",))
+
+
+@functools.cache
+def most_shared():
+    """Bytes of shared memory that a block may have on the device."""
+    return module_for("cuda").cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+
+
+_runner = on_device
+
+
+@contextlib.contextmanager
+def running_on(runner):
+    """Context: launches go to runner(kernel, blocks, threads, arguments, shared) instead of the device."""
+    global _runner
+    before, _runner = _runner, runner
+    try:
+        yield runner
+    finally:
+        _runner = before
+
+
+def contiguous(array):
+    """The array, or a contiguous copy: kernels know no strides but those that they are told."""
+    return array if array.flags.c_contiguous else array_module(array).ascontiguousarray(array)
+
+
+def cover(elements, threads=256):
+    """(blocks, threads) with a thread for each element."""
+    if elements >= 2**31 * threads:
+        raise InputError(f"cuda: {elements} elements are too many for one launch")
+    return max(1, -(-elements // threads)), threads
+
+
+def empty(like, *shape, dtype="float32"):
+    """An array for a kernel to fill, on the device of `like`."""
+    return array_module(like).empty(shape, dtype)
+
+
+def empty_like(array):
+    """The same, of that shape."""
+    return empty(array, *array.shape)

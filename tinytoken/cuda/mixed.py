@@ -1,0 +1,153 @@
+"""The two branches of a transformer block in mixed precision: bf16 wherever tensor cores multiply and whatever lies between two
+products; float32 for the residual stream, statistics, sums, parameters and their gradients. Runs where `gemm.precision("bf16")` does.
+
+Each branch is one op, so what is bf16 never leaves it: x + proj(attention(qkv(norm(x)))) and x + fc2(gelu(fc1(norm(x)))).
+"""
+import functools
+
+from ..tensor import Tensor, op
+from . import gemm, launcher
+from .gradients import Sums, summed_gradients, weight_gradient
+from .launcher import contiguous, cover
+from .sums import rows_of
+from .weights import rounded
+
+
+def half(a, b, **more):
+    """A product with a result in bf16."""
+    return gemm.product(a, b, dtype="uint16", **more)
+
+
+class Norm:
+    """Layer norm of rows x (R, D), and the gradients of what went into it."""
+
+    def __init__(self, x, weight, bias, eps):
+        self.x, self.parameters, self.sizes = x, (weight, bias), x.shape
+        self.out, self.mean, self.scale = launcher.empty(x, *x.shape, dtype="uint16"), launcher.empty(x, len(x)), launcher.empty(x, len(x))
+        launcher.launch("bf16_norm_forward", *rows_of(len(x)), x, weight, bias, self.out, self.mean, self.scale, *self.sizes, eps)
+
+    def gradients(self, g, past, shape):
+        """Functions for a vjp, of x (as `shape`), weight and bias. g() of the norm's output, past: of what goes past the branch."""
+        def of_x():
+            dx = launcher.empty_like(self.x)
+            launcher.launch("bf16_norm_backward", *rows_of(len(self.x)), self.x, self.parameters[0], g(), self.mean, self.scale, past, dx,
+                            *self.sizes)
+            return dx.reshape(shape)
+        of_parameters = lambda sums: sums.run("bf16_norm_parameters", (self.x, g(), self.mean, self.scale), *self.sizes)
+        return of_x, *summed_gradients(of_parameters, *self.parameters)
+
+
+class Upstream:
+    """The gradient of a branch's output, g (R, D) float32 times the branch's factors, in bf16, and that of its bias."""
+
+    def __init__(self, g, paths, bias):
+        self.rounded, per = launcher.empty(g, *g.shape, dtype="uint16"), len(g) if paths is None else len(g) // len(paths)
+        self.sums = Sums(bias).run("bf16_round_and_sum", (g, paths, self.rounded), *g.shape, per)
+
+    def of_bias(self):
+        return self.sums.finish()[0]
+
+
+def joined(x, inner, weight, bias, paths):
+    """x + factor (inner weight^T + bias), the end of a branch; rows (R, D) float32."""
+    if paths is None:
+        return gemm.product(inner, rounded(weight), tb=True, bias=bias, add=x)
+    branch, out = half(inner, rounded(weight), tb=True, bias=rounded(bias)), launcher.empty_like(x)
+    launcher.launch("bf16_add_branch", *cover(x.size // 2), x, branch, paths, out, x.size // 2, x.shape[1], len(x) // len(paths))
+    return out
+
+
+def as_rows(x):
+    return contiguous(x).reshape(-1, x.shape[-1])
+
+
+@op
+def attention_branch(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, keep=None, paths=None, *, heads, eps):
+    """x + paths proj(attention(qkv(layer_norm(x)), keep)). x (B, T, D), keep (B, T), paths (B,) -> (B, T, D)."""
+    (batch, tokens, width), rows = x.shape, as_rows(x)
+    keep, paths = (None if one is None else contiguous(one) for one in (keep, paths))
+    norm, run = Norm(rows, norm_weight, norm_bias, eps), functools.partial(launch_attention, batch, heads, tokens, width // heads)
+    qkv = half(norm.out, rounded(qkv_weight), tb=True, bias=None if qkv_bias is None else rounded(qkv_bias))
+    attended = launcher.empty(x, *rows.shape, dtype="uint16")
+    highest, total = launcher.empty(x, batch, heads, tokens), launcher.empty(x, batch, heads, tokens)
+    run("forward", 3, 1, qkv, keep, attended, highest, total)
+    out = joined(rows, attended, proj_weight, proj_bias, paths)
+
+    def vjp(g):
+        up = Upstream(as_rows(g), paths, proj_bias)
+
+        @functools.cache
+        def of_qkv():
+            dqkv, dkeep = launcher.empty(x, *qkv.shape, dtype="uint16"), None if keep is None else launcher.empty_like(highest)
+            run("backward", 4, 4, qkv, keep, attended, half(up.rounded, rounded(proj_weight)), highest, total, dqkv, dkeep)
+            return dqkv, dkeep
+        of_normed = functools.cache(lambda: half(of_qkv()[0], rounded(qkv_weight)))
+        of_bias = lambda sums: sums.run("bf16_sum", (of_qkv()[0],), *qkv.shape)
+        return (*norm.gradients(of_normed, as_rows(g), x.shape),
+                weight_gradient(qkv_weight, lambda: of_qkv()[0], norm.out), *([None] if qkv_bias is None else summed_gradients(of_bias, qkv_bias)),
+                weight_gradient(proj_weight, lambda: up.rounded, attended), up.of_bias,
+                None if keep is None else lambda: of_qkv()[1].sum(axis=1), None)
+    return out.reshape(x.shape), vjp
+
+
+def shared_bytes(tokens, d, arrays, vectors):
+    """Of a block of the attention: so many arrays of rows in bf16, and so many vectors of floats."""
+    padded = -(-tokens // 16) * 16
+    return padded * (2 * (d + 8) * arrays + 4 * vectors)
+
+
+def launch_attention(batch, heads, tokens, d, which, arrays, vectors, *given):
+    launcher.launch(f"bf16_attention_{which}", batch * heads, 32 * min(8, -(-tokens // 16)), *given, heads, tokens, given[1] is not None,
+                    d ** -0.5, shared=shared_bytes(tokens, d, arrays, vectors), constants=(("HEAD_DIM", d),))
+
+
+@op
+def mlp_branch(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, paths=None, *, eps):
+    """x + paths fc2(gelu(fc1(layer_norm(x)))). x (B, T, D), paths (B,) -> (B, T, D)."""
+    rows, paths = as_rows(x), None if paths is None else contiguous(paths)
+    norm = Norm(rows, norm_weight, norm_bias, eps)
+    hidden = half(norm.out, rounded(fc1_weight), tb=True, bias=rounded(fc1_bias))
+    active = launcher.empty(x, *hidden.shape, dtype="uint16")
+    launcher.launch("bf16_gelu_forward", *cover(hidden.size // 2), hidden, active, hidden.size // 2)
+    out = joined(rows, active, fc2_weight, fc2_bias, paths)
+
+    def vjp(g):
+        up = Upstream(as_rows(g), paths, fc2_bias)
+
+        @functools.cache
+        def of_hidden():
+            d_hidden = launcher.empty(x, *hidden.shape, dtype="uint16")
+            given = (hidden, half(up.rounded, rounded(fc2_weight)), d_hidden)
+            return d_hidden, Sums(fc1_bias).run("bf16_gelu_backward", given, *hidden.shape)
+        of_normed = functools.cache(lambda: half(of_hidden()[0], rounded(fc1_weight)))
+        return (*norm.gradients(of_normed, as_rows(g), x.shape),
+                weight_gradient(fc1_weight, lambda: of_hidden()[0], norm.out), lambda: of_hidden()[1].finish()[0],
+                weight_gradient(fc2_weight, lambda: up.rounded, active), up.of_bias, None)
+    return out.reshape(x.shape), vjp
+
+
+def covered_attention(x, attn, paths, keep=None, official=False, trace=None):
+    d, tokens = x.shape[2] // attn.heads, x.shape[1]
+    if official or trace is not None or d not in launcher.CONSTANTS["HEAD_DIM"] or shared_bytes(tokens, d, 4, 4) > launcher.most_shared():
+        return None
+    return attention_branch, (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias, keep, paths), {"heads": attn.heads}
+
+
+def covered_mlp(x, mlp, paths):
+    return (mlp_branch, (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, paths), {}) if len(mlp.fc1.weight) % 8 == 0 else None
+
+
+COVERED = {("tinytoken.nn", "Attention"): covered_attention, ("tinytoken.nn", "MLP"): covered_mlp}  # cuda/ stands below nn
+
+
+def residual(x, norm, inner, paths, *more):
+    """nn.residual's work, or None where the products are not to be in bf16, or a branch is none of the two above."""
+    covers = COVERED.get((type(inner).__module__, type(inner).__name__))
+    if gemm.current_precision() != "bf16" or gemm.library() is None or not covers or not isinstance(x, Tensor) or x.dtype != "float32" or (
+            x.shape[2] % 8 or not x.size):
+        return None
+    found = covers(x, inner, paths, *more)
+    if found is None:
+        return None
+    branch, given, settings = found
+    return branch(x, norm.weight, norm.bias, *given, eps=norm.eps, **settings)

@@ -1,0 +1,57 @@
+// Softmax cross-entropy: a warp per picture. Either labels (B,) or soft targets (B, K) are given, the other is null.
+// wanted_k = (1 - smoothing) t_k + smoothing / K, loss = -sum_k wanted_k log p_k.
+
+extern "C" __global__ void cross_entropy_forward(const float* logits, const long long* labels, const float* targets, float* losses,
+                                                 float* log_sum, int batch, int classes, float smoothing) {
+    int b = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (b >= batch) return;
+    const float* row = logits + (long long)b * classes;
+    float most = -INF, total = 0.0f, loss = 0.0f;
+    for (int k = lane; k < classes; k += WARP) most = fmaxf(most, row[k]);
+    most = warp_max(most);
+    for (int k = lane; k < classes; k += WARP) total += expf(row[k] - most);
+    float log_total = logf(warp_sum(total)) + most;
+    for (int k = lane; k < classes; k += WARP) {
+        float target = labels ? (labels[b] == k ? 1.0f : 0.0f) : targets[(long long)b * classes + k];
+        loss -= ((1.0f - smoothing) * target + smoothing / classes) * (row[k] - log_total);
+    }
+    loss = warp_sum(loss);
+    if (lane == 0) {
+        losses[b] = loss;
+        log_sum[b] = log_total;
+    }
+}
+
+// dlogits_k = (p_k sum_j wanted_j - wanted_k) g / B;  dtargets_k = -(1 - smoothing) log p_k g / B, where soft targets need one
+extern "C" __global__ void cross_entropy_backward(const float* logits, const long long* labels, const float* targets,
+                                                  const float* log_sum, const float* g, float* dlogits, float* dtargets, int batch,
+                                                  int classes, float smoothing) {
+    int b = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (b >= batch) return;
+    long long first = (long long)b * classes;
+    float upstream = g[0] / batch, mass = 0.0f;
+    for (int k = lane; k < classes; k += WARP) {
+        float target = labels ? (labels[b] == k ? 1.0f : 0.0f) : targets[first + k];
+        mass += (1.0f - smoothing) * target + smoothing / classes;
+    }
+    mass = warp_sum(mass);
+    for (int k = lane; k < classes; k += WARP) {
+        float target = labels ? (labels[b] == k ? 1.0f : 0.0f) : targets[first + k], log_p = logits[first + k] - log_sum[b];
+        dlogits[first + k] = (expf(log_p) * mass - (1.0f - smoothing) * target - smoothing / classes) * upstream;
+        if (dtargets) dtargets[first + k] = (smoothing - 1.0f) * log_p * upstream;
+    }
+}
+
+// values (n) -> out (1): their mean, by one block, in a fixed order.
+extern "C" __global__ void mean_of(const float* values, float* out, int n) {
+    SHARED(float, sums);
+    float total = 0.0f;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) total += values[i];
+    sums[threadIdx.x] = total;
+    __syncthreads();
+    for (int half = blockDim.x / 2; half; half /= 2) {
+        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) out[0] = sums[0] / n;
+}

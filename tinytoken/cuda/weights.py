@@ -1,0 +1,102 @@
+"""The weights of a step: where their gradients are added, and their copies in bf16."""
+import contextlib
+import threading
+
+from ..backend import array_module
+from . import gemm, launcher, sums
+from .launcher import contiguous, cover
+
+_now = threading.local()  # .weights: the Weights in use
+
+
+class Weights:
+    """The parameters in flat storage: kernels add gradients where they belong, and in bf16 one kernel rounds all weights of a step.
+    Other weights, a teacher's say, are taken for constant and rounded once. Without this in use gradients are returned, and each weight is
+    rounded whenever it is wanted.
+
+    Gradients that are sums over rows, of vectors, are added at the end of a step: `parts` has a column for each number of them."""
+
+    def __init__(self, flat=None):
+        self.flat, self.rounded, self.copies, self.others = flat, None, {}, {}
+        self.places, self.columns, self.regions, self.filled, self.stale = {}, {}, [], set(), set()
+        if flat is None:
+            return
+        self.places = dict(zip(map(id, flat.views), flat.grads))
+        self._lay_columns()
+        if gemm.current_precision() == "bf16":
+            self.rounded = launcher.empty(flat.data, flat.data.size, dtype="uint16")
+            self.copies = dict(zip(map(id, flat.views), flat.cut(self.rounded)))
+
+    def _lay_columns(self):
+        """A region of columns for each segment's vectors, from the first to the last; what else lies between stays zero."""
+        vectors = [(start, stop, id(view)) for view, (start, stop, shape) in zip(self.flat.views, self.flat.bounds) if len(shape) == 1]
+        width = 0
+        for first, last, *_ in self.flat.segments:
+            inside = [vector for vector in vectors if first <= vector[0] < last]
+            if inside:
+                begin, end = min(v[0] for v in inside), max(v[1] for v in inside)
+                self.regions.append((width, begin, end))
+                self.columns.update({key: width + start - begin for start, _, key in inside})
+                width += -(-(end - begin) // 64) * 64
+        self.parts = array_module(self.flat.data).zeros((sums.STRETCHES, width), "float32")
+
+    @contextlib.contextmanager
+    def in_use(self):
+        """Context: round the weights as they are now, and use them; at its end add up the sums over rows."""
+        if self.rounded is not None:
+            launcher.launch("bf16_round", *cover(self.rounded.size // 2), self.flat.data, self.rounded, self.rounded.size // 2)
+        before, _now.weights = getattr(_now, "weights", None), self
+        self.filled = set()
+        try:
+            yield
+            self._add_up()
+        finally:
+            _now.weights = before
+
+    def columns_of(self, arrays):
+        """Where the partial sums of these parameters' gradients go, or None: some have no column, or a sum is in it already."""
+        keys = [id(array) for array in arrays]
+        if not all(key in self.columns and key not in self.filled for key in keys):
+            return None
+        self.filled.update(keys)
+        return [self.columns[key] for key in keys]
+
+    def _add_up(self):
+        if not self.filled:
+            return
+        if self.stale - self.filled:  # summed in the pass before, and not in this one
+            for view in (view for view in self.flat.views if id(view) in self.stale - self.filled):
+                self.parts[:, self.columns[id(view)]:][:, :view.size] = 0
+        self.stale = set(self.filled)
+        for column, begin, end in self.regions:
+            sums.add_up(self.parts[:, column:], [self.flat.grad[begin:end]], add=True)
+
+
+def in_use_now():
+    """The Weights that this thread uses, or None."""
+    return getattr(_now, "weights", None)
+
+
+def rounded(array):
+    """A parameter's array in bf16."""
+    known = in_use_now()
+    if known is None:
+        return rounded_alone(array)
+    if id(array) in known.copies:
+        return known.copies[id(array)]
+    if id(array) not in known.others:
+        known.others[id(array)] = array, rounded_alone(array)  # with the array, lest its id should become another's
+    return known.others[id(array)][1]
+
+
+def rounded_alone(array):
+    array = contiguous(array)
+    out = launcher.empty(array, *array.shape, dtype="uint16")
+    launcher.launch("bf16_round", *cover(array.size // 2), array, out, array.size // 2)  # sizes are even, see mixed.residual
+    return out
+
+
+def place_of(array):
+    """Where the gradient of a parameter's array is added to, or None: it is to be returned."""
+    known = in_use_now()
+    return known.places.get(id(array)) if known else None
