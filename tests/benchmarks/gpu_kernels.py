@@ -53,7 +53,7 @@ OPERATIONS = {  # a function, or (operations of an element, the array whose elem
     "column_parts": (1, "values"), "sum_parts": lambda g: int(g["count"]) * int(g["size"]), "mean_of": (1, "values"), "squares": (2, "values"),
     "clip_factor": (1, "parts"), "set_rates": (0, "rates"), "adamw": (18, "g"),
     "cross_entropy_forward": (10, "logits"), "cross_entropy_backward": (10, "logits"),
-    "log_softmax_forward": (6, "x"), "log_softmax_backward": (4, "g"), "kl_forward": (4, "student"), "kl_backward": (8, "student"),
+    "log_softmax_forward": (6, "x"), "log_softmax_backward": (4, "g"), "row_mse_forward": (3, "x"), "row_mse_backward": (4, "x"), "kl_forward": (4, "student"), "kl_backward": (8, "student"),
     "gumbel_forward": (10, "soft"), "gumbel_backward": (5, "soft"),
     "attention_forward": attention(2), "attention_backward_queries": attention(3), "attention_backward_keys": attention(4),
     "bf16_attention_forward": attention(2), "bf16_attention_backward": attention(5),

@@ -87,7 +87,8 @@ MASKS = {None: None, "hard": lambda rng, shape: rng.random(shape) < 0.5, "soft":
          "none": lambda rng, shape: np.zeros(shape)}
 
 
-@pytest.mark.parametrize("batch, heads, tokens, d", [(1, 1, 1, 16), (2, 2, 16, 16), (1, 2, 37, 32), (1, 1, 65, 64)])
+@pytest.mark.parametrize("batch, heads, tokens, d", [(1, 1, 1, 16), (2, 2, 16, 16), (1, 2, 37, 32), (1, 1, 65, 64),
+                                                    pytest.param(1, 1, 257, 64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention(batch, heads, tokens, d, mask):
     qkv, g = bf16_there(batch, tokens, 3 * heads * d, scale=1.5), bf16_there(batch, tokens, heads * d, seed=1)

@@ -157,6 +157,12 @@ def test_kl_divergence(batch, classes):
     agree(ops.kl_divergence, normal(batch, classes, scale=2), normal(batch, classes, seed=1, scale=2))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 5, 96), (33, 40)])
+def test_mse_of_rows(shape):
+    agree(ops.mse, normal(*shape), normal(*shape, seed=1), axis=len(shape) - 1)
+    agree(ops.mse, normal(*shape), normal(*shape, seed=1), axis=-1)
+
+
 @pytest.mark.parametrize("index", [[[0, 2, 4], [1, 2, 3]], [[3, 3, 0], [4, 4, 4]], [[2], [0]]])
 def test_take_tokens(index):
     agree(ops.take_tokens, normal(2, 5, 7), np.array(index))

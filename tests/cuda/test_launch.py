@@ -34,6 +34,15 @@ def test_arguments_are_checked(arguments, text):
     assert ran.launches == []
 
 
+def test_a_view_with_gaps_is_refused_where_the_kernel_does_not_know_its_strides():
+    wide, parts = np.ones((4, 20), "float32"), np.ones((3, 40), "float32")
+    with run() as ran, refuses("gelu_forward: x (4, 10) is not contiguous"):
+        launcher.launch("gelu_forward", 1, 64, wide[:, ::2], np.ones((4, 10), "float32"), 40)
+    assert ran.launches == [] and launcher.kernels()["attention_forward"].strided == {"q", "k", "v"}
+    with launcher.running_on(lambda *_: None):
+        launcher.launch("column_parts", 3, 32, wide, parts[:, 8:], 40, 0, 4, 20, 2)
+
+
 @pytest.mark.parametrize("grid", [(0, 32), (1, 33), (1, 2048), (2**31, 32)])
 def test_grids_are_checked(grid):
     with run(), refuses(f"gelu_forward: a grid of {grid[0]} x {grid[1]}"):

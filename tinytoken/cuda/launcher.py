@@ -29,6 +29,12 @@ class Kernel:
     parameters: tuple
     constants: tuple = ()
 
+    @functools.cached_property
+    def strided(self):
+        """Arrays that it is told how to walk, by a stride of the tokens (q, q_t) or the length of a row (parts, pitch)."""
+        names = {name for name, *_ in self.parameters}
+        return {name for name in names if f"{name}_t" in names} | ({"parts"} if "pitch" in names else set())
+
 
 @functools.cache
 def kernels():
@@ -60,7 +66,7 @@ def launch(name, blocks, threads, *arguments, shared=0, constants=()):
         kernel = dataclasses.replace(kernel, constants=constants)
     expect(len(arguments) == len(kernel.parameters), name, lambda: f"{len(arguments)} arguments, expected {len(kernel.parameters)}")
     expect(0 < blocks < 2**31 and threads % 32 == 0 and 0 < threads <= 1024, name, lambda: f"a grid of {blocks} x {threads}")
-    _runner(kernel, blocks, threads, [_argument(name, value, *p) for value, p in zip(arguments, kernel.parameters)], shared)
+    _runner(kernel, blocks, threads, [_argument(kernel, value, *p) for value, p in zip(arguments, kernel.parameters)], shared)
 
 
 def _argument(kernel, value, name, dtype, array, _):
@@ -68,7 +74,9 @@ def _argument(kernel, value, name, dtype, array, _):
         return np.dtype(dtype).type(value)
     if value is None:
         return None
-    expect(is_array(value) and value.dtype == dtype, kernel, lambda: f"{name} is {getattr(value, 'dtype', type(value))}, expected {dtype}")
+    expect(is_array(value) and value.dtype == dtype, kernel.name,
+           lambda: f"{name} is {getattr(value, 'dtype', type(value))}, expected {dtype}")
+    expect(value.flags.c_contiguous or name in kernel.strided, kernel.name, lambda: f"{name} {value.shape} is not contiguous")
     return value
 
 

@@ -258,6 +258,22 @@ def kl_divergence(logits, teacher_logits):
     return mean, vjp
 
 
+@kernels_of(ops.mse, lambda x, target, *, axis=None: x.ndim > 1 and x.shape == target.shape and axis in (-1, x.ndim - 1))
+def mse(x, target, *, axis=None):
+    """Of rows: DynamicViT's token loss."""
+    x, target, width = contiguous(x), contiguous(target), x.shape[-1]
+    out = launcher.empty(x, *x.shape[:-1])
+    launcher.launch("row_mse_forward", *rows_of(out.size), x, target, out, out.size, width)
+
+    def vjp(g):
+        def gradient(times):
+            dx = launcher.empty_like(x)
+            launcher.launch("row_mse_backward", *cover(x.size), x, target, contiguous(g), dx, x.size, width, times)
+            return dx
+        return lambda: gradient(1), lambda: gradient(-1)
+    return out, vjp
+
+
 @kernels_of(ops.cross_entropy, lambda logits, targets, *, smoothing=0.0: logits.ndim == 2 and 0 <= smoothing < 1)
 def cross_entropy(logits, targets, *, smoothing=0.0):
     batch, classes = logits.shape

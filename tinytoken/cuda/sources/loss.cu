@@ -55,3 +55,23 @@ extern "C" __global__ void mean_of(const float* values, float* out, int n) {
     }
     if (threadIdx.x == 0) out[0] = sums[0] / n;
 }
+
+// mean of (x - target)^2 of each row (rows, width), a warp per row: the distance of a token from its teacher's
+extern "C" __global__ void row_mse_forward(const float* x, const float* target, float* out, int rows, int width) {
+    int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    float total = 0.0f;
+    for (int c = lane; c < width; c += WARP) {
+        float gap = x[(long long)row * width + c] - target[(long long)row * width + c];
+        total += gap * gap;
+    }
+    total = warp_sum(total);
+    if (lane == 0) out[row] = total / width;
+}
+
+// times: 1 for the gradient of x, -1 for that of the target
+extern "C" __global__ void row_mse_backward(const float* x, const float* target, const float* g, float* dx, long long size, int width,
+                                            float times) {
+    long long e = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (e < size) dx[e] = (x[e] - target[e]) * g[e / width] * (2.0f / width) * times;
+}
