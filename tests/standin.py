@@ -135,7 +135,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
             if isinstance(part, np.ndarray):  # CuPy lets it pass, and copies it
                 synchronous("copies")
         raw = tuple(part.host if isinstance(part, ndarray) else part for part in parts)
-        return raw if isinstance(key, tuple) else raw[0]
+        return raw if any(part is Ellipsis for part in raw) else (*raw, Ellipsis)  # which gives an element as a view, as CuPy does
 
     def __len__(self):
         return len(self.host)
