@@ -9,6 +9,7 @@
 
 # %%
 import dataclasses
+import functools
 import math
 import statistics
 
@@ -239,19 +240,38 @@ RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 1600
 chosen = here.pick([name for name in ARMS if "256" not in name], [VIT, LOOKUP, ONE_WAY],
                    list(ARMS if here.data == "scenes" else HEADLINE))
 seeds = here.seeds
-rows, answers, trained = {name: [] for name in chosen}, {name: [] for name in chosen}, {}
-for seed in seeds:
-    trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
-    for name in chosen if seed == seeds[0] else HEADLINE:
-        arm = ARMS[name]
-        options = dict({"compressed": here.pick((2, 2), (3, 3), (3, 3))} if arm.kind is LookupViT else {}, **dict(arm.options))
-        model, steps = trial.new(arm.kind, sizes=arm.sizes, **options), arm.steps or STEPS
-        report = trial.fit(f"{name} {steps}", Classify(model), steps, trial.recipe.lr)
-        logits = trial.answers(model)
-        rows[name].append(trial.measure(model, report, logits) | {"steps": steps})
-        answers[name].append(logits.argmax(axis=1) == trial.test.labels)
-        if seed == seeds[0]:
-            trained[name], shown = model, trial
+SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
+
+
+@functools.cache
+def trial_of(seed):
+    return Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
+
+
+def looked_at(trial, model):
+    """What each compressed token of the last block reads in three pictures, mean over heads: (3, M, N)."""
+    with tt.no_grad():
+        _, trace = model.eval()(trial.prepare(trial.test.images[:3]), trace=True)
+    return backend.to_numpy(trace.attention[-1].data).mean(axis=1).tolist()
+
+
+def train(name, seed):
+    """Train an arm -> what is noted of it. "right": a character for each test picture, 1 where its answer is right."""
+    arm, trial = ARMS[name], trial_of(seed)
+    options = dict({"compressed": here.pick((2, 2), (3, 3), (3, 3))} if arm.kind is LookupViT else {}, **dict(arm.options))
+    model, steps = trial.new(arm.kind, sizes=arm.sizes, **options), arm.steps or STEPS
+    report = trial.fit(f"{name} {steps}", Classify(model), steps, trial.recipe.lr)
+    logits = trial.answers(model)
+    row = trial.measure(model, report, logits) | {"steps": steps}
+    row["right"] = "".join(map(str, (logits.argmax(axis=1) == trial.test.labels).astype(int)))
+    return row | ({"looks": looked_at(trial, model)} if (name, seed) == (LOOKUP, seeds[0]) else {})
+
+
+done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed)
+                  for seed in seeds for name in (chosen if seed == seeds[0] else HEADLINE)}, SETTINGS)
+rows = {name: [done[key] for seed in seeds if (key := f"seed{seed} {name}") in done] for name in chosen}
+answers = {name: [np.array(list(row.pop("right"))) == "1" for row in rows[name]] for name in chosen}
+looks = np.array(rows[LOOKUP][0].pop("looks"))
 
 # %% [markdown]
 # ## Where does the way back pay?
@@ -297,21 +317,30 @@ def explained(shares, found):
 
 
 LOCATE_STEPS = here.pick(2, 60, 1000)
-located, maps = {name: [] for name in (VIT, LOOKUP, ONE_WAY)}, {}
-for seed in seeds if here.data == "scenes" else ():
+
+
+@functools.cache
+def locating_trial(seed):
+    """A trial whose labels are the numbers of the pictures, and the object shares of these."""
     trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
-    train, _ = compare.load_pictures(trial.recipe)
-    shares = backend.to_device(train.object_share(RECIPE.patch), here.device)
-    trial.batches.labels = backend.to_device(np.arange(len(train.images)), here.device)
-    test_shares = trial.test.object_share(RECIPE.patch)
-    for name in located:
-        arm = ARMS[name]
-        tt.manual_seed(seed)
-        model = Locator(trial.new(arm.kind, **dict(arm.options))).to(here.device)
-        trial.fit(f"locate {name} {LOCATE_STEPS}", Locate(model, shares), LOCATE_STEPS, trial.recipe.lr)
-        found = trial.answers(model)
-        located[name].append(explained(test_shares, found))
-        maps.setdefault(name, found[:5])
+    pictures, _ = compare.load_pictures(trial.recipe)
+    trial.batches.labels = backend.to_device(np.arange(len(pictures.images)), here.device)
+    return trial, backend.to_device(pictures.object_share(RECIPE.patch), here.device)
+
+
+def locate(name, seed):
+    """Train a Locator on the arm's model -> the explained share of the test pictures, and its answers (5, N) for the first five."""
+    (trial, shares), arm = locating_trial(seed), ARMS[name]
+    model = Locator(trial.new(arm.kind, **dict(arm.options))).to(here.device)
+    trial.fit(f"locate {name} {LOCATE_STEPS}", Locate(model, shares), LOCATE_STEPS, trial.recipe.lr)
+    found = trial.answers(model)
+    return {"explained": explained(trial.test.object_share(RECIPE.patch), found), "first": found[:5].tolist()}
+
+
+done = here.each({f"locate seed{seed} {name}": functools.partial(locate, name, seed) for seed in seeds
+                  for name in (VIT, LOOKUP, ONE_WAY) if here.data == "scenes"}, SETTINGS | {"locate_steps": LOCATE_STEPS})
+located = {name: [done[f"locate seed{seed} {name}"]["explained"] for seed in seeds if done] for name in (VIT, LOOKUP, ONE_WAY)}
+maps = {name: done[f"locate seed{seeds[0]} {name}"]["first"] for name in located if done}
 
 # %% [markdown]
 # ## What was measured
@@ -364,28 +393,25 @@ def draw_arms(figure):
 
 
 def draw_looks(figure):
-    """For three pictures, what each compressed token of the last block reads, mean over heads."""
-    pictures = shown.test.images[:3]
-    with tt.no_grad():
-        _, trace = trained[LOOKUP].eval()(shown.prepare(pictures), trace=True)
-    A = backend.to_numpy(trace.attention[-1].data).mean(axis=1)  # (B, M, N)
-    axes = figure.subplots(len(pictures), 1 + A.shape[1])
+    shown = trial_of(seeds[0]).test
+    axes = figure.subplots(len(looks), 1 + looks.shape[1])
     for b, row in enumerate(axes):
-        picture = pictures[b].transpose(1, 2, 0)
+        picture = shown.images[b].transpose(1, 2, 0)
         for i, axis in enumerate(row):
-            axis.imshow(picture if i == 0 else plot.heat(picture, A[b, i - 1], RECIPE.patch), interpolation="nearest")
-            axis.set(xticks=[], yticks=[], ylabel="" if i else shown.test.names[shown.test.labels[b]])
+            axis.imshow(picture if i == 0 else plot.heat(picture, looks[b, i - 1], RECIPE.patch), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], ylabel="" if i else shown.names[shown.labels[b]])
             if b == 0:
                 axis.set_title("picture" if i == 0 else f"token {i}", fontsize=9)
     figure.suptitle("What each compressed token of the last block reads (red: its largest weight)")
 
 
 def draw_located(figure):
-    side = 32 // RECIPE.patch
+    side, shown = 32 // RECIPE.patch, trial_of(seeds[0]).test
+    shares = shown.object_share(RECIPE.patch)
     axes = figure.subplots(5, 2 + len(maps))
     for b, row in enumerate(axes):
-        panels = {"picture": shown.test.images[b].transpose(1, 2, 0), "object share": test_shares[b].reshape(side, side)}
-        panels |= {name: found[b].reshape(side, side) for name, found in maps.items()}
+        panels = {"picture": shown.images[b].transpose(1, 2, 0), "object share": shares[b].reshape(side, side)}
+        panels |= {name: np.reshape(found[b], (side, side)) for name, found in maps.items()}
         for axis, (name, panel) in zip(row, panels.items()):
             axis.imshow(panel, **({} if name == "picture" else dict(cmap="viridis", vmin=0, vmax=1)))
             axis.set(xticks=[], yticks=[])
@@ -398,8 +424,7 @@ here.picture("arms", draw_arms, 9, 5.5)
 here.picture("looks", draw_looks, 12, 4.2)
 if maps:
     here.picture("located", draw_located, 7.5, 7.5)
-here.measured(rows=rows, differences=differences, located=located, locate_steps=LOCATE_STEPS, seeds=seeds,
-              recipe=dataclasses.asdict(RECIPE) | {"steps": STEPS})
+here.measured(rows=rows, differences=differences, located=located, locate_steps=LOCATE_STEPS, seeds=seeds, recipe=SETTINGS)
 
 # %% [markdown]
 # ## Exercises

@@ -9,6 +9,7 @@
 
 # %%
 import dataclasses
+import functools
 import statistics
 
 import numpy as np
@@ -101,43 +102,54 @@ ARMS = {VIT: (ViT, (), STEPS), DYNAMIC: (DynamicViT, (), 0), LOOKUP: (LookupViT,
         **{f"ViT, {steps} steps": (ViT, (), steps) for steps in fewer}}
 
 
-def train_all(trial):
-    """{arm: the trained model}."""
-    models, recipe, teacher = {}, trial.recipe, None
-    for name, (kind, sizes, steps) in ARMS.items():
-        options = dict(compressed=recipe.compressed) if kind is LookupViT else {}
-        if kind is DynamicViT:
-            options = dict(prune_before=recipe.prune_before, keep_ratios=recipe.keep_ratios)
-        model, first = trial.new(kind, teacher if kind is DynamicViT else None, sizes=sizes, **options), steps or STEPS
-        if steps:
-            trial.fit(f"{'ViT' if ', ' in name and not sizes else name} {steps}", Classify(model), steps, recipe.lr)
-        if name == VIT:
-            teacher = trial.new(ViT, model)
-        for p in (p for predictor in getattr(model, "score_predictor", ()) for p in predictor.parameters()):
+seeds, TESTS = here.seeds, slice(0, 2000)
+SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS, "further": FURTHER, "strengths": STRENGTHS}
+
+
+@functools.cache
+def trial_of(seed):
+    return Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
+
+
+@functools.cache
+def damaged_pictures(corruption, strength, seed):
+    return corrupt(trial_of(seed).test.images[TESTS], corruption, strength, seed=seed)
+
+
+def train_first(trial, name, kind, sizes, steps):
+    """The arm's model after its first part."""
+    model = trial.new(kind, sizes=sizes, **(dict(compressed=trial.recipe.compressed) if kind is LookupViT else {}))
+    trial.fit(f"{'ViT' if ', ' in name and not sizes else name} {steps}", Classify(model), steps, trial.recipe.lr)
+    return model
+
+
+def train(name, seed):
+    """Train an arm -> its model."""
+    (kind, sizes, steps), trial = ARMS[name], trial_of(seed)
+    recipe, first = trial.recipe, steps or STEPS
+    model = train_first(trial, *(name, kind, sizes, steps) if steps else (VIT, *ARMS[VIT]))
+    objective = Classify(model)
+    if kind is DynamicViT:
+        teacher, model = model, trial.new(DynamicViT, model, prune_before=recipe.prune_before, keep_ratios=recipe.keep_ratios)
+        objective = Distil(model, teacher)
+        for p in (p for predictor in model.score_predictor for p in predictor.parameters()):
             p.lr_scale = recipe.predictor_lr_scale
-        objective = Distil(model, teacher) if kind is DynamicViT else Classify(model)
-        trial.fit(f"{name} {first} and further", objective, max(first // 4, 1), recipe.further_lr, offset=first)
-        models[name] = model
-    return models
+    trial.fit(f"{name} {first} and further", objective, max(first // 4, 1), recipe.further_lr, offset=first)
+    return model
 
 
-seeds = here.seeds
-clean, damaged, costs = {name: [] for name in ARMS}, {name: [] for name in ARMS}, {}
-for seed in seeds:
-    trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
-    models, tests = train_all(trial), slice(0, 2000)
-    images, labels = trial.test.images[tests], trial.test.labels[tests]
-    for name, model in models.items():
-        clean[name].append(1 - accuracy(infer(model, images, trial.prepare), labels))
-        costs[name] = tt.macs(model, trial.prepare(images[:1])).total
-        damaged[name].append({})
-    for corruption in CORRUPTIONS:
-        for name in ARMS:
-            damaged[name][-1][corruption] = []
-        for strength in STRENGTHS:
-            pictures = corrupt(images, corruption, strength, seed=seed)
-            for name, model in models.items():
-                damaged[name][-1][corruption].append(1 - accuracy(infer(model, pictures, trial.prepare), labels))
+def errors(name, seed):
+    """Train an arm -> its cost, and its errors on clean and on damaged test pictures."""
+    model, trial = train(name, seed), trial_of(seed)
+    error = lambda images: 1 - accuracy(infer(model, images, trial.prepare), trial.test.labels[TESTS])
+    return {"clean": error(trial.test.images[TESTS]), "macs": tt.macs(model, trial.prepare(trial.test.images[:1])).total,
+            "damaged": {corruption: [error(damaged_pictures(corruption, strength, seed)) for strength in STRENGTHS]
+                        for corruption in CORRUPTIONS}}
+
+
+done = here.each({f"seed{seed} {name}": functools.partial(errors, name, seed) for seed in seeds for name in ARMS}, SETTINGS)
+clean, damaged = ({name: [done[f"seed{seed} {name}"][what] for seed in seeds] for name in ARMS} for what in ("clean", "damaged"))
+costs = {name: done[f"seed{seeds[0]} {name}"]["macs"] for name in ARMS}
 
 # %% [markdown]
 # ## What was measured
@@ -213,8 +225,7 @@ def draw_errors(figure):
 
 
 here.picture("errors", draw_errors, 12, 4.6)
-here.measured(summary=summary, damaged=damaged, clean=clean, seeds=seeds,
-              recipe=dataclasses.asdict(RECIPE) | {"steps": STEPS, "further": FURTHER, "strengths": STRENGTHS})
+here.measured(summary=summary, damaged=damaged, clean=clean, seeds=seeds, recipe=SETTINGS)
 
 # %% [markdown]
 # ## Exercises

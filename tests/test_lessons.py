@@ -1,4 +1,5 @@
 """Every lesson runs at smoke size, is a percent script, and notes what it claims; the committed results are of longer runs."""
+import contextlib
 import json
 import pathlib
 import runpy
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 import tinytoken as tt
-from tinytoken import lesson
+from tinytoken import checkpoint, lesson
 
 LESSONS = pathlib.Path(__file__).parents[1] / "lessons"
 scripts = sorted(LESSONS.glob("[0-9][0-9]_*.py"))
@@ -75,6 +76,36 @@ def test_sizes_options_and_results(tmp_path, capsys):
     assert saved["results"] == {"a": 1} and saved["seed"] == 3 and (tmp_path / "00_test_full_line.png").stat().st_size > 1000
     smaller = lesson.begin("00_test", ["--data", "some/where", "--out", str(tmp_path)])
     assert smaller.stem == "00_test_where" and smaller.checkpoints is None
+
+
+def test_the_jobs_of_a_full_run_are_done_once_on_whatever_machine(tmp_path):
+    def run(size="--full", recipe={"steps": (3, 4)}, **broken):
+        here, did = lesson.begin("00_test", [size, "--out", str(tmp_path)]), []
+        jobs = {name: lambda name=name: did.append(name) or broken.get(name, {"of": [name, 0.1]}) for name in ("arm a", "arm b")}
+        return here.each(jobs, recipe), did, here
+
+    expected = {name: {"of": [name, 0.1]} for name in ("arm a", "arm b")}
+    assert run("--smoke")[:2] == (expected, ["arm a", "arm b"]) and not list(tmp_path.glob("*_parts"))
+    with pytest.raises(TypeError):
+        run(**{"arm b": {1j}})  # as if it had been stopped in the second
+    found, did, here = run()
+    assert found == expected and did == ["arm b"]
+    found, did, here = run()
+    assert found == expected and list(found) == list(expected) and did == []
+    saved = json.loads(here.end().read_text())
+    assert len(saved["machines_of_parts"]) == 1 and "numpy" in saved["machines_of_parts"][0]
+    with pytest.raises(tt.InputError, match="arm-a.json belongs to another run: .*steps"):
+        run(recipe={"steps": (3, 5)})
+
+
+def test_what_another_process_is_doing_is_left_for_later(tmp_path, monkeypatch, capsys):
+    here = lesson.begin("00_test", ["--full", "--out", str(tmp_path)])
+    monkeypatch.setattr(lesson.time, "sleep", lambda seconds: others.close())  # it ends, and has written nothing
+    with contextlib.ExitStack() as others:
+        others.enter_context(checkpoint.claimed(here.out / "00_test_full_parts" / "a.json"))
+        order = []
+        assert here.each({name: lambda name=name: order.append(name) or name for name in "abc"}, {}) == dict(zip("abc", "abc"))
+    assert order == ["b", "c", "a"] and capsys.readouterr().out.count("left for later: another process is at work on") == 1
 
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
+from tinytoken import checkpoint
 from tinytoken.compare import Recipe
+from tinytoken.errors import Busy
 from tinytoken.models import DynamicViT, ViT
 from tinytoken.train import Classify
 from tinytoken.trial import Trial, difference
@@ -48,6 +50,14 @@ def test_an_interrupted_trial_goes_on_and_a_finished_one_is_not_trained_twice(tm
     assert (tmp_path / "seed3" / "vit-further.npz").exists() and (tmp_path / ".gitignore").read_text() == "*\n"
     with pytest.raises(tt.InputError, match="another run"):
         train(tmp_path, 4)
+
+
+def test_a_phase_is_trained_by_one_process_at_a_time(tmp_path):
+    trial = Trial(RECIPE, folder=tmp_path, bar=False)
+    model = trial.new(ViT)
+    with checkpoint.claimed(trial.run.checkpoint("a-b")), pytest.raises(Busy, match="a-b.npz"):
+        trial.fit("a b", Classify(model), 1, 1e-3)
+    trial.fit("a b", Classify(model), 1, 1e-3)
 
 
 def test_photographs_are_moved_and_mirrored_and_scenes_are_not(trial, monkeypatch):

@@ -11,7 +11,12 @@ import numpy as np
 
 from . import models
 from .backend import to_numpy
-from .errors import InputError, expect
+from .errors import Busy, InputError, expect
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT = "tinytoken checkpoint 1"
 
@@ -37,6 +42,24 @@ def replacing(path, mode="wb"):
         if isinstance(error, OSError):
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+@contextlib.contextmanager
+def claimed(path):
+    """Context: no other process is in such a block for the same path; Busy where one is. The claim is a lock on path.lock, so it
+    ends with the process, however that ends. Windows has no such locks: there nothing is claimed."""
+    path = pathlib.Path(path)
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path.parent / f"{path.name}.lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"another process is at work on {path}") from None
+            except OSError as error:
+                raise InputError(f"cannot write {path}.lock: {error.strerror or error}") from error
+        yield
 
 
 def write_json(path, value):

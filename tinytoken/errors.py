@@ -9,6 +9,10 @@ class InputError(ValueError):
     """An argument, array or file that cannot be used. The message says what was given and what was expected."""
 
 
+class Busy(InputError):
+    """Work on a file that another process is at."""
+
+
 class GradientError(AssertionError):
     """A gradient that finite differences, or the engine's own checks, refuse."""
 

@@ -1,12 +1,14 @@
 """What every lesson begins and ends with: three sizes, the same options, pictures, and a JSON of what was measured."""
 import argparse
+import contextlib
+import json
 import pathlib
 import sys
 import time
 
 from . import backend, compare, random
-from .checkpoint import replacing, write_json
-from .errors import InputError, expect
+from .checkpoint import as_json, claimed, replacing, write_json
+from .errors import Busy, InputError, expect
 
 SIZES = ("smoke", "default", "full")
 
@@ -16,6 +18,7 @@ class Lesson:
 
     def __init__(self, name, size, data, device, seed, out):
         self.name, self.size, self.data, self.seed, self.results, self.claims = name, size, data, seed, {}, []
+        self.machines = []  # that parts of the results come from
         self.device, self.out, self.began = backend.announced_device(device), pathlib.Path(out), time.perf_counter()
         self.stem = "_".join([name] + ["full"] * (size == "full") + [pathlib.Path(data).name] * (data != "scenes"))  # of files
         compare.check_writable(self.out)
@@ -40,6 +43,39 @@ class Lesson:
         """The folder for the checkpoints of a full run, None in smaller ones. Lessons with the same --out share it: what one has
         trained, another does not train again."""
         return self.out / "checkpoints" / pathlib.Path(self.data).name if self.size == "full" else None
+
+    def each(self, jobs, recipe):
+        """Do the `jobs`, {name: function without arguments -> a JSON value} -> {name: its value}. A full run writes each value to
+        OUT/STEM_parts/NAME.json, and one with the same --out does not compute it again: so it goes on where it was stopped, on
+        another machine too, and the same command in two terminals (with OPENBLAS_NUM_THREADS=1 in both) shares the jobs. recipe:
+        JSON that a part must agree with; InputError says which does not."""
+        values, busy, recipe = {}, set(), as_json(recipe)
+        while missing := [name for name in jobs if name not in values]:
+            for name in missing:
+                try:
+                    values[name] = self._part(name, jobs[name], recipe)
+                except Busy as error:
+                    if name not in busy:
+                        print(f"left for later: {error}")
+                    busy.add(name)
+            if not values.keys() & set(missing):
+                time.sleep(5)  # others have all that is left
+        return {name: values[name] for name in jobs}
+
+    def _part(self, name, job, recipe):
+        if self.size != "full":
+            return as_json(job())
+        path, began = self.out / f"{self.stem}_parts" / f"{name.replace(' ', '-')}.json", time.perf_counter()
+        with claimed(path) if not path.exists() else contextlib.nullcontext():
+            if not path.exists():  # still
+                write_json(path, {"value": job(), "recipe": recipe, "machine": compare.machine(self.device),
+                                  "seconds": round(time.perf_counter() - began, 1)})
+        part = json.loads(path.read_text())
+        expect(part["recipe"] == recipe, "lesson",
+               lambda: f"{path} belongs to another run: its recipe is {part['recipe']}, this one's {recipe}")
+        if part["machine"] not in self.machines:
+            self.machines.append(part["machine"])
+        return part["value"]
 
     def claim(self, text, measured, low=None, high=None):
         """Print, and note for the JSON, whether a figure is above `low` and at most `high`, bounds that were set before the run."""
@@ -77,7 +113,7 @@ class Lesson:
             self.measured(claims=self.claims)
         write_json(path, {"lesson": self.name, "size": self.size, "seed": self.seed, "data": self.data,
                           "machine": compare.machine(self.device), "seconds": round(time.perf_counter() - self.began, 1),
-                          "results": self.results})
+                          **({"machines_of_parts": self.machines} if self.machines else {}), "results": self.results})
         print(f"measured: {path} ({time.perf_counter() - self.began:.0f} s)")
         return path
 

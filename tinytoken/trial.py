@@ -1,12 +1,13 @@
 """Trials: models trained on one seed's pictures with the same steps of the same optimiser, and what is noted of each. What the
 lessons that compare models share.
 """
+import contextlib
 import dataclasses
 import math
 import pathlib
 import statistics
 
-from . import backend, compare, random
+from . import backend, checkpoint, compare, random
 from .cost import macs
 from .data import Batches, normalise
 from .train import Run, accuracy, fit, infer
@@ -38,10 +39,13 @@ class Trial:
         return model
 
     def fit(self, phase, objective, steps, lr, offset=0, **more):
-        """Train objective.model -> what fit reports. more: further options of fit."""
-        return fit(objective.model, objective, self.batches, steps=steps, lr=lr, weight_decay=self.recipe.weight_decay,
-                   offset=offset, seed=self.recipe.seed, run=self.run, phase=phase.replace(" ", "-"), bar=self.bar,
-                   precision=self.recipe.precision, **more)
+        """Train objective.model -> what fit reports. more: further options of fit. Raises Busy where another process is training
+        the same phase of the same folder."""
+        phase = phase.replace(" ", "-")
+        with checkpoint.claimed(self.run.checkpoint(phase)) if self.run else contextlib.nullcontext():
+            return fit(objective.model, objective, self.batches, steps=steps, lr=lr, weight_decay=self.recipe.weight_decay,
+                       offset=offset, seed=self.recipe.seed, run=self.run, phase=phase, bar=self.bar,
+                       precision=self.recipe.precision, **more)
 
     def prepare(self, images):
         """uint8 pictures -> what a model takes."""
