@@ -497,7 +497,7 @@ def on_device(precision, captured, size, rounds=here.pick(1, 50, 200)):
     model, arrays = ViT(**SIZES).to("cuda"), tt.data.Batches(*train_set, size, seed=here.seed)(0)
     objective, params = Classify(model), model.parameters()
     start, stop = xp.cuda.Event(), xp.cuda.Event()
-    with products_in(precision, params[0]):
+    with products_in(precision, "cuda"):
         gradients = lambda arrays: optim.loss_and_grads(objective, params, arrays)
         take = backend.faster["captured_step"](gradients, optim.AdamW(params, clip=1.0))
         take.run.failed = not captured  # as if the capture had failed: each kernel is launched by itself

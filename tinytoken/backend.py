@@ -18,6 +18,17 @@ from .errors import InputError, expect
 FLOATS = ("float32", "float64")
 
 
+@contextlib.contextmanager
+def swapped(thing, name, value):
+    """Context -> value: thing.name is `value` inside, and afterwards what it was."""
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield value
+    finally:
+        setattr(thing, name, before)
+
+
 # Array modules and devices
 
 def array_module(*arrays):

@@ -18,7 +18,7 @@ from .cost import macs
 from .data import Batches, find_data, load_cifar, make_scenes, normalise
 from .errors import expect
 from .tensor import no_grad
-from .train import Classify, Distil, Run, accuracy, fit, infer
+from .train import Classify, Distil, Run, accuracy, fit, infer, products_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run(recipe, out, device="auto", every=200, threads=None, bar=True):
     began, out, device = time.perf_counter(), pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
     expect(threads is None or threads >= 1, "compare", f"{threads} threads, expected at least 1")
-    expect(recipe.precision == "fp32" or device == "cuda", "compare", f"precision {recipe.precision}: on the CPU products are in fp32")
+    products_in(recipe.precision, device)  # refuses now what training would
     random.manual_seed(recipe.seed)  # refuses a bad one before any work
     check_writable(out)
     train, test = load_pictures(recipe)

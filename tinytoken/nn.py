@@ -328,9 +328,14 @@ def branch(out, paths, number):
 def residual(x, norm, inner, paths, number, *more):
     """A pre-norm residual branch: x + inner(norm x, *more), what is added times paths[:, number] where there are any (see `branch`).
     cuda/ may have a kernel for the whole of it, which gives None for what it does not cover."""
-    fast = kernel("residual", x)
-    done = fast(x, norm, inner, None if paths is None else paths[:, number], *more) if fast else None
+    done = by_kernel("residual", x, norm, inner, None if paths is None else paths[:, number], *more)
     return x + branch(inner(norm(x), *more), paths, number) if done is None else done
+
+
+def by_kernel(name, x, *given):
+    """What the function of cuda/ under this name makes of (x, *given), or None where there is none, or it does not cover them."""
+    fast = kernel(name, x)
+    return fast(x, *given) if fast else None
 
 
 class Block(Module):

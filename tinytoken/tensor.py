@@ -12,7 +12,6 @@ Calling it with Tensors runs it on their arrays and, if an input needs a gradien
 the tape: a Node knows the nodes it came from and nothing knows the Node but its outputs, so there is no global list and no
 reference cycle. Backward sorts the nodes, runs each vjp once with everything that arrived, and frees the node.
 """
-import contextlib
 import inspect
 import itertools
 import threading
@@ -20,7 +19,7 @@ import threading
 import numpy as np
 
 from . import backend
-from .backend import FLOATS, array_module, device_of, is_array, to_numpy
+from .backend import FLOATS, array_module, device_of, is_array, swapped, to_numpy
 from .errors import GradientError, GraphError, InputError, expect
 
 
@@ -32,19 +31,9 @@ _mode = _Mode()
 registry = {}  # (module, name) -> Op; a later definition replaces an earlier one
 
 
-@contextlib.contextmanager
-def _set(mode, name, value):
-    before = getattr(mode, name)
-    setattr(mode, name, value)
-    try:
-        yield
-    finally:
-        setattr(mode, name, before)
-
-
 def no_grad():
     """Context (or decorator): ops record nothing. Holds for the thread that enters it."""
-    return _set(_mode, "recording", False)
+    return swapped(_mode, "recording", False)
 
 
 def recording():
@@ -54,7 +43,7 @@ def recording():
 
 def plain():
     """Context (or decorator): ops use their plain definition, whatever faster ones are registered. Holds for this thread."""
-    return _set(backend.mode, "plain", True)
+    return swapped(backend.mode, "plain", True)
 
 
 def kernel(name, x):
@@ -64,7 +53,7 @@ def kernel(name, x):
 
 def observe(observer):
     """Context: observer(op, shapes of the array arguments) is called for each op that this thread runs."""
-    return _set(_mode, "observer", observer)
+    return swapped(_mode, "observer", observer)
 
 
 class Tensor:

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import tqdm
 
-from . import checkpoint, models, ops, random
-from .backend import array_module, cpu_count, out_of_memory, to_numpy
+from . import backend, checkpoint, models, ops, random
+from .backend import array_module, cpu_count, module_for, out_of_memory, to_numpy
 from .cost import recorded_macs
 from .errors import InputError, expect
 from .optim import AdamW, loss_and_grads, share_out, warmup_cosine
@@ -145,8 +145,7 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     unread = []  # (step, losses, gradient norm) that nobody has looked at yet: on a GPU a look waits for all work before it
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
-    rounding = products_in(precision, params[0])
-    with rounding, _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
+    with products_in(precision, params[0].device), _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
         for step in range(start, steps):
             arrays = batches(offset + step)
             arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
@@ -178,11 +177,11 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     return result
 
 
-def products_in(precision, x):
-    """Context: what products on the device of x round their factors to. "fp32": to nothing, the only one on a CPU; "tf32" and "bf16" are a
+def products_in(precision, device):
+    """Context: what products on the device round their factors to. "fp32": to nothing, the only one on a CPU; "tf32" and "bf16" are a
     GPU's, "bf16" also for whatever lies between the products of a block. Sums, parameters and gradients are float32 always.
-    Raises InputError where there is no such precision."""
-    fast = kernel("precision", x)
+    Raises InputError, when it is made, where there is no such precision."""
+    fast = backend.kernel("precision", module_for(device))
     expect(precision == "fp32" or fast, "precision", f"{precision!r}: on the CPU and under plain() products are in fp32")
     return fast(precision) if fast else contextlib.nullcontext()
 
@@ -192,7 +191,9 @@ def _stepper(objective, params, optimizer, arrays, micro, threads, advice):
     captured = kernel("captured_step", params[0].data)
     if captured:
         return captured(lambda arrays: _gradients(objective, params, arrays, len(arrays[0]), 1), optimizer)
-    if micro is None:
+    if array_module(arrays[0]) is not np:
+        micro = micro or len(arrays[0])
+    elif micro is None:
         micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays))
 
     def take(arrays, rate):
@@ -302,12 +303,13 @@ WORTH_CAPTURING = 5  # slices: the first calls of what is captured are ordinary 
 def infer(model, images, prepare=lambda images: images, batch_size=None, threads=None, precision="fp32", **call):
     """Logits (B, K) in host memory of a model in eval mode, slice by slice on all cores. prepare: raw images -> model input.
     batch_size: images of a slice (None: `slice_size`, on a GPU 128). precision: as of `products_in`."""
-    mode, xp = model.training, array_module(model.parameters()[0].data)
+    mode, first = model.training, model.parameters()[0]
+    xp = array_module(first.data)
     batch_size = batch_size or (slice_size(len(images), threads) if xp is np else 128)
     cuts = [slice(a, a + batch_size) for a in range(0, len(images), batch_size)]
     model.eval()
 
-    forward, captured = lambda arrays: model(*arrays, **call).data, kernel("captured", model.parameters()[0])
+    forward, captured = lambda arrays: model(*arrays, **call).data, kernel("captured", first)
     if captured and len(cuts) >= WORTH_CAPTURING:
         forward = captured(forward, "a forward pass")
 
@@ -315,7 +317,7 @@ def infer(model, images, prepare=lambda images: images, batch_size=None, threads
         with no_grad():
             return to_numpy(forward((prepare(images[cut]),)))
     try:
-        with products_in(precision, model.parameters()[0]):
+        with products_in(precision, first.device):
             return np.concatenate(share_out(logits, cuts, threads if xp is np else 1))
     finally:
         model.train(mode)

@@ -22,12 +22,12 @@ class TinyToken:
         objective, batch = on_device(work, arrays), [to_device(array, "cuda") for array in batch_of(arrays)]
         params = objective.model.parameters()
         optimizer = AdamW(params, **recipe)
-        with products_in(self.precision, params[0]):
+        with products_in(self.precision, "cuda"):
             take = CapturedStep(lambda arrays: loss_and_grads(objective, params, arrays), optimizer)
         take.run.failed = not self.captured  # goes on with ordinary steps, as fit does where a capture fails
 
         def step():
-            with products_in(self.precision, params[0]):
+            with products_in(self.precision, "cuda"):
                 loss, _, norm = take(batch, recipe["lr"])
             return loss, norm
         return step
@@ -39,7 +39,7 @@ class TinyToken:
         forward = Captured(forward, "a forward pass") if self.captured else forward
 
         def logits():
-            with no_grad(), products_in(self.precision, model.parameters()[0]):
+            with no_grad(), products_in(self.precision, "cuda"):
                 return forward((images,))
         return logits
 

@@ -62,7 +62,9 @@ def test_a_step_in_bf16_is_near_the_plain_one(name, there):
         expected, plain_grads = step(name, WIDE_STEPS)
     assert loss == pytest.approx(expected, rel=0.01) and grads.keys() == plain_grads.keys()
     for n, g in grads.items():
-        np.testing.assert_allclose(g, plain_grads[n], rtol=0, atol=0.05 * np.abs(plain_grads[n]).max() + 1e-5, err_msg=n)
+        # no softmax sees what is the same for all keys: this bias has no gradient, and what is rounded off stands for one
+        like = n.replace("gather_norm_k.bias", "gather_norm_k.weight")
+        np.testing.assert_allclose(g, plain_grads[n], rtol=0, atol=0.05 * np.abs(plain_grads[like]).max() + 1e-5, err_msg=n)
 
 
 def test_a_step_makes_the_same_launches_again(there):
@@ -92,7 +94,7 @@ def test_a_step_finds_what_lasts_at_the_same_addresses(there, monkeypatch):
                   if start <= address_of(a) < start + size]
         calls.append((kernel, blocks, threads, shared, places))
         before(kernel, blocks, threads, arguments, shared)
-    before = launcher._runner
+    before = launcher.now.run
     for _ in range(2):
         with launcher.running_on(note), gemm.precision("bf16"), weights.in_use():
             tt.optim.loss_and_grads(objective, optimizer.params, arrays)

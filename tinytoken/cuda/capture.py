@@ -1,5 +1,5 @@
-"""A training step, or a forward pass, as one CUDA graph. The models here are small, so a GPU waits for the host to launch the next kernel; a graph is
-launched once, with all its kernels.
+"""A training step, or a forward pass, as one CUDA graph. The models here are small, so a GPU waits for the host to launch the next
+kernel; a graph is launched once, with all its kernels.
 
 A graph repeats what was captured: the same kernels on the same addresses with the same numbers. So whatever changes from step to
 step lies in device memory that is written before each launch: the batch and its noise, and AdamW's rates. Its temporaries live in a

@@ -4,13 +4,13 @@ float32, or bf16, which NumPy does not know: its bits lie in uint16 arrays.
 cuBLASLt thinks in columns. A row-major (R, C) array is a column-major (C, R) matrix without being touched, and out = a b is, in columns,
 out^T = b^T a^T. So b is handed over first, transposed if the caller wants it transposed, and nothing is ever copied.
 """
-import contextlib
 import ctypes
 import functools
 import operator
 import threading
+import types
 
-from ..backend import module_for
+from ..backend import module_for, swapped
 from ..errors import InputError, expect
 from . import launcher
 
@@ -24,24 +24,24 @@ PRECISIONS = {"fp32": 68, "tf32": 77, "bf16": 75}  # what float32 factors may be
 WORKSPACE = 32 << 20  # bytes; what the makers advise on Hopper
 CANDIDATES = 8  # algorithms that are timed at the first use of a shape
 
-_mode = threading.local()
+
+class Mode(threading.local):
+    """precision: of this thread's products."""
+    precision = "fp32"
 
 
-@contextlib.contextmanager
+mode = Mode()
+
+
 def precision(name):
     """Context: products round their factors to fp32 (that is, not), tf32 or bf16."""
     expect(name in PRECISIONS, "precision", lambda: f"{name!r}, expected {', '.join(PRECISIONS)}")
-    before = current_precision()
-    _mode.precision = name
-    try:
-        yield
-    finally:
-        _mode.precision = before
+    return swapped(mode, "precision", name)
 
 
 def current_precision():
     """The one that holds here and now, in this thread."""
-    return getattr(_mode, "precision", "fp32")
+    return mode.precision
 
 
 class Result(ctypes.Structure):
@@ -172,18 +172,12 @@ def _milliseconds(cupy, run, algorithm, scratch, rounds=5):
     return cupy.cuda.get_elapsed_time(start, stop)
 
 
-_runner = on_device
+now = types.SimpleNamespace(run=on_device)
 
 
-@contextlib.contextmanager
 def running_on(runner):
-    """Context: products go to runner(plan, a, b, out, bias, add) instead of the device."""
-    global _runner
-    before, _runner = _runner, runner
-    try:
-        yield
-    finally:
-        _runner = before
+    """Context -> runner: products go to runner(plan, a, b, out, bias, add) instead of the device."""
+    return swapped(now, "run", runner)
 
 
 def product(a, b, *, ta=False, tb=False, bias=None, add=None, out=None, dtype="float32"):
@@ -198,6 +192,6 @@ def product(a, b, *, ta=False, tb=False, bias=None, add=None, out=None, dtype="f
     expect(a.dtype.name in TYPES and all(x is None or x.dtype == wanted and x.flags.c_contiguous for x, wanted in given), "product",
            "contiguous matrices expected, factors both float32 or both bf16, the rest of the result's dtype")
     out = launcher.empty(a, M, N, dtype=dtype) if out is None else out
-    mode = current_precision() if a.dtype == "float32" else "fp32"
-    _runner(plan(M, N, K, ta, tb, bias is not None, add is not None, a.dtype.name, dtype, mode), a, b, out, bias, add)
+    rounding = current_precision() if a.dtype == "float32" else "fp32"
+    now.run(plan(M, N, K, ta, tb, bias is not None, add is not None, a.dtype.name, dtype, rounding), a, b, out, bias, add)
     return out

@@ -20,7 +20,7 @@ class Sums:
     leaves that to the step's end."""
 
     def __init__(self, *arrays):
-        self.arrays, known = arrays, weights.in_use_now()
+        self.arrays, known = arrays, weights.now.weights
         self.columns = known.columns_of(arrays) if known else None
         self.parts = None if self.columns is None else known.parts
 

@@ -1,15 +1,15 @@
 """Kernels by name, and their launch. A kernel's declaration in `sources/` is the one place that says what it takes; each argument is
 checked against it and given its width, so a Python number never arrives as 64 bits where the kernel reads 32.
 """
-import contextlib
 import dataclasses
 import functools
 import pathlib
 import re
+import types
 
 import numpy as np
 
-from ..backend import array_module, is_array, module_for
+from ..backend import array_module, is_array, module_for, swapped
 from ..errors import InputError, expect
 
 SOURCES = pathlib.Path(__file__).parent / "sources"
@@ -66,7 +66,7 @@ def launch(name, blocks, threads, *arguments, shared=0, constants=()):
         kernel = dataclasses.replace(kernel, constants=constants)
     expect(len(arguments) == len(kernel.parameters), name, lambda: f"{len(arguments)} arguments, expected {len(kernel.parameters)}")
     expect(0 < blocks < 2**31 and threads % 32 == 0 and 0 < threads <= 1024, name, lambda: f"a grid of {blocks} x {threads}")
-    _runner(kernel, blocks, threads, [_argument(kernel, value, *p) for value, p in zip(arguments, kernel.parameters)], shared)
+    now.run(kernel, blocks, threads, [_argument(kernel, value, *p) for value, p in zip(arguments, kernel.parameters)], shared)
 
 
 def _argument(kernel, value, name, dtype, array, _):
@@ -104,18 +104,12 @@ def most_shared():
     return module_for("cuda").cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
 
 
-_runner = on_device
+now = types.SimpleNamespace(run=on_device)
 
 
-@contextlib.contextmanager
 def running_on(runner):
-    """Context: launches go to runner(kernel, blocks, threads, arguments, shared) instead of the device."""
-    global _runner
-    before, _runner = _runner, runner
-    try:
-        yield runner
-    finally:
-        _runner = before
+    """Context -> runner: launches go to runner(kernel, blocks, threads, arguments, shared) instead of the device."""
+    return swapped(now, "run", runner)
 
 
 def contiguous(array):

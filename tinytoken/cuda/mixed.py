@@ -19,21 +19,22 @@ def half(a, b, **more):
 
 
 class Norm:
-    """Layer norm of rows x (R, D), and the gradients of what went into it."""
+    """Layer norm of rows x (R, D), float32 or bf16, written as bf16, and the gradients of what went into it."""
 
     def __init__(self, x, weight, bias, eps):
         self.x, self.parameters, self.sizes = x, (weight, bias), x.shape
+        self.kernels = "bf16_norm" if x.dtype == "float32" else "bf16_qk_norm"
         self.out, self.mean, self.scale = launcher.empty(x, *x.shape, dtype="uint16"), launcher.empty(x, len(x)), launcher.empty(x, len(x))
-        launcher.launch("bf16_norm_forward", *rows_of(len(x)), x, weight, bias, self.out, self.mean, self.scale, *self.sizes, eps)
+        launcher.launch(f"{self.kernels}_forward", *rows_of(len(x)), x, weight, bias, self.out, self.mean, self.scale, *self.sizes, eps)
 
     def gradients(self, g, past, shape):
-        """Functions for a vjp, of x (as `shape`), weight and bias. g() of the norm's output, past: of what goes past the branch."""
+        """Functions for a vjp, of x (as `shape`), weight and bias. g() of the norm's output, past: of what goes past the branch, or None."""
         def of_x():
-            dx = launcher.empty_like(self.x)
-            launcher.launch("bf16_norm_backward", *rows_of(len(self.x)), self.x, self.parameters[0], g(), self.mean, self.scale, past, dx,
-                            *self.sizes)
+            dx = launcher.empty(self.x, *self.x.shape, dtype=self.x.dtype.name)
+            launcher.launch(f"{self.kernels}_backward", *rows_of(len(self.x)), self.x, self.parameters[0], g(), self.mean, self.scale, past,
+                            dx, *self.sizes)
             return dx.reshape(shape)
-        of_parameters = lambda sums: sums.run("bf16_norm_parameters", (self.x, g(), self.mean, self.scale), *self.sizes)
+        of_parameters = lambda sums: sums.run(f"{self.kernels}_parameters", (self.x, g(), self.mean, self.scale), *self.sizes)
         return of_x, *summed_gradients(of_parameters, *self.parameters)
 
 
@@ -140,11 +141,16 @@ def covered_mlp(x, mlp, paths):
 COVERED = {("tinytoken.nn", "Attention"): covered_attention, ("tinytoken.nn", "MLP"): covered_mlp}  # cuda/ stands below nn
 
 
+def covers_stream(x):
+    """Whether products are to be in bf16, and can be, for a residual stream x (B, T, D)."""
+    return (gemm.current_precision() == "bf16" and gemm.library() is not None and isinstance(x, Tensor) and x.dtype == "float32"
+            and x.shape[2] % 8 == 0 and x.size > 0)
+
+
 def residual(x, norm, inner, paths, *more):
     """nn.residual's work, or None where the products are not to be in bf16, or a branch is none of the two above."""
     covers = COVERED.get((type(inner).__module__, type(inner).__name__))
-    if gemm.current_precision() != "bf16" or gemm.library() is None or not covers or not isinstance(x, Tensor) or x.dtype != "float32" or (
-            x.shape[2] % 8 or not x.size):
+    if not covers or not covers_stream(x):
         return None
     found = covers(x, inner, paths, *more)
     if found is None:

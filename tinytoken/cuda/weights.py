@@ -2,11 +2,17 @@
 import contextlib
 import threading
 
-from ..backend import array_module
+from ..backend import array_module, swapped
 from . import gemm, launcher, sums
 from .launcher import contiguous, cover
 
-_now = threading.local()  # .weights: the Weights in use
+
+class Now(threading.local):
+    """weights: the Weights that this thread uses, or None."""
+    weights = None
+
+
+now = Now()
 
 
 class Weights:
@@ -45,13 +51,10 @@ class Weights:
         """Context: round the weights as they are now, and use them; at its end add up the sums over rows."""
         if self.rounded is not None:
             launcher.launch("bf16_round", *cover(self.rounded.size // 2), self.flat.data, self.rounded, self.rounded.size // 2)
-        before, _now.weights = getattr(_now, "weights", None), self
         self.filled = set()
-        try:
+        with swapped(now, "weights", self):
             yield
             self._add_up()
-        finally:
-            _now.weights = before
 
     def columns_of(self, arrays):
         """Where the partial sums of these parameters' gradients go, or None: some have no column, or a sum is in it already."""
@@ -72,14 +75,9 @@ class Weights:
             sums.add_up(self.parts[:, column:], [self.flat.grad[begin:end]], add=True)
 
 
-def in_use_now():
-    """The Weights that this thread uses, or None."""
-    return getattr(_now, "weights", None)
-
-
 def rounded(array):
     """A parameter's array in bf16."""
-    known = in_use_now()
+    known = now.weights
     if known is None:
         return rounded_alone(array)
     if id(array) in known.copies:
@@ -98,5 +96,5 @@ def rounded_alone(array):
 
 def place_of(array):
     """Where the gradient of a parameter's array is added to, or None: it is to be returned."""
-    known = in_use_now()
+    known = now.weights
     return known.places.get(id(array)) if known else None

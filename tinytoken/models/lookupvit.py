@@ -48,15 +48,20 @@ class LookupBlock(nn.Module):
 
     def forward(self, lookup, compressed, tail=True, trace=None, paths=None):
         """tail=False stops after (b): what only the lookup tokens would see of the last block."""
-        out, A, logits = self.gather(lookup, compressed)
+        found = nn.by_kernel("gather_branch", lookup, compressed, self, paths)
+        if found is None:
+            out, A, logits = self.gather(lookup, compressed)
+            compressed = compressed + nn.branch(self.gather_proj(ops.merge_heads(out)), paths, 0)
+        else:
+            (compressed, A), logits = found, None
         if trace is not None:
             trace.append(A.detach())
-        compressed = compressed + nn.branch(self.gather_proj(ops.merge_heads(out)), paths, 0)
         compressed = self.refine(compressed, paths=None if paths is None else paths[:, 1:3])
         if not tail:
             return lookup, compressed
         if self.reuse != "none":
-            lookup = lookup + nn.branch(self.infuse(lookup, compressed, A, logits), paths, 3)
+            infused = nn.by_kernel("infuse_branch", lookup, compressed, A, self, paths)
+            lookup = lookup + nn.branch(self.infuse(lookup, compressed, A, logits), paths, 3) if infused is None else infused
         return nn.residual(lookup, self.lookup_norm, self.lookup_mlp, paths, 4), compressed
 
     def gather(self, lookup, compressed):

@@ -6,127 +6,165 @@ extern "C" __global__ void bf16_round(const float* x, bf16x2* out, long long pai
     if (i < pairs) out[i] = pack(x[2 * i], x[2 * i + 1]);
 }
 
-// Layer norm of float32 rows, written as bf16; a warp per row.
-extern "C" __global__ void bf16_norm_forward(const float* x, const float* weight, const float* bias, bf16x2* out, float* mean,
-                                             float* scale, int rows, int width, float eps) {
+// Rows are float32, those of the residual stream, or bf16, queries and keys: a pair of numbers of either
+__device__ inline float2 pair(const float* rows, long long i) { return ((const float2*)rows)[i]; }
+__device__ inline float2 pair(const bf16x2* rows, long long i) {
+    float2 value;
+    value.x = low(rows[i]);
+    value.y = high(rows[i]);
+    return value;
+}
+__device__ inline void put(float* rows, long long i, float2 value) { ((float2*)rows)[i] = value; }
+__device__ inline void put(bf16x2* rows, long long i, float2 value) { rows[i] = pack(value.x, value.y); }
+
+// Layer norm, written as bf16; a warp per row.
+template <class Row>
+__device__ inline void norm_forward(const Row* x, const float* weight, const float* bias, bf16x2* out, float* mean, float* scale, int rows,
+                                    int width, float eps) {
     int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (row >= rows) return;
-    const float2* in = (const float2*)(x + (long long)row * width);
+    long long first = (long long)row * (width / 2);
     float total = 0.0f;
-    for (int c = lane; c < width / 2; c += WARP) total += in[c].x + in[c].y;
+    for (int c = lane; c < width / 2; c += WARP) total += pair(x, first + c).x + pair(x, first + c).y;
     float centre = warp_sum(total) / width;
     total = 0.0f;
-    for (int c = lane; c < width / 2; c += WARP) total += (in[c].x - centre) * (in[c].x - centre) + (in[c].y - centre) * (in[c].y - centre);
+    for (int c = lane; c < width / 2; c += WARP) {
+        float2 in = pair(x, first + c);
+        total += (in.x - centre) * (in.x - centre) + (in.y - centre) * (in.y - centre);
+    }
     float factor = 1.0f / sqrtf(warp_sum(total) / width + eps);
     if (lane == 0) {
         mean[row] = centre;
         scale[row] = factor;
     }
-    for (int c = lane; c < width / 2; c += WARP)
-        out[(long long)row * (width / 2) + c] = pack((in[c].x - centre) * factor * weight[2 * c] + bias[2 * c],
-                                                     (in[c].y - centre) * factor * weight[2 * c + 1] + bias[2 * c + 1]);
+    for (int c = lane; c < width / 2; c += WARP) {
+        float2 in = pair(x, first + c), w = pair(weight, c), b = pair(bias, c);
+        out[first + c] = pack((in.x - centre) * factor * w.x + b.x, (in.y - centre) * factor * w.y + b.y);
+    }
 }
 
-// dx = the norm's gradient + the one that passes it by, on the residual stream
-extern "C" __global__ void bf16_norm_backward(const float* x, const float* weight, const bf16x2* g, const float* mean, const float* scale,
-                                              const float* past, float* dx, int rows, int width) {
+extern "C" __global__ void bf16_norm_forward(const float* x, const float* weight, const float* bias, bf16x2* out, float* mean,
+                                             float* scale, int rows, int width, float eps) {
+    norm_forward(x, weight, bias, out, mean, scale, rows, width, eps);
+}
+
+extern "C" __global__ void bf16_qk_norm_forward(const bf16x2* x, const float* weight, const float* bias, bf16x2* out, float* mean,
+                                                float* scale, int rows, int width, float eps) {
+    norm_forward(x, weight, bias, out, mean, scale, rows, width, eps);
+}
+
+// dx = the norm's gradient + the one that passes it by, on the residual stream (null: none)
+template <class Row>
+__device__ inline void norm_backward(const Row* x, const float* weight, const bf16x2* g, const float* mean, const float* scale,
+                                     const float* past, Row* dx, int rows, int width) {
     int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (row >= rows) return;
     long long first = (long long)row * (width / 2);
-    const float2 *in = (const float2*)x + first, *by = (const float2*)past + first, *w = (const float2*)weight;
     float centre = mean[row], factor = scale[row], sum = 0.0f, along = 0.0f;
     for (int c = lane; c < width / 2; c += WARP) {
-        float u = low(g[first + c]) * w[c].x, v = high(g[first + c]) * w[c].y;
-        sum += u + v;
-        along += (u * (in[c].x - centre) + v * (in[c].y - centre)) * factor;
+        float2 in = pair(x, first + c), w = pair(weight, c), up = pair(g, first + c);
+        sum += up.x * w.x + up.y * w.y;
+        along += (up.x * w.x * (in.x - centre) + up.y * w.y * (in.y - centre)) * factor;
     }
     sum = warp_sum(sum) / width;
     along = warp_sum(along) / width;
     for (int c = lane; c < width / 2; c += WARP) {
-        float2 value;
-        value.x = by[c].x + (low(g[first + c]) * w[c].x - sum - (in[c].x - centre) * factor * along) * factor;
-        value.y = by[c].y + (high(g[first + c]) * w[c].y - sum - (in[c].y - centre) * factor * along) * factor;
-        ((float2*)dx)[first + c] = value;
-    }
-}
-
-// Kernels that add up columns: a block has a stretch of rows, first up to last, and its threads are dealt to pairs of columns (`lanes` of
-// them side by side) and to every `groups`-th row. What the groups have is added in their order.
-#define DEAL(pairs) \
-    int first = blockIdx.x * stretch, last = min(first + stretch, rows), lanes = min((pairs + WARP - 1) / WARP * WARP, (int)blockDim.x), \
-        groups = blockDim.x / lanes, group = threadIdx.x / lanes, lane = threadIdx.x % lanes
-
-// The sum of the groups' totals to `to`; every thread of the block comes here.
-__device__ inline void add_groups(float2 total, float2* sums, int lanes, int groups, float2* to, bool inside) {
-    sums[threadIdx.x] = total;
-    __syncthreads();
-    if (threadIdx.x < lanes && inside) {
-        for (int other = 1; other < groups; other++) {
-            total.x += sums[other * lanes + threadIdx.x].x;
-            total.y += sums[other * lanes + threadIdx.x].y;
+        float2 in = pair(x, first + c), w = pair(weight, c), up = pair(g, first + c), value;
+        value.x = (up.x * w.x - sum - (in.x - centre) * factor * along) * factor;
+        value.y = (up.y * w.y - sum - (in.y - centre) * factor * along) * factor;
+        if (past) {
+            value.x += pair(past, first + c).x;
+            value.y += pair(past, first + c).y;
         }
-        *to = total;
+        put(dx, first + c, value);
     }
-    __syncthreads();
 }
 
-// Gradients of the norm's weight and bias. parts, pitch, second: see norm.cu
+extern "C" __global__ void bf16_norm_backward(const float* x, const float* weight, const bf16x2* g, const float* mean, const float* scale,
+                                              const float* past, float* dx, int rows, int width) {
+    norm_backward(x, weight, g, mean, scale, past, dx, rows, width);
+}
+
+extern "C" __global__ void bf16_qk_norm_backward(const bf16x2* x, const float* weight, const bf16x2* g, const float* mean,
+                                                 const float* scale, const float* past, bf16x2* dx, int rows, int width) {
+    norm_backward(x, weight, g, mean, scale, past, dx, rows, width);
+}
+
+// Kernels that add up columns. A block has a stretch of rows, and its threads are dealt to pairs of columns (`lanes` of them side by side)
+// and to every `groups`-th row; what the groups have is added in their order. of(place, row, sums) adds to the N sums of a pair of
+// columns what a row has for them, `place` pairs from the array's start. parts, pitch, second: see norm.cu
+template <int N, class Of>
+__device__ inline void add_columns(Of of, float* parts, int pitch, int second, int rows, int width, int stretch) {
+    SHARED(float2, sums);
+    int pairs = width / 2, first = blockIdx.x * stretch, last = min(first + stretch, rows);
+    int lanes = min((pairs + WARP - 1) / WARP * WARP, (int)blockDim.x), groups = blockDim.x / lanes;
+    int group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    for (int c = lane; c - lane < pairs; c += lanes) {
+        float2 totals[N];
+        for (int i = 0; i < N; i++) totals[i].x = totals[i].y = 0.0f;
+        for (int row = first + group; c < pairs && group < groups && row < last; row += groups)
+            of((long long)row * pairs + c, row, totals);
+        for (int i = 0; i < N; i++) {
+            sums[threadIdx.x] = totals[i];
+            __syncthreads();
+            if (threadIdx.x < lanes && c < pairs) {
+                for (int other = 1; other < groups; other++) {
+                    totals[i].x += sums[other * lanes + threadIdx.x].x;
+                    totals[i].y += sums[other * lanes + threadIdx.x].y;
+                }
+                *(float2*)(parts + (long long)blockIdx.x * pitch + i * second + 2 * c) = totals[i];
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// Gradients of the norm's weight and bias.
+template <class Row>
+__device__ inline void norm_parameters(const Row* x, const bf16x2* g, const float* mean, const float* scale, float* parts, int pitch,
+                                       int second, int rows, int width, int stretch) {
+    auto of = [=](long long place, int row, float2* sums) {
+        float2 in = pair(x, place), up = pair(g, place);
+        sums[0].x += up.x * (in.x - mean[row]) * scale[row];
+        sums[0].y += up.y * (in.y - mean[row]) * scale[row];
+        sums[1].x += up.x;
+        sums[1].y += up.y;
+    };
+    add_columns<2>(of, parts, pitch, second, rows, width, stretch);
+}
+
 extern "C" __global__ void bf16_norm_parameters(const float* x, const bf16x2* g, const float* mean, const float* scale, float* parts,
                                                 int pitch, int second, int rows, int width, int stretch) {
-    SHARED(float2, sums);
-    int pairs = width / 2;
-    DEAL(pairs);
-    float2* part = (float2*)(parts + (long long)blockIdx.x * pitch);
-    for (int c = lane; c - lane < pairs; c += lanes) {
-        float2 of_weight = {0.0f, 0.0f}, of_bias = {0.0f, 0.0f};
-        for (int row = first + group; c < pairs && group < groups && row < last; row += groups) {
-            bf16x2 both = g[(long long)row * pairs + c];
-            float2 in = ((const float2*)x)[(long long)row * pairs + c];
-            of_weight.x += low(both) * (in.x - mean[row]) * scale[row];
-            of_weight.y += high(both) * (in.y - mean[row]) * scale[row];
-            of_bias.x += low(both);
-            of_bias.y += high(both);
-        }
-        add_groups(of_weight, sums, lanes, groups, part + c, c < pairs);
-        add_groups(of_bias, sums, lanes, groups, part + second / 2 + c, c < pairs);
-    }
+    norm_parameters(x, g, mean, scale, parts, pitch, second, rows, width, stretch);
+}
+
+extern "C" __global__ void bf16_qk_norm_parameters(const bf16x2* x, const bf16x2* g, const float* mean, const float* scale, float* parts,
+                                                   int pitch, int second, int rows, int width, int stretch) {
+    norm_parameters(x, g, mean, scale, parts, pitch, second, rows, width, stretch);
 }
 
 // The gradient g of a branch's output, rounded, times the branch's factor of the row's picture (`per` rows each; null: 1), and the sums of
 // its columns, which is the bias's gradient.
 extern "C" __global__ void bf16_round_and_sum(const float* g, const float* factor, bf16x2* out, float* parts, int pitch, int second,
                                               int rows, int width, int per, int stretch) {
-    SHARED(float2, sums);
-    int pairs = width / 2;
-    DEAL(pairs);
-    for (int c = lane; c - lane < pairs; c += lanes) {
-        float2 total = {0.0f, 0.0f};
-        for (int row = first + group; c < pairs && group < groups && row < last; row += groups) {
-            float2 value = ((const float2*)g)[(long long)row * pairs + c];
-            float times = factor ? factor[row / per] : 1.0f;
-            value.x *= times;
-            value.y *= times;
-            out[(long long)row * pairs + c] = pack(value.x, value.y);
-            total.x += value.x;
-            total.y += value.y;
-        }
-        add_groups(total, sums, lanes, groups, (float2*)(parts + (long long)blockIdx.x * pitch) + c, c < pairs);
-    }
+    auto of = [=](long long place, int row, float2* sums) {
+        float2 value = ((const float2*)g)[place];
+        float times = factor ? factor[row / per] : 1.0f;
+        value.x *= times;
+        value.y *= times;
+        out[place] = pack(value.x, value.y);
+        sums[0].x += value.x;
+        sums[0].y += value.y;
+    };
+    add_columns<1>(of, parts, pitch, second, rows, width, stretch);
 }
 
 extern "C" __global__ void bf16_sum(const bf16x2* values, float* parts, int pitch, int second, int rows, int width, int stretch) {
-    SHARED(float2, sums);
-    int pairs = width / 2;
-    DEAL(pairs);
-    for (int c = lane; c - lane < pairs; c += lanes) {
-        float2 total = {0.0f, 0.0f};
-        for (int row = first + group; c < pairs && group < groups && row < last; row += groups) {
-            bf16x2 both = values[(long long)row * pairs + c];
-            total.x += low(both);
-            total.y += high(both);
-        }
-        add_groups(total, sums, lanes, groups, (float2*)(parts + (long long)blockIdx.x * pitch) + c, c < pairs);
-    }
+    auto of = [=](long long place, int row, float2* sums) {
+        sums[0].x += low(values[place]);
+        sums[0].y += high(values[place]);
+    };
+    add_columns<1>(of, parts, pitch, second, rows, width, stretch);
 }
 
 // x + factor (of the row's picture) branch
@@ -155,18 +193,11 @@ extern "C" __global__ void bf16_gelu_forward(const bf16x2* x, bf16x2* out, long 
 // and the sums of its columns: the gradient of the bias before it
 extern "C" __global__ void bf16_gelu_backward(const bf16x2* x, const bf16x2* g, bf16x2* dx, float* parts, int pitch, int second, int rows,
                                               int width, int stretch) {
-    SHARED(float2, sums);
-    int pairs = width / 2;
-    DEAL(pairs);
-    for (int c = lane; c - lane < pairs; c += lanes) {
-        float2 total = {0.0f, 0.0f};
-        for (int row = first + group; c < pairs && group < groups && row < last; row += groups) {
-            bf16x2 in = x[(long long)row * pairs + c], up = g[(long long)row * pairs + c];
-            float u = low(up) * gelu_slope(low(in)), v = high(up) * gelu_slope(high(in));
-            dx[(long long)row * pairs + c] = pack(u, v);
-            total.x += u;
-            total.y += v;
-        }
-        add_groups(total, sums, lanes, groups, (float2*)(parts + (long long)blockIdx.x * pitch) + c, c < pairs);
-    }
+    auto of = [=](long long place, int row, float2* sums) {
+        float u = low(g[place]) * gelu_slope(low(x[place])), v = high(g[place]) * gelu_slope(high(x[place]));
+        dx[place] = pack(u, v);
+        sums[0].x += u;
+        sums[0].y += v;
+    };
+    add_columns<1>(of, parts, pitch, second, rows, width, stretch);
 }
