@@ -19,7 +19,7 @@ import numpy as np
 
 import tinytoken as tt
 from tinytoken import backend, lesson, nn, ops, optim, tensor
-from tinytoken.cuda import gemm, launcher, mixed, registered
+from tinytoken.cuda import capture, gemm, launcher, mixed, registered
 from tinytoken.cuda.weights import Weights
 from tinytoken.models import ViT
 from tinytoken.train import Classify, accuracy, fit, infer, products_in
@@ -477,11 +477,12 @@ assert [row["first_wrong"] for row in toy.values()] == [None, 2, 2, 2]
 
 # %% [markdown]
 # Nothing is raised, nothing is NaN, and the end need not even look worse: a frozen step trains, only otherwise. What finds it is a
-# comparison with ordinary steps, over several of them, to the bit, with batches that change. In the package
-# (`tinytoken/cuda/capture.py`) the batch is copied into arrays of the step's own, and one small launch before each replay, `set_rates`,
-# writes rate and corrections where the kernel `adamw` reads them. Temporaries are the same trap again: their addresses are in the
-# graph, so they lie in a memory pool that nobody else uses. And a step that reads a value on the host (lesson 12) cannot be
-# captured at all.
+# comparison with ordinary steps, over several of them, to the bit, with batches that change. In the package's training
+# (`CapturedRun` in `tinytoken/cuda/capture.py`) all that changes follows from the step's number, which lies in device memory, where the
+# graph's last kernel adds one to it. Random draws are functions of seed and number; rates and corrections are a row of a table, made
+# beforehand, with a row for each step. All that is written before a replay are the numbers of the batch's pictures. Temporaries are the
+# same trap again: their addresses are in the graph, so they lie in a memory pool that nobody else uses. And a step that reads a value on
+# the host (lesson 12) cannot be captured at all.
 #
 # ## On a device
 # With a GPU: the ViT's step with each kernel launched by itself and as one graph, timed by events in the stream; whether both
@@ -499,7 +500,7 @@ def on_device(precision, captured, size, rounds=here.pick(1, 50, 200)):
     start, stop = xp.cuda.Event(), xp.cuda.Event()
     with products_in(precision, "cuda"):
         gradients = lambda arrays: optim.loss_and_grads(objective, params, arrays)
-        take = backend.faster["captured_step"](gradients, optim.AdamW(params, clip=1.0))
+        take = capture.CapturedStep(gradients, optim.AdamW(params, clip=1.0))
         take.run.failed = not captured  # as if the capture had failed: each kernel is launched by itself
         for n in range(4 + rounds):
             if n == 4:  # it is compiled, products are timed, and the step is captured

@@ -45,7 +45,7 @@ class AdamW:
         if fast:
             return fast(self, lr)
         self.steps += 1
-        corrections = self.corrections()
+        corrections = self.corrections(self.steps)
         with blas_threads(1):  # more of them would sum in another order
             norm = clip_norm(flat.grad, math.inf if self.clip is None else self.clip)
         block = BLOCK if array_module(flat.data) is np else flat.data.size
@@ -56,17 +56,17 @@ class AdamW:
                              self.weight_decay if decay else 0.0, corrections)
                 if self.mean is not None:
                     change = flat.data[cut] - self.mean[cut]
-                    change *= self.mean_share()
+                    change *= self.mean_share(self.steps)
                     self.mean[cut] += change
         return norm
 
-    def corrections(self):
-        """1 - beta^t, for both betas: what the moments, which begin at 0, are too small by."""
-        return [1 - beta ** self.steps for beta in self.betas]
+    def corrections(self, t):
+        """1 - beta^t at step t, from 1, for both betas: what the moments, which begin at 0, are too small by."""
+        return [1 - beta ** t for beta in self.betas]
 
-    def mean_share(self):
-        """The share of the weights in their running mean at this step."""
-        return 0.0 if self.mean is None else 1 - min(self.average, (1 + self.steps) / (10 + self.steps))
+    def mean_share(self, t):
+        """The share of the weights in their running mean at step t."""
+        return 0.0 if self.mean is None else 1 - min(self.average, (1 + t) / (10 + t))
 
     def use_average(self):
         """Put the running mean in the weights' place."""

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from .backend import kernel
+from .backend import is_array, kernel
 from .errors import expect
 
 MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -40,14 +40,17 @@ def philox4x32(counter, key, rounds=10):
 
 
 def bits(shape, *, site, step=None, seed=None, xp=np):
-    """Uniform uint32 of the given shape. Element i is word i % 4 of the block with counter (i // 4, site, step, 0)."""
+    """Uniform uint32 of the given shape. Element i is word i % 4 of the block with counter (i // 4, site, step, 0). step: also a uint32
+    array (1,) on a GPU, which the kernels of cuda/ read when they run; InputError where they do not draw."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     seed = _default["seed"] if seed is None else seed
     step = next(_default["draws"]) if step is None else step
     site = zlib.crc32(site.encode()) if isinstance(site, str) else site
     _check_seed(seed)
-    expect(0 <= site < 2**32 and 0 <= step < 2**32, "random", f"site {site} and step {step} must fit in 32 bits")
     seed, size, fast = int(seed), math.prod(shape), kernel("random_bits", xp)  # a NumPy integer would make the words 64 bits wide
+    read_there = is_array(step) and fast is not None
+    expect(read_there or not is_array(step), "random", "the step's number lies on a GPU, and is asked for by the host")
+    expect(0 <= site < 2**32 and (read_there or 0 <= step < 2**32), "random", lambda: f"site {site} and step {step} must fit in 32 bits")
     if fast:
         return fast(xp, shape, site, step, seed)
     block = xp.arange((size + 3) // 4, dtype="uint32")

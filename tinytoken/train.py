@@ -145,14 +145,11 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     unread = []  # (step, losses, gradient norm) that nobody has looked at yet: on a GPU a look waits for all work before it
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
+    rates, noise = [lr * warmup_cosine(step, steps, warmup) for step in range(steps)], lambda size, step: objective.noise(size, step, seed, xp)
     with products_in(precision, params[0].device), _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
+        take = _stepper(objective, optimizer, batches, noise, rates, offset, micro, threads, advice)
         for step in range(start, steps):
-            arrays = batches(offset + step)
-            arrays = (*arrays, *objective.noise(len(arrays[0]), offset + step, seed, xp))
-            if step == start:
-                take = _stepper(objective, params, optimizer, arrays, micro, threads, advice)
-            rate = lr * warmup_cosine(step, steps, warmup)
-            loss, parts, norm = take(arrays, rate)
+            loss, parts, norm = take(step)
             unread.append((step, {"loss": loss, **parts}, norm))
             progress.update()
             done, last, asked = step + 1, step + 1 == steps, interrupt.asked
@@ -165,7 +162,7 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
                 recent.clear()
                 progress.set_postfix({name: f"{value:.3f}" for name, value in result.items() if name != "seconds"}, refresh=False)
                 if run:
-                    run.log(phase=phase, step=step, lr=rate, **result)
+                    run.log(phase=phase, step=step, lr=rates[step], **result)
             if last and average is not None:
                 optimizer.use_average()
             if save:
@@ -186,21 +183,25 @@ def products_in(precision, device):
     return fast(precision) if fast else contextlib.nullcontext()
 
 
-def _stepper(objective, params, optimizer, arrays, micro, threads, advice):
-    """A function (arrays, learning rate) -> (loss, parts, the gradient's norm) that does a training step. arrays: of the first."""
-    captured = kernel("captured_step", params[0].data)
+def _stepper(objective, optimizer, batches, noise, rates, offset, micro, threads, advice):
+    """A function (number of the step) -> (loss, parts, the gradient's norm) that takes it, one step after another. rates: the learning
+    rates of all steps; noise(size, step): the objective's."""
+    params = optimizer.params
+    captured = kernel("captured_run", params[0].data)
     if captured:
-        return captured(lambda arrays: _gradients(objective, params, arrays, len(arrays[0]), 1), optimizer)
-    if array_module(arrays[0]) is not np:
-        micro = micro or len(arrays[0])
-    elif micro is None:
-        micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays))
+        return captured(lambda arrays: _gradients(objective, params, arrays, len(arrays[0]), 1), optimizer, batches, noise, rates, offset)
 
-    def take(arrays, rate):
+    def take(step):
+        nonlocal micro
+        arrays = batches(offset + step)
+        arrays = (*arrays, *noise(len(arrays[0]), offset + step))
+        if micro is None:
+            on_cpu = array_module(arrays[0]) is np
+            micro = slice_size(len(arrays[0]), threads, recorded_macs(objective, arrays)) if on_cpu else len(arrays[0])
         loss, parts = _gradients(objective, params, arrays, micro, threads)
         on_host = isinstance(loss, float)  # else nobody looks yet
         expect(not on_host or math.isfinite(loss), "fit", lambda: f"the loss is {loss} at step {optimizer.steps} {advice}")
-        return loss, parts, optimizer.step(rate)
+        return loss, parts, optimizer.step(rates[step])
     return take
 
 

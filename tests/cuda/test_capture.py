@@ -6,8 +6,9 @@ import standin
 import tinytoken as tt
 from test_lessons import run, scripts
 from test_standin import OBJECTIVES, SIZES, batches
+from tinytoken import random
 from tinytoken.backend import faster, module_for, to_numpy
-from tinytoken.train import fit, infer
+from tinytoken.train import Run, fit, infer
 
 
 def trained(name, steps=None, **more):
@@ -25,18 +26,55 @@ def test_replayed_steps_are_the_ordinary_ones_bit_by_bit(name, precision, there,
     if precision == "bf16":
         monkeypatch.setitem(SIZES, "dim", 32)  # heads that its kernels cover
     weights, said = trained(name, average=0.9, precision=precision)
-    monkeypatch.delitem(faster, "captured_step")
+    monkeypatch.delitem(faster, "captured_run")
     expected, told = trained(name, average=0.9, precision=precision)
     assert said == told and all(np.array_equal(weights[n], expected[n]) for n in expected)
 
 
-def test_from_the_third_step_on_nothing_is_launched_but_the_batch_and_the_rates(there):
-    trained("vit", 3)
+@pytest.mark.parametrize("name", ["vit", pytest.param("dynamicvit", marks=pytest.mark.slow)])
+def test_from_the_third_step_on_nothing_is_launched(name, there):
+    """Not the batch either, nor the noise or the rates; within an epoch: its order is drawn before its first step."""
+    trained(name, 3)
     before = list(there)
     there.clear()
-    trained("vit", 5)
+    trained(name, 6)
     more = [name for name, *_ in there[len(before):]]
-    assert there[:len(before)] == before and set(more) == {"random_bits", "gather_pictures", "set_rates"}
+    assert there[:len(before)] == before and set(more) <= {"random_bits"} and len(more) == 1  # an epoch has three steps
+
+
+def test_noise_that_looks_at_the_number_is_drawn_outside_of_the_graph(there, monkeypatch):
+    class Counting(type(OBJECTIVES["vit"]("cpu"))):
+        def noise(self, size, step, seed, xp):
+            return (xp.full(size, float(random.integers(1, 5, site="here", step=step, seed=seed)[0]), "float32"),)
+
+        def __call__(self, images, labels, times):
+            return super().__call__(images * times[:, None, None, None], labels)
+    monkeypatch.setitem(OBJECTIVES, "counting", lambda device: Counting(OBJECTIVES["vit"](device).model))
+    weights, _ = trained("counting")
+    monkeypatch.delitem(faster, "captured_run")
+    expected, _ = trained("counting")
+    assert all(np.array_equal(weights[n], expected[n]) for n in expected)
+
+
+def test_an_interrupted_run_goes_on_with_the_steps_that_follow(there, tmp_path):
+    whole, said = trained("vit", 6)
+
+    class Stopped(type(batches("cpu"))):
+        def chosen(self, step):
+            if step == 4:
+                raise KeyboardInterrupt
+            return super().chosen(step)
+
+    def go(kind):
+        tt.manual_seed(0)
+        objective, given = OBJECTIVES["vit"]("cuda"), batches("cuda")
+        given.__class__ = kind
+        found = fit(objective.model, objective, given, steps=6, log_every=2, bar=False, run=Run(tmp_path, every=2))
+        return {n: to_numpy(p.data) for n, p in objective.model.named_parameters()}, found
+    with pytest.raises(KeyboardInterrupt):
+        go(Stopped)
+    weights, found = go(type(batches("cpu")))
+    assert all(np.array_equal(weights[n], whole[n]) for n in whole) and found["loss"] == said["loss"]
 
 
 def test_a_step_that_cannot_be_captured_goes_on_with_one_warning(there, monkeypatch):
@@ -49,7 +87,7 @@ def test_a_step_that_cannot_be_captured_goes_on_with_one_warning(there, monkeypa
     with pytest.warns(UserWarning, match="a training step could not be captured .*launched by itself") as warned:
         weights, _ = trained("nosy")
     assert len(warned) == 1
-    monkeypatch.delitem(faster, "captured_step")
+    monkeypatch.delitem(faster, "captured_run")
     expected, _ = trained("nosy")
     assert all(np.array_equal(weights[n], expected[n]) for n in expected)
 

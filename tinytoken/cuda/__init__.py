@@ -9,6 +9,7 @@ from . import capture, data, gemm, mixed, mixed_lookup, registered
 def register():
     """Put the kernels in place for CuPy arrays. `tinytoken.plain()` switches them off."""
     registered.register()
-    faster.update(captured_step=capture.CapturedStep, captured=capture.Captured, residual=mixed.residual, precision=gemm.precision,
+    faster.update(captured_run=capture.CapturedRun, captured=capture.Captured, residual=mixed.residual, precision=gemm.precision,
                   gather_branch=mixed_lookup.gather, infuse_branch=mixed_lookup.infuse,
-                  random_bits=data.random_bits, gather_pictures=data.gather_pictures)
+                  random_bits=data.random_bits, gather_pictures=data.gather_pictures, erase_boxes=data.erase_boxes,
+                  mix_pictures=data.mix_pictures)

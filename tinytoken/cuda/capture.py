@@ -2,14 +2,17 @@
 kernel; a graph is launched once, with all its kernels.
 
 A graph repeats what was captured: the same kernels on the same addresses with the same numbers. So whatever changes from step to
-step lies in device memory that is written before each launch: the batch and its noise, and AdamW's rates. Its temporaries live in a
-memory pool of its own, which nothing else uses.
+step lies in device memory: what it is given is copied there before each launch. Its temporaries live in a memory pool of its own, which
+nothing else uses.
 """
 import gc
 import warnings
 
+import numpy as np
+
 from ..backend import module_for
-from . import registered
+from ..errors import InputError
+from . import launcher, registered
 from .weights import Weights
 
 WARM_UP = 2  # ordinary steps before the capture: they compile the kernels, time the products and fill the pool
@@ -83,12 +86,61 @@ class CapturedStep:
 
     def __call__(self, arrays, lr):
         registered.set_rates(self.optimizer, lr)
-        loss, *parts, norm = self.run(arrays)
+        return self._named(self.run(arrays))
+
+    def _named(self, values):
+        loss, *parts, norm = values
         return loss, dict(zip(self.names, parts)), norm
 
     def _run(self, arrays):
         with self.weights.in_use():
             loss, parts = self.gradients(arrays)
-        norm = registered.update(self.optimizer)
+        norm = self._update()
         self.names = tuple(parts)
         return module_for("cuda").stack([loss, *parts.values(), norm])
+
+    def _update(self):
+        return registered.update(self.optimizer)
+
+
+class CapturedRun(CapturedStep):
+    """take(step) -> (loss, parts, norm): a whole training step of fit, from the pictures on, captured; steps come one after another.
+    Whatever differs between them follows from the step's number, which lies in device memory and is counted on there: the crop, the noise,
+    and AdamW's rates, a row of a table each. The host hands over the numbers of the batch's pictures, and nothing else.
+
+    noise(size, step), batches(step): of fit. What cannot be drawn by a number in device memory (batches that are no data.Batches, noise
+    that looks at the number) is drawn outside of the graph. rates: the learning rates of all steps, of which step `number` (from 0) comes
+    first; offset: what fit adds to it."""
+
+    def __init__(self, gradients, optimizer, batches, noise, rates, offset):
+        super().__init__(gradients, optimizer)
+        xp, done = module_for("cuda"), optimizer.steps
+        self.batches, self.noise, self.offset, self.begin = batches, noise, offset, offset + done
+        self.clock = xp.full(1, self.begin, "uint32")
+        rows = [registered.rates_of(optimizer, lr, t) for t, lr in enumerate(rates[done:], done + 1)]
+        self.rates = xp.asarray(np.array(rows, "float32"))
+        self.makes, self.draws = hasattr(batches, "make"), self._drawn_there(noise)
+
+    def _drawn_there(self, noise):
+        try:
+            noise(1, self.clock)
+        except InputError:
+            return False
+        return True
+
+    def __call__(self, step):
+        number = self.offset + step
+        given = (self.batches.chosen(number),) if self.makes else self.batches(number)
+        self.optimizer.steps += 1
+        return self._named(self.run(given if self.draws else (*given, *self.noise(len(given[0]), number))))
+
+    def _run(self, given):
+        if self.makes:
+            chosen, *drawn = given
+            given = (*self.batches.make(chosen, self.clock), *drawn)
+        values = super()._run((*given, *self.noise(len(given[0]), self.clock)) if self.draws else given)
+        launcher.launch("count_step", 1, 32, self.clock)
+        return values
+
+    def _update(self):
+        return registered.update(self.optimizer, self.rates, self.clock, self.begin)

@@ -314,16 +314,23 @@ def adamw(optimizer, lr):
     return update(optimizer)
 
 
+def rates_of(optimizer, lr, t):
+    """What AdamW's kernel reads for step t: four numbers."""
+    return lr, *(1 / c for c in optimizer.corrections(t)), optimizer.mean_share(t)
+
+
 def set_rates(optimizer, lr):
-    """Count the step, and put what depends on its number into device memory: a captured step reads it there."""
+    """Count the step, and put what depends on its number into device memory."""
     if optimizer.rates is None:
         optimizer.rates = launcher.empty(optimizer.flat.data, 4)
     optimizer.steps += 1
-    launcher.launch("set_rates", 1, 32, optimizer.rates, lr, *(1 / c for c in optimizer.corrections()), optimizer.mean_share())
+    launcher.launch("set_rates", 1, 32, optimizer.rates, *rates_of(optimizer, lr, optimizer.steps))
 
 
-def update(optimizer):
-    """Clip, AdamW and the running mean of the weights, on flat storage, by the rates in device memory."""
+def update(optimizer, rates=None, clock=None, begin=0):
+    """Clip, AdamW and the running mean of the weights, on flat storage, by the rates that were set. Or by the row of rates (steps, 4)
+    that belongs to the number of the step where `clock` (1,) stands; the first row is number `begin`'s."""
+    rates = optimizer.rates if rates is None else rates
     flat, (b1, b2), size = optimizer.flat, optimizer.betas, optimizer.flat.data.size
     blocks = min(264, -(-size // 256))
     parts, norm, factor = (launcher.empty(flat.data, *shape) for shape in ((blocks,), (), ()))
@@ -332,6 +339,6 @@ def update(optimizer):
     for start, stop, scale, decay in flat.segments:
         cut = slice(start, stop)
         launcher.launch("adamw", *cover(stop - start), flat.data[cut], flat.grad[cut], optimizer.m[cut], optimizer.v[cut],
-                      None if optimizer.mean is None else optimizer.mean[cut], factor, optimizer.rates, stop - start, scale,
+                      None if optimizer.mean is None else optimizer.mean[cut], factor, rates, clock, begin, stop - start, scale,
                       optimizer.weight_decay if decay else 0.0, b1, b2, optimizer.eps)
     return norm

@@ -39,7 +39,7 @@ class Batches:
                f"erase {erase}, mixup {mixup}, cutmix {cutmix}: a share from 0 to 1 and two numbers not below 0 expected")
         if mean is None or std is None:
             mean, std = channel_statistics(images)
-        self.erase, self.ways = erase, [(way, alpha) for way, alpha in ((mix.mixup, mixup), (mix.cutmix, cutmix)) if alpha]
+        self.erase, self.ways = erase, {way: alpha for way, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha}
         self.classes = int(labels.max()) + 1 if classes is None else classes
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.pad, self.flip, self.mean, self.std = pad, flip, mean, std
@@ -50,8 +50,15 @@ class Batches:
         return self.steps_per_epoch
 
     def __call__(self, step):
+        return self.make(self.chosen(step), step)
+
+    def chosen(self, step):
+        """The numbers of the step's pictures (batch_size,), on their device."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        chosen = self._epoch_order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
+        return self._epoch_order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
+
+    def make(self, chosen, step):
+        """The batch of these pictures. step: for what is drawn, see random.bits."""
         fast = kernel("gather_pictures", array_module(self.images))
         if fast:
             images = fast(self, chosen, step, *line(self.mean, self.std), *(SITE + name for name in ("crop", "flip")))
@@ -63,10 +70,7 @@ class Batches:
             images = mix.erase(images, self.erase, step=step, seed=self.seed)
         if not self.ways:
             return images, self.labels[chosen]
-        # which of two ways is drawn on the host: the same bits, and no device has to be waited for
-        number = random.integers(1, len(self.ways), site=SITE + "way", step=step, seed=self.seed)[0]
-        way, alpha = self.ways[int(number)]
-        return way(images, mix.one_hot(self.labels[chosen], self.classes), alpha, step=step, seed=self.seed)
+        return mix.mixed(images, self.labels[chosen], self.classes, self.ways, SITE + "way", step=step, seed=self.seed)
 
     def _epoch_order(self, epoch):
         known, order = self._order

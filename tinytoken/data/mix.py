@@ -8,7 +8,7 @@ import functools
 import numpy as np
 
 from .. import random
-from ..backend import array_module
+from ..backend import array_module, kernel
 from ..errors import expect
 
 AREA, ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of an erased rectangle: Zhong et al., section 4.1
@@ -19,20 +19,27 @@ def erase(images, share, *, step, seed):
     """Random erasing (Zhong et al. 2020, algorithm 1) with the mean colour, which is 0 here: in a `share` of the pictures a
     rectangle. images (B, C, H, W) float -> a new array. Its area is uniform in AREA of the picture's, its aspect ratio
     (height over width) log-uniform in ASPECT; one that sticks out is cut, where the paper draws again."""
+    xp, boxes = array_module(images), erased_boxes(images, share, step, seed)
+    fast = kernel("erase_boxes", xp)
+    return fast(images, boxes) if fast else xp.where(_inside(images, boxes)[:, None], xp.zeros((), images.dtype), images)
+
+
+def erased_boxes(images, share, step, seed):
+    """The rectangles that `erase` erases, (4, B): first row, the row after the last, and columns likewise. Of pictures that are left
+    whole they are empty."""
     xp, (count, _, height, width) = array_module(images), images.shape
     draw = random.uniform((count, 5), site=SITE + "erase", step=step, seed=seed, xp=xp, dtype="float64")
     area = (AREA[0] + (AREA[1] - AREA[0]) * draw[:, 1]) * (height * width)
     aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** draw[:, 2]
     tall, wide = xp.minimum(xp.rint(xp.sqrt(area * aspect)), height), xp.minimum(xp.rint(xp.sqrt(area / aspect)), width)
     top, left = xp.floor(draw[:, 3] * (height - tall + 1)), xp.floor(draw[:, 4] * (width - wide + 1))
-    inside = _box(xp, height, width, top, top + tall, left, left + wide) & (draw[:, 0] < share)[:, None, None]
-    return xp.where(inside[:, None], xp.zeros((), images.dtype), images)
+    return xp.stack([top, top + tall * (draw[:, 0] < share), left, left + wide])
 
 
 def mixup(images, targets, alpha, *, step, seed):
     """mixup (Zhang et al. 2018, section 2): x_i <- l_i x_i + (1 - l_i) x_j, and so the targets (B, K), l_i ~ Beta(alpha, alpha) for
     each picture -> new arrays."""
-    kept = _kept(images, alpha, "mixup", step, seed).astype(images.dtype)
+    kept = mixup_shares(images, alpha, step, seed)
     whole = kept[:, None, None, None]
     return images * whole + images[::-1] * (1 - whole), _mixed(targets, kept)
 
@@ -41,6 +48,18 @@ def cutmix(images, targets, alpha, *, step, seed):
     """CutMix (Yun et al. 2019, section 3.1): a rectangle of x_j, of the picture's aspect ratio and share 1 - l of its area, around a
     point that is uniform in the picture, comes into x_i; l ~ Beta(alpha, alpha). Targets (B, K) are mixed by the area that is
     left after the rectangle is cut at the border -> new arrays."""
+    xp, inside = array_module(images), _inside(images, cutmix_boxes(images, alpha, step, seed))
+    kept = 1 - inside.mean(axis=(1, 2), dtype=images.dtype)
+    return xp.where(inside[:, None], images[::-1], images), _mixed(targets, kept)
+
+
+def mixup_shares(images, alpha, step, seed):
+    """What `mixup` keeps of each picture (B,)."""
+    return _kept(images, alpha, "mixup", step, seed).astype(images.dtype)
+
+
+def cutmix_boxes(images, alpha, step, seed):
+    """The rectangles that `cutmix` pastes, (4, B) as in erased_boxes."""
     xp, (count, _, height, width) = array_module(images), images.shape
     side = xp.sqrt(1 - _kept(images, alpha, "cutmix", step, seed))
     centre = random.uniform((count, 2), site=SITE + "centre", step=step, seed=seed, xp=xp, dtype="float64")
@@ -48,9 +67,24 @@ def cutmix(images, targets, alpha, *, step, seed):
     for middle, length in ((centre[:, 0], height), (centre[:, 1], width)):
         half, middle = xp.floor(side * length) / 2, xp.floor(middle * length)
         edges += [xp.maximum(xp.ceil(middle - half), 0), xp.minimum(xp.ceil(middle + half), length)]
-    inside = _box(xp, height, width, *edges)
-    kept = 1 - inside.mean(axis=(1, 2), dtype=images.dtype)
-    return xp.where(inside[:, None], images[::-1], images), _mixed(targets, kept)
+    return xp.stack(edges)
+
+
+WAYS = {"mixup": mixup, "cutmix": cutmix}
+
+
+def mixed(images, labels, classes, ways, site, *, step, seed):
+    """Pictures, and targets of their labels (B,), mixed in one of the `ways`, {name: alpha}, which is drawn from `site` for the whole
+    batch -> (images, targets (B, classes))."""
+    xp = array_module(images)
+    fast = kernel("mix_pictures", xp)
+    # a device reads the number where it is; for NumPy's functions it is drawn on the host, lest they should wait for the device
+    number = random.integers(1, len(ways), site=site, step=step, seed=seed, xp=xp if fast else np)
+    if fast:
+        shares = mixup_shares(images, ways["mixup"], step, seed) if "mixup" in ways else None
+        return fast(images, labels, classes, shares, cutmix_boxes(images, ways["cutmix"], step, seed) if "cutmix" in ways else None, number)
+    name, alpha = list(ways.items())[int(number[0])]
+    return WAYS[name](images, one_hot(labels, classes), alpha, step=step, seed=seed)
 
 
 def one_hot(labels, classes, dtype="float32"):
@@ -89,8 +123,9 @@ def _mixed(targets, kept):
     return targets * kept[:, None] + targets[::-1] * (1 - kept)[:, None]
 
 
-def _box(xp, height, width, top, bottom, left, right):
+def _inside(images, boxes):
     """(B, H, W): True inside of each picture's rectangle."""
+    xp, (height, width), (top, bottom, left, right) = array_module(images), images.shape[2:], boxes
     rows, columns = xp.arange(height), xp.arange(width)
     return (((rows >= top[:, None]) & (rows < bottom[:, None]))[:, :, None]
             & ((columns >= left[:, None]) & (columns < right[:, None]))[:, None, :])

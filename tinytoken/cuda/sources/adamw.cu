@@ -34,12 +34,19 @@ extern "C" __global__ void set_rates(float* rates, float lr, float first, float 
     rates[3] = mean_share;
 }
 
+// The number of the step, in device memory: one more
+extern "C" __global__ void count_step(unsigned* clock) {
+    if (threadIdx.x == 0) clock[0] += 1;
+}
+
 // One step for a group of parameters. rates: lr, 1 / (1 - b1^t), 1 / (1 - b2^t), and the share of the new weights in their running
-// mean (which may be null), all on the device: they change from step to step, the arguments do not.
+// mean (which may be null), all on the device: they change from step to step, the arguments do not. With a clock, rates has a row for
+// each step from number `begin` on.
 extern "C" __global__ void adamw(float* weight, float* g, float* m, float* v, float* mean, const float* factor, const float* rates,
-                                 long long n, float lr_scale, float decay, float b1, float b2, float eps) {
+                                 const unsigned* clock, unsigned begin, long long n, float lr_scale, float decay, float b1, float b2, float eps) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
+    if (clock) rates += 4 * (clock[0] - begin);
     float lr = rates[0] * lr_scale, gradient = g[i] * factor[0];
     g[i] = gradient;
     m[i] += (gradient - m[i]) * (1.0f - b1);

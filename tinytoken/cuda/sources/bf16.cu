@@ -90,36 +90,7 @@ extern "C" __global__ void bf16_qk_norm_backward(const bf16x2* x, const float* w
     norm_backward(x, weight, g, mean, scale, past, dx, rows, width);
 }
 
-// Kernels that add up columns. A block has a stretch of rows, and its threads are dealt to pairs of columns (`lanes` of them side by side)
-// and to every `groups`-th row; what the groups have is added in their order. of(place, row, sums) adds to the N sums of a pair of
-// columns what a row has for them, `place` pairs from the array's start. parts, pitch, second: see norm.cu
-template <int N, class Of>
-__device__ inline void add_columns(Of of, float* parts, int pitch, int second, int rows, int width, int stretch) {
-    SHARED(float2, sums);
-    int pairs = width / 2, first = blockIdx.x * stretch, last = min(first + stretch, rows);
-    int lanes = min((pairs + WARP - 1) / WARP * WARP, (int)blockDim.x), groups = blockDim.x / lanes;
-    int group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
-    for (int c = lane; c - lane < pairs; c += lanes) {
-        float2 totals[N];
-        for (int i = 0; i < N; i++) totals[i].x = totals[i].y = 0.0f;
-        for (int row = first + group; c < pairs && group < groups && row < last; row += groups)
-            of((long long)row * pairs + c, row, totals);
-        for (int i = 0; i < N; i++) {
-            sums[threadIdx.x] = totals[i];
-            __syncthreads();
-            if (threadIdx.x < lanes && c < pairs) {
-                for (int other = 1; other < groups; other++) {
-                    totals[i].x += sums[other * lanes + threadIdx.x].x;
-                    totals[i].y += sums[other * lanes + threadIdx.x].y;
-                }
-                *(float2*)(parts + (long long)blockIdx.x * pitch + i * second + 2 * c) = totals[i];
-            }
-            __syncthreads();
-        }
-    }
-}
-
-// Gradients of the norm's weight and bias.
+// Gradients of the norm's weight and bias. parts, pitch, second: see norm.cu
 template <class Row>
 __device__ inline void norm_parameters(const Row* x, const bf16x2* g, const float* mean, const float* scale, float* parts, int pitch,
                                        int second, int rows, int width, int stretch) {
@@ -130,7 +101,7 @@ __device__ inline void norm_parameters(const Row* x, const bf16x2* g, const floa
         sums[1].x += up.x;
         sums[1].y += up.y;
     };
-    add_columns<2>(of, parts, pitch, second, rows, width, stretch);
+    add_columns<float2, 2>(of, parts, pitch, second, rows, width / 2, stretch);
 }
 
 extern "C" __global__ void bf16_norm_parameters(const float* x, const bf16x2* g, const float* mean, const float* scale, float* parts,
@@ -156,7 +127,7 @@ extern "C" __global__ void bf16_round_and_sum(const float* g, const float* facto
         sums[0].x += value.x;
         sums[0].y += value.y;
     };
-    add_columns<1>(of, parts, pitch, second, rows, width, stretch);
+    add_columns<float2, 1>(of, parts, pitch, second, rows, width / 2, stretch);
 }
 
 extern "C" __global__ void bf16_sum(const bf16x2* values, float* parts, int pitch, int second, int rows, int width, int stretch) {
@@ -164,7 +135,7 @@ extern "C" __global__ void bf16_sum(const bf16x2* values, float* parts, int pitc
         sums[0].x += low(values[place]);
         sums[0].y += high(values[place]);
     };
-    add_columns<1>(of, parts, pitch, second, rows, width, stretch);
+    add_columns<float2, 1>(of, parts, pitch, second, rows, width / 2, stretch);
 }
 
 // x + factor (of the row's picture) branch
@@ -199,5 +170,5 @@ extern "C" __global__ void bf16_gelu_backward(const bf16x2* x, const bf16x2* g, 
         sums[0].x += u;
         sums[0].y += v;
     };
-    add_columns<1>(of, parts, pitch, second, rows, width, stretch);
+    add_columns<float2, 1>(of, parts, pitch, second, rows, width / 2, stretch);
 }

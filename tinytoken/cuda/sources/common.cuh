@@ -19,3 +19,34 @@ __device__ inline float warp_max(float value) {
 
 __device__ inline float low(bf16x2 both) { return __uint_as_float(both << 16); }
 __device__ inline float high(bf16x2 both) { return __uint_as_float(both & 0xffff0000u); }
+
+__device__ inline void add(float& to, float value) { to += value; }
+__device__ inline void add(float2& to, float2 value) {
+    to.x += value.x;
+    to.y += value.y;
+}
+
+// Sums over the rows of an array, of a stretch of rows for each block. A column is a number (V = float) or a pair (float2). Threads are dealt
+// to columns, `lanes` of them side by side, and to every `groups`-th row; what the groups have is added in their order. of(place, row, sums)
+// adds to the N sums of a column what a row has for them, `place` columns from the array's start. They go to the block's row of `parts`,
+// `pitch` floats long, the second sums `second` floats after the first. Shared memory: a V for each thread.
+template <class V, int N, class Of>
+__device__ inline void add_columns(Of of, float* parts, int pitch, int second, int rows, int columns, int stretch) {
+    SHARED(V, sums);
+    int first = blockIdx.x * stretch, last = min(first + stretch, rows), lanes = min((columns + WARP - 1) / WARP * WARP, (int)blockDim.x);
+    int groups = blockDim.x / lanes, group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    for (int c = lane; c - lane < columns; c += lanes) {
+        V totals[N] = {};
+        for (int row = first + group; c < columns && group < groups && row < last; row += groups)
+            of((long long)row * columns + c, row, totals);
+        for (int i = 0; i < N; i++) {
+            sums[threadIdx.x] = totals[i];
+            __syncthreads();
+            if (threadIdx.x < lanes && c < columns) {
+                for (int other = 1; other < groups; other++) add(totals[i], sums[other * lanes + threadIdx.x]);
+                ((V*)(parts + (long long)blockIdx.x * pitch + i * second))[c] = totals[i];
+            }
+            __syncthreads();
+        }
+    }
+}

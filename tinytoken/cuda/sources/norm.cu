@@ -42,32 +42,22 @@ extern "C" __global__ void layer_norm_backward(const float* x, const float* weig
     }
 }
 
-// Gradients of weight and bias: each block adds up a stretch of rows, a thread per column; `sum_parts` adds the stretches. Two
-// steps in a fixed order, where atomics would add in any. A block's sums are a row of `parts`, `pitch` numbers long; those of the bias
-// begin `second` numbers after those of the weight.
+// Gradients of weight and bias: of a stretch of rows for each block; `sum_parts` adds the stretches. Two steps in a fixed order, where atomics
+// would add in any. A block's sums are a row of `parts`, `pitch` numbers long; those of the bias begin `second` numbers after those of the
+// weight.
 extern "C" __global__ void layer_norm_parameters(const float* x, const float* g, const float* mean, const float* scale, float* parts,
                                                  int pitch, int second, int rows, int width, int stretch) {
-    int first = blockIdx.x * stretch, last = min(first + stretch, rows);
-    for (int c = threadIdx.x; c < width; c += blockDim.x) {
-        float of_weight = 0.0f, of_bias = 0.0f;
-        for (int row = first; row < last; row++) {
-            float u = g[(long long)row * width + c];
-            of_weight += u * (x[(long long)row * width + c] - mean[row]) * scale[row];
-            of_bias += u;
-        }
-        parts[(long long)blockIdx.x * pitch + c] = of_weight;
-        parts[(long long)blockIdx.x * pitch + second + c] = of_bias;
-    }
+    auto of = [=](long long place, int row, float* sums) {
+        sums[0] += g[place] * (x[place] - mean[row]) * scale[row];
+        sums[1] += g[place];
+    };
+    add_columns<float, 2>(of, parts, pitch, second, rows, width, stretch);
 }
 
-// Sums over rows, of a stretch per block: the gradient of a bias.
+// Sums over rows: the gradient of a bias.
 extern "C" __global__ void column_parts(const float* values, float* parts, int pitch, int second, int rows, int width, int stretch) {
-    int first = blockIdx.x * stretch, last = min(first + stretch, rows);
-    for (int c = threadIdx.x; c < width; c += blockDim.x) {
-        float total = 0.0f;
-        for (int row = first; row < last; row++) total += values[(long long)row * width + c];
-        parts[(long long)blockIdx.x * pitch + c] = total;
-    }
+    auto of = [=](long long place, int row, float* sums) { sums[0] += values[place]; };
+    add_columns<float, 1>(of, parts, pitch, second, rows, width, stretch);
 }
 
 // The sum over P of the first `size` numbers of the rows of parts (P, pitch), added to what is there if `add`: columns up to `split` to
