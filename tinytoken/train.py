@@ -105,9 +105,11 @@ class Run:
         """Drop the history of `phase` from `step` on: what an interrupted run logged after its last checkpoint, and a last line
         cut off by a crash."""
         if self.history.exists():
-            kept = [line for line in self.history.read_text().splitlines() if _earlier(line, phase, step)]
-            with checkpoint.replacing(self.history, "w") as file:
-                file.writelines(line + "\n" for line in kept)
+            lines = self.history.read_text().splitlines()
+            kept = [line for line in lines if _earlier(line, phase, step)]
+            if len(kept) < len(lines):
+                with checkpoint.replacing(self.history, "w") as file:
+                    file.writelines(line + "\n" for line in kept)
 
 
 def _earlier(line, phase, step):
@@ -145,8 +147,9 @@ def fit(model, objective, batches, *, steps, lr=1e-3, weight_decay=0.05, warmup=
     unread = []  # (step, losses, gradient norm) that nobody has looked at yet: on a GPU a look waits for all work before it
     model.train()
     began, xp = time.perf_counter() - result["seconds"], array_module(params[0].data)
-    rates, noise = [lr * warmup_cosine(step, steps, warmup) for step in range(steps)], lambda size, step: objective.noise(size, step, seed, xp)
-    with products_in(precision, params[0].device), _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
+    rates = [lr * warmup_cosine(step, steps, warmup) for step in range(steps)]
+    noise, rounding = lambda size, step: objective.noise(size, step, seed, xp), products_in(precision, params[0].device)
+    with rounding, _Interrupt() as interrupt, tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress:
         take = _stepper(objective, optimizer, batches, noise, rates, offset, micro, threads, advice)
         for step in range(start, steps):
             loss, parts, norm = take(step)

@@ -67,8 +67,8 @@ OPERATIONS = {  # a function, or (operations of an element, the array whose elem
     "bf16_attention_forward": attention(2), "bf16_attention_backward": attention(5),
     "infuse_weights": (6, "R"), "infuse_out": infusion, "infuse_values": infusion, "infuse_scores": lambda g: infusion(g) + 4 * g["R"].size,
     "mix_tokens": lambda g: 2 * g["out"].size * int(g["from"]), "top_k": lambda g: 4 * g["scores"].size * int(g["tokens"]), "take_rows": (0, "out"), "put_rows": lambda g: g["out"].size * int(g["k"]),
-    "random_bits": (20, "out"), "gather_pictures": (2, "out"), "erase_boxes": (4, "out"), "mix_pictures": (4, "out"), "mix_labels": (3, "targets"),
-    "count_step": (1, "clock")}
+    "random_bits": (20, "out"), "gather_pictures": (2, "out"), "erase_boxes": (4, "out"), "mix_pictures": (4, "out"), 
+    "mix_labels": (3, "targets"), "count_step": (1, "clock")}
 BYTES = {  # where it is not every array once
     "adamw": lambda g: once(g) + sum(g[name].nbytes for name in ("weight", "g", "m", "v", "mean") if g[name] is not None),
     "sum_parts": lambda g: 4 * int(g["size"]) * (int(g["count"]) + (2 if g["add"] else 1)),  # one array may be given as both
@@ -156,8 +156,8 @@ def what_steps_leave_out(one):
     """The kernels that those steps do not need: what makes a batch, drop path, another way to infuse, gathered tokens."""
     drawn, side, count = np.random.default_rng(0), one.config["image_size"], 2 * one.batch
     pictures, labels = drawn.integers(0, 256, (count, 3, side, side)).astype("uint8"), drawn.integers(0, one.config["num_classes"], count)
-    batches = tt.data.Batches(to_device(pictures, "cuda"), to_device(labels, "cuda"), one.batch, seed=0, pad=4, flip=True, erase=0.5, mixup=0.2,
-                              cutmix=1.0)
+    batches = tt.data.Batches(to_device(pictures, "cuda"), to_device(labels, "cuda"), one.batch, seed=0, pad=4, flip=True, erase=0.5,
+                              mixup=0.2, cutmix=1.0)
     clock = module_for("cuda").zeros(1, "uint32")
     images, labels = batches.make(batches.chosen(0), clock)
     launcher.launch("count_step", 1, 32, clock)

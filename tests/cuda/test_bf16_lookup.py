@@ -26,7 +26,8 @@ def rows_of(x):
 @SIZES
 @pytest.mark.parametrize("infused", [False, True])
 def test_gather(batch, heads, M, N, d, infused):
-    (q, g), (k, v) = (bf16_there(batch, M, heads * d, seed=i, scale=1.5) for i in (0, 1)), (bf16_there(batch, N, heads * d, seed=i) for i in (2, 3))
+    q, g = (bf16_there(batch, M, heads * d, seed=i, scale=1.5) for i in (0, 1))
+    k, v = (bf16_there(batch, N, heads * d, seed=i) for i in (2, 3))
     g_A = normal_there(batch, heads, M, N, seed=4) if infused else None
     (expected, weights_of_it, _), vjp = ops.lookup_gather.function(*(heads_of(x, heads) for x in (q, k, v)))
     out, A, sizes = nan_like(q), launcher.empty(q, batch, heads, M, N), (heads, M, N, d // 2, d ** -0.5)
@@ -96,7 +97,9 @@ def test_gather_and_infusion_and_all_their_gradients(dropped, flat, read):
         leaves = [tt.Tensor(make(one), requires_grad=True) for one in x]
         gathered, infused, A = function(block, *leaves)
         wanted = {"both": (gathered, infused), "the attention alone": (A,), "the tokens alone": (gathered,)}[read]
-        total = sum(((one * make(normal(*one.shape, seed=i))).sum() for i, one in enumerate(wanted, 5)), start=tt.Tensor(make(np.zeros((), "float32"))))
+        total, *more = [(one * make(normal(*one.shape, seed=i))).sum() for i, one in enumerate(wanted, 5)]
+        for one in more:
+            total = total + one
         return (gathered, infused), tt.grad(total, leaves + params)
 
     used = lambda block: [p for name, p in block.named_parameters() if name.startswith(("gather", "infuse") if read == "both" else "gather")]
@@ -121,8 +124,9 @@ def test_gather_and_infusion_and_all_their_gradients(dropped, flat, read):
         np.testing.assert_allclose(to_numpy(a), b, rtol=0, atol=0.04 * largest[name.rpartition(".")[0]], err_msg=name)
 
 
-@pytest.mark.parametrize("options, gathers, infuses", [({}, True, True), ({"norm": "pre"}, False, True), ({"reuse": "resoftmax"}, False, False),
-                                                      ({"reuse": "renorm"}, True, False), ({"reuse": "separate"}, True, False)])
+@pytest.mark.parametrize("options, gathers, infuses", [
+    ({}, True, True), ({"norm": "pre"}, False, True), ({"reuse": "resoftmax"}, False, False), ({"reuse": "renorm"}, True, False),
+    ({"reuse": "separate"}, True, False)])
 def test_what_is_covered(options, gathers, infuses):
     block = blocks(**options).to(emulate.place.device)
     lookup, compressed, A = (tt.Tensor(normal_there(*shape)) for shape in ((1, 9, 32), (1, 4, 32), (1, 2, 4, 9)))

@@ -25,8 +25,9 @@ def test_a_number_in_device_memory_is_not_for_the_host(there):
         random.bits(3, site="here", step=module_for("cuda").zeros(1, "uint32"), seed=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"pad": 4}, {"flip": True}, {"pad": 4, "flip": True}, {"pad": 31, "flip": True, "erase": 0.5, "mixup": 0.2},
-                                     {"erase": 1.0}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "classes": 17}])
+@pytest.mark.parametrize("options", [
+    {}, {"pad": 4}, {"flip": True}, {"pad": 4, "flip": True}, {"pad": 31, "flip": True, "erase": 0.5, "mixup": 0.2}, {"erase": 1.0},
+    {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "classes": 17}])
 @pytest.mark.parametrize("number_on_device", [False, True])
 def test_batches(options, number_on_device, there):
     make = lambda device: Batches(to_device(SCENES.images, device), to_device(SCENES.labels, device), 10, seed=3, **options)
@@ -35,9 +36,8 @@ def test_batches(options, number_on_device, there):
         number = module_for("cuda").full(1, step, "uint32") if number_on_device else step
         for mine, plain in zip(mine.make(mine.chosen(step), number), make("cpu")(step)):
             assert mine.dtype == plain.dtype and np.array_equal(to_numpy(mine), plain)
-    launched = [name for name, *_ in there]
-    for kernel, wanted in {"gather_pictures": True, "erase_boxes": "erase" in options, "mix_pictures": bool({"mixup", "cutmix"} & set(options)),
-                           "mix_labels": bool({"mixup", "cutmix"} & set(options))}.items():
+    launched, mixes = [name for name, *_ in there], bool({"mixup", "cutmix"} & set(options))
+    for kernel, wanted in {"gather_pictures": True, "erase_boxes": "erase" in options, "mix_pictures": mixes, "mix_labels": mixes}.items():
         assert launched.count(kernel) == 4 * wanted
 
 

@@ -43,7 +43,8 @@ extern "C" __global__ void count_step(unsigned* clock) {
 // mean (which may be null), all on the device: they change from step to step, the arguments do not. With a clock, rates has a row for
 // each step from number `begin` on.
 extern "C" __global__ void adamw(float* weight, float* g, float* m, float* v, float* mean, const float* factor, const float* rates,
-                                 const unsigned* clock, unsigned begin, long long n, float lr_scale, float decay, float b1, float b2, float eps) {
+                                 const unsigned* clock, unsigned begin, long long n, float lr_scale, float decay, float b1, float b2,
+                                 float eps) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     if (clock) rates += 4 * (clock[0] - begin);

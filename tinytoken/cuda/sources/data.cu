@@ -37,7 +37,8 @@ extern "C" __global__ void random_bits(unsigned* out, long long size, unsigned s
 // rounded one by one, as the plain form's are.
 extern "C" __global__ void gather_pictures(const unsigned char* images, const long long* chosen, float* out, int height, int width, int pad,
                                            int flip, unsigned crop_site, unsigned flip_site, unsigned step,
-                                           const unsigned* clock, unsigned k0, unsigned k1, float scale0, float scale1, float scale2, float offset0, float offset1, float offset2) {
+                                           const unsigned* clock, unsigned k0, unsigned k1, float scale0, float scale1,
+                                           float scale2, float offset0, float offset1, float offset2) {
     SHARED(int, drawn);
     if (clock) step = clock[0];
     if (threadIdx.x < 2) drawn[threadIdx.x] = pad ? integer(2 * blockIdx.x + threadIdx.x, 2 * pad + 1, crop_site, step, k0, k1) - pad : 0;

@@ -42,9 +42,9 @@ extern "C" __global__ void layer_norm_backward(const float* x, const float* weig
     }
 }
 
-// Gradients of weight and bias: of a stretch of rows for each block; `sum_parts` adds the stretches. Two steps in a fixed order, where atomics
-// would add in any. A block's sums are a row of `parts`, `pitch` numbers long; those of the bias begin `second` numbers after those of the
-// weight.
+// Gradients of weight and bias: of a stretch of rows for each block; `sum_parts` adds the stretches. Two steps in a fixed order, where
+// atomics would add in any. A block's sums are a row of `parts`, `pitch` numbers long; those of the bias begin `second` numbers after
+// those of the weight.
 extern "C" __global__ void layer_norm_parameters(const float* x, const float* g, const float* mean, const float* scale, float* parts,
                                                  int pitch, int second, int rows, int width, int stretch) {
     auto of = [=](long long place, int row, float* sums) {
