@@ -129,6 +129,11 @@ def test_lookup_infuse(reuse, batch, heads, M, N, d):
     agree(ops.lookup_infuse, A, logits, normal(batch, heads, M, d, seed=1), reuse=reuse, tolerance=2e-4)
 
 
+@pytest.mark.parametrize("shape, patch", [((1, 1, 1, 1), 1), ((2, 3, 8, 8), 4), ((3, 3, 6, 10), 2)])
+def test_patchify(shape, patch):
+    agree(ops.patchify, normal(*shape), patch=patch)
+
+
 @pytest.mark.parametrize("grid, size", [((4, 4), (2, 2)), ((3, 5), (2, 3)), ((1, 1), (1, 1)), ((2, 3), (4, 4))])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_resize(grid, size, antialias):

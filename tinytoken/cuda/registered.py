@@ -180,6 +180,19 @@ def lookup_infuse(A, logits, v, *, reuse):
     return out, vjp
 
 
+@kernels_of(ops.patchify, lambda images, *, patch: images.ndim == 4 and images.shape[2] % patch == images.shape[3] % patch == 0)
+def patchify(images, *, patch):
+    (batch, channels, height, width), sizes = images.shape, (*images.shape[1:], patch)
+    out = launcher.empty(images, batch, height // patch * (width // patch), channels * patch * patch)
+    launcher.launch("patchify", *cover(out.size), contiguous(images), out, out.size, *sizes, False)
+
+    def vjp(g):
+        dx = launcher.empty_like(images)
+        launcher.launch("patchify", *cover(g.size), contiguous(g), dx, g.size, *sizes, True)
+        return dx
+    return out, vjp
+
+
 @kernels_of(ops.resize, lambda x, *, grid, size, antialias=True: x.ndim == 3 and x.shape[1] == grid[0] * grid[1])
 def resize(x, *, grid, size, antialias=True):
     matrix = resize_matrix_on(array_module(x), tuple(grid), tuple(size), antialias)

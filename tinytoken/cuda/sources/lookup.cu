@@ -58,13 +58,3 @@ extern "C" __global__ void infuse_scores(const float* R, const float* mass, cons
         d_given[place] = (d_given[place] - along) * (soft ? R[place] : 1.0f / mass[e]);
     }
 }
-
-// Tokens mixed by one matrix for all pictures: out (batch, to, width) = matrix (to, from) x (batch, from, width). One thread per element.
-extern "C" __global__ void mix_tokens(const float* matrix, const float* x, float* out, int batch, int to, int from, int width) {
-    long long e = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (e >= (long long)batch * to * width) return;
-    const float *weights = matrix + e / width % to * from, *column = x + e / width / to * from * width + e % width;
-    float total = 0.0f;
-    for (int j = 0; j < from; j++) total += weights[j] * column[(long long)j * width];
-    out[e] = total;
-}
