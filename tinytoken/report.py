@@ -196,7 +196,7 @@ def lessons(results):
         "9. As of lessons 10 and 11, the default run is too short to decide anything; their full runs have not been made yet.",
         "10. See 9.", "11. See 9.",
         f"12. A ViT's training step is {sum(gpu['array_calls']['ViT'].values())} array calls, each a launch on a GPU or more, whatever the "
-        f"batch. Rounded to bf16 the factors of a product cost {100 * gpu['product_errors']['bf16'][-1]:.2f} % of it; of the weights, "
+        f"batch. Rounded to bf16 the factors of a product cost {100 * gpu['product_errors']['bf16'][-1]:.2f} % of it; of starting weights, "
         f"{100 * gpu['updates_lost']['0.0001']:.0f} % would not feel a step of 1e-4.",
         f"13. Such a step is {step['all_launches'][0]} array calls as CuPy makes them, sums of gradients included, {step['all_launches'][1]} launches "
         f"with fused ops and {step['all_launches'][2]} with whole branches in bf16; for a picture it moves "
@@ -224,14 +224,12 @@ def vit_cifar10(results):
     """Two ViTs from scratch: lesson 04's in full, within an hour, and the longer one that lesson 07 starts from."""
     short, long = (load(results / f"{name}_full_cifar10.json") for name in ("04_vit", "07_dynamicvit"))
     start, first = long["results"]["starts"][0], short["results"]
-    on = short["machine"]
     return (f"`python lessons/04_vit.py --full --data cifar10` trains the ViT of this table for {first['steps']:,} steps and gets "
             f"{100 * first['accuracy'][0]:.1f} % of {first['test_pictures']:,} test pictures right, after "
             f"{first['train_seconds'] / 60:.0f} minutes of training; lesson 07 does it for {long['results']['recipe']['first_steps']:,} "
             f"steps, {start['trained']['seconds'] / 60:.0f} minutes, and gets {100 * start['accuracy']:.1f} % (one seed each: "
             f"{short['seed']}; batch {long['results']['recipe']['batch']}, AdamW at {long['results']['recipe']['lr']}, warm-up and "
-            f"cosine decay, moved and mirrored pictures). Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, "
-            f"{on['blas']}.")
+            f"cosine decay, moved and mirrored pictures). {machine_text(short)}")
 
 
 def arms_text(found):
@@ -254,15 +252,21 @@ def arms_text(found):
                  f"{arm[0]['macs'] / 1e6:.1f}", *[", ".join(f"{share:.2f}" for share in shares)] * known,
                  ", ".join(f"{k:.3f} ({target:.3f})" for k, target in zip(kept, arm[0].get("targets", ())))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    on, start = found["machine"], spread_text([100 * row["accuracy"] for row in found["results"]["starts"]])
+    start = spread_text([100 * row["accuracy"] for row in found["results"]["starts"]])
     spread = (f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); differences are paired by seed."
               if len(seeds) > 1 else f"One seed ({seeds[0]}): its spread is not known.")
     shares = "Object share: of the patches kept, over that of all patches (1 is chance)."
     return "\n".join([*lines, "", " ".join([spread, *[shares] * known, (
         f"All arms go on from a ViT of {recipe['first_steps']:,} steps "
         f"({start} %), each for {recipe['further_steps']:,} steps of {recipe['batch']} pictures at learning rate "
-        f"{recipe['further_lr']}; tested on {recipe['test_pictures']:,} pictures. Machine: {on['processor']}, {on['cpus']} CPUs, "
-        f"NumPy {on['numpy']}, {on['blas']}.")])])
+        f"{recipe['further_lr']}; tested on {recipe['test_pictures']:,} pictures. {machine_text(found)}")])])
+
+
+def machine_text(found):
+    """A sentence about the machine, or, of a run that was made on several, about each."""
+    machines = found.get("machines_of_parts", [found["machine"]])
+    texts = dict.fromkeys(f"{on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}" for on in machines)
+    return f"Machine{'s' * (len(texts) > 1)}: {'; '.join(texts)}."
 
 
 def claims_text(claims):
