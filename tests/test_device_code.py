@@ -28,7 +28,7 @@ MAY = {
         "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__array__"},
         "nn.py": {"Module.state_dict", "Module.load_state_dict"}, "models/dynamicvit.py": {"_places"}},
     "a host branch, or what a run reads every so many steps": {
-        "optim.py": {"loss_and_grads"}, "train.py": {"_read", "infer", "accuracy"}, "data/batches.py": {"Batches.__call__"},
+        "optim.py": {"loss_and_grads"}, "train.py": {"_read", "infer", "accuracy"}, "data/mix.py": {"mixed"},
         "models/controls.py": {"RandomTokens.scores"}},
 }
 

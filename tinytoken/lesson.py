@@ -47,8 +47,8 @@ class Lesson:
     def each(self, jobs, recipe):
         """Do the `jobs`, {name: function without arguments -> a JSON value} -> {name: its value}. A full run writes each value to
         OUT/STEM_parts/NAME.json, and one with the same --out does not compute it again: so it goes on where it was stopped, on
-        another machine too, and the same command in two terminals (with OPENBLAS_NUM_THREADS=1 in both) shares the jobs. recipe:
-        JSON that a part must agree with; InputError says which does not."""
+        another machine too, and the same command in several terminals (on a CPU each: taskset) shares the jobs. recipe: JSON that a
+        part must agree with; InputError says which does not."""
         values, busy, recipe = {}, set(), as_json(recipe)
         while missing := [name for name in jobs if name not in values]:
             for name in missing:
