@@ -187,6 +187,10 @@ for kind, wanted in ((LookupViT, 19), (ViT, 12)):
 #
 # Then variations: other grids; the four readings of the attention in (c) that lesson 08 lists; one head; the norms of (a) before
 # the projections; and 256 tokens, where there is more to save.
+#
+# The last four arms were added when the first full run had shown that the model without a way back is the better one (see below). Is
+# it the second head, or do the lookup tokens learn the 16,000 training pictures by heart? So there are both models with one head, and
+# three arms that see no picture twice.
 
 
 # %%
@@ -210,10 +214,12 @@ class Arm:
     sizes: tuple = ()  # where they differ from the recipe's: ((name, value), ...)
     options: tuple = ()
     steps: int = 0     # 0: as many as all
+    pictures: int = 0  # to train on; 0: as many as all
 
 
 VIT, LOOKUP, ONE_WAY = "ViT", "LookupViT 3x3", "no way back"
 STEPS, FINE = here.pick((4, 2), (150, 0), (3000, 1000) if here.data == "scenes" else (15620, 0))  # CIFAR: 20 epochs
+NEW = here.pick(128, 16000, 192000)  # as many as are shown in all
 narrow, equal = here.pick((("dim", 8), ("heads", 1)), (("dim", 64), ("heads", 2)), (("dim", 64), ("heads", 2))), ("dim", 120)
 HEADLINE = {
     VIT: Arm(ViT),
@@ -234,18 +240,24 @@ ARMS = HEADLINE | {
     "ViT, 256 tokens": Arm(ViT, (("patch", 2),), steps=FINE),
     "LookupViT 5x5, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)),), steps=FINE),
     "no way back, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)), ("reuse", "none")), steps=FINE),
+    "no way back, one classifier": Arm(options=(("reuse", "none"), ("classifiers", "compressed"))),
+    "ViT, new pictures": Arm(ViT, pictures=NEW),
+    "LookupViT 3x3, new pictures": Arm(pictures=NEW),
+    "no way back, new pictures": Arm(options=(("reuse", "none"),), pictures=NEW),
 }
 RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
                         **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
 chosen = here.pick([name for name in ARMS if "256" not in name], [VIT, LOOKUP, ONE_WAY],
                    list(ARMS if here.data == "scenes" else HEADLINE))
 seeds = here.seeds
+# what an arm under other conditions than the headline's is compared with, by the end of its name
+LIKE = {"256 tokens": ("ViT, 256 tokens", "LookupViT 5x5, 256 tokens"), "new pictures": ("ViT, new pictures", "LookupViT 3x3, new pictures")}
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 
 
 @functools.cache
-def trial_of(seed):
-    return Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
+def trial_of(seed, pictures=0):
+    return Trial(dataclasses.replace(RECIPE, seed=seed, train_pictures=pictures or RECIPE.train_pictures), here.device, here.checkpoints, bar=here.size != "smoke")
 
 
 def looked_at(trial, model):
@@ -257,7 +269,7 @@ def looked_at(trial, model):
 
 def train(name, seed):
     """Train an arm -> what is noted of it. "right": a bit for each test picture, 1 where its answer is right, in hexadecimal."""
-    arm, trial = ARMS[name], trial_of(seed)
+    arm, trial = ARMS[name], trial_of(seed, ARMS[name].pictures)
     options = dict({"compressed": here.pick((2, 2), (3, 3), (3, 3))} if arm.kind is LookupViT else {}, **dict(arm.options))
     model, steps = trial.new(arm.kind, sizes=arm.sizes, **options), arm.steps or STEPS
     report = trial.fit(f"{name} {steps}", Classify(model), steps, trial.recipe.lr)
@@ -355,8 +367,7 @@ maps = {name: done[f"locate seed{seeds[0]} {name}"]["first"] for name in located
 differences = {}
 print(f"{'arm':<28}{'accuracy, %':>12}{'M MACs':>9}{'M params':>9}{'steps':>7}{'above the ViT [95 %]':>26}{'above LookupViT 3x3 [95 %]':>30}")
 for name in chosen:
-    fine = name.endswith("256 tokens")
-    against = ("ViT, 256 tokens", "LookupViT 5x5, 256 tokens") if fine else (VIT, LOOKUP)
+    against = LIKE.get(name.rpartition(", ")[2], (VIT, LOOKUP))
     differences[name] = [difference(answers[name], answers[other]) for other in against]
     cells = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" if name != other else ""
              for (middle, low, high), other in zip(differences[name], against)]
@@ -385,10 +396,10 @@ def draw_arms(figure):
     for name in chosen:
         colour = "#0072b2" if ARMS[name].kind is LookupViT else "#d55e00"
         reached, macs = statistics.mean(100 * r["accuracy"] for r in rows[name]), rows[name][0]["macs"] / 1e6
-        axis.plot(macs, reached, "s" if "256" in name else "o", color=colour)
+        axis.plot(macs, reached, "s" if "256" in name else "^" if "new" in name else "o", color=colour)
         axis.annotate(name, (macs, reached), xytext=(5, 3), textcoords="offset points", fontsize=7)
     axis.set(xscale="log", xlabel="M multiply-adds for a picture (logarithmic)", ylabel="test accuracy, %",
-             title="LookupViTs (blue) and ViTs (red)" + "; squares: 256 tokens, fewer steps" * any("256" in name for name in chosen))
+             title="LookupViTs (blue) and ViTs (red)" + "; squares: 256 tokens, fewer steps; triangles: no picture twice" * (len(chosen) > 5))
     low, high = axis.get_xlim()
     ticks = [tick for tick in (5, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300) if low < tick < high]
     axis.set_xticks(ticks, map(str, ticks))
