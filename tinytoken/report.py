@@ -193,8 +193,8 @@ def lessons(results):
         f"errand that reads in one place and writes in others, one head of `probs` leaves {left['probs']} % of the error, `renorm` "
         f"{left['renorm']}, `resoftmax` {left['resoftmax']}, two heads of `probs` {left['probs, two heads']} (medians of "
         f"{len(lookup['seeds'])} seeds).",
-        "9. As of lessons 10 and 11, the default run is too short to decide anything; their full runs have not been made yet.",
-        "10. See 9.", "11. See 9.",
+        "9. As of lesson 11, the default run is too short to decide anything; the full runs of both have not been finished yet.",
+        "10. See the table.", "11. See 9.",
         f"12. A ViT's training step is {sum(gpu['array_calls']['ViT'].values())} array calls, each a launch on a GPU or more, whatever the "
         f"batch. Rounded to bf16 the factors of a product cost {100 * gpu['product_errors']['bf16'][-1]:.2f} % of it; of starting weights, "
         f"{100 * gpu['updates_lost']['0.0001']:.0f} % would not feel a step of 1e-4.",
@@ -267,6 +267,27 @@ def machine_text(found):
     machines = found.get("machines_of_parts", [found["machine"]])
     texts = dict.fromkeys(f"{on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}" for on in machines)
     return f"Machine{'s' * (len(texts) > 1)}: {'; '.join(texts)}."
+
+
+@part
+def budgets(results):
+    """Lesson 10 in full, on scenes."""
+    found = load(results / "10_one_model_many_budgets_full.json")
+    said, rows, recipe = found["results"], found["results"]["rows"], found["results"]["recipe"]
+    lines = ["| grid | M MACs | one model | single-size model | one model less single-size, points | trained at 3x3 only |",
+             "|---" * 6 + "|"]
+    for grid, of_grid in rows["one model"][0].items():
+        points = {name: [100 * row[grid]["accuracy"] for row in by_seed if grid in row] for name, by_seed in rows.items()}
+        one, single = points["one model"], points.get(f"single {grid}", [])
+        cells = (f"{grid}{'' if grid in said['grids'] else ' (never trained)'}", f"{of_grid['macs'] / 1e6:.1f}", f"{spread_text(one)} %",
+                 f"{spread_text(single)} %" if single else "",
+                 spread_text([a - b for a, b in zip(one, single)], "+.1f") if single else "",
+                 f"{spread_text(points['trained at 3x3 only'])} %")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", (
+        f"Every model was trained for {recipe['steps']:,} steps of {recipe['batch']} pictures, the one model at a grid drawn for each step "
+        f"from {', '.join(said['grids'])}; {recipe['test_pictures']:,} test pictures, seeds {', '.join(map(str, said['seeds']))}, ± is the "
+        f"standard deviation over seeds. {machine_text(found)}"), "", claims_text(said["claims"])])
 
 
 def claims_text(claims):
