@@ -251,13 +251,15 @@ chosen = here.pick([name for name in ARMS if "256" not in name], [VIT, LOOKUP, O
                    list(ARMS if here.data == "scenes" else HEADLINE))
 seeds = here.seeds
 # what an arm under other conditions than the headline's is compared with, by the end of its name
-LIKE = {"256 tokens": ("ViT, 256 tokens", "LookupViT 5x5, 256 tokens"), "new pictures": ("ViT, new pictures", "LookupViT 3x3, new pictures")}
+LIKE = {"256 tokens": ("ViT, 256 tokens", "LookupViT 5x5, 256 tokens"),
+        "new pictures": ("ViT, new pictures", "LookupViT 3x3, new pictures")}
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 
 
 @functools.cache
 def trial_of(seed, pictures=0):
-    return Trial(dataclasses.replace(RECIPE, seed=seed, train_pictures=pictures or RECIPE.train_pictures), here.device, here.checkpoints, bar=here.size != "smoke")
+    recipe = dataclasses.replace(RECIPE, seed=seed, train_pictures=pictures or RECIPE.train_pictures)
+    return Trial(recipe, here.device, here.checkpoints, bar=here.size != "smoke")
 
 
 def looked_at(trial, model):

@@ -48,8 +48,8 @@ def bits(shape, *, site, step=None, seed=None, xp=np):
     site = zlib.crc32(site.encode()) if isinstance(site, str) else site
     _check_seed(seed)
     seed, size, fast = int(seed), math.prod(shape), kernel("random_bits", xp)  # a NumPy integer would make the words 64 bits wide
-    read_there = is_array(step) and fast is not None
-    expect(read_there or not is_array(step), "random", "the step's number lies on a GPU, and is asked for by the host")
+    read_there = is_array(step)
+    expect(fast or not read_there, "random", "the step's number lies on a GPU, and is asked for by the host")
     expect(0 <= site < 2**32 and (read_there or 0 <= step < 2**32), "random", lambda: f"site {site} and step {step} must fit in 32 bits")
     if fast:
         return fast(xp, shape, site, step, seed)

@@ -67,7 +67,7 @@ OPERATIONS = {  # a function, or (operations of an element, the array whose elem
     "bf16_attention_forward": attention(2), "bf16_attention_backward": attention(5),
     "infuse_weights": (6, "R"), "infuse_out": infusion, "infuse_values": infusion, "infuse_scores": lambda g: infusion(g) + 4 * g["R"].size,
     "mix_tokens": lambda g: 2 * g["out"].size * int(g["from"]), "top_k": lambda g: 4 * g["scores"].size * int(g["tokens"]), "take_rows": (0, "out"), "put_rows": lambda g: g["out"].size * int(g["k"]),
-    "random_bits": (20, "out"), "gather_pictures": (2, "out"), "erase_boxes": (4, "out"), "mix_pictures": (4, "out"), 
+    "random_bits": (20, "out"), "gather_pictures": (2, "out"), "erase_boxes": (4, "out"), "mix_pictures": (4, "out"),
     "mix_labels": (3, "targets"), "patchify": (0, "to"), "count_step": (1, "clock")}
 BYTES = {  # where it is not every array once
     "adamw": lambda g: once(g) + sum(g[name].nbytes for name in ("weight", "g", "m", "v", "mean") if g[name] is not None),

@@ -108,9 +108,9 @@ class CapturedRun(CapturedStep):
     Whatever differs between them follows from the step's number, which lies in device memory and is counted on there: the crop, the noise,
     and AdamW's rates, a row of a table each. The host hands over the numbers of the batch's pictures, and nothing else.
 
-    noise(size, step), batches(step): of fit. What cannot be drawn by a number in device memory (batches that are no data.Batches, noise
-    that looks at the number) is drawn outside of the graph. rates: the learning rates of all steps, of which step `number` (from 0) comes
-    first; offset: what fit adds to it."""
+    noise(size, number), batches(number): of fit. What cannot be drawn by a number in device memory (batches that are no data.Batches,
+    noise that looks at the number) is drawn outside of the graph. rates: the learning rates of all steps, of which optimizer.steps are
+    done; offset: a step's number is this much more than its place among them."""
 
     def __init__(self, gradients, optimizer, batches, noise, rates, offset):
         super().__init__(gradients, optimizer)
