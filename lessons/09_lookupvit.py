@@ -19,7 +19,7 @@ import tinytoken as tt
 from tinytoken import backend, compare, lesson, nn, ops, plot
 from tinytoken.models import LookupViT, ViT
 from tinytoken.train import Classify
-from tinytoken.trial import Trial, difference
+from tinytoken.trial import difference
 
 here = lesson.begin("09_lookupvit")
 rng = np.random.default_rng(here.seed)
@@ -258,8 +258,7 @@ SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 
 @functools.cache
 def trial_of(seed, pictures=0):
-    recipe = dataclasses.replace(RECIPE, seed=seed, train_pictures=pictures or RECIPE.train_pictures)
-    return Trial(recipe, here.device, here.checkpoints, bar=here.size != "smoke")
+    return here.trial(dataclasses.replace(RECIPE, train_pictures=pictures or RECIPE.train_pictures), seed)
 
 
 def looked_at(trial, model):
@@ -339,7 +338,7 @@ LOCATE_STEPS = here.pick(2, 60, 1000)
 @functools.cache
 def locating_trial(seed):
     """A trial whose labels are the numbers of the pictures, and the object shares of these."""
-    trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
+    trial = here.trial(RECIPE, seed)
     pictures, _ = compare.load_pictures(trial.recipe)
     trial.batches.labels = backend.to_device(np.arange(len(pictures.images)), here.device)
     return trial, backend.to_device(pictures.object_share(RECIPE.patch), here.device)

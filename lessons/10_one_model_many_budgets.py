@@ -17,7 +17,6 @@ import tinytoken as tt
 from tinytoken import compare, lesson, models, ops, random
 from tinytoken.models import LookupViT
 from tinytoken.train import Classify, accuracy
-from tinytoken.trial import Trial
 
 here = lesson.begin("10_one_model_many_budgets")
 rng = np.random.default_rng(here.seed)
@@ -132,7 +131,7 @@ SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 
 @functools.cache
 def trial_of(seed):
-    return Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
+    return here.trial(RECIPE, seed)
 
 
 def measure(trial, model, grids):

@@ -19,7 +19,6 @@ from tinytoken import compare, lesson
 from tinytoken.data import CORRUPTIONS, corrupt
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil, accuracy, infer
-from tinytoken.trial import Trial
 
 here = lesson.begin("11_robustness")
 rng = np.random.default_rng(here.seed)
@@ -46,7 +45,7 @@ for strength in (1, 3, 5):
     assert abs(noisy.std() - c) < 0.03 * c
 assert np.array_equal(corrupt(grey, "gaussian_noise", 3)[5:9], corrupt(grey[5:9], "gaussian_noise", 3, first=5))  # the same bits
 
-trial = Trial(RECIPE, here.device)
+trial = here.trial(RECIPE, here.seed)
 pictures = trial.test.images[:here.pick(8, 200, 200)]
 print(f"\nroot mean square change of a pixel, % of the whole range\n{'corruption':<18}" + "".join(f"{s:>8}" for s in range(1, 6)))
 for name in CORRUPTIONS:
@@ -108,7 +107,7 @@ SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS, "further": FURTHER, "st
 
 @functools.cache
 def trial_of(seed):
-    return Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
+    return here.trial(RECIPE, seed)
 
 
 @functools.cache

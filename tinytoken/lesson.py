@@ -1,6 +1,7 @@
 """What every lesson begins and ends with: three sizes, the same options, pictures, and a JSON of what was measured."""
 import argparse
 import contextlib
+import dataclasses
 import json
 import pathlib
 import sys
@@ -9,6 +10,7 @@ import time
 from . import backend, compare, random
 from .checkpoint import as_json, claimed, replacing, write_json
 from .errors import Busy, InputError, expect
+from .trial import Trial
 
 SIZES = ("smoke", "default", "full")
 
@@ -43,6 +45,10 @@ class Lesson:
         """The folder for the checkpoints of a full run, None in smaller ones. Lessons with the same --out share it: what one has
         trained, another does not train again."""
         return self.out / "checkpoints" / pathlib.Path(self.data).name if self.size == "full" else None
+
+    def trial(self, recipe, seed, **changes):
+        """A Trial of the recipe with this seed, on this run's device and with its checkpoints. changes: as Trial takes them."""
+        return Trial(dataclasses.replace(recipe, seed=seed), self.device, self.checkpoints, bar=self.size != "smoke", **changes)
 
     def each(self, jobs, recipe):
         """Do the `jobs`, {name: function without arguments -> a JSON value} -> {name: its value}. A full run writes each value to

@@ -265,7 +265,7 @@ def arms_text(found):
 def machine_text(found):
     """A sentence about the machine, or, of a run that was made on several, about each."""
     machines = found.get("machines_of_parts", [found["machine"]])
-    texts = dict.fromkeys(f"{on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}" for on in machines)
+    texts = dict.fromkeys(f"{on['processor']}, {on['cpus']} CPU{'s' * (on['cpus'] > 1)}, NumPy {on['numpy']}, {on['blas']}" for on in machines)
     return f"Machine{'s' * (len(texts) > 1)}: {'; '.join(texts)}."
 
 

@@ -14,7 +14,7 @@ import dataclasses
 from tinytoken import compare, lesson
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil
-from tinytoken.trial import Trial, difference
+from tinytoken.trial import difference
 
 here = lesson.begin("cifar10", data="cifar10")
 
@@ -72,7 +72,7 @@ def train(trial, name, done):
 seeds = [here.seed + i for i in range(here.pick(1, 1, 3))]
 rows, right = {name: [] for name in ARMS}, {name: [] for name in ARMS}
 for seed in seeds:
-    trial = Trial(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, here.size != "smoke", **AUGMENT)
+    trial = here.trial(RECIPE, seed, **AUGMENT)
     done = {}
     for name, (*_, once) in ARMS.items():
         if once and (seed != seeds[0] or here.size == "default"):
