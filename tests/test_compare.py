@@ -333,3 +333,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
             compare.run(RECIPE, out, **RUN)
     compare.check_writable(tmp_path / "new" / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("values, form, text", [
+    ([3.0], ".1f", "3.0"), ([1.0, 2.0, 3.0], "+.1f", "+2.0 ± 1.0"), ([0.25, 0.5], ".3f", "0.375 ± 0.177"),
+    ([1.0, None, 3.0], ".1f", "2.0 ± 1.4 (2 of 3)"), ([None, 4.0], ".1f", "4.0 (1 of 2)"), ([None, None], ".1f", "not known")])
+def test_mean_and_spread_as_text(values, form, text):
+    assert compare.spread_text(values, form) == text

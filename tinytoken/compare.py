@@ -226,8 +226,12 @@ def table_text(*tables):
 
 
 def spread_text(values, form=".1f"):
-    """Mean, and standard deviation where there are several."""
-    return f"{statistics.mean(values):{form}}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    """Mean, and standard deviation where there are several. None, a value that is not known, is left out, and said."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "not known"
+    spread = f" ± {statistics.stdev(known):{form.removeprefix('+')}}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):{form}}{spread}" + f" ({len(known)} of {len(values)})" * (len(known) < len(values))
 
 
 def conditions_text(*tables):

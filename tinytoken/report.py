@@ -193,8 +193,8 @@ def lessons(results):
         f"errand that reads in one place and writes in others, one head of `probs` leaves {left['probs']} % of the error, `renorm` "
         f"{left['renorm']}, `resoftmax` {left['resoftmax']}, two heads of `probs` {left['probs, two heads']} (medians of "
         f"{len(lookup['seeds'])} seeds).",
-        "9. As of lesson 11, the default run is too short to decide anything; the full runs of both have not been finished yet.",
-        "10. See the table.", "11. See 9.",
+        "9. The default run is too short to decide anything; the full run has not been finished yet.",
+        "10. See the table.", "11. See the table.",
         f"12. A ViT's training step is {sum(gpu['array_calls']['ViT'].values())} array calls, each a launch on a GPU or more, whatever the "
         f"batch. Rounded to bf16 the factors of a product cost {100 * gpu['product_errors']['bf16'][-1]:.2f} % of it; of starting weights, "
         f"{100 * gpu['updates_lost']['0.0001']:.0f} % would not feel a step of 1e-4.",
@@ -288,6 +288,25 @@ def budgets(results):
         f"Every model was trained for {recipe['steps']:,} steps of {recipe['batch']} pictures, the one model at a grid drawn for each step "
         f"from {', '.join(said['grids'])}; {recipe['test_pictures']:,} test pictures, seeds {', '.join(map(str, said['seeds']))}, ± is the "
         f"standard deviation over seeds. {machine_text(found)}"), "", claims_text(said["claims"])])
+
+
+@part
+def robustness(results):
+    """Lesson 11 in full, on scenes."""
+    found = load(results / "11_robustness_full.json")
+    said, recipe = found["results"], found["results"]["recipe"]
+    lines = ["| arm | M MACs | clean error, % | error under damage, % | mCE | relative mCE | above the curve of ViTs, points |",
+             "|---" * 7 + "|"]
+    for name, row in said["summary"].items():
+        cells = (name, f"{row['macs'] / 1e6:.1f}", *(spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce")),
+                 spread_text(row["above_curve"], "+.1f"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", (
+        f"Nine corruptions in five strengths, in the style of CIFAR-10-C; mCE is the error over the ViT's, in percent, mean over "
+        f"corruptions; relative mCE the same of what damage adds. \"Above the curve\": accuracy under damage beyond that of ViTs of the "
+        f"same clean accuracy, which were trained for fewer steps; not known where an arm is more accurate than the ViT of its seed, and "
+        f"\"(2 of 3)\" says for how many seeds it is. {recipe['steps']:,} and {recipe['further']:,} steps, "
+        f"{recipe['test_pictures']:,} test pictures, seeds {', '.join(map(str, said['seeds']))}. {machine_text(found)}")])
 
 
 def claims_text(claims):
