@@ -5,7 +5,7 @@ import numpy
 import pytest
 
 import standin
-from tinytoken import backend
+from tinytoken import backend, random
 
 
 def pytest_addoption(parser):
@@ -27,6 +27,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=f"no GPU: {reason}"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Each test, and its fixtures before it, start from the same random numbers, whatever ran before in its process."""
+    random.manual_seed(0)
 
 
 @pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
