@@ -45,7 +45,13 @@ for strength in (1, 3, 5):
     assert abs(noisy.std() - c) < 0.03 * c
 assert np.array_equal(corrupt(grey, "gaussian_noise", 3)[5:9], corrupt(grey[5:9], "gaussian_noise", 3, first=5))  # the same bits
 
-trial = here.trial(RECIPE, here.seed)
+
+@functools.cache
+def trial_of(seed):
+    return here.trial(RECIPE, seed)
+
+
+trial = trial_of(here.seed)
 pictures = trial.test.images[:here.pick(8, 200, 200)]
 print(f"\nroot mean square change of a pixel, % of the whole range\n{'corruption':<18}" + "".join(f"{s:>8}" for s in range(1, 6)))
 for name in CORRUPTIONS:
@@ -103,11 +109,6 @@ ARMS = {VIT: (ViT, (), STEPS), DYNAMIC: (DynamicViT, (), 0), LOOKUP: (LookupViT,
 
 seeds, TESTS = here.seeds, slice(0, 2000)
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS, "further": FURTHER, "strengths": STRENGTHS}
-
-
-@functools.cache
-def trial_of(seed):
-    return here.trial(RECIPE, seed)
 
 
 @functools.cache

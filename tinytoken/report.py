@@ -81,6 +81,12 @@ def longer(results):
             f"seed {recipe['seed']} alone) ViT, DynamicViT and LookupViT reach {vit}, {dynamic} and {lookup} %.")
 
 
+def markdown_table(heads, rows):
+    """A Markdown table. heads: a text per column; rows: as many cells each."""
+    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
+    return "\n".join([line(heads), "|---" * len(heads) + "|", *map(line, rows)])
+
+
 PEERS = {"torch": "PyTorch", "torch-best": "PyTorch at its best", "torch-compile": "torch.compile", "jax": "JAX",
          "mygrad": "MyGrad"}
 
@@ -89,17 +95,17 @@ PEERS = {"torch": "PyTorch", "torch-best": "PyTorch at its best", "torch-compile
 def cpu(results):
     """Of tests/benchmarks/cpu.py: tinytoken's times, and their ratios to the peers' in the same rounds."""
     found = load(results / "cpu.json")
-    lines = [f"| workload | tinytoken, ms | {' | '.join(f'/ {name}' for name in PEERS.values())} |",
-             "|---" * (2 + len(PEERS)) + "|"]
+    rows = []
     for row in found["rows"]:
         for mode, ms in row["ms"].items():
             ratios = {peer: ratio_text([a / b for a, b in zip(ms["tinytoken"], ms[peer])]) for peer in PEERS if peer in ms}
-            lines.append(f"| {row['workload']}, {'training step' if mode == 'train' else 'inference'} "
-                         f"| {statistics.median(ms['tinytoken']):.1f} | {' | '.join(ratios.get(peer, '') for peer in PEERS)} |")
+            rows.append((f"{row['workload']}, {'training step' if mode == 'train' else 'inference'}",
+                         f"{statistics.median(ms['tinytoken']):.1f}", *(ratios.get(peer, "") for peer in PEERS)))
     memory = next(row["peak_memory_mb"]["train"] for row in found["rows"] if row["workload"] == "A")
     about, on = found["rows"][0]["about"], found["machine"]
     versions = ", ".join(f"{PEERS[name]} {about[name]['version']}" for name in ("torch", "jax") if name in about)
-    return "\n".join([*lines, "", (
+    heads = ("workload", "tinytoken, ms", *(f"/ {name}" for name in PEERS.values()))
+    return "\n".join([markdown_table(heads, rows), "", (
         f"Below 1 tinytoken is faster: medians of {found['rounds']} interleaved rounds, with quartiles. Peak memory of A's "
         f"training: tinytoken {memory['tinytoken'][0]} MB, PyTorch {memory['torch'][0]} MB. Machine: {on['processor']}, {on['cpus']} CPUs; "
         f"{versions}; tinytoken on {about['tinytoken']['blas']} at {about['tinytoken']['sgemm_gflops']} GFLOP/s, "
@@ -119,16 +125,16 @@ def savings(results):
     rows = {(row["model"], row["tokens"], row["batch"]): row for row in found["savings"] if row["dim"] == 192}
     sizes = sorted({tokens for _, tokens, _ in rows})
     shown = ("DynamicViT 0.9", "DynamicViT 0.7", "DynamicViT 0.5", "LookupViT 3x3", "LookupViT 5x5", "LookupViT 7x7")
-    lines = [f"| inference, dim 192 | {' | '.join(f'{n} tokens: MACs | batch 128 | batch 1' for n in sizes)} |",
-             "|---" * (1 + 3 * len(sizes)) + "|"]
+    heads = ("inference, dim 192", *(head for n in sizes for head in (f"{n} tokens: MACs", "batch 128", "batch 1")))
+    lines = []
     for model in shown:
-        cells = []
+        cells = [model]
         for tokens in sizes:
             large, single = rows[model, tokens, 128], rows[model, tokens, 1]
             cells += [f"/ {large['macs_ratio']:.2f}", f"{large['speedup'][0]:.2f}x", f"{single['speedup'][0]:.2f}x"]
-        lines.append(f"| {model} | {' | '.join(cells)} |")
+        lines.append(cells)
     on = found["machine"]
-    return "\n".join([*lines, "", (
+    return "\n".join([markdown_table(heads, lines), "", (
         f"Multiply-adds are divided by so much against the ViT of equal width and depth, and it is so many times as fast: medians "
         f"of {found['rounds']} interleaved rounds, untrained weights. Machine: {on['processor']}, {on['cpus']} CPUs, "
         f"{on['blas']}.")])
@@ -239,7 +245,7 @@ def arms_text(found):
     whole = any("all_tokens" in row for arm in rows.values() for row in arm)
     heads = ["arm", "seeds", "accuracy", "minus ViT's, points", *["with all tokens"] * whole, "M MACs", *["object share, by stage"] * known,
              "tokens kept in training (target)"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for name, arm in rows.items():
         reached = [100 * row["accuracy"] for row in arm]
         gaps = [value - 100 * row["accuracy"] for value, row in zip(reached, reference)]
@@ -251,12 +257,12 @@ def arms_text(found):
                  *[f"{spread_text(unpruned)} %" if unpruned else ""] * whole,
                  f"{arm[0]['macs'] / 1e6:.1f}", *[", ".join(f"{share:.2f}" for share in shares)] * known,
                  ", ".join(f"{k:.3f} ({target:.3f})" for k, target in zip(kept, arm[0].get("targets", ())))]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(cells)
     start = spread_text([100 * row["accuracy"] for row in found["results"]["starts"]])
     spread = (f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); differences are paired by seed."
               if len(seeds) > 1 else f"One seed ({seeds[0]}): its spread is not known.")
     shares = "Object share: of the patches kept, over that of all patches (1 is chance)."
-    return "\n".join([*lines, "", " ".join([spread, *[shares] * known, (
+    return "\n".join([markdown_table(heads, lines), "", " ".join([spread, *[shares] * known, (
         f"All arms go on from a ViT of {recipe['first_steps']:,} steps "
         f"({start} %), each for {recipe['further_steps']:,} steps of {recipe['batch']} pictures at learning rate "
         f"{recipe['further_lr']}; tested on {recipe['test_pictures']:,} pictures. {machine_text(found)}")])])
@@ -274,17 +280,15 @@ def budgets(results):
     """Lesson 10 in full, on scenes."""
     found = load(results / "10_one_model_many_budgets_full.json")
     said, rows, recipe = found["results"], found["results"]["rows"], found["results"]["recipe"]
-    lines = ["| grid | M MACs | one model | single-size model | one model less single-size, points | trained at 3x3 only |",
-             "|---" * 6 + "|"]
+    heads, lines = ("grid", "M MACs", "one model", "single-size model", "one model less single-size, points", "trained at 3x3 only"), []
     for grid, of_grid in rows["one model"][0].items():
         points = {name: [100 * row[grid]["accuracy"] for row in by_seed if grid in row] for name, by_seed in rows.items()}
         one, single = points["one model"], points.get(f"single {grid}", [])
-        cells = (f"{grid}{'' if grid in said['grids'] else ' (never trained)'}", f"{of_grid['macs'] / 1e6:.1f}", f"{spread_text(one)} %",
-                 f"{spread_text(single)} %" if single else "",
-                 spread_text([a - b for a, b in zip(one, single)], "+.1f") if single else "",
-                 f"{spread_text(points['trained at 3x3 only'])} %")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", (
+        lines.append((f"{grid}{'' if grid in said['grids'] else ' (never trained)'}", f"{of_grid['macs'] / 1e6:.1f}", f"{spread_text(one)} %",
+                      f"{spread_text(single)} %" if single else "",
+                      spread_text([a - b for a, b in zip(one, single)], "+.1f") if single else "",
+                      f"{spread_text(points['trained at 3x3 only'])} %"))
+    return "\n".join([markdown_table(heads, lines), "", (
         f"Every model was trained for {recipe['steps']:,} steps of {recipe['batch']} pictures, the one model at a grid drawn for each step "
         f"from {', '.join(said['grids'])}; {recipe['test_pictures']:,} test pictures, seeds {', '.join(map(str, said['seeds']))}, ± is the "
         f"standard deviation over seeds. {machine_text(found)}"), "", claims_text(said["claims"])])
@@ -295,13 +299,10 @@ def robustness(results):
     """Lesson 11 in full, on scenes."""
     found = load(results / "11_robustness_full.json")
     said, recipe = found["results"], found["results"]["recipe"]
-    lines = ["| arm | M MACs | clean error, % | error under damage, % | mCE | relative mCE | above the curve of ViTs, points |",
-             "|---" * 7 + "|"]
-    for name, row in said["summary"].items():
-        cells = (name, f"{row['macs'] / 1e6:.1f}", *(spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce")),
-                 spread_text(row["above_curve"], "+.1f"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", (
+    heads = ("arm", "M MACs", "clean error, %", "error under damage, %", "mCE", "relative mCE", "above the curve of ViTs, points")
+    lines = [(name, f"{row['macs'] / 1e6:.1f}", *(spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce")),
+              spread_text(row["above_curve"], "+.1f")) for name, row in said["summary"].items()]
+    return "\n".join([markdown_table(heads, lines), "", (
         f"Nine corruptions in five strengths, in the style of CIFAR-10-C; mCE is the error over the ViT's, in percent, mean over "
         f"corruptions; relative mCE the same of what damage adds. \"Above the curve\": accuracy under damage beyond that of ViTs of the "
         f"same clean accuracy, which were trained for fewer steps; not known where an arm is more accurate than the ViT of its seed, and "
