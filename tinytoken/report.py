@@ -199,8 +199,7 @@ def lessons(results):
         f"errand that reads in one place and writes in others, one head of `probs` leaves {left['probs']} % of the error, `renorm` "
         f"{left['renorm']}, `resoftmax` {left['resoftmax']}, two heads of `probs` {left['probs, two heads']} (medians of "
         f"{len(lookup['seeds'])} seeds).",
-        "9. The default run is too short to decide anything; the full run has not been finished yet.",
-        "10. See the table.", "11. See the table.",
+        "9. See the table.", "10. See the table.", "11. See the table.",
         f"12. A ViT's training step is {sum(gpu['array_calls']['ViT'].values())} array calls, each a launch on a GPU or more, whatever the "
         f"batch. Rounded to bf16 the factors of a product cost {100 * gpu['product_errors']['bf16'][-1]:.2f} % of it; of starting weights, "
         f"{100 * gpu['updates_lost']['0.0001']:.0f} % would not feel a step of 1e-4.",
@@ -273,6 +272,31 @@ def machine_text(found):
     machines = found.get("machines_of_parts", [found["machine"]])
     texts = dict.fromkeys(f"{on['processor']}, {on['cpus']} CPU{'s' * (on['cpus'] > 1)}, NumPy {on['numpy']}, {on['blas']}" for on in machines)
     return f"Machine{'s' * (len(texts) > 1)}: {'; '.join(texts)}."
+
+
+@part
+def lookupvit(results):
+    """Lesson 09 in full, on scenes."""
+    found = load(results / "09_lookupvit_full.json")
+    said = found["results"]
+    shares = ", ".join(f"{name} {spread_text(values, '.3f')}" for name, values in said["located"].items())
+    return (f"{lookup_arms_text(found)}\n\nShare of the variance that is explained where a head on each patch is asked how much of it is "
+            f"object ({said['locate_steps']:,} steps, the same seeds): {shares}.\n\nWith bounds that were set before the run:\n\n"
+            f"{claims_text(said['claims'])}")
+
+
+def lookup_arms_text(found):
+    """The table of lesson 09's arms and its conditions."""
+    said, recipe, lines = found["results"], found["results"]["recipe"], []
+    for name, rows in said["rows"].items():
+        gaps = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" if low < high else "" for middle, low, high in said["differences"][name]]
+        lines.append((name, len(rows), f"{spread_text([100 * row['accuracy'] for row in rows])} %", f"{rows[0]['macs'] / 1e6:.1f}",
+                      f"{rows[0]['parameters'] / 1e6:.2f}", f"{rows[0]['steps']:,}", *gaps))
+    heads = ("arm", "seeds", "accuracy", "M MACs", "M parameters", "steps", "above its ViT, points [95 %]", "above its LookupViT, points [95 %]")
+    return "\n".join([markdown_table(heads, lines), "", (
+        f"{recipe['batch']} pictures a step, {recipe['test_pictures']:,} test pictures, seed{'s' * (len(said['seeds']) > 1)} "
+        f"{', '.join(map(str, said['seeds']))}. Intervals are Student's over paired seeds, or for one seed the normal one over test pictures, "
+        f"which does not know how another seed would do. {machine_text(found)}")])
 
 
 @part
