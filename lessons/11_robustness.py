@@ -16,6 +16,7 @@ import numpy as np
 
 import tinytoken as tt
 from tinytoken import compare, lesson
+from tinytoken.compare import spread_text
 from tinytoken.data import CORRUPTIONS, corrupt
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil, accuracy, infer
@@ -168,11 +169,13 @@ def mean_error(name, i):
 
 
 def over_vit(name, i, added):
-    """mCE, or with `added` relative mCE, in percent, seed number i."""
+    """mCE, or with `added` relative mCE, in percent, seed number i; None where the ViT has no errors to compare with."""
     ratios = []
     for corruption in CORRUPTIONS:
         own, vit = (of_corruption(arm, corruption, i) - (clean[arm][i] if added else 0) for arm in (name, VIT))
-        ratios.append(own / vit if vit else float("nan"))
+        if not vit:
+            return None
+        ratios.append(own / vit)
     return 100 * statistics.mean(ratios)
 
 
@@ -185,10 +188,6 @@ def at_equal_accuracy(name, i):
     return 100 * (1 - mean_error(name, i) - np.interp(x, *zip(*curve)))
 
 
-def text(values, form=".1f"):
-    return "-" if any(value is not None and np.isnan(value) for value in values) else compare.spread_text(values, form)
-
-
 seed_numbers = range(len(seeds))
 summary = {name: {"clean_error": [100 * error for error in clean[name]], "error": [100 * mean_error(name, i) for i in seed_numbers],
                   "mce": [over_vit(name, i, False) for i in seed_numbers],
@@ -196,12 +195,13 @@ summary = {name: {"clean_error": [100 * error for error in clean[name]], "error"
                   "above_curve": [at_equal_accuracy(name, i) for i in seed_numbers], "macs": costs[name]} for name in ARMS}
 print(f"{'arm':<18}{'M MACs':>8}{'clean':>12}{'damaged':>12}{'mCE':>14}{'relative mCE':>14}{'above the curve of ViTs':>26}")
 for name, row in summary.items():
-    print(f"{name:<18}{row['macs'] / 1e6:>8.2f}{text(row['clean_error']):>12}{text(row['error']):>12}{text(row['mce']):>14}"
-          f"{text(row['relative_mce']):>14}{text(row['above_curve'], '+.1f'):>26}")
+    clean_text, damaged_text, mce, relative = (spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce"))
+    print(f"{name:<18}{row['macs'] / 1e6:>8.2f}{clean_text:>12}{damaged_text:>12}{mce:>14}{relative:>14}"
+          f"{spread_text(row['above_curve'], '+.1f'):>26}")
 print(f"\nerror by corruption, mean over strengths\n{'':<18}" + "".join(f"{name:>16}" for name in (VIT, DYNAMIC, LOOKUP, NARROW)))
 for corruption in CORRUPTIONS:
     cells = ([100 * of_corruption(name, corruption, i) for i in seed_numbers] for name in (VIT, DYNAMIC, LOOKUP, NARROW))
-    print(f"{corruption:<18}" + "".join(f"{text(values):>16}" for values in cells))
+    print(f"{corruption:<18}" + "".join(f"{spread_text(values):>16}" for values in cells))
 
 
 def draw_errors(figure):
