@@ -475,6 +475,11 @@ here.measured(rows=rows, differences=differences, located=located, locate_steps=
 # explained, with it 0.893 ± 0.005, and by the ViT 0.891 ± 0.002. What the patches have to know of each other comes to them through
 # nine tokens as well as through the ViT's attention among all, for half of the multiply-adds (0.48, since here the lookup tokens
 # have to be finished in the last block too).
+#
+# On CIFAR-10 (one seed, 20 epochs; `09_lookupvit_full_cifar10.json`) the ViT gets 77.5 %, LookupViT 75.3 %, the model without a way back
+# 75.7 %, the narrower ViT 76.6 %, the one of half the depth 76.0 %. The way back costs little here; both LookupViTs lose to the ViTs.
+# The narrower ViT and LookupViT end at the same training loss (0.56 and 0.57), so LookupViT does not learn less. It learns more that
+# is of no use on other pictures.
 
 # %% [markdown]
 # ## Exercises

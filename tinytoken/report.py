@@ -285,6 +285,13 @@ def lookupvit(results):
             f"{claims_text(said['claims'])}")
 
 
+@part
+def lookupvit_cifar10(results):
+    """Lesson 09 in full on CIFAR-10: the headline arms, one seed."""
+    found = load(results / "09_lookupvit_full_cifar10.json")
+    return f"{lookup_arms_text(found)}\n\n{claims_text(found['results']['claims'])}"
+
+
 def lookup_arms_text(found):
     """The table of lesson 09's arms and its conditions."""
     said, recipe, lines = found["results"], found["results"]["recipe"], []
