@@ -465,7 +465,8 @@ here.measured(rows=rows, differences=differences, located=located, locate_steps=
 #
 # How much it matters is a question of learning by heart. The 16,000 pictures are shown twelve times, and all arms of 3,000 steps but
 # the one on 3 x 3 tokens end with a class loss of 0.001 or less. Where no picture is shown twice ("new pictures", one seed), the ViT
-# gets 98.9 %, LookupViT 98.8 %, the model without a way back 99.0 %: LookupViT is last here too, but 0.1 points behind the ViT.
+# gets 98.9 %, LookupViT 98.8 %, the model without a way back 99.0 %: LookupViT is last here too, but 0.1 points behind the ViT (a
+# second seed, which is not in the file yet, gave 0.65).
 #
 # Of the variations (one seed; two seeds of LookupViT are up to 0.45 points apart) none stands out. 2 x 2 compressed tokens do as
 # well as 5 x 5, and the picture of what they read suggests why: in the last block nearly all nine read the same patches. At 256
