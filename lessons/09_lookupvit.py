@@ -247,10 +247,11 @@ ARMS = HEADLINE | {
 }
 RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
                         **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
+main_arms = [*HEADLINE, ONE_HEAD, NEITHER]
 chosen = here.pick([name for name in ARMS if "256" not in name], [VIT, LOOKUP, ONE_WAY],
-                   list(ARMS) if here.data == "scenes" else [*HEADLINE, ONE_HEAD, NEITHER])
+                   list(ARMS) if here.data == "scenes" else main_arms)
 # these with all seeds, the others with the first
-seeds, repeated = here.seeds, [name for name in ARMS if name in (*HEADLINE, ONE_HEAD, NEITHER) or "new pictures" in name]
+seeds, repeated = here.seeds, main_arms + [name for name in ARMS if ARMS[name].pictures]
 # what an arm under other conditions than the headline's is compared with, by the end of its name
 LIKE = {", 256 tokens": ("ViT, 256 tokens", "LookupViT 5x5, 256 tokens"),
         ", new pictures": ("ViT, new pictures", "LookupViT 3x3, new pictures"), ", one classifier": (VIT, ONE_HEAD)}
@@ -395,8 +396,8 @@ if located[LOOKUP]:
 
 def draw_arms(figure):
     """A row per arm, by cost: a dot per seed. The arms under other conditions stand below the line."""
-    axis, elsewhere = figure.subplots(), (", 256 tokens", ", new pictures")
-    order = sorted(chosen, key=lambda name: (name.endswith(elsewhere), rows[name][0]["macs"]))
+    axis, elsewhere = figure.subplots(), {name for name in chosen if ARMS[name].steps or ARMS[name].pictures}
+    order = sorted(chosen, key=lambda name: (name in elsewhere, rows[name][0]["macs"]))
     for place, name in enumerate(order):
         colour = "#0072b2" if ARMS[name].kind is LookupViT else "#d55e00"
         axis.plot([100 - 100 * row["accuracy"] for row in rows[name]], [place] * len(rows[name]), "o", color=colour, alpha=0.7)
@@ -408,8 +409,8 @@ def draw_arms(figure):
     axis.set_yticks(range(len(order)), [f"{name}   {rows[name][0]['macs'] / 1e6:.1f} M" for name in order])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    if order[-1].endswith(elsewhere):
-        axis.axhline(sum(not name.endswith(elsewhere) for name in order) - 0.5, color="black", linewidth=0.8)
+    if elsewhere:
+        axis.axhline(len(order) - len(elsewhere) - 0.5, color="black", linewidth=0.8)
     axis.invert_yaxis()
 
 
