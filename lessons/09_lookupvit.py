@@ -208,6 +208,9 @@ class SmallGridViT(ViT):
         return ops.concat(ops.broadcast_to(self.cls_token, shape=(len(x), 1, x.shape[2])), x, axis=1) + self.pos_embed
 
 
+VIT, LOOKUP, ONE_WAY, ONE_HEAD, NEITHER = "ViT", "LookupViT 3x3", "no way back", "one classifier", "no way back, one classifier"
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     kind: type = LookupViT
@@ -215,11 +218,13 @@ class Arm:
     options: tuple = ()
     steps: int = 0     # 0: as many as all
     pictures: int = 0  # to train on; 0: as many as all
+    beside: tuple = (VIT, LOOKUP)  # what it is compared with
 
 
-VIT, LOOKUP, ONE_WAY, ONE_HEAD, NEITHER = "ViT", "LookupViT 3x3", "no way back", "one classifier", "no way back, one classifier"
 STEPS, FINE = here.pick((4, 2), (150, 0), (3000, 1000) if here.data == "scenes" else (15620, 0))  # CIFAR: 20 epochs
 NEW = here.pick(128, 16000, 192000)  # as many as are shown in all
+AT_256 = dict(steps=FINE, beside=("ViT, 256 tokens", "LookupViT 5x5, 256 tokens"))
+UNSEEN = dict(pictures=NEW, beside=("ViT, new pictures", "LookupViT 3x3, new pictures"))
 narrow, equal = here.pick((("dim", 8), ("heads", 1)), (("dim", 64), ("heads", 2)), (("dim", 64), ("heads", 2))), ("dim", 120)
 HEADLINE = {
     VIT: Arm(ViT),
@@ -237,13 +242,13 @@ ARMS = HEADLINE | {
     **{f"reuse {name}": Arm(options=(("reuse", name),)) for name in ("renorm", "resoftmax", "separate")},
     ONE_HEAD: Arm(options=(("classifiers", "compressed"),)),
     "norms before": Arm(options=(("norm", "pre"),)),
-    "ViT, 256 tokens": Arm(ViT, (("patch", 2),), steps=FINE),
-    "LookupViT 5x5, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)),), steps=FINE),
-    "no way back, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)), ("reuse", "none")), steps=FINE),
-    NEITHER: Arm(options=(("reuse", "none"), ("classifiers", "compressed"))),
-    "ViT, new pictures": Arm(ViT, pictures=NEW),
-    "LookupViT 3x3, new pictures": Arm(pictures=NEW),
-    "no way back, new pictures": Arm(options=(("reuse", "none"),), pictures=NEW),
+    "ViT, 256 tokens": Arm(ViT, (("patch", 2),), **AT_256),
+    "LookupViT 5x5, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)),), **AT_256),
+    "no way back, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)), ("reuse", "none")), **AT_256),
+    NEITHER: Arm(options=(("reuse", "none"), ("classifiers", "compressed")), beside=(VIT, ONE_HEAD)),
+    "ViT, new pictures": Arm(ViT, **UNSEEN),
+    "LookupViT 3x3, new pictures": Arm(**UNSEEN),
+    "no way back, new pictures": Arm(options=(("reuse", "none"),), **UNSEEN),
 }
 RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
                         **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
@@ -252,9 +257,6 @@ chosen = here.pick([name for name in ARMS if "256" not in name], [VIT, LOOKUP, O
                    list(ARMS) if here.data == "scenes" else main_arms)
 # these with all seeds, the others with the first
 seeds, repeated = here.seeds, main_arms + [name for name in ARMS if ARMS[name].pictures]
-# what an arm under other conditions than the headline's is compared with, by the end of its name
-LIKE = {", 256 tokens": ("ViT, 256 tokens", "LookupViT 5x5, 256 tokens"),
-        ", new pictures": ("ViT, new pictures", "LookupViT 3x3, new pictures"), ", one classifier": (VIT, ONE_HEAD)}
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 
 
@@ -370,10 +372,9 @@ maps = {name: done[f"locate seed{seeds[0]} {name}"]["first"] for name in located
 differences = {}
 print(f"{'arm':<28}{'accuracy, %':>12}{'M MACs':>9}{'M params':>9}{'steps':>7}{'above the ViT [95 %]':>26}{'above its LookupViT [95 %]':>30}")
 for name in chosen:
-    against = next((pair for end, pair in LIKE.items() if name.endswith(end)), (VIT, LOOKUP))
-    differences[name] = [difference(answers[name], answers[other]) for other in against]
+    differences[name] = [difference(answers[name], answers[other]) for other in ARMS[name].beside]
     cells = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" if name != other else ""
-             for (middle, low, high), other in zip(differences[name], against)]
+             for (middle, low, high), other in zip(differences[name], ARMS[name].beside)]
     row = rows[name][0]
     print(f"{name:<28}{compare.spread_text([100 * r['accuracy'] for r in rows[name]]):>12}{row['macs'] / 1e6:>9.2f}"
           f"{row['parameters'] / 1e6:>9.2f}{row['steps']:>7}{cells[0]:>26}{cells[1]:>30}")

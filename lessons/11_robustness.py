@@ -16,7 +16,6 @@ import numpy as np
 
 import tinytoken as tt
 from tinytoken import compare, lesson
-from tinytoken.compare import spread_text
 from tinytoken.data import CORRUPTIONS, corrupt
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil, accuracy, infer
@@ -195,13 +194,13 @@ summary = {name: {"clean_error": [100 * error for error in clean[name]], "error"
                   "above_curve": [at_equal_accuracy(name, i) for i in seed_numbers], "macs": costs[name]} for name in ARMS}
 print(f"{'arm':<18}{'M MACs':>8}{'clean':>12}{'damaged':>12}{'mCE':>14}{'relative mCE':>14}{'above the curve of ViTs':>26}")
 for name, row in summary.items():
-    clean_text, damaged_text, mce, relative = (spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce"))
+    clean_text, damaged_text, mce, relative = (compare.spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce"))
     print(f"{name:<18}{row['macs'] / 1e6:>8.2f}{clean_text:>12}{damaged_text:>12}{mce:>14}{relative:>14}"
-          f"{spread_text(row['above_curve'], '+.1f'):>26}")
+          f"{compare.spread_text(row['above_curve'], '+.1f'):>26}")
 print(f"\nerror by corruption, mean over strengths\n{'':<18}" + "".join(f"{name:>16}" for name in (VIT, DYNAMIC, LOOKUP, NARROW)))
 for corruption in CORRUPTIONS:
     cells = ([100 * of_corruption(name, corruption, i) for i in seed_numbers] for name in (VIT, DYNAMIC, LOOKUP, NARROW))
-    print(f"{corruption:<18}" + "".join(f"{spread_text(values):>16}" for values in cells))
+    print(f"{corruption:<18}" + "".join(f"{compare.spread_text(values):>16}" for values in cells))
 
 
 def draw_errors(figure):
