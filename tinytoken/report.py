@@ -287,7 +287,7 @@ def lookupvit(results):
 
 @part
 def lookupvit_cifar10(results):
-    """Lesson 09 in full on CIFAR-10: the headline arms, one seed."""
+    """Lesson 09 in full on CIFAR-10: the headline arms and those of one classifier, one seed."""
     found = load(results / "09_lookupvit_full_cifar10.json")
     return f"{lookup_arms_text(found)}\n\n{claims_text(found['results']['claims'])}"
 
