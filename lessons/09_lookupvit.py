@@ -253,7 +253,7 @@ ARMS = HEADLINE | {
 RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
                         **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
 main_arms = [*HEADLINE, ONE_HEAD, NEITHER]
-chosen = here.pick([name for name in ARMS if "256" not in name], [VIT, LOOKUP, ONE_WAY],
+chosen = here.pick([name for name in ARMS if not ARMS[name].steps], [VIT, LOOKUP, ONE_WAY],
                    list(ARMS) if here.data == "scenes" else main_arms)
 # these with all seeds, the others with the first
 seeds, repeated = here.seeds, main_arms + [name for name in ARMS if ARMS[name].pictures]
@@ -372,9 +372,8 @@ maps = {name: done[f"locate seed{seeds[0]} {name}"]["first"] for name in located
 differences = {}
 print(f"{'arm':<28}{'accuracy, %':>12}{'M MACs':>9}{'M params':>9}{'steps':>7}{'above the ViT [95 %]':>26}{'above its LookupViT [95 %]':>30}")
 for name in chosen:
-    differences[name] = [difference(answers[name], answers[other]) for other in ARMS[name].beside]
-    cells = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" if name != other else ""
-             for (middle, low, high), other in zip(differences[name], ARMS[name].beside)]
+    differences[name] = [None if name == other else difference(answers[name], answers[other]) for other in ARMS[name].beside]
+    cells = [compare.interval_text(*gap) if gap else "" for gap in differences[name]]
     row = rows[name][0]
     print(f"{name:<28}{compare.spread_text([100 * r['accuracy'] for r in rows[name]]):>12}{row['macs'] / 1e6:>9.2f}"
           f"{row['parameters'] / 1e6:>9.2f}{row['steps']:>7}{cells[0]:>26}{cells[1]:>30}")

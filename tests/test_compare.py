@@ -340,3 +340,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
     ([1.0, None, 3.0], ".1f", "2.0 ± 1.4 (2 of 3)"), ([None, 4.0], ".1f", "4.0 (1 of 2)"), ([None, None], ".1f", "not known")])
 def test_mean_and_spread_as_text(values, form, text):
     assert compare.spread_text(values, form) == text
+
+
+def test_a_difference_and_its_interval_as_text():
+    assert compare.interval_text(-1.1, -1.92, 0.29) == "-1.1 [-1.9, +0.3]" and compare.interval_text(0.0, 0.0, 0.0) == "+0.0 [+0.0, +0.0]"

@@ -234,6 +234,11 @@ def spread_text(values, form=".1f"):
     return f"{statistics.mean(known):{form}}{spread}" + f" ({len(known)} of {len(values)})" * (len(known) < len(values))
 
 
+def interval_text(middle, low, high):
+    """A difference in points with the ends of its interval, as trial.difference gives them."""
+    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def conditions_text(*tables):
     """What the numbers of table_text were measured with: recipe, seeds, machine."""
     recipe, on = tables[0]["recipe"], tables[0]["machine"]

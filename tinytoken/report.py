@@ -8,7 +8,7 @@ import re
 import statistics
 
 from .checkpoint import replacing
-from .compare import conditions_text, spread_text, table_text
+from .compare import conditions_text, interval_text, spread_text, table_text
 from .errors import InputError, expect
 
 PART = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
@@ -294,16 +294,21 @@ def lookupvit_cifar10(results):
 
 def lookup_arms_text(found):
     """The table of lesson 09's arms and its conditions."""
-    said, recipe, lines = found["results"], found["results"]["recipe"], []
+    said, lines = found["results"], []
     for name, rows in said["rows"].items():
-        gaps = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" if low < high else "" for middle, low, high in said["differences"][name]]
+        gaps = [interval_text(*gap) if gap else "" for gap in said["differences"][name]]  # None: its own
         lines.append((name, len(rows), f"{spread_text([100 * row['accuracy'] for row in rows])} %", f"{rows[0]['macs'] / 1e6:.1f}",
                       f"{rows[0]['parameters'] / 1e6:.2f}", f"{rows[0]['steps']:,}", *gaps))
     heads = ("arm", "seeds", "accuracy", "M MACs", "M parameters", "steps", "above its ViT, points [95 %]", "above its LookupViT, points [95 %]")
     return "\n".join([markdown_table(heads, lines), "", (
-        f"{recipe['batch']} pictures a step, {recipe['test_pictures']:,} test pictures, seed{'s' * (len(said['seeds']) > 1)} "
-        f"{', '.join(map(str, said['seeds']))}. Intervals are Student's over paired seeds, or for one seed the normal one over test pictures, "
-        f"which does not know how another seed would do. {machine_text(found)}")])
+        f"{said['recipe']['batch']} pictures a step, {tests_text(said)}. Intervals are Student's over paired seeds, or for one seed the "
+        f"normal one over test pictures, which does not know how another seed would do. {machine_text(found)}")])
+
+
+def tests_text(said):
+    """How many pictures a lesson's models were tested on, and with which seeds."""
+    seeds = said["seeds"]
+    return f"{said['recipe']['test_pictures']:,} test pictures, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 @part
@@ -321,8 +326,8 @@ def budgets(results):
                       f"{spread_text(points['trained at 3x3 only'])} %"))
     return "\n".join([markdown_table(heads, lines), "", (
         f"Every model was trained for {recipe['steps']:,} steps of {recipe['batch']} pictures, the one model at a grid drawn for each step "
-        f"from {', '.join(said['grids'])}; {recipe['test_pictures']:,} test pictures, seeds {', '.join(map(str, said['seeds']))}, ± is the "
-        f"standard deviation over seeds. {machine_text(found)}"), "", claims_text(said["claims"])])
+        f"from {', '.join(said['grids'])}; {tests_text(said)}, ± is the standard deviation over seeds. "
+        f"{machine_text(found)}"), "", claims_text(said["claims"])])
 
 
 @part
@@ -338,7 +343,7 @@ def robustness(results):
         f"corruptions; relative mCE the same of what damage adds. \"Above the curve\": accuracy under damage beyond that of ViTs of the "
         f"same clean accuracy, which were trained for fewer steps; not known where an arm is more accurate than the ViT of its seed, and "
         f"\"(2 of 3)\" says for how many seeds it is. {recipe['steps']:,} and {recipe['further']:,} steps, "
-        f"{recipe['test_pictures']:,} test pictures, seeds {', '.join(map(str, said['seeds']))}. {machine_text(found)}")])
+        f"{tests_text(said)}. {machine_text(found)}")])
 
 
 def claims_text(claims):

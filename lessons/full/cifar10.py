@@ -88,7 +88,7 @@ above = {}
 for name, arm in rows.items():
     reference = f"{VIT}, fine" if name.endswith("fine") else VIT
     above[name] = difference(right[name], right[reference])
-    gap = "" if name == reference else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*above[name])
+    gap = "" if name == reference else compare.interval_text(*above[name])
     table.append(f"{name:<22}{compare.spread_text([100 * row['accuracy'] for row in arm]):>14}{arm[0]['macs'] / 1e6:>9.1f}"
                  f"{arm[0]['parameters'] / 1e6:>10.2f}{arm[0]['seconds_per_epoch']['second']:>13.1f}{gap:>26}")
 print("\n".join(table))
