@@ -1,10 +1,11 @@
-"""python -m tinytoken compare | predict | doctor | bench | report | stub | grade | autograder-zip."""
+"""tinytoken compare | predict | doctor | bench | stub | grade | autograder-zip; or python -m tinytoken ..."""
 import argparse
 import pathlib
 import sys
 
-from . import backend
-from .errors import InputError
+from . import __version__, backend, models
+from .data import dataset
+from .errors import InputError, expect
 
 
 def main(argv=None):
@@ -24,11 +25,12 @@ def main(argv=None):
 
 
 def parser():
-    top = argparse.ArgumentParser(prog="python -m tinytoken", description="LookupViT and DynamicViT from scratch.")
+    top = argparse.ArgumentParser(prog="tinytoken", description="LookupViT and DynamicViT from scratch.")
+    top.add_argument("--version", action="version", version=f"tinytoken {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
 
     job = commands.add_parser("compare", help="train a ViT, a DynamicViT and a LookupViT side by side; a table and a picture")
-    job.add_argument("--data", default="scenes", help="scenes (made on the spot), cifar10, or a folder with CIFAR's binary files")
+    job.add_argument("--data", default="scenes", help=f"{', '.join(dataset)}, or a folder of one of these kinds (default: scenes)")
     job.add_argument("--steps", type=int, help="training steps of each model")
     job.add_argument("--seed", type=int, default=0)
     job.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -45,7 +47,7 @@ def parser():
     guess.set_defaults(run=run_predict)
 
     clock = commands.add_parser("bench", help="how fast this machine trains and runs a model; where the time of a step goes")
-    clock.add_argument("--model", default="vit", choices=("vit", "dynamicvit", "lookupvit"))
+    clock.add_argument("--model", default="vit", choices=models.names())
     for name, value in dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3, batch=64).items():
         clock.add_argument("--" + name.replace("_", "-"), type=int, default=value, help=f"default: {value}")
     clock.add_argument("--micro", type=int, help="images of a slice (default: what fit would take)")
@@ -56,9 +58,6 @@ def parser():
     doctor = commands.add_parser("doctor", help="what was found on this machine, and what would fix what is missing")
     doctor.set_defaults(run=run_doctor)
 
-    measured = commands.add_parser("report", help="in a checkout: write the README's measured parts from lessons/results")
-    measured.add_argument("--root", type=pathlib.Path, default=".", help="the checkout (default: this folder)")
-    measured.set_defaults(run=run_report)
     course(commands)
     return top
 
@@ -92,12 +91,12 @@ def course(commands):
 
 
 def run_compare(args):
-    from . import compare
+    from .experiments import Recipe, compare, tables
     changes = {name: getattr(args, name) for name in ("data", "steps", "seed", "precision") if getattr(args, name) is not None}
     out = args.out or pathlib.Path("runs") / f"compare-{pathlib.Path(args.data).name}-{args.seed}"
     device = backend.announced_device(args.device)
-    table, picture = compare.run(compare.Recipe(**changes), out, device=device, threads=args.threads)
-    print(f"\n{compare.table_text(table)}\n{picture}\neverything is in {out}")
+    table, picture = compare.run(Recipe(**changes), out, device=device, threads=args.threads)
+    print(f"\n{tables.table_text(table)}\n{picture}\neverything is in {out}")
 
 
 def run_predict(args):
@@ -117,11 +116,6 @@ def run_doctor(args):
     print(report())
 
 
-def run_report(args):
-    from . import report
-    print("README.md written" if report.write(args.root) else "README.md is as the results say")
-
-
 def find_assignment(args):
     from .course import assignment
     return assignment.find(args.name, [args.assignment] if args.assignment else None)
@@ -133,9 +127,8 @@ def run_stub(args):
 
 
 def run_grade(args):
-    from .checkpoint import write_json
     from .course import grade, gradescope
-    from .errors import expect
+    from .files import write_json
     assignment = find_assignment(args)
     if args.submissions:
         expect(args.csv, "grade", "--submissions without --csv: give the file for the points")

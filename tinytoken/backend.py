@@ -100,20 +100,7 @@ def module_for(device):
     return cupy
 
 
-class Mode(threading.local):
-    """plain: no faster implementations in this thread, see tensor.plain."""
-    plain = False
-
-
-mode = Mode()
-faster = {}  # name -> a function of `cuda/` for CuPy arrays that stands in for one that is no op
-at_first_cuda = []  # what to call when a CUDA device is used for the first time; tinytoken/__init__ puts the kernels here
-
-
-def kernel(name, xp):
-    """The kernel that is registered under this name for a function that is no op, or None: for NumPy, under plain(), or where there is
-    none."""
-    return None if xp is np or mode.plain else faster.get(name)
+at_first_cuda = []  # what to call when a CUDA device is used for the first time; tinytoken/__init__ adds the kernels
 
 
 @functools.cache
@@ -142,6 +129,49 @@ def to_numpy(array):
 def out_of_memory(error):
     """Whether that is what this exception says, of the host or of the device."""
     return isinstance(error, MemoryError) or any(word in str(error) for word in ("cudaErrorMemoryAllocation", "ALLOC_FAILED"))
+
+
+# Implementations. A plain function defines what is computed; the arrays of another module may have a faster one.
+
+class Mode(threading.local):
+    """implementations: whose this thread uses. None: those of the arrays' own module; "plain": none; or a module's name."""
+    implementations = None
+
+
+mode = Mode()
+implementations = {}  # (plain function, name of an array module) -> [(covers, function), ...]
+
+
+def implementation(plain, module="cupy", covers=lambda *args, **settings: True):
+    """Decorator: a function with the contract of `plain` for the arrays of `module`, for the calls that it covers:
+    covers(*args, **settings) is true. The others run as `plain`, which stays the definition."""
+    def register(function):
+        implementations.setdefault((plain, module), []).append((covers, function))
+        return function
+    return register
+
+
+def faster(plain, xp, /, *args, **settings):
+    """The implementation of plain(*args, **settings) for arrays of the module xp, or None: there is none, none covers this
+    call, or this thread uses the plain functions."""
+    for covers, function in implementations.get((plain, mode.implementations or xp.__name__), ()):
+        if covers(*args, **settings):
+            return function
+    return None
+
+
+def using_implementations(module):
+    """Context: this thread uses the implementations of that array module ("plain": none), whatever its arrays are."""
+    return swapped(mode, "implementations", module)
+
+
+def products_in(precision, device):
+    """Context: what products on the device round their factors to. "fp32": to nothing, the only one on a CPU; "tf32" and
+    "bf16" are a GPU's, "bf16" also for what lies between the products of a block. Sums, parameters and gradients are
+    float32 always. Raises InputError, when it is made, where there is no such precision."""
+    fast = faster(products_in, module_for(device), precision, device)
+    expect(precision == "fp32" or fast, "precision", f"{precision!r}: on the CPU and under plain() products are in fp32")
+    return fast(precision, device) if fast else contextlib.nullcontext()
 
 
 # Functions that NumPy lacks, or that the two modules spell differently

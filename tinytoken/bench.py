@@ -10,32 +10,31 @@ from . import models, random, tensor
 from .backend import blas_description, blas_threads, cpu_count
 from .cost import recorded_macs
 from .errors import expect
-from .optim import AdamW, loss_and_grads
-from .train import Classify, Distil, infer, slice_size
-
-KINDS = {"vit": models.ViT, "dynamicvit": models.DynamicViT, "lookupvit": models.LookupViT}
+from .tasks import task as tasks
+from .train import AdamW, infer, loss_and_grads, slice_size
 
 
 class Job:
-    """A model of `kind` with random pictures: a training step and an inference pass, to be timed. micro: images of a slice of the
-    step, as in fit. sizes: of the model. Sets the global seed to 0."""
+    """A model, by its name, with random pictures: a training step of its own task and an inference pass, to be timed. micro:
+    images of a slice of the step, as in fit. sizes: of the model. Sets the global seed to 0."""
 
-    def __init__(self, kind, batch=64, micro=None, threads=None, **sizes):
-        expect(kind in KINDS, "bench", f"model {kind!r}, expected one of {', '.join(KINDS)}")
+    def __init__(self, name, batch=64, micro=None, threads=None, **sizes):
         expect(batch >= 1, "bench", f"batch {batch}, expected at least 1")
         random.manual_seed(0)
         sizes = dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3) | sizes
-        self.model, self.threads = KINDS[kind](**sizes), threads
-        self.objective = Distil(self.model, models.ViT(**sizes)) if kind == "dynamicvit" else Classify(self.model)
+        self.model, self.threads = models.create(name, **sizes), threads
+        kind = tasks.pick(self.model.task)
+        self.task = kind(self.model, models.ViT(**sizes)) if kind.taught else kind(self.model)
         self.optimizer = AdamW(self.model.parameters(), clip=1.0)
         self.images = random.normal((batch, 3, sizes["image_size"], sizes["image_size"]), site="bench.images", step=0)
-        self.batch = (self.images, np.arange(batch) % 10, *self.objective.noise(batch, 0, 0, np))
-        self.micro = slice_size(batch, threads, recorded_macs(self.objective, self.batch)) if micro is None else micro
+        self.batch, self.draws = (self.images, np.arange(batch) % 10), self.task.noise(batch, 0, 0)
+        macs = recorded_macs(self.task, self.batch, self.draws)
+        self.micro = slice_size(batch, threads, macs) if micro is None else micro
 
     def gradients(self, threads=None):
         if not self.model.training:
             self.model.train()
-        return loss_and_grads(self.objective, self.optimizer.params, self.batch, self.micro, threads or self.threads)
+        return loss_and_grads(self.task, self.optimizer.params, self.batch, self.micro, threads or self.threads, self.draws)
 
     def step(self):
         self.gradients()
@@ -79,7 +78,7 @@ class OpTime:
 def timed_ops():
     """Context: {name of an op: OpTime} of all that runs inside, on one thread. Every op in the registry is replaced by itself
     under a clock; what the graph does between the ops is in no row."""
-    rows, plain = {}, {op: op.function for op in tensor.registry.values() if not op.composition}
+    rows, plain = {}, {op: op.function for op in tensor.registry.values()}
     try:
         for op, function in plain.items():
             op.function = _timed(op, function, rows)

@@ -71,9 +71,9 @@ def macs(model, images, **call):
     return Macs(sum(by_op.values()) // len(images), share(by_op), share(by_module))
 
 
-def recorded_macs(function, arrays):
-    """The multiply-adds of function(*arrays), run on the first image alone, as far as they are recorded for a backward pass.
-    Ops that declare none, a user's own for example, count zero."""
+def recorded_macs(function, arrays, draws=None):
+    """The multiply-adds of function(*arrays, **draws), run on the first image alone, as far as they are recorded for a
+    backward pass. Ops that declare none, a user's own for example, count zero."""
     counts = []
 
     def count(op, shapes):
@@ -81,7 +81,7 @@ def recorded_macs(function, arrays):
             counts.append(op.shapes_to_macs(*shapes))
 
     with observe(count):
-        function(*(array[:1] for array in arrays))
+        function(*(array[:1] for array in arrays), **{name: draw[:1] for name, draw in (draws or {}).items()})
     return sum(counts)
 
 

@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class Busy(InputError):
-    """Work on a file that another process is at."""
+    """A file that another process is working on."""
 
 
 class GradientError(AssertionError):

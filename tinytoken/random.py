@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from .backend import is_array, kernel
+from .backend import faster, is_array
 from .errors import expect
 
 MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -47,12 +47,13 @@ def bits(shape, *, site, step=None, seed=None, xp=np):
     step = next(_default["draws"]) if step is None else step
     site = zlib.crc32(site.encode()) if isinstance(site, str) else site
     _check_seed(seed)
-    seed, size, fast = int(seed), math.prod(shape), kernel("random_bits", xp)  # a NumPy integer would make the words 64 bits wide
-    read_there = is_array(step)
+    seed, size = int(seed), math.prod(shape)  # a NumPy integer would make the words 64 bits wide
+    read_there, fast = is_array(step), faster(bits, xp, shape, site=site, step=step, seed=seed, xp=xp)
     expect(fast or not read_there, "random", "the step's number lies on a GPU, and is asked for by the host")
-    expect(0 <= site < 2**32 and (read_there or 0 <= step < 2**32), "random", lambda: f"site {site} and step {step} must fit in 32 bits")
+    expect(0 <= site < 2**32 and (read_there or 0 <= step < 2**32), "random",
+           lambda: f"site {site} and step {step} must fit in 32 bits")
     if fast:
-        return fast(xp, shape, site, step, seed)
+        return fast(shape, site=site, step=step, seed=seed, xp=xp)
     block = xp.arange((size + 3) // 4, dtype="uint32")
     constant = [xp.full(block.shape, word, dtype="uint32") for word in (site, step, 0)]
     words = philox4x32((block, *constant), (seed & 0xFFFFFFFF, seed >> 32))

@@ -12,14 +12,15 @@ Calling it with Tensors runs it on their arrays and, if an input needs a gradien
 the tape: a Node knows the nodes it came from and nothing knows the Node but its outputs, so there is no global list and no
 reference cycle. Backward sorts the nodes, runs each vjp once with everything that arrived, and frees the node.
 """
+import functools
 import inspect
 import itertools
 import threading
 
 import numpy as np
 
-from . import backend
-from .backend import FLOATS, array_module, device_of, is_array, swapped, to_numpy
+from .backend import (FLOATS, array_module, device_of, faster, implementation, is_array, swapped, to_numpy,
+                      using_implementations)
 from .errors import GradientError, GraphError, InputError, expect
 
 
@@ -42,13 +43,8 @@ def recording():
 
 
 def plain():
-    """Context (or decorator): ops use their plain definition, whatever faster ones are registered. Holds for this thread."""
-    return swapped(backend.mode, "plain", True)
-
-
-def kernel(name, x):
-    """backend.kernel for the module of an array or Tensor."""
-    return backend.kernel(name, array_module(x.data if isinstance(x, Tensor) else x))
+    """Context (or decorator): this thread runs the plain definitions alone, whatever faster ones are registered."""
+    return using_implementations("plain")
 
 
 def observe(observer):
@@ -146,11 +142,11 @@ class Index:
 class Op:
     """A registered operation. Made by @op; called like the function it wraps."""
 
-    def __init__(self, function, composition=False):
-        self.function, self.composition = function, composition
+    def __init__(self, function):
+        self.function = function
         self.name, self.module, self.__doc__ = function.__name__, function.__module__, function.__doc__
         self.__wrapped__ = function  # so that inspect and help show the function's own signature
-        self.implementations, self.shapes_to_macs = {}, None
+        self.shapes_to_macs = None
         self.signature = inspect.signature(function)
         parameters = self.signature.parameters.values()
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -160,12 +156,9 @@ class Op:
         self.index = {i for i, p in enumerate(positional) if p.annotation is Index}
         registry[self.module, self.name] = self
 
-    def implementation(self, module):
-        """Decorator: a faster function with the same contract for arrays of that module ("cupy")."""
-        def register(function):
-            self.implementations[module] = function
-            return function
-        return register
+    def implementation(self, module="cupy", covers=lambda *arrays, **settings: True):
+        """Decorator: a faster function with the same contract, see backend.implementation."""
+        return implementation(self, module, covers)
 
     def macs(self, shapes_to_macs):
         """Decorator: declares the op's multiply-adds, as a function of the shapes of its array arguments."""
@@ -194,11 +187,9 @@ class Op:
             arrays = [self._raw(i, a, dtype, xp) for i, a in enumerate(arrays)]
             if not any(map(is_array, arrays)):
                 arrays = [a if a is None else xp.asarray(a, dtype) for a in arrays]
-        run = self.implementations.get(xp.__name__) if self.implementations and not backend.mode.plain else None
-        if self.composition and run is None:
-            return self.function(*args, **settings)
+        run = faster(self, xp, *arrays, **settings) or self.function
         try:
-            out, vjp = (run or self.function)(*arrays, **settings)
+            out, vjp = run(*arrays, **settings)
         except (ValueError, IndexError) as error:  # what no check of the op foresaw, in its form
             if isinstance(error, InputError):
                 raise
@@ -269,8 +260,14 @@ def op(function):
 
 
 def fused(function):
-    """Mark a composition of ops that an array module may implement as one. Until one does, its parts run and are recorded."""
-    return Op(function, composition=True)
+    """Mark a function or method that is made of ops, which an array module may implement as one (backend.implementation).
+    Where none does, its parts run and are recorded. The first Tensor or array among its positional arguments says whose
+    implementation is asked for."""
+    @functools.wraps(function)
+    def run(*args, **settings):
+        first = next(a.data if isinstance(a, Tensor) else a for a in args if isinstance(a, Tensor) or is_array(a))
+        return (faster(run, array_module(first), *args, **settings) or function)(*args, **settings)
+    return run
 
 
 # The graph
@@ -316,13 +313,14 @@ def _add_to_leaf(leaf, g):
 
 def _backward(root, gradient, wanted, deliver):
     """Run the graph backward from `root`, and deliver(key, gradient) whatever arrives at a wanted key (None: at every leaf).
-    Nodes that lead to none of them are not run."""
+    Nodes that lead to none of them are not run. wanted: {key: the array that its gradient is added to}, or None."""
     gradient = _upstream(root, gradient)
     order = topological_order(root.node) if root.node else []
     if any(node.vjp is None for node in order):
         raise GraphError("backward: this graph is already freed: backward() or grad() ran through it before. "
                          "Run the forward pass again.")
     is_wanted = _is_leaf if wanted is None else wanted.__contains__
+    place_of = lambda key: wanted.get(key) if wanted and _is_leaf(key) else None
     live, arrived = _live_edges(order, is_wanted), {}
 
     def arrive(key, g):
@@ -336,7 +334,7 @@ def _backward(root, gradient, wanted, deliver):
         node = order.pop()
         upstream = [arrived.pop((node, place), (None,))[0] for place in range(len(node.outputs))]
         if node in live and any(g is not None for g in upstream):
-            _run_node(node, live[node], upstream, arrive)
+            _run_node(node, live[node], upstream, arrive, place_of)
 
 
 def _is_leaf(key):
@@ -367,11 +365,17 @@ def _upstream(root, gradient):
     return gradient
 
 
-ADDED = object()  # in place of a gradient: a kernel in cuda/ has added it to where it belongs
+class Into:
+    """An entry of a vjp that can add its gradient to an array itself: run(array) adds to it and returns nothing, run(None)
+    returns the gradient. The engine gives it the array of `grad(..., into=)` where a leaf's gradient belongs."""
+
+    def __init__(self, run):
+        self.run = run
 
 
-def _run_node(node, edges, upstream, arrive):
-    """Free a node, run its vjp, and send on the gradients along `edges`. What only the vjp held goes when this returns."""
+def _run_node(node, edges, upstream, arrive, place_of):
+    """Free a node, run its vjp, and send on the gradients along `edges`. What only the vjp held goes when this returns.
+    place_of(key): the array that a leaf's gradient is to be added to, or None."""
     vjp = node.vjp
     node.vjp, node.edges = None, ()
     entries = vjp(*upstream)
@@ -381,9 +385,14 @@ def _run_node(node, edges, upstream, arrive):
     for i, (edge, g) in enumerate(zip(edges, entries)):
         if not edge or g is None:
             continue
-        g = g() if callable(g) else g
-        if g is not ADDED:
-            arrive(edge[0], _checked(node.op, i, g, edge))
+        if isinstance(g, Into):
+            place = place_of(edge[0])
+            g = g.run(place)
+            if place is not None:
+                continue
+        elif callable(g):
+            g = g()
+        arrive(edge[0], _checked(node.op, i, g, edge))
 
 
 def _accumulate(arrived, key, g):

@@ -3,7 +3,7 @@ import json
 import pathlib
 import zipfile
 
-from ..checkpoint import replacing
+from ..files import replacing
 from ..errors import expect
 from .release import leaks
 

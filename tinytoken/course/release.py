@@ -3,7 +3,7 @@ import ast
 import pathlib
 import re
 
-from ..checkpoint import replacing
+from ..files import replacing
 from ..errors import InputError, expect
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"  # nbgrader's words

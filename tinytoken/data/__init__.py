@@ -1,8 +1,18 @@
-"""Pictures: procedural scenes with exact masks, CIFAR from its binary archives, corruptions, and batches of them."""
+"""Pictures: procedural scenes with exact masks, CIFAR from its binary archives, corruptions, and batches of them.
+
+Every file of this folder is imported, so a new data set needs no line here: @dataset registers it.
+"""
+import importlib
+import pkgutil
+
 from .batches import Batches, channel_statistics, normalise
 from .cifar import Pictures, download_cifar, find_data, load_cifar
 from .corruptions import CORRUPTIONS, corrupt
 from .scenes import Scenes, make_scenes
+from .sets import dataset, load_pictures
 
-__all__ = ["Batches", "CORRUPTIONS", "Pictures", "Scenes", "channel_statistics", "corrupt", "download_cifar", "find_data",
-           "load_cifar", "make_scenes", "normalise"]
+__all__ = ["Batches", "CORRUPTIONS", "Pictures", "Scenes", "channel_statistics", "corrupt", "dataset", "download_cifar",
+           "find_data", "load_cifar", "load_pictures", "make_scenes", "normalise"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -5,7 +5,7 @@ The same code serves NumPy and CuPy: on a GPU the whole set lies in its memory, 
 import functools
 
 from .. import random
-from ..backend import array_module, kernel
+from ..backend import array_module, faster
 from ..errors import expect, shape_of
 from . import mix
 
@@ -13,7 +13,7 @@ SITE = "tinytoken.data.batches."
 
 
 class Batches:
-    """batches(step) -> (images (batch_size, 3, H, W) float32, labels (batch_size,)): a pure function of (seed, step).
+    """batches(step) -> (images (batch_size, 3, H, W) float32, labels (batch_size, ...)): a pure function of (seed, step).
 
     An epoch goes through the set once, in a new order; a last, incomplete batch is dropped. `len` is the steps in an epoch.
 
@@ -25,14 +25,22 @@ class Batches:
         and with both each batch gets one of them, either with probability 1/2. The labels then are probabilities
         (batch_size, classes), float32. classes: how many there are (default: the largest label + 1).
     mean, std: per channel, in units of [0, 1]; by default those of `images`. Give the training set's to a test set.
+    labels: class numbers (B,); or any arrays, one per image, for a task that knows what they are. Those of the picture's
+        size are maps of its pixels, which would have to move with it: with pad or flip they are refused.
     Raises InputError for images that are not uint8 (B, 3, H, W), another number of labels, or a batch larger than the set.
     """
 
     def __init__(self, images, labels, batch_size, *, seed=0, pad=0, flip=False, mean=None, std=None, erase=0.0, mixup=0.0,
                  cutmix=0.0, classes=None):
         _check_images("Batches", images)
-        expect(labels.ndim == 1 and len(labels) == len(images) and labels.dtype.kind in "iu", "Batches",
-               f"{shape_of('labels', labels)} {labels.dtype} for {len(images)} images, expected ({len(images)},) integers")
+        classes_known = labels.ndim == 1 and labels.dtype.kind in "iu"
+        expect(labels.ndim >= 1 and len(labels) == len(images), "Batches",
+               f"{shape_of('labels', labels)} {labels.dtype} for {len(images)} images, expected ({len(images)},) integers, "
+               f"or one array per image")
+        expect(classes_known or not (mixup or cutmix), "Batches",
+               f"mixup or cutmix with {shape_of('labels', labels)} {labels.dtype}, expected class numbers ({len(images)},)")
+        expect(not (pad or flip) or labels.shape[1:][-2:] != images.shape[2:], "Batches",
+               f"pad or flip with {shape_of('labels', labels)}, maps of the pictures: they would not move along")
         expect(1 <= batch_size <= len(images), "Batches", f"batch size {batch_size}, expected 1 to the set's {len(images)}")
         expect(0 <= pad < min(images.shape[2:]), "Batches", f"pad is {pad}, expected 0 to {min(images.shape[2:]) - 1}")
         expect(0 <= erase <= 1 and min(mixup, cutmix) >= 0, "Batches",
@@ -40,7 +48,7 @@ class Batches:
         if mean is None or std is None:
             mean, std = channel_statistics(images)
         self.erase, self.ways = erase, {way: alpha for way, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha}
-        self.classes = int(labels.max()) + 1 if classes is None else classes
+        self.classes = int(labels.max()) + 1 if classes is None and classes_known else classes
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.pad, self.flip, self.mean, self.std = pad, flip, mean, std
         self.steps_per_epoch = len(images) // batch_size
@@ -59,18 +67,19 @@ class Batches:
 
     def make(self, chosen, step):
         """The batch of these pictures. step: for what is drawn, see random.bits."""
-        fast = kernel("gather_pictures", array_module(self.images))
-        if fast:
-            images = fast(self, chosen, step, *line(self.mean, self.std), *(SITE + name for name in ("crop", "flip")))
-        elif self.pad or self.flip:
-            images = self._moved(chosen, step)
-        else:
-            images = normalise(self.images[chosen], self.mean, self.std)
+        fast = faster(Batches.pictures, array_module(self.images), self, chosen, step)
+        images = fast(self, chosen, step) if fast else self.pictures(chosen, step)
         if self.erase:
             images = mix.erase(images, self.erase, step=step, seed=self.seed)
         if not self.ways:
             return images, self.labels[chosen]
         return mix.mixed(images, self.labels[chosen], self.classes, self.ways, SITE + "way", step=step, seed=self.seed)
+
+    def pictures(self, chosen, step):
+        """The chosen pictures, moved and mirrored, normalised."""
+        if self.pad or self.flip:
+            return self._moved(chosen, step)
+        return normalise(self.images[chosen], self.mean, self.std)
 
     def _epoch_order(self, epoch):
         known, order = self._order

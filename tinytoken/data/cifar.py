@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, expect
+from .sets import dataset
 
 PIXELS = 3 * 32 * 32
 DEFAULT_FOLDER = "data"  # where "cifar10" and "cifar100" are looked for when TINYTOKEN_DATA is not set
@@ -63,10 +64,12 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Pictures:
-    """A labelled set of B pictures: images (B, 3, 32, 32) uint8, labels (B,) int64, an index into `names`."""
+    """A labelled set of B photographs: images (B, 3, H, W) uint8, labels (B,) int64, an index into `names`. Photographs stay
+    what they are when moved or mirrored."""
     images: np.ndarray
     labels: np.ndarray
     names: tuple
+    moves = {"pad": 4, "flip": True}
 
     def __len__(self):
         return len(self.images)
@@ -225,3 +228,19 @@ def _parse(files, source, split, layout, names):
                f"expected 0 to {len(names) - 1}")
         start += records
     return Pictures(images, labels, names)
+
+
+def _recognised(path):
+    return any(_locate(path, layout) for layout in LAYOUTS.values())
+
+
+@dataset("cifar10", recognises=_recognised)
+def cifar10(place, **_):
+    """CIFAR-10; of a folder or archive, whichever of the two sets it holds."""
+    return load_cifar(*find_data("cifar10" if place is None else str(place)))
+
+
+@dataset("cifar100")
+def cifar100(place, **_):
+    """CIFAR-100, fine labels."""
+    return load_cifar(*find_data("cifar100"))

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 
 from .. import random
-from ..backend import array_module, kernel
+from ..backend import array_module, faster
 from ..errors import expect
 
 AREA, ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of an erased rectangle: Zhong et al., section 4.1
@@ -19,9 +19,15 @@ def erase(images, share, *, step, seed):
     """Random erasing (Zhong et al. 2020, algorithm 1) with the mean colour, which is 0 here: in a `share` of the pictures a
     rectangle. images (B, C, H, W) float -> a new array. Its area is uniform in AREA of the picture's, its aspect ratio
     (height over width) log-uniform in ASPECT; one that sticks out is cut, where the paper draws again."""
-    xp, boxes = array_module(images), erased_boxes(images, share, step, seed)
-    fast = kernel("erase_boxes", xp)
-    return fast(images, boxes) if fast else xp.where(_inside(images, boxes)[:, None], xp.zeros((), images.dtype), images)
+    boxes = erased_boxes(images, share, step, seed)
+    fast = faster(blank, array_module(images), images, boxes)
+    return (fast or blank)(images, boxes)
+
+
+def blank(images, boxes):
+    """The images with the mean colour, 0, in their rectangles (4, B)."""
+    xp = array_module(images)
+    return xp.where(_inside(images, boxes)[:, None], xp.zeros((), images.dtype), images)
 
 
 def erased_boxes(images, share, step, seed):
@@ -76,15 +82,13 @@ WAYS = {"mixup": mixup, "cutmix": cutmix}
 def mixed(images, labels, classes, ways, site, *, step, seed):
     """Pictures, and targets of their labels (B,), mixed in one of the `ways`, {name: alpha}, which is drawn from `site` for the whole
     batch -> (images, targets (B, classes))."""
-    xp = array_module(images)
-    fast = kernel("mix_pictures", xp)
-    # a device reads the number where it is; for NumPy's functions it is drawn on the host, lest they should wait for the device
-    number = random.integers(1, len(ways), site=site, step=step, seed=seed, xp=xp if fast else np)
+    arguments, draw = (images, labels, classes, ways, site), dict(step=step, seed=seed)
+    fast = faster(mixed, array_module(images), *arguments, **draw)
     if fast:
-        shares = mixup_shares(images, ways["mixup"], step, seed) if "mixup" in ways else None
-        return fast(images, labels, classes, shares, cutmix_boxes(images, ways["cutmix"], step, seed) if "cutmix" in ways else None, number)
+        return fast(*arguments, **draw)
+    number = random.integers(1, len(ways), site=site, **draw)
     name, alpha = list(ways.items())[int(number[0])]
-    return WAYS[name](images, one_hot(labels, classes), alpha, step=step, seed=seed)
+    return WAYS[name](images, one_hot(labels, classes), alpha, **draw)
 
 
 def one_hot(labels, classes, dtype="float32"):

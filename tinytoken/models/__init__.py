@@ -1,6 +1,14 @@
-"""One file per paper."""
+"""One file per paper. Every file of this folder is imported, so a new model needs no line here: @model registers it."""
+import importlib
+import pkgutil
+
+from . import base
+from .base import Model, Output, Sizes, create, model, names
 from .dynamicvit import DynamicOutput, DynamicViT, Predictor, dynamicvit_loss
 from .lookupvit import LookupBlock, LookupOutput, LookupViT, lookupvit_loss
-from .vit import Trace, ViT
+from .vit import Tokens, ViT
 
-BY_NAME = {model.__name__: model for model in (ViT, DynamicViT, LookupViT)}  # what a checkpoint may ask for
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+for _class in model.values():
+    globals().setdefault(_class.__name__, _class)  # tt.models.ToMe, as tt.models.create("tome")

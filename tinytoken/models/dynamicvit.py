@@ -11,20 +11,57 @@ import math
 import numpy as np
 
 from .. import nn, ops, random
-from ..backend import array_module
+from ..backend import array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor
-from .vit import Trace, ViT, of_block
+from .base import Output, Sizes, model, weighted_sum
+from .vit import Tokens, ViT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicViTConfig(Sizes):
+    """prune_before: the blocks before which tokens are dropped; keep_ratios: the share of the N patches that is left after
+    each, 0 < ratio <= 1, not rising. official: the official code's masked softmax in training, from the first block on (with
+    ones before the first predictor)."""
+    qkv_bias: bool = True
+    prune_before: tuple[int, ...] = (1, 3, 5)
+    keep_ratios: tuple[float, ...] = (0.7, 0.49, 0.343)
+    official: bool = False
+    pool = "token"  # no option: the class token is read
+
+    def __post_init__(self):
+        places, ratios = self.prune_before, self.keep_ratios
+        for name, values in (("prune_before", places), ("keep_ratios", ratios)):
+            expect(isinstance(values, (tuple, list)), self.where, f"{name} {values!r}, expected one per stage: a tuple or list")
+        expect(len(places) == len(ratios) > 0, self.where, f"{len(places)} places to prune and {len(ratios)} keep ratios")
+        expect(all(isinstance(i, (int, np.integer)) for i in places) and list(places) == sorted(set(places))
+               and 0 <= places[0] and places[-1] < self.depth, self.where,
+               f"prune_before {tuple(places)}, expected rising block numbers from 0 to {self.depth - 1}")
+        expect(all(0 < r <= 1 for r in ratios), self.where, f"keep_ratios {tuple(ratios)}, expected 0 < ratio <= 1")
+        expect(list(ratios) == sorted(ratios, reverse=True), self.where,
+               f"keep_ratios {tuple(ratios)} rise; they are of the original number of tokens, so they cannot")
+        expect(self.dim % 4 == 0, self.where,
+               f"dim {self.dim}, expected a multiple of 4 (the predictor's last hidden width is dim / 4)")
+        super().__post_init__()
 
 
 @dataclasses.dataclass
-class DynamicOutput:
-    """What training needs. logits (B, K); tokens (B, N, D), final-norm patch tokens; decisions[s] (B, N), each times the earlier
-    ones; keep (B, N), the last of them, detached."""
-    logits: Tensor
-    tokens: Tensor
-    decisions: list
-    keep: Tensor
+class DynamicOutput(Output):
+    """kept[s], in eval mode: the numbers (B, k) of the patches kept by stage s, ascending. decisions[s], in train mode:
+    (B, N), each times the earlier ones; keep (B, N): the last of them, detached; `tokens` are then all N."""
+    kept: list = dataclasses.field(default_factory=list)
+    decisions: list = dataclasses.field(default_factory=list)
+    keep: Tensor | None = None
+
+
+@dataclasses.dataclass
+class DynamicTokens(Tokens):
+    """noise, hard, forced: of the call. decisions, kept: of the stages so far."""
+    noise: list | None = None
+    hard: bool = True
+    forced: list | None = None
+    decisions: list = dataclasses.field(default_factory=list)
+    kept: list = dataclasses.field(default_factory=list)
 
 
 class Predictor(nn.Module):
@@ -53,25 +90,20 @@ class Predictor(nn.Module):
         return ops.log_softmax(x)
 
 
+@model("dynamicvit")
 class DynamicViT(ViT):
     """A ViT with a class token that drops tokens before the blocks `prune_before`, down to int(N * keep_ratios[s]) of the N
-    patches after stage s. Ratios are of the original N: 0 < ratio <= 1, not rising.
+    patches after stage s. images (B, channels, H, W) -> DynamicOutput; in train mode by masking, in eval mode by removing."""
+    Config = DynamicViTConfig
+    task = "distil"
+    loss_weights = (1, 2, 0.5, 0.5)  # of class, ratio, kl, token
 
-    train mode: images -> DynamicOutput; eval mode: images -> logits (B, K); with trace=True also a Trace.
-    official: the official code's masked softmax in training, from the first block on (with ones before the first predictor).
-    """
-
-    def __init__(self, image_size=32, patch_size=4, dim=96, depth=6, heads=3, mlp_ratio=4, num_classes=10, *,
-                 prune_before=(1, 3, 5), keep_ratios=(0.7, 0.49, 0.343), official=False, channels=3, qkv_bias=True):
-        _check_stages(prune_before, keep_ratios, depth)
-        expect(dim % 4 == 0, "DynamicViT", f"dim {dim}, expected a multiple of 4 (the predictor's last hidden width is dim / 4)")
-        self.score_predictor = [Predictor(dim) for _ in prune_before]
-        super().__init__(image_size, patch_size, dim, depth, heads, mlp_ratio, num_classes, channels=channels, qkv_bias=qkv_bias)
-        del self.config["pool"]
-        self.config.update(prune_before=tuple(prune_before), keep_ratios=tuple(keep_ratios), official=official)
-        self.prune_before, self.keep_ratios, self.official = tuple(prune_before), tuple(keep_ratios), official
-        self.counts = [int(self.num_patches * ratio) for ratio in keep_ratios]
-        expect(self.counts[-1] > 0, "DynamicViT", f"keep ratio {keep_ratios[-1]} of {self.num_patches} tokens keeps none")
+    def build(self, c):
+        self.prune_before, self.keep_ratios, self.official = c.prune_before, c.keep_ratios, c.official
+        self.score_predictor = [Predictor(c.dim) for _ in c.prune_before]
+        super().build(c)
+        self.counts = [int(self.num_patches * ratio) for ratio in c.keep_ratios]
+        expect(self.counts[-1] > 0, "DynamicViT", f"keep ratio {c.keep_ratios[-1]} of {self.num_patches} tokens keeps none")
         self._start_at_ratios()
 
     def _start_at_ratios(self):
@@ -84,84 +116,79 @@ class DynamicViT(ViT):
             before = ratio
 
     def forward(self, images, noise=None, hard=True, keep=None, trace=False, paths=None):
-        """noise: per stage, Gumbel draws (B, N, 2) added to the log-probabilities; None draws them. hard=False: decisions stay
-        soft. paths: factors (B, depth, 2) of the residual branches (train.drop_paths). All three belong to train mode. keep: per
-        stage, a mask (B, N) that replaces the decision; it holds by masking in train mode and by gathering in eval mode, where
-        every image must keep the same number."""
+        """noise: Gumbel draws that are added to the log-probabilities, (B, N, 2) per stage or (B, S, N, 2) for all; None draws
+        them. hard=False: decisions stay soft. paths: as of ViT. All three belong to train mode. keep: per stage, a mask
+        (B, N) that replaces the decision; it holds by masking in train mode and by gathering in eval mode, where every image
+        must keep the same number."""
+        expect(self.training or noise is None and hard and paths is None, "DynamicViT",
+               "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is drawn: call .train() first")
+        if noise is not None and hasattr(noise, "shape"):
+            noise = [noise[:, s] for s in range(noise.shape[1])]
         for name, given in (("noise", noise), ("keep", keep)):
             expect(given is None or len(given) == len(self.prune_before), "DynamicViT",
                    lambda: f"{len(given)} arrays of {name} for {len(self.prune_before)} stages")
-        expect(self.training or noise is None and hard and paths is None, "DynamicViT",
-               "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is drawn: call .train() first")
-        record = Trace()
-        attention = record.attention if trace else None
-        x = self.embed(images)
-        out = self._masked(x, noise, hard, keep, attention, paths) if self.training else self._gathered(x, keep, attention, record)
-        if not trace:
-            return out if self.training else out[0]
-        record.tokens = out.tokens if self.training else out[1]
-        return (out if self.training else out[0]), record
+        tokens = self.start(images, trace, paths, DynamicTokens, official=self.official, noise=noise, hard=hard, forced=keep)
+        if self.training and self.official:
+            tokens.keep = Tensor(array_module(tokens.x.data).ones(tokens.x.shape[:2], tokens.x.dtype))
+        return self.read(self.encode(tokens))
 
-    def _masked(self, x, noise, hard, keep, attention, paths):
-        decisions, policy = [], self._policy(x, None) if self.official else None
-        for i, block in enumerate(self.blocks):
-            if i in self.prune_before:
-                stage, previous = len(decisions), decisions[-1] if decisions else None
-                if keep is None:
-                    decision = self._decide(stage, self.patches(x), previous, noise, hard)
-                else:
-                    decision = _mask(keep[stage], x, self.num_patches)
-                decisions.append(decision if previous is None else decision * previous)
-                policy = self._policy(x, decisions[-1])
-            x = block(x, policy, self.official, attention, of_block(paths, i))
-        x = self.norm(x)
-        return DynamicOutput(self.classify(x), self.patches(x), decisions, decisions[-1].detach())
+    def before_block(self, i, tokens):
+        if i in self.prune_before:
+            (self.mask if self.training else self.remove)(self.prune_before.index(i), tokens)
 
-    def _decide(self, stage, patches, previous, noise, hard):
+    def mask(self, stage, tokens):
+        """In training: decide, and hide what is dropped from the other tokens' attention."""
+        previous = tokens.decisions[-1] if tokens.decisions else None
+        if tokens.forced is None:
+            decision = self.decide(stage, tokens, previous)
+        else:
+            decision = _mask(tokens.forced[stage], tokens.x, self.num_patches)
+        tokens.decisions.append(decision if previous is None else decision * previous)
+        ones = array_module(tokens.x.data).ones((len(tokens.x), 1), tokens.x.dtype)  # the class token is always kept
+        tokens.keep = ops.concat(ones, tokens.decisions[-1], axis=1)
+
+    def decide(self, stage, tokens, previous):
         """The decisions (B, N) of one stage, before they are multiplied by the earlier ones."""
-        shape = (*patches.shape[:2], 2)
+        patches, xp = tokens.patches, array_module(tokens.x.data)
         if previous is None:
-            previous = Tensor(array_module(patches.data).ones(shape[:2], patches.dtype))
+            previous = Tensor(xp.ones(patches.shape[:2], patches.dtype))
         log_probs = self.score_predictor[stage](patches, previous)
-        draw = noise[stage] if noise is not None else random.gumbel(
-            shape, site=f"score_predictor.{stage}", xp=array_module(patches.data))
-        return ops.gumbel_softmax(log_probs, draw, hard=hard)[:, :, 0]
+        draw = self.draw(stage, len(patches), xp=xp) if tokens.noise is None else tokens.noise[stage]
+        return ops.gumbel_softmax(log_probs, draw, hard=tokens.hard)[:, :, 0]
 
-    def _policy(self, x, decision):
-        """(B, N + 1): the class token is always kept; without a decision so is everything."""
-        ones = array_module(x.data).ones(x.shape[:2], x.dtype)
-        return Tensor(ones) if decision is None else ops.concat(ones[:, :1], decision, axis=1)
+    def draw(self, stage, size, step=None, seed=None, xp=np):
+        """Gumbel draws (size, N, 2) of one stage."""
+        return random.gumbel((size, self.num_patches, 2), site=f"score_predictor.{stage}", step=step, seed=seed, xp=xp)
 
-    def _gathered(self, x, keep, attention, record):
-        xp = array_module(x.data)
-        kept = xp.broadcast_to(xp.arange(self.num_patches), (len(x), self.num_patches))
-        for i, block in enumerate(self.blocks):
-            if i in self.prune_before:
-                stage, patches = len(record.kept), self.patches(x)
-                if keep is None:
-                    places = ops.top_k(self.score_predictor[stage](patches)[:, :, 0], self.counts[stage])
-                else:
-                    mask = _mask(keep[stage], x, self.num_patches).data
-                    places = _places(xp.take_along_axis(mask, kept, axis=1))
-                kept = xp.take_along_axis(kept, places, axis=1)
-                record.kept.append(kept)
-                x = ops.take_tokens(x, xp.pad(places + 1, ((0, 0), (1, 0))))  # place 0: the class token
-            x = block(x, trace=attention)
-        x = self.norm(x)
-        return self.classify(x), self.patches(x)
+    def noise(self, size, step, seed, xp=np):
+        draws = [self.draw(stage, size, step, seed, xp) for stage in range(len(self.prune_before))]
+        return {"noise": xp.stack(draws, axis=1)}
 
+    def remove(self, stage, tokens):
+        """At inference: go on with the tokens of the highest scores, or with those that are forced."""
+        if tokens.forced is None:
+            places = ops.top_k(self.score_predictor[stage](tokens.patches)[:, :, 0], self.counts[stage])
+        else:
+            mask = _mask(tokens.forced[stage], tokens.x, self.num_patches).data
+            places = _places(array_module(mask).take_along_axis(mask, tokens.index, axis=1))
+        tokens.take(places)
+        tokens.kept.append(tokens.index)
 
-def _check_stages(prune_before, keep_ratios, depth):
-    for name, given in (("prune_before", prune_before), ("keep_ratios", keep_ratios)):
-        expect(isinstance(given, (tuple, list)), "DynamicViT", f"{name} {given!r}, expected one per stage: a tuple or list")
-    expect(len(prune_before) == len(keep_ratios) > 0, "DynamicViT",
-           f"{len(prune_before)} places to prune and {len(keep_ratios)} keep ratios")
-    expect(all(isinstance(i, (int, np.integer)) for i in prune_before) and list(prune_before) == sorted(set(prune_before))
-           and 0 <= prune_before[0] and prune_before[-1] < depth, "DynamicViT",
-           f"prune_before {tuple(prune_before)}, expected rising block numbers from 0 to {depth - 1}")
-    expect(all(0 < r <= 1 for r in keep_ratios), "DynamicViT", f"keep_ratios {tuple(keep_ratios)}, expected 0 < ratio <= 1")
-    expect(list(keep_ratios) == sorted(keep_ratios, reverse=True), "DynamicViT",
-           f"keep_ratios {tuple(keep_ratios)} rise; they are of the original number of tokens, so they cannot")
+    def read(self, tokens):
+        out, keep = super().read(tokens), tokens.decisions[-1].detach() if tokens.decisions else None
+        return DynamicOutput(**vars(out), kept=tokens.kept, decisions=tokens.decisions, keep=keep)
+
+    def loss(self, out, targets, teacher=None, *, smoothing=0.0, weights=None, token_norm="image"):
+        """The paper's four losses, see `dynamicvit_loss`; without a teacher class and ratio alone."""
+        weights = weights or self.loss_weights
+        taught = (None, None) if teacher is None else (teacher.logits, teacher.tokens)
+        return dynamicvit_loss(out, targets, *taught, self.keep_ratios, weights=weights, token_norm=token_norm,
+                               smoothing=smoothing)
+
+    def show(self, out):
+        names = [f"{type(self).__name__} keeps {kept.shape[1]} of {self.num_patches}" for kept in out.kept]
+        masks = [(to_numpy(kept)[:, :, None] == np.arange(self.num_patches)).any(axis=1) for kept in out.kept]
+        return list(zip(names, masks))
 
 
 def _mask(keep, x, patches):
@@ -181,8 +208,9 @@ def _places(mask):
 
 def dynamicvit_loss(out, targets, teacher_logits, teacher_tokens, keep_ratios, *, weights=(1, 2, 0.5, 0.5),
                     token_norm="pooled", smoothing=0.0):
-    """The four losses of the paper -> (loss, parts). out: a DynamicOutput; teacher_logits (B, K) and teacher_tokens (B, N, D)
-    from the dense network, detached; weights of (class, ratio, kl, token), the ratio's divided by the number of stages.
+    """The four losses of the paper -> (loss, parts). out: a DynamicOutput of train mode; teacher_logits (B, K) and
+    teacher_tokens (B, N, D) from the dense network, detached, or None and no such part; weights of (class, ratio, kl,
+    token), the ratio's divided by the number of stages.
 
     class: cross-entropy. ratio: sum over stages of mean_b (mean_n D - r)^2 (eq. 15, per image as in the code). kl: KL(teacher ||
     student). token: mean squared difference over the tokens that the last decision keeps; token_norm="pooled" averages over all
@@ -195,18 +223,16 @@ def dynamicvit_loss(out, targets, teacher_logits, teacher_tokens, keep_ratios, *
     ratio = 0
     for decision, wanted in zip(out.decisions, keep_ratios):
         ratio = ratio + ((decision.mean(axis=1) - wanted) ** 2).mean()
+    parts = {"class": ops.cross_entropy(out.logits, targets, smoothing=smoothing), "ratio": ratio}
+    if teacher_logits is not None:
+        parts["kl"] = ops.kl_divergence(out.logits, teacher_logits)
+        parts["token"] = _token_loss(out, teacher_tokens, token_norm)
+    return weighted_sum((weights[0], weights[1] / len(keep_ratios), *weights[2:]), parts), parts
+
+
+def _token_loss(out, teacher_tokens, token_norm):
     keep = (out.keep.data > 0.5).astype(out.tokens.dtype)
     errors = ops.mse(out.tokens, teacher_tokens, axis=2) * keep
     kept = keep.sum(axis=1) if token_norm == "image" else keep.sum().reshape(1)
     sums = errors.sum(axis=1) if token_norm == "image" else errors.sum().reshape(1)
-    parts = {
-        "class": ops.cross_entropy(out.logits, targets, smoothing=smoothing),
-        "ratio": ratio,
-        "kl": ops.kl_divergence(out.logits, teacher_logits),
-        "token": (sums / (kept + (kept == 0))).mean(),
-    }
-    shares = (weights[0], weights[1] / len(keep_ratios), *weights[2:])
-    loss = 0
-    for share, part in zip(shares, parts.values()):
-        loss = loss + part * share
-    return loss, parts
+    return (sums / (kept + (kept == 0))).mean()

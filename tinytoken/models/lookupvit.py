@@ -10,28 +10,46 @@ import dataclasses
 import numpy as np
 
 from .. import nn, ops
+from ..backend import to_numpy
 from ..errors import expect
-from ..tensor import Tensor
-from .vit import Trace, check_sizes, of_block
+from ..tensor import Tensor, fused
+from .base import Model, Output, Sizes, model
 
 REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookupViTConfig(Sizes):
+    """compressed: the grid (m, n) of compressed tokens, for which their position table is made; a call may ask for any other
+    up to the lookup grid. lookup_mlp_ratio: of the light MLP (d). reuse: how (c) reads the attention of (a)
+    (ops.lookup_infuse); "separate" gives (c) queries and keys of its own, "none" leaves (c) out. norm: "qk" norms the
+    projected queries and keys of (a), "pre" its inputs, of values too. classifiers: "both" trains a head on each token set,
+    "compressed" one."""
+    compressed: tuple[int, int] = (3, 3)
+    lookup_mlp_ratio: float = 0.5
+    reuse: str = "probs"
+    norm: str = "qk"
+    classifiers: str = "both"
+
+    def __post_init__(self):
+        self.one_of("reuse", REUSE)
+        self.one_of("norm", ("qk", "pre"))
+        self.one_of("classifiers", ("both", "compressed"))
+        super().__post_init__()
+        expect(self.lookup_mlp_ratio > 0, self.where, f"lookup_mlp_ratio {self.lookup_mlp_ratio}, expected a positive number")
+
+
 @dataclasses.dataclass
-class LookupOutput:
-    """What training needs. logits (B, K) of the compressed head; lookup_logits (B, K) of the other, or None without one."""
-    logits: Tensor
-    lookup_logits: Tensor | None
+class LookupOutput(Output):
+    """tokens: the compressed ones. lookup_logits (B, K) of the lookup tokens' head, and lookup (B, N, D), the tokens that it
+    read: both in train mode and with mean_of_heads, else None."""
+    lookup_logits: Tensor | None = None
+    lookup: Tensor | None = None
 
 
 class LookupBlock(nn.Module):
-    """One block, (a) to (d). lookup (B, N, D), compressed (B, M, D) -> both, refined. paths (B, 5): factors of what is added by (a),
-    by the two branches of (b), by (c) and by (d), see nn.branch.
-
-    norm: "qk" norms the projected queries and keys of (a), "pre" its inputs, of values too. reuse: how (c) reads the attention
-    of (a) (ops.lookup_infuse); "separate" gives (c) queries and keys of its own, "none" leaves (c) out.
-    """
-
+    """One block, (a) to (d). lookup (B, N, D), compressed (B, M, D) -> both, refined. paths (B, 5): factors of what is added
+    by (a), by the two branches of (b), by (c) and by (d), see nn.scaled. reuse, norm: as of LookupViTConfig."""
     branches = 5
 
     def __init__(self, dim, heads, mlp_ratio=4, lookup_mlp_ratio=0.5, reuse="probs", norm="qk"):
@@ -46,35 +64,35 @@ class LookupBlock(nn.Module):
             self.infuse_norm_q, self.infuse_q, self.infuse_k = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.lookup_norm, self.lookup_mlp = nn.LayerNorm(dim), nn.MLP(dim, round(dim * lookup_mlp_ratio))
 
-    def forward(self, lookup, compressed, tail=True, trace=None, paths=None):
-        """tail=False stops after (b): what only the lookup tokens would see of the last block."""
-        found = nn.by_kernel("gather_branch", lookup, compressed, self, paths)
-        if found is None:
-            out, A, logits = self.gather(lookup, compressed)
-            compressed = compressed + nn.branch(self.gather_proj(ops.merge_heads(out)), paths, 0)
-        else:
-            (compressed, A), logits = found, None
-        if trace is not None:
-            trace.append(A.detach())
-        compressed = self.refine(compressed, paths=None if paths is None else paths[:, 1:3])
-        if not tail:
-            return lookup, compressed
-        if self.reuse != "none":
-            infused = nn.by_kernel("infuse_branch", lookup, compressed, A, self, paths)
-            lookup = lookup + nn.branch(self.infuse(lookup, compressed, A, logits), paths, 3) if infused is None else infused
-        return nn.residual(lookup, self.lookup_norm, self.lookup_mlp, paths, 4), compressed
+    def forward(self, lookup, compressed, tail=True, attention=None, paths=None):
+        """tail=False stops after (b): what only the lookup tokens would see of the last block. attention: a list that gets
+        the weights (B, H, M, N) of (a)."""
+        compressed, A, logits = self.gather(lookup, compressed, nn.column(paths, 0))
+        if attention is not None:
+            attention.append(A.detach())
+        compressed = self.refine(compressed, nn.column(paths, slice(1, 3)))
+        if tail:
+            if self.reuse != "none":
+                lookup = self.infuse(lookup, compressed, A, logits, nn.column(paths, 3))
+            lookup = nn.mlp_branch(lookup, self.lookup_norm, self.lookup_mlp, nn.column(paths, 4))
+        return lookup, compressed
 
-    def gather(self, lookup, compressed):
-        """(a) information gathering -> what each head read (B, H, M, d), the attention A (B, H, M, N), its logits."""
+    @fused
+    def gather(self, lookup, compressed, factors=None):
+        """(a) information gathering -> the new compressed tokens, the attention A (B, H, M, N), and its logits (None where
+        an implementation does not keep them and (c) does not read them). factors (B,): of what is added."""
+        asking, asked = compressed, lookup
         if self.norm == "pre":
-            compressed, lookup = self.gather_norm_q(compressed), self.gather_norm_k(lookup)
-        q, k, v = self.gather_q(compressed), self.gather_k(lookup), self.gather_v(lookup)
+            asking, asked = self.gather_norm_q(asking), self.gather_norm_k(asked)
+        q, k, v = self.gather_q(asking), self.gather_k(asked), self.gather_v(asked)
         if self.norm == "qk":
             q, k = self.gather_norm_q(q), self.gather_norm_k(k)
-        return ops.lookup_gather(*(ops.split_heads(x, heads=self.heads) for x in (q, k, v)))
+        out, A, logits = ops.lookup_gather(*(ops.split_heads(x, heads=self.heads) for x in (q, k, v)))
+        return compressed + nn.scaled(self.gather_proj(ops.merge_heads(out)), factors), A, logits
 
-    def infuse(self, lookup, compressed, A, logits):
-        """(c) global context infusion -> what is added to the lookup tokens (B, N, D)."""
+    @fused
+    def infuse(self, lookup, compressed, A, logits, factors=None):
+        """(c) global context infusion -> the new lookup tokens. factors (B,): of what is added."""
         compressed = self.infuse_norm(compressed)
         v = ops.split_heads(self.infuse_v(compressed), heads=self.heads)
         if self.reuse == "separate":
@@ -82,37 +100,26 @@ class LookupBlock(nn.Module):
             out = ops.attention(q, ops.split_heads(self.infuse_k(compressed), heads=self.heads), v)
         else:
             out = ops.lookup_infuse(A, logits, v, reuse=self.reuse)
-        return self.infuse_proj(ops.merge_heads(out))
+        return lookup + nn.scaled(self.infuse_proj(ops.merge_heads(out)), factors)
 
 
-class LookupViT(nn.Module):
-    """A LookupViT on square pictures. images (B, channels, S, S); no class token.
+@model("lookupvit")
+class LookupViT(Model):
+    """A LookupViT. images (B, channels, H, W) -> LookupOutput; no class token. In eval mode the last block's part that only
+    the lookup tokens would see is left out."""
+    Config = LookupViTConfig
 
-    compressed: the grid (m, n) of compressed tokens, for which their position table is made; a call may ask for any other up to
-    the lookup grid. classifiers: "both" trains a head on each token set, "compressed" one. train mode -> LookupOutput; eval mode
-    -> the compressed head's logits (B, K), without the last block's part that only the lookup tokens would see.
-    """
-
-    def __init__(self, image_size=32, patch_size=4, dim=96, depth=6, heads=3, mlp_ratio=4, num_classes=10, *, compressed=(3, 3),
-                 lookup_mlp_ratio=0.5, reuse="probs", norm="qk", classifiers="both", channels=3):
-        expect(reuse in REUSE, "LookupViT", f"reuse {reuse!r}, expected one of {', '.join(REUSE)}")
-        expect(norm in ("qk", "pre"), "LookupViT", f"norm {norm!r}, expected qk or pre")
-        expect(classifiers in ("both", "compressed"), "LookupViT", f"classifiers {classifiers!r}, expected both or compressed")
-        check_sizes("LookupViT", image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
-                    num_classes=num_classes, channels=channels, mlp_ratio=min(mlp_ratio, lookup_mlp_ratio))
-        self.patch_embed = nn.PatchEmbed(image_size, patch_size, dim, channels)
-        self.compressed = self._check_grid(compressed)
-        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
-                           num_classes=num_classes, compressed=self.compressed, lookup_mlp_ratio=lookup_mlp_ratio, reuse=reuse,
-                           norm=norm, classifiers=classifiers, channels=channels)
-        positions = nn.start_positions(self.patch_embed.grid, dim)
+    def build(self, c):
+        self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels)
+        self.compressed = self._check_grid(c.compressed)
+        positions = nn.start_positions(self.patch_embed.grid, c.dim)
         resized = ops.resize_matrix(self.patch_embed.grid, self.compressed) @ positions
         self.pos_embed = nn.Parameter(positions[None])
         self.pos_embed_compressed = nn.Parameter(resized.astype("float32")[None])
-        self.blocks = [LookupBlock(dim, heads, mlp_ratio, lookup_mlp_ratio, reuse, norm) for _ in range(depth)]
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
-        if classifiers == "both":
-            self.lookup_norm, self.lookup_head = nn.LayerNorm(dim), nn.Linear(dim, num_classes)
+        self.blocks = [LookupBlock(c.dim, c.heads, c.mlp_ratio, c.lookup_mlp_ratio, c.reuse, c.norm) for _ in range(c.depth)]
+        self.norm, self.head = nn.LayerNorm(c.dim), nn.Linear(c.dim, c.num_classes)
+        if c.classifiers == "both":
+            self.lookup_norm, self.lookup_head = nn.LayerNorm(c.dim), nn.Linear(c.dim, c.num_classes)
         nn.initialise(self)
 
     def _check_grid(self, grid):
@@ -130,27 +137,36 @@ class LookupViT(nn.Module):
 
     def forward(self, images, compressed=None, mean_of_heads=False, trace=False, paths=None):
         """compressed: another grid (m, n) for this call. paths: factors (B, depth, 5) of what the parts of the blocks add, for
-        training (train.drop_paths). mean_of_heads: in eval mode, the mean of both heads' logits, at the
-        cost of the last block's tail."""
+        training (tasks.drop_paths). mean_of_heads: in eval mode, the mean of both heads' logits, at the cost of the last
+        block's tail."""
         grid = self.compressed if compressed is None else self._check_grid(compressed)
-        two = self.config["classifiers"] == "both"
+        two = self.config.classifiers == "both"
         expect(two or not mean_of_heads, "LookupViT", "mean_of_heads asked of a model with classifiers='compressed'")
-        finish = two and (self.training or mean_of_heads)
-        record = Trace()
+        finish, attention = two and (self.training or mean_of_heads), [] if trace else None
         lookup, small = self.embed(images, grid)
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
-            lookup, small = block(lookup, small, tail=finish or not last, trace=record.attention if trace else None,
-                                  paths=of_block(paths, i))
-        record.tokens = self.norm(small)
-        record.lookup = self.lookup_norm(lookup) if finish else None
-        logits = self.head(record.tokens.mean(axis=1))
-        lookup_logits = self.lookup_head(record.lookup.mean(axis=1)) if finish else None
-        if self.training:
-            out = LookupOutput(logits, lookup_logits)
-        else:
-            out = (logits + lookup_logits) * 0.5 if mean_of_heads else logits
-        return (out, record) if trace else out
+            lookup, small = block(lookup, small, finish or not last, attention, nn.column(paths, i))
+        small, lookup = self.norm(small), self.lookup_norm(lookup) if finish else None
+        logits = self.head(small.mean(axis=1))
+        lookup_logits = self.lookup_head(lookup.mean(axis=1)) if finish else None
+        if finish and not self.training:
+            logits = (logits + lookup_logits) * 0.5
+        return LookupOutput(logits, small, attention or [], lookup_logits, lookup)
+
+    def loss(self, out, targets, teacher=None, *, smoothing=0.0, weights=None):
+        """`lookupvit_loss`; of a teacher the compressed head learns the answers, too."""
+        loss, parts = lookupvit_loss(out, targets, smoothing=smoothing)
+        if teacher is None:
+            return loss, parts
+        weights = weights or self.loss_weights
+        parts["kl"] = ops.kl_divergence(out.logits, teacher.logits)
+        return loss * weights[0] + parts["kl"] * weights[1], parts
+
+    def show(self, out):
+        weights = to_numpy(out.attention[-1].data).mean(axis=1)  # (B, M, N), of the last block, mean over heads
+        peaked = weights[np.arange(len(weights)), weights.max(axis=2).argmax(axis=1)]
+        return [("LookupViT gathers", weights.sum(axis=1)), ("its most peaked token", peaked)]
 
 
 def lookupvit_loss(out, targets, *, smoothing=0.0):

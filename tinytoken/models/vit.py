@@ -1,93 +1,126 @@
-"""The Vision Transformer (Dosovitskiy et al. 2021): patches, positions, blocks, one head. Names follow timm."""
+"""The Vision Transformer (Dosovitskiy et al. 2021): patches, positions, blocks, one head. Names follow timm.
+
+Its loop over blocks is that of every model whose tokens are one column: a method that prunes or merges tokens overrides
+`before_block`, or `run_block` if it works between the two branches of a block.
+"""
 import dataclasses
 
 import numpy as np
 
 from .. import nn, ops
-from ..errors import expect
+from ..backend import array_module
+from ..tensor import Tensor
+from .base import Model, Output, Sizes, model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig(Sizes):
+    """pool: "token" reads the class token, as timm's default and DynamicViT have it; "mean" has none and averages the normed
+    tokens."""
+    qkv_bias: bool = True
+    pool: str = "token"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.one_of("pool", ("token", "mean"))
 
 
 @dataclasses.dataclass
-class Trace:
-    """What a forward pass with trace=True saw. tokens: final-norm tokens (B, N, D) without the class token, for LookupViT the
-    compressed ones (B, M, D).
-    attention[l]: the weights of block l, (B, H, T, T), for LookupViT those of the gather, (B, H, M, N).
-    kept[s]: DynamicViT in eval mode, the original numbers (B, k) of the patches kept by stage s, ascending.
-    lookup: LookupViT's lookup tokens where they were finished."""
-    tokens: object = None
-    attention: list = dataclasses.field(default_factory=list)
-    kept: list = dataclasses.field(default_factory=list)
-    lookup: object = None
+class Tokens:
+    """The state that goes from block to block.
+
+    x (B, T, D): the tokens; the first `extra` of them, the class token, are no patches. keep (B, T): the mask of the
+    attention, None for all; official: its official form. size (B, T): how many patches each token stands for, None for one
+    each. attention: a list that gets the weights, or None. paths (B, depth, branches): factors of the residual branches, or
+    None. taken (B, n): `index` once tokens have been taken."""
+    x: Tensor
+    extra: int = 0
+    keep: object = None
+    official: bool = False
+    size: object = None
+    attention: list | None = None
+    paths: object = None
+    taken: object = None
+
+    @property
+    def patches(self):
+        """The patch tokens (B, n, D)."""
+        return self.x[:, self.extra:] if self.extra else self.x
+
+    @property
+    def index(self):
+        """(B, n): for each patch token, the number of its patch in the picture."""
+        if self.taken is not None:
+            return self.taken
+        xp, n = array_module(self.x.data), self.x.shape[1] - self.extra
+        return xp.broadcast_to(xp.arange(n), (len(self.x), n))
+
+    def take(self, places):
+        """Go on with the patch tokens at `places` (B, k), ascending, and what stands before them."""
+        xp = array_module(places)
+        self.taken = places if self.taken is None else xp.take_along_axis(self.taken, places, axis=1)
+        if self.extra:
+            first = xp.broadcast_to(xp.arange(self.extra), (len(places), self.extra))
+            places = xp.concatenate([first, places + self.extra], axis=1)
+        self.x = ops.take_tokens(self.x, places)
 
 
-class ViT(nn.Module):
-    """A ViT on square pictures. images (B, channels, S, S) -> logits (B, num_classes).
+@model("vit")
+class ViT(Model):
+    """A ViT. images (B, channels, H, W) -> Output."""
+    Config = ViTConfig
 
-    pool: "token" reads the class token, as timm's default and DynamicViT have it; "mean" has none and averages the normed tokens.
-    """
-
-    def __init__(self, image_size=32, patch_size=4, dim=96, depth=6, heads=3, mlp_ratio=4, num_classes=10, *,
-                 pool="token", channels=3, qkv_bias=True):
-        expect(pool in ("token", "mean"), "ViT", f"pool {pool!r}, expected token or mean")
-        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
-                           num_classes=num_classes, pool=pool, channels=channels, qkv_bias=qkv_bias)
-        check_sizes("ViT", image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
-                    num_classes=num_classes, channels=channels, mlp_ratio=mlp_ratio)
-        self.pool = pool
-        self.patch_embed = nn.PatchEmbed(image_size, patch_size, dim, channels)
-        rows, columns = self.patch_embed.grid
-        positions = nn.start_positions(self.patch_embed.grid, dim)
-        if pool == "token":
-            self.cls_token = nn.Parameter(np.zeros((1, 1, dim), "float32"))
+    def build(self, c):
+        self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels)
+        positions = nn.start_positions(self.patch_embed.grid, c.dim)
+        self.num_patches = len(positions)
+        if c.pool == "token":
+            self.cls_token = nn.Parameter(np.zeros((1, 1, c.dim), "float32"))
             nn.normal(self.cls_token, "cls_token", std=0.02)
-            positions = np.concatenate([np.zeros((1, dim), "float32"), positions])
+            positions = np.concatenate([np.zeros((1, c.dim), "float32"), positions])
         self.pos_embed = nn.Parameter(positions[None])
-        self.num_patches = rows * columns
-        self.blocks = [nn.Block(dim, heads, mlp_ratio, qkv_bias) for _ in range(depth)]
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_classes)
+        self.blocks = [nn.Block(c.dim, c.heads, c.mlp_ratio, c.qkv_bias) for _ in range(c.depth)]
+        self.norm = nn.LayerNorm(c.dim)
+        self.head = nn.Linear(c.dim, c.num_classes)
         nn.initialise(self)
 
     def embed(self, images):
         """images -> tokens with positions (B, T, D), the class token first if there is one."""
         x = self.patch_embed(images)
-        if self.pool == "token":
+        if self.config.pool == "token":
             x = ops.concat(ops.broadcast_to(self.cls_token, shape=(len(x), 1, x.shape[2])), x, axis=1)
         return x + self.pos_embed
 
+    def forward(self, images, trace=False, paths=None):
+        """trace: keep the attention's weights. paths: factors (B, depth, 2) of the residual branches, for training
+        (tasks.drop_paths)."""
+        return self.read(self.encode(self.start(images, trace, paths)))
+
+    def start(self, images, trace=False, paths=None, state=Tokens, **fields):
+        """The Tokens before the first block. state: a subclass of Tokens; fields: of its own."""
+        x = self.embed(images)
+        return state(x, x.shape[1] - self.num_patches, attention=[] if trace else None, paths=paths, **fields)
+
+    def encode(self, tokens):
+        """Tokens through all blocks."""
+        for i in range(len(self.blocks)):
+            self.before_block(i, tokens)
+            self.run_block(i, tokens)
+        return tokens
+
+    def before_block(self, i, tokens):
+        """What a method does to the tokens before block i. A ViT: nothing."""
+
+    def run_block(self, i, tokens):
+        """Block i."""
+        tokens.x = self.blocks[i](tokens.x, nn.column(tokens.paths, i), keep=tokens.keep, official=tokens.official,
+                                  attention=tokens.attention)
+
+    def read(self, tokens):
+        """Tokens after the last block -> Output."""
+        tokens.x = self.norm(tokens.x)
+        return Output(self.classify(tokens.x), tokens.patches, tokens.attention or [])
+
     def classify(self, x):
         """Normed tokens (B, T, D) -> logits (B, K)."""
-        return self.head(x[:, 0] if self.pool == "token" else x.mean(axis=1))
-
-    def patches(self, x):
-        """The tokens without the class token."""
-        return x[:, 1:] if self.pool == "token" else x
-
-    def features(self, images, attention=None, paths=None):
-        """images -> normed tokens (B, T, D), the class token first if there is one. attention: a list that gets the blocks' weights."""
-        x = self.embed(images)
-        for i, block in enumerate(self.blocks):
-            x = block(x, trace=attention, paths=of_block(paths, i))
-        return self.norm(x)
-
-    def forward(self, images, trace=False, paths=None):
-        """paths: factors (B, depth, 2) of the residual branches, for training (train.drop_paths)."""
-        record = Trace()
-        x = self.features(images, record.attention if trace else None, paths)
-        logits = self.classify(x)
-        if not trace:
-            return logits
-        record.tokens = self.patches(x)
-        return logits, record
-
-
-def of_block(paths, number):
-    """The factors (B, branches) of one block, or None without any."""
-    return None if paths is None else paths[:, number]
-
-
-def check_sizes(where, mlp_ratio=1, **sizes):
-    """Every size must be a positive whole number, and the MLP's ratio positive."""
-    expect(mlp_ratio > 0, where, f"mlp_ratio {mlp_ratio}, expected a positive number")
-    for name, size in sizes.items():
-        expect(isinstance(size, (int, np.integer)) and size > 0, where, f"{name} {size!r}, expected a positive whole number")
+        return self.head(x[:, 0] if self.config.pool == "token" else x.mean(axis=1))

@@ -43,7 +43,7 @@ def power(x, *, exponent):
 
 
 def _power(x, exponent):
-    # NumPy's float32 x**3 costs 400 multiplications (shared cpu.md): small whole powers are products.
+    # NumPy's float32 x**3 takes as long as 400 multiplications: small whole powers are products.
     if exponent in (1, 2, 3):
         return x if exponent == 1 else x * x if exponent == 2 else x * x * x
     return x ** exponent

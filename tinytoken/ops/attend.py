@@ -169,16 +169,18 @@ REUSE = ("probs", "renorm", "resoftmax")
 @op
 def lookup_infuse(A, logits, v, *, reuse):
     """LookupViT's global context infusion: the gather's attention, read backward, writes compressed values to the lookup
-    tokens. A and logits (B, H, M, N) from `lookup_gather`, v (B, H, M, d) -> R^T v (B, H, N, d). The paper leaves R open:
+    tokens. A and logits (B, H, M, N) from `lookup_gather`, v (B, H, M, d) -> R^T v (B, H, N, d). Only resoftmax reads the
+    logits: else they may be None. The paper leaves R open:
 
     probs: R = A. Token n receives sum_m A_mn of mass, M / N on average.    renorm: R = A / sum_m A, every token receives 1.
     resoftmax: R = softmax over m of the logits.    (The fourth reading, separate queries and keys, is `attention`.)
     """
     expect(reuse in REUSE, "lookup_infuse",
            lambda: f"reuse {reuse!r}, expected {', '.join(REUSE)} (separate: ops.attention with its own q and k)")
-    expect(A.ndim == v.ndim == 4 and A.shape == logits.shape and A.shape[:3] == v.shape[:3], "lookup_infuse",
-           lambda: f"{shape_of('A', A)}, {shape_of('logits', logits)}, {shape_of('v', v)}: "
-                   "expected two (B, H, M, N) and (B, H, M, d)")
+    expect(logits is not None or reuse != "resoftmax", "lookup_infuse", "no logits, which reuse='resoftmax' reads")
+    expect(A.ndim == v.ndim == 4 and A.shape == (A if logits is None else logits).shape and A.shape[:3] == v.shape[:3],
+           "lookup_infuse", lambda: f"{shape_of('A', A)}, {'' if logits is None else shape_of('logits', logits) + ', '}"
+           f"{shape_of('v', v)}: expected (B, H, M, N), logits of the same shape, and (B, H, M, d)")
     mass = A.sum(axis=2, keepdims=True) if reuse == "renorm" else None
     mass = None if mass is None else mass + (mass == 0)  # a token whose column underflowed receives nothing
     R = A if reuse == "probs" else A / mass if reuse == "renorm" else softmax_of(logits, axis=2)

@@ -1,9 +1,9 @@
 """Choosing tokens: Gumbel-softmax for training, top-k and gathering for inference."""
 import numpy as np
 
-from ..backend import array_module, is_array, scatter_add
+from ..backend import array_module, faster, is_array, scatter_add
 from ..errors import expect, shape_of
-from ..tensor import Index, Tensor, kernel, op
+from ..tensor import Index, Tensor, op
 from .norm import softmax_of, softmax_vjp
 
 
@@ -67,8 +67,6 @@ def top_k(scores, k):
     scores = scores.data if isinstance(scores, Tensor) else scores
     expect(is_array(scores) and scores.ndim == 2 and 0 <= k <= scores.shape[1], "top_k",
            lambda: f"k {k} of scores {getattr(scores, 'shape', type(scores).__name__)}: expected (B, N) and 0 <= k <= N")
-    fast = kernel("top_k", scores)
-    if fast:
-        return fast(scores, k)
     xp = array_module(scores)
-    return xp.sort(xp.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
+    fast = faster(top_k, xp, scores, k)
+    return fast(scores, k) if fast else xp.sort(xp.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)

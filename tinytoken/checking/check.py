@@ -10,11 +10,11 @@ import math
 
 import numpy as np
 
-from .backend import array_module, is_array, to_device, to_numpy
+from ..backend import array_module, is_array, to_device, to_numpy
+from ..errors import GradientError, expect
+from ..tensor import Op, Tensor, grad, no_grad, op
 from .diagnosis import Evidence, read, read_crash, read_refusal
 from .differences import Slopes, element_line, random_line
-from .errors import GradientError, expect
-from .tensor import Op, Tensor, grad, no_grad, op
 
 SAME = 1e-10  # two calls agree to this share of the largest value: a threaded BLAS may add in another order
 JACOBIAN = 2_000_000  # numbers that a diagnosis may ask for

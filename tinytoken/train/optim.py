@@ -1,13 +1,11 @@
-"""AdamW on flat storage, the learning-rate schedule, and `loss_and_grads`: the one place where the CPU's cores are shared out."""
-import concurrent.futures
+"""AdamW on flat storage, and the learning-rate schedule."""
 import math
 
 import numpy as np
 
-from . import nn
-from .backend import array_module, blas_threads, cpu_count, prepare_cpu, quick_switches
-from .errors import expect
-from .tensor import Tensor, grad, kernel
+from .. import nn
+from ..backend import array_module, blas_threads, faster
+from ..errors import expect
 
 BLOCK = 32768  # elements of a pass over the flat buffers: few enough that all its temporaries stay in the cache
 
@@ -32,7 +30,7 @@ class AdamW:
         self.lr, self.weight_decay, self.betas, self.eps, self.clip = lr, weight_decay, betas, eps, clip
         xp = array_module(self.flat.data)
         self.m, self.v, self.steps = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data), 0
-        self.rates = None  # of the kernels in cuda/: what changes from step to step, in device memory
+        self.rates = None  # of an implementation: what changes from step to step, in device memory
         self.average, self.mean = average, None if average is None else self.flat.data.copy()
 
     def step(self, lr=None):
@@ -41,7 +39,7 @@ class AdamW:
         expect(self.flat.holds(self.params), "AdamW", "a parameter's array, group or place changed since the optimiser was made "
                "(another dtype or device, a copy, another optimiser): make a new optimiser")
         lr = self.lr if lr is None else lr
-        flat, fast = self.flat, kernel("adamw", self.flat.data)
+        flat, fast = self.flat, faster(AdamW.step, array_module(self.flat.data), self, lr)
         if fast:
             return fast(self, lr)
         self.steps += 1
@@ -124,84 +122,3 @@ def warmup_cosine(step, steps, warmup=0.1):
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def loss_and_grads(loss_fn, params, batch, micro=16, threads=None):
-    """Loss and gradients of a batch -> (loss, parts), floats; the gradients are left in .grad (flat storage), overwritten. On CuPy
-    0-d arrays: reading them would wait for the GPU.
-
-    batch: a tuple of arrays, cut along axis 0 into micro-batches of `micro` images; noise belongs in it. loss_fn(*slice) is a
-    mean over the slice's images, a Tensor or (Tensor, parts): it is weighted by the slice's share. threads: Python threads that
-    share the micro-batches, by number (thread i takes i, i + threads, ...), each with a gradient buffer of its own, added up in
-    a fixed order: the same thread count gives the same bits. None: the CPUs of this process. BLAS is held to one thread inside.
-    On CuPy the batch is one slice on one thread.
-    """
-    params = list(params)
-    flat = nn.flatten(params)
-    size = _batch_size(batch)
-    if array_module(flat.data) is not np:
-        micro, threads = size, 1
-    expect(micro >= 1 and (threads is None or threads >= 1), "loss_and_grads",
-           f"micro {micro}, threads {threads}: at least 1 each expected")
-    cuts = [slice(a, min(a + micro, size)) for a in range(0, size, micro)]
-    threads = min(threads or cpu_count(), len(cuts))
-
-    def work(number):
-        buffer = flat.grad if number == 0 else np.empty_like(flat.grad)
-        buffer[...] = 0
-        views, results = flat.cut(buffer), []
-        for cut in cuts[number::threads]:
-            share = (cut.stop - cut.start) / size
-            out = loss_fn(*(array[cut] for array in batch))
-            loss, parts = out if isinstance(out, tuple) else (out, {})
-            expect(isinstance(loss, Tensor) and loss.shape == (), "loss_and_grads",
-                   "loss_fn must return a scalar Tensor, or one and its parts")
-            results.append([array * share for array in (loss.data, *(_raw(p) for p in parts.values()))])
-            grad(loss * share, params, into=views, add=True)
-        return buffer, results, tuple(parts)
-
-    done = share_out(work, range(threads), threads)
-    for buffer, _, _ in done[1:]:
-        flat.grad += buffer
-    totals = [sum(values) for values in zip(*(row for _, results, _ in done for row in results))]
-    loss, *parts = totals if array_module(flat.data) is not np else map(float, totals)
-    return loss, dict(zip(done[0][2], parts))
-
-
-def _raw(value):
-    return value.data if isinstance(value, Tensor) else value
-
-
-def _batch_size(batch):
-    sizes = {len(array) for array in batch}
-    expect(len(sizes) == 1 and sizes != {0}, "loss_and_grads",
-           lambda: f"batch arrays of {', '.join(str(len(a)) for a in batch)} images: one size expected")
-    return sizes.pop()
-
-
-def share_out(function, items, threads=None):
-    """[function(item) for item in items] on threads, BLAS held to one thread each. The first exception is raised when all have
-    ended: nothing goes on writing into arrays that the caller uses again."""
-    prepare_cpu()
-    threads = min(threads or cpu_count(), max(1, len(items)))
-    with blas_threads(1):
-        if threads == 1:
-            return [function(item) for item in items]
-        with quick_switches():
-            futures = [_pool(threads).submit(function, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                for future in futures:
-                    future.cancel()
-                concurrent.futures.wait(futures)
-
-
-_pools = {}
-
-
-def _pool(threads):
-    """Threads are kept: starting them for each step costs more than a small step's work."""
-    if threads not in _pools:
-        _pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "tinytoken")
-    return _pools[threads]

@@ -7,9 +7,12 @@ import pathlib
 import sys
 import time
 
-from . import backend, compare, random
-from .checkpoint import as_json, claimed, replacing, write_json
-from .errors import Busy, InputError, expect
+from .. import backend, random
+from ..data import dataset, load_pictures
+from ..errors import Busy, InputError, expect
+from ..files import as_json, check_writable, claimed, replacing, write_json
+from ..train import Run
+from .timing import machine
 from .trial import Trial
 
 SIZES = ("smoke", "default", "full")
@@ -23,7 +26,7 @@ class Lesson:
         self.machines = []  # that parts of the results come from
         self.device, self.out, self.began = backend.announced_device(device), pathlib.Path(out), time.perf_counter()
         self.stem = "_".join([name] + ["full"] * (size == "full") + [pathlib.Path(data).name] * (data != "scenes"))  # of files
-        compare.check_writable(self.out)
+        check_writable(self.out)
         random.manual_seed(seed)
 
     def pick(self, smoke, default, full):
@@ -37,8 +40,7 @@ class Lesson:
 
     def pictures(self, train, test):
         """(train, test) pictures of --data: so many scenes, or all of CIFAR."""
-        recipe = compare.Recipe(data=self.data, seed=self.seed, train_pictures=train, test_pictures=test)
-        return compare.load_pictures(recipe)
+        return load_pictures(self.data, train=train, test=test, seed=self.seed)
 
     @property
     def checkpoints(self):
@@ -46,9 +48,16 @@ class Lesson:
         trained, another does not train again."""
         return self.out / "checkpoints" / pathlib.Path(self.data).name if self.size == "full" else None
 
-    def trial(self, recipe, seed, **changes):
-        """A Trial of the recipe with this seed, on this run's device and with its checkpoints. changes: as Trial takes them."""
-        return Trial(dataclasses.replace(recipe, seed=seed), self.device, self.checkpoints, bar=self.size != "smoke", **changes)
+    def trial(self, recipe, seed, arms=None, **changes):
+        """A Trial of the recipe's arms with this seed, on this run's device and with its checkpoints. changes: as Trial takes
+        them."""
+        run, folder = None, self.checkpoints
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".gitignore").write_text("*\n")  # wherever it is, weights stay out of version control
+            run = Run(folder / f"seed{seed}", every=100)
+        recipe = dataclasses.replace(recipe, seed=seed)
+        return Trial(recipe, arms, device=self.device, run=run, bar=self.size != "smoke", **changes)
 
     def each(self, jobs, recipe):
         """Do the `jobs`, {name: function without arguments -> a JSON value} -> {name: its value}. A full run writes each value to
@@ -74,7 +83,7 @@ class Lesson:
         path, began = self.out / f"{self.stem}_parts" / f"{name.replace(' ', '-')}.json", time.perf_counter()
         with claimed(path) if not path.exists() else contextlib.nullcontext():
             if not path.exists():  # still
-                write_json(path, {"value": job(), "recipe": recipe, "machine": compare.machine(self.device),
+                write_json(path, {"value": job(), "recipe": recipe, "machine": machine(self.device),
                                   "seconds": round(time.perf_counter() - began, 1)})
         part = json.loads(path.read_text())
         expect(part["recipe"] == recipe, "lesson",
@@ -118,7 +127,7 @@ class Lesson:
         if self.claims:
             self.measured(claims=self.claims)
         write_json(path, {"lesson": self.name, "size": self.size, "seed": self.seed, "data": self.data,
-                          "machine": compare.machine(self.device), "seconds": round(time.perf_counter() - self.began, 1),
+                          "machine": machine(self.device), "seconds": round(time.perf_counter() - self.began, 1),
                           **({"machines_of_parts": self.machines} if self.machines else {}), "results": self.results})
         print(f"measured: {path} ({time.perf_counter() - self.began:.0f} s)")
         return path
@@ -131,7 +140,7 @@ def begin(name, argv=None, data="scenes"):
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help="seconds: does it run?")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="more seeds and steps")
-    parser.add_argument("--data", default=data, help="scenes (made on the spot), cifar10, or a folder with CIFAR's files")
+    parser.add_argument("--data", default=data, help=f"{', '.join(dataset)}, or a folder of one of these kinds (default: {data})")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=f"runs/{name}", help="folder for pictures and results (default: runs/NAME)")

@@ -5,7 +5,7 @@ they keep the digits that the difference of two large sums would lose.
 """
 import numpy as np
 
-from .backend import device_of, to_device, to_numpy
+from ..backend import device_of, to_device, to_numpy
 
 
 def element_line(array, position, eps):

@@ -1,0 +1,43 @@
+"""Data sets by name or folder: what `--data` may say. A set is a function that a file of this folder registers."""
+import pathlib
+
+from ..errors import InputError
+from ..registry import Registry
+
+
+class DataSets(Registry):
+    """{name: load(place, *, train, test, seed, size) -> (training pictures, test pictures)}.
+
+    place: the folder or file that was asked for, None where the name was. train, test: how many pictures, of a set that is
+    made; size: the side of a picture in pixels, where the set can choose it. Pictures have images (B, 3, H, W) uint8, labels
+    (B, ...), the classes' names, and moves: what may be done to a picture without changing its label (options of Batches)."""
+
+    def __init__(self):
+        super().__init__("data")
+        self.readers = []  # (recognises, load) of sets that lie in a folder
+
+    def __call__(self, name, recognises=None):
+        """Decorator: register a set. recognises(path): whether a folder or file is one of this kind."""
+        def register(load):
+            if recognises is not None:
+                self.readers.append((recognises, load))
+            return super(DataSets, self).__call__(name)(load)
+        return register
+
+
+dataset = DataSets()
+
+
+def load_pictures(name_or_dir, *, train=16000, test=2000, seed=0, size=32):
+    """(training, test) pictures of a registered set, or of a folder or archive that one of them recognises. InputError says
+    what may be asked for."""
+    name = str(name_or_dir)
+    request = dict(train=train, test=test, seed=seed, size=size)
+    if name in dataset:
+        return dataset[name](None, **request)
+    path = pathlib.Path(name)
+    for recognises, load in dataset.readers if path.exists() else ():
+        if recognises(path):
+            return load(path, **request)
+    what = "holds no data set that is known here" if path.exists() else "does not exist"
+    raise InputError(f"data: {name} {what}; expected one of {', '.join(dataset)}, or a folder of one of these kinds")

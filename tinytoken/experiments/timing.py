@@ -1,0 +1,43 @@
+"""Speeds, and what they were measured on."""
+import pathlib
+import platform
+import statistics
+import time
+
+import numpy as np
+
+from .. import backend
+from ..train import infer
+
+
+def images_per_second(ways, images, threads=None, rounds=9):
+    """{name: [median, lowest, highest]} over interleaved rounds, so that whatever else the machine does meets all alike.
+    ways: {name: (model, further arguments of its call)}."""
+    rates = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, (model, call) in ways.items():
+            began = time.perf_counter()
+            infer(model, images, threads=threads, **call)
+            if turn:  # the first is for warming up
+                rates[name].append(len(images) / (time.perf_counter() - began))
+    return {name: [round(f(r), 1) for f in (statistics.median, min, max)] for name, r in rates.items()}
+
+
+def machine(device):
+    """What the numbers were measured on."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {"processor": processors[0] if processors else platform.processor() or platform.machine(),
+            "cpus": backend.cpu_count(), "blas": backend.blas_description(), "environment": backend.blas_environment(),
+            "python": platform.python_version(), "numpy": np.__version__, "system": platform.platform(), "device": device}
+
+
+def peak_memory():
+    """The most memory this process ever held, in MB (10**6 bytes), or None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)

@@ -1,0 +1,79 @@
+"""Files that are whole or not there: written beside the target, flushed, then renamed over it; and claims to work on one."""
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+
+from .errors import Busy, InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextlib.contextmanager
+def replacing(path, mode="wb"):
+    """Context: a file that becomes `path` when the block ends well, and vanishes when it does not: a crash at any moment
+    leaves the old file or the new one. A full disk or an unwritable folder raises InputError naming the path."""
+    path = pathlib.Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+@contextlib.contextmanager
+def claimed(path):
+    """Context: no other process is in such a block for the same path; Busy where one is. The claim is a lock on path.lock, so
+    it ends with the process, however that ends. Windows has no such locks: there nothing is claimed."""
+    path = pathlib.Path(path)
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path.parent / f"{path.name}.lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(f"another process is at work on {path}") from None
+            except OSError as error:
+                raise InputError(f"cannot write {path}.lock: {error.strerror or error}") from error
+        yield
+
+
+def check_writable(folder):
+    """Find out before the work, not after it: by a file in the folder, or in the nearest one above it that exists."""
+    probe = next(place for place in (folder, *folder.absolute().parents) if place.exists()) / ".tinytoken-writable"
+    with replacing(probe) as file:
+        file.write(b"\0" * 65536)
+    probe.unlink()
+
+
+def write_json(path, value):
+    """JSON, indented, replaced as a whole."""
+    with replacing(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def as_json(value):
+    """The value as JSON gives it back: tuples are lists, NumPy numbers are numbers."""
+    return json.loads(json.dumps(value, default=plain_number))
+
+
+def plain_number(value):
+    """JSON for a NumPy number."""
+    return value.item()

@@ -1,0 +1,152 @@
+"""The layers of a transformer. Class and parameter names follow timm."""
+import numpy as np
+
+from .. import ops
+from ..errors import expect
+from ..tensor import Tensor, fused
+from .module import Module, Parameter
+
+
+class Linear(Module):
+    """x W^T + b. x (..., in_features) -> (..., out_features); weight (out, in). parts: how many matrices it packs."""
+
+    def __init__(self, in_features, out_features, bias=True, parts=1):
+        self.parts = parts
+        self.weight = Parameter(np.zeros((out_features, in_features), "float32"), decay=True)
+        self.bias = Parameter(np.zeros(out_features, "float32")) if bias else None
+
+    def forward(self, x):
+        return ops.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(Module):
+    """Layer norm over the last axis. x (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim, eps=1e-6):
+        self.eps = eps
+        self.weight, self.bias = Parameter(np.ones(dim, "float32")), Parameter(np.zeros(dim, "float32"))
+
+    def forward(self, x):
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class GELU(Module):
+    """ops.gelu as a layer, for lists of layers."""
+
+    def forward(self, x):
+        return ops.gelu(x)
+
+
+class MLP(Module):
+    """Linear, GELU, Linear. x (..., dim) -> (..., dim)."""
+
+    def __init__(self, dim, hidden):
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(ops.gelu(self.fc1(x)))
+
+
+class Attention(Module):
+    """Multi-head self-attention. x (B, T, dim) -> (B, T, dim). It is `attend(*project(x))`, which a method that needs the
+    queries, keys or values calls itself."""
+
+    def __init__(self, dim, heads, qkv_bias=True):
+        expect(dim % heads == 0, "Attention", f"heads {heads} do not divide dim {dim}")
+        self.heads = heads
+        self.qkv, self.proj = Linear(dim, 3 * dim, bias=qkv_bias, parts=3), Linear(dim, dim)
+
+    def forward(self, x, **options):
+        return self.attend(*self.project(x), **options)
+
+    def project(self, x):
+        """x (B, T, dim) -> queries, keys and values, each (B, H, T, d)."""
+        return ops.split_heads(self.qkv(x), heads=self.heads, parts=3)
+
+    def attend(self, q, k, v, keep=None, *, sees_itself=True, official=False, attention=None):
+        """Queries, keys and values -> (B, T, dim). keep, sees_itself, official: as of ops.attention. attention: a list that
+        gets the weights (B, H, T, T)."""
+        out = ops.attention(q, k, v, keep, sees_itself=sees_itself, official=official, weights=attention is not None)
+        if attention is not None:
+            out, weights = out
+            attention.append(weights.detach())
+        return self.proj(ops.merge_heads(out))
+
+
+# Residual branches. What a branch adds may be scaled per image: a factor of 0 drops it (drop path: Huang et al. 2016).
+
+def scaled(out, factors):
+    """out (B, T, D) times factors (B,), where there are any."""
+    return out if factors is None else out * factors[:, None, None]
+
+
+def column(paths, *index):
+    """paths[:, *index], the factors of one block or branch; None without any."""
+    return None if paths is None else paths[:, *index]
+
+
+@fused
+def attention_branch(x, norm, attn, factors=None, **options):
+    """x + factors attn(norm(x)). x (B, T, D), factors (B,) or None; options: of Attention.attend."""
+    return x + scaled(attn(norm(x), **options), factors)
+
+
+@fused
+def mlp_branch(x, norm, mlp, factors=None):
+    """x + factors mlp(norm(x)). x (B, T, D), factors (B,) or None."""
+    return x + scaled(mlp(norm(x)), factors)
+
+
+class Block(Module):
+    """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x). x (B, T, dim) -> (B, T, dim).
+    paths (B, 2): factors of the two branches; options: of Attention.attend."""
+    branches = 2
+
+    def __init__(self, dim, heads, mlp_ratio=4.0, qkv_bias=True, eps=1e-6):
+        self.norm1, self.attn = LayerNorm(dim, eps), Attention(dim, heads, qkv_bias)
+        self.norm2, self.mlp = LayerNorm(dim, eps), MLP(dim, round(dim * mlp_ratio))
+
+    def forward(self, x, paths=None, **options):
+        x = attention_branch(x, self.norm1, self.attn, column(paths, 0), **options)
+        return mlp_branch(x, self.norm2, self.mlp, column(paths, 1))
+
+
+class Projection(Module):
+    """The patch embedding's weight as the convolution it is: (dim, C, p, p), stride p."""
+    parts = 1
+
+    def __init__(self, dim, channels, patch):
+        self.weight = Parameter(np.zeros((dim, channels, patch, patch), "float32"), decay=True)
+        self.bias = Parameter(np.zeros(dim, "float32"))
+
+    def forward(self, patches):
+        return ops.linear(patches, self.weight.reshape(len(self.weight), -1), self.bias)
+
+
+class PatchEmbed(Module):
+    """Pictures to tokens. images (B, C, H, W) float -> (B, N, dim), row by row, N = (H / patch_size)(W / patch_size).
+    image_size: H = W, or (H, W). Refuses pictures of another size or channel count, and integer pixels. Arrays are cast to
+    the weights' dtype."""
+
+    def __init__(self, image_size, patch_size, dim, channels=3):
+        height, width = both_sides(image_size)
+        expect(height % patch_size == 0 and width % patch_size == 0, "PatchEmbed",
+               f"patch_size {patch_size} does not divide image_size {image_size}")
+        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
+        self.grid = (height // patch_size, width // patch_size)
+        self.proj = Projection(dim, channels, patch_size)
+
+    def forward(self, images):
+        expected = (self.channels, *both_sides(self.image_size))
+        expect(len(images.shape) == 4 and len(images) and tuple(images.shape[1:]) == expected, "images",
+               lambda: f"{tuple(images.shape)}, expected (B, {', '.join(map(str, expected))})")
+        expect(images.dtype.kind == "f", "images",
+               lambda: f"dtype {images.dtype}, expected float32: normalise them first (tt.data.normalise)")
+        if not isinstance(images, Tensor):
+            images = images.astype(self.proj.weight.dtype, copy=False)
+        return self.proj(ops.patchify(images, patch=self.patch_size))
+
+
+def both_sides(size):
+    """(height, width) of an image_size: one number for a square, or the two."""
+    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)

@@ -1,0 +1,186 @@
+"""Modules: parameters and buffers by name, training and inference mode, state dicts."""
+import warnings
+
+import numpy as np
+
+from ..backend import device_of, to_device, to_numpy
+from ..cost import running_modules
+from ..errors import expect
+from ..tensor import Tensor
+
+
+class Parameter(Tensor):
+    """A leaf Tensor that a model learns. decay: weight decay applies (matrices of linear layers). lr_scale: its learning rate
+    relative to the others'. Parameters of equal (lr_scale, decay) are neighbours in flat storage."""
+    __slots__ = ("decay", "lr_scale", "flat")
+
+    def __init__(self, array, decay=False):
+        super().__init__(array, requires_grad=True)
+        self.decay, self.lr_scale, self.flat = decay, 1.0, None
+
+    def __deepcopy__(self, memo):
+        twin = Parameter(self.data.copy(), self.decay)
+        twin.lr_scale, twin.requires_grad = self.lr_scale, self.requires_grad
+        return twin
+
+
+class Buffer:
+    """An array of a module's state that is not learned, a running mean say: it has no gradient and is no optimiser's, and it
+    is saved, loaded and moved with the parameters. Float arrays are cast with them, too."""
+
+    def __init__(self, array):
+        self.data = array
+
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+
+    def __repr__(self):
+        return f"Buffer({self.data}, shape {self.shape}, {self.dtype})"
+
+
+class Module:
+    """Something with parameters. Parameters, buffers, modules and lists of modules among its attributes have names, in the
+    order in which they were set. Subclasses write forward(); calling the module runs it."""
+    training = True
+
+    def __call__(self, *args, **kwargs):
+        stack = running_modules()
+        stack.append(self)
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            stack.pop()
+
+    def children(self):
+        """(name, module) of the modules directly inside."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, list) and value and isinstance(value[0], Module):
+                yield from ((f"{name}.{i}", module) for i, module in enumerate(value))
+
+    def named_modules(self, prefix=""):
+        """(dotted name, module) of this module ('') and all inside."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self):
+        """(dotted name, Parameter) of all parameters."""
+        return self._named(Parameter)
+
+    def named_buffers(self):
+        """(dotted name, Buffer) of all buffers."""
+        return self._named(Buffer)
+
+    def _named(self, kinds):
+        for prefix, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, kinds):
+                    yield (f"{prefix}.{name}" if prefix else name), value
+
+    def parameters(self):
+        """All parameters, in the order of their names."""
+        return [p for _, p in self.named_parameters()]
+
+    def parameter_count(self):
+        """How many numbers the model learns."""
+        return sum(p.size for p in self.parameters())
+
+    def train(self, mode=True):
+        """Set training mode (eval(): inference) here and inside. Returns self."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self):
+        """Inference mode. Returns self."""
+        return self.train(False)
+
+    def requires_grad_(self, wanted=True):
+        """Freeze (False) or unfreeze all parameters. Returns self."""
+        for p in self.parameters():
+            p.requires_grad = wanted
+        return self
+
+    def zero_grad(self):
+        """Fill every gradient with zeros."""
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad[...] = 0
+
+    def astype(self, dtype):
+        """Cast all parameters, and float buffers, to float32 or float64. Voids flat storage. Returns self."""
+        for p in self.parameters():
+            p.data, p.grad = p.data.astype(dtype), None
+        for _, buffer in self.named_buffers():
+            if buffer.dtype.kind == "f":
+                buffer.data = buffer.data.astype(dtype)
+        return self
+
+    def to(self, device):
+        """Move all parameters and buffers to 'cpu' or 'cuda'; those that are there stay as they are. Returns self.
+        A move voids flat storage."""
+        for p in self.parameters():
+            if p.device != device:
+                p.data, p.grad = to_device(p.data, device), None
+        for _, buffer in self.named_buffers():
+            buffer.data = to_device(buffer.data, device)
+        return self
+
+    @property
+    def dtype(self):
+        return next(p.dtype for p in self.parameters())
+
+    def state_dict(self):
+        """{name: array} of parameters and buffers, copies in host memory."""
+        return {name: np.array(to_numpy(p.data)) for name, p in self._named((Parameter, Buffer))}
+
+    def load_state_dict(self, state, strict=True):
+        """Copy arrays in by name -> (missing, unexpected) names. strict: both must be empty. Shapes must agree always.
+
+        float32 and float64 keep their width (float64 weights make a float64 model); float16 and bfloat16 become float32, with
+        a warning; mixed widths raise InputError. Nothing is changed if anything is refused.
+        """
+        own = dict(self._named((Parameter, Buffer)))
+        missing, unexpected = [n for n in own if n not in state], [n for n in state if n not in own]
+        expect(not strict or not (missing or unexpected), "load_state_dict",
+               lambda: f"missing {_some(missing)}; unexpected {_some(unexpected)}")
+        arrays = _one_width({name: np.asarray(state[name]) for name in own if name in state})
+        wrong = [f"{n} {arrays[n].shape}, expected {own[n].shape}" for n in arrays if arrays[n].shape != own[n].shape]
+        expect(not wrong, "load_state_dict", lambda: f"other shapes: {_some(wrong)}")
+        width = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), self.dtype)
+        if width != self.dtype:
+            self.astype(width)
+        for name, array in arrays.items():
+            own[name].data[...] = to_device(array, device_of(own[name].data))
+        return missing, unexpected
+
+    def summary(self):
+        """A table of the modules that own parameters: name, class, shapes, how many numbers."""
+        rows = []
+        for name, module in self.named_modules():
+            owned = [p for p in vars(module).values() if isinstance(p, Parameter)]
+            if owned:
+                rows.append((name or "(model)", type(module).__name__, ", ".join(str(p.shape) for p in owned),
+                             sum(p.size for p in owned)))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"{name:<{widths[0]}}  {cls:<{widths[1]}}  {shapes:<{widths[2]}}  {size:>10,}"
+                 for name, cls, shapes, size in rows]
+        return "\n".join(lines + [f"{type(self).__name__}: {self.parameter_count():,} parameters"])
+
+
+def _some(names, limit=6):
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") if names else "none"
+
+
+def _one_width(arrays):
+    """The arrays with all floats in one width, narrow ones made float32. Integers stay."""
+    narrow = [n for n, a in arrays.items() if a.dtype.name in ("float16", "bfloat16")]
+    if narrow:
+        warnings.warn(f"load_state_dict: {len(narrow)} arrays of dtype {arrays[narrow[0]].dtype} become float32", stacklevel=3)
+        arrays = {n: a.astype("float32") if n in narrow else a for n, a in arrays.items()}
+    widths = {a.dtype.name for a in arrays.values() if a.dtype.kind not in "iu"}
+    expect(widths <= {"float32"} or widths <= {"float64"}, "load_state_dict",
+           lambda: f"dtypes {', '.join(sorted(widths))}, expected all float32 or all float64")
+    return arrays

@@ -1,0 +1,20 @@
+"""Classification."""
+from ..backend import to_numpy
+from .base import Task, task
+
+
+@task("classify")
+class Classify(Task):
+    """The model's own loss of class labels (B,), or of probabilities (B, K); accuracy."""
+
+    def __call__(self, images, labels, **draws):
+        return self.model.loss(self.model(images, **draws), labels, smoothing=self.smoothing)
+
+    @staticmethod
+    def metrics(answers, labels):
+        return {"accuracy": accuracy(answers, labels)}
+
+
+def accuracy(logits, labels):
+    """The share of images whose largest logit is their label's."""
+    return float((logits.argmax(axis=1) == to_numpy(labels)).mean())

@@ -1,0 +1,85 @@
+"""Where a training run keeps its files, and how it goes on from them."""
+import json
+import pathlib
+import reprlib
+
+from ..errors import InputError, expect
+from ..files import as_json, plain_number, replacing
+from . import checkpoint
+
+
+class Run:
+    """The files of a training run: history.jsonl, one line per logged step of any phase, and a checkpoint per phase, written
+    every `every` steps."""
+
+    def __init__(self, folder, every=200):
+        expect(every >= 1, "Run", f"a checkpoint every {every} steps, expected at least 1")
+        self.folder, self.every = pathlib.Path(folder), every
+        self.history = self.folder / "history.jsonl"
+
+    def checkpoint(self, phase):
+        """The path of a phase's checkpoint."""
+        return self.folder / f"{phase}.npz"
+
+    def log(self, **row):
+        """Append one line to the history."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.history, "a") as file:
+                file.write(json.dumps(row, default=plain_number) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.history}: {error.strerror}") from error
+
+    def forget(self, phase, step):
+        """Drop the history of `phase` from `step` on: what an interrupted run logged after its last checkpoint, and a last line
+        cut off by a crash."""
+        if self.history.exists():
+            lines = self.history.read_text().splitlines()
+            kept = [line for line in lines if _earlier(line, phase, step)]
+            if len(kept) < len(lines):
+                with replacing(self.history, "w") as file:
+                    file.writelines(line + "\n" for line in kept)
+
+    def resume(self, phase, model, optimizer, header):
+        """Load the checkpoint of a phase, if there is one -> (step to go on from, the report so far, losses since the last
+        logged step). One that does not say what `header` says, recipe and all, is another run's, and refused."""
+        path, state = self.checkpoint(phase), fresh()
+        if path.exists():
+            there, _ = checkpoint.load(path)
+            differences = ", ".join(_differences(there, model, header))
+            expect(not differences, "fit",
+                   f"{path} belongs to another run ({differences}): choose another --out, or delete it")
+            checkpoint.restore(path, model, optimizer if there["step"] < header["recipe"]["steps"] else None)
+            state = there["step"], there["result"], there["recent"]
+        self.forget(phase, state[0])
+        return state
+
+
+def fresh():
+    """What `Run.resume` gives where there is no checkpoint."""
+    return 0, {"seconds": 0.0}, []
+
+
+def _earlier(line, phase, step):
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row.get("phase") != phase or row["step"] < step
+
+
+def _differences(there, model, header):
+    """What differs between a checkpoint's header and this run's, one text per name."""
+    mine = checkpoint.description(model)
+    if not checkpoint.same_model(there, mine):
+        yield from _changed(there, mine)
+    yield from _changed(there, as_json(header))
+
+
+def _changed(there, now):
+    for name, value in now.items():
+        old = there.get(name)
+        if isinstance(value, dict):
+            yield from _changed(old or {}, value)
+        elif old != value:
+            yield f"{name} {reprlib.repr(old)} there, {reprlib.repr(value)} now"
