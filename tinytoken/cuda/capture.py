@@ -10,8 +10,10 @@ import warnings
 
 import numpy as np
 
-from ..backend import module_for
+from ..backend import implementation, module_for
 from ..errors import InputError
+from ..train.infer import repeated
+from ..train.step import stepper
 from . import launcher, registered
 from .weights import Weights
 
@@ -27,14 +29,14 @@ class Captured:
         cupy = module_for("cuda")
         self.function, self.what, self.weights = function, what, Weights()
         self.stream, self.pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
-        self.calls, self.graph, self.failed, self.given, self.values = 0, None, False, None, None
+        self.calls, self.graph, self.failed, self.inputs, self.values = 0, None, False, None, None
 
     def __call__(self, arrays):
         cupy = module_for("cuda")
-        self.given = self.given or [cupy.empty_like(array) for array in arrays]
-        fits = [(a.shape, a.dtype) for a in arrays] == [(a.shape, a.dtype) for a in self.given]
+        self.inputs = self.inputs or [cupy.empty_like(array) for array in arrays]
+        fits = [(a.shape, a.dtype) for a in arrays] == [(a.shape, a.dtype) for a in self.inputs]
         if fits:
-            for mine, array in zip(self.given, arrays):
+            for mine, array in zip(self.inputs, arrays):
                 mine[...] = array
         outside = cupy.cuda.get_current_stream()
         self.stream.wait_event(outside.record())
@@ -45,12 +47,12 @@ class Captured:
                 self.graph.launch()
                 values = self.values
             else:
-                values = self._run(self.given if fits else arrays)
+                values = self._ordinary(self.inputs if fits else arrays)
         outside.wait_event(self.stream.record())
         self.calls += 1
         return values.copy()  # the next launch writes over them
 
-    def _run(self, arrays):
+    def _ordinary(self, arrays):
         with self.weights.in_use():
             return self.function(arrays)
 
@@ -60,14 +62,14 @@ class Captured:
         error = None
         self.stream.begin_capture()
         try:
-            self.values = self._run(self.given)
-        except Exception as found:
-            error = found
+            self.values = self._ordinary(self.inputs)
+        except Exception as raised:
+            error = raised
         finally:
             try:
                 graph = self.stream.end_capture()
-            except Exception as found:  # after an error inside it fails as well: the first says why
-                error = error or found
+            except Exception as raised:  # after an error inside it fails as well: the first says why
+                error = error or raised
             gc.enable()
         if error is None:
             self.graph = graph
@@ -77,70 +79,66 @@ class Captured:
                       stacklevel=4)
 
 
-class CapturedStep:
-    """step(arrays, lr) -> (loss, parts, norm), 0-d arrays: gradients(arrays) -> (loss, parts), and AdamW's update; captured."""
-
-    def __init__(self, gradients, optimizer):
-        self.gradients, self.optimizer, self.names = gradients, optimizer, ()
-        self.run, self.weights = Captured(self._run, "a training step"), Weights(optimizer.flat)
-
-    def __call__(self, arrays, lr):
-        registered.set_rates(self.optimizer, lr)
-        return self._named(self.run(arrays))
-
-    def _named(self, values):
-        loss, *parts, norm = values
-        return loss, dict(zip(self.names, parts)), norm
-
-    def _run(self, arrays):
-        with self.weights.in_use():
-            loss, parts = self.gradients(arrays)
-        norm = self._update()
-        self.names = tuple(parts)
-        return module_for("cuda").stack([loss, *parts.values(), norm])
-
-    def _update(self):
-        return registered.update(self.optimizer)
+@implementation(repeated)
+def captured(function, xp, what):
+    """train.infer.repeated: the function, captured."""
+    return Captured(function, what)
 
 
-class CapturedRun(CapturedStep):
-    """take(step) -> (loss, parts, norm): a whole training step of fit, from the pictures on, captured; steps come one after another.
-    Whatever differs between them follows from the step's number, which lies in device memory and is counted on there: the crop, the noise,
-    and AdamW's rates, a row of a table each. The host hands over the numbers of the batch's pictures, and nothing else.
+@implementation(stepper)
+class CapturedSteps:
+    """train.step.stepper: take(step) -> (loss, parts, norm), a whole training step captured, from the pictures on; steps come one
+    after another. Whatever differs between them follows from the step's number, which lies in device memory and is counted on there:
+    the crop, the noise, and AdamW's rates, a row of a table each. The host hands over the numbers of the batch's pictures, and
+    nothing else.
 
-    noise(size, number), batches(number): of fit. What cannot be drawn by a number in device memory (batches that are no data.Batches,
-    noise that looks at the number) is drawn outside of the graph. rates: the learning rates of all steps, of which optimizer.steps are
-    done; offset: a step's number is this much more than its place among them."""
+    What cannot be drawn by a number in device memory (batches that are no data.Batches, noise that looks at the number) is drawn
+    outside of the graph. work.rates: of all steps, of which optimizer.steps are done."""
 
-    def __init__(self, gradients, optimizer, batches, noise, rates, offset):
-        super().__init__(gradients, optimizer)
-        xp, done = module_for("cuda"), optimizer.steps
-        self.batches, self.noise, self.offset, self.begin = batches, noise, offset, offset + done
-        self.clock = xp.full(1, self.begin, "uint32")
-        rows = [registered.rates_of(optimizer, lr, t) for t, lr in enumerate(rates[done:], done + 1)]
+    def __init__(self, work):
+        xp, optimizer = module_for("cuda"), work.optimizer
+        self.work, self.parts, self.done = work, (), optimizer.steps
+        self.clock = xp.full(1, work.offset + self.done, "uint32")
+        rows = [registered.rates_of(optimizer, lr, t) for t, lr in enumerate(work.rates[self.done:], self.done + 1)]
         self.rates = xp.asarray(np.array(rows, "float32"))
-        self.makes, self.draws = hasattr(batches, "make"), self._drawn_there(noise)
+        self.batches_inside, self.draws_inside = hasattr(work.batches, "make"), self._drawn_there()
+        self.draws = ()  # names of what is drawn outside
+        self.replay, self.weights = Captured(self.compute, "a training step"), Weights(optimizer.flat)
 
-    def _drawn_there(self, noise):
+    def _drawn_there(self):
         try:
-            noise(1, self.clock)
+            self.work.noise(1, self.clock)
         except InputError:
             return False
         return True
 
     def __call__(self, step):
-        number = self.offset + step
-        given = (self.batches.chosen(number),) if self.makes else self.batches(number)
-        self.optimizer.steps += 1
-        return self._named(self.run(given if self.draws else (*given, *self.noise(len(given[0]), number))))
+        inputs = self.inputs(self.work.offset + step)
+        self.work.optimizer.steps += 1
+        loss, *parts, norm = self.replay(inputs)
+        return loss, dict(zip(self.parts, parts)), norm
 
-    def _run(self, given):
-        if self.makes:
-            chosen, *drawn = given
-            given = (*self.batches.make(chosen, self.clock), *drawn)
-        values = super()._run((*given, *self.noise(len(given[0]), self.clock)) if self.draws else given)
+    def inputs(self, number):
+        """What the host hands over for the step of this number."""
+        batches = self.work.batches
+        inputs = [batches.chosen(number)] if self.batches_inside else list(batches(number))
+        if self.draws_inside:
+            return inputs
+        draws = self.work.noise(len(inputs[0]), number)
+        self.draws = tuple(draws)
+        return [*inputs, *draws.values()]
+
+    def compute(self, inputs):
+        """The step: batch, draws, gradients, update; and one is added to the number."""
+        work, arrays = self.work, inputs[:len(inputs) - len(self.draws)]
+        draws = dict(zip(self.draws, inputs[len(arrays):]))
+        if self.batches_inside:
+            arrays = work.batches.make(*arrays, self.clock)
+        if self.draws_inside:
+            draws = work.noise(len(arrays[0]), self.clock)
+        with self.weights.in_use():
+            loss, parts = work.gradients(arrays, draws, len(arrays[0]))
+        norm = registered.update(work.optimizer, self.rates, self.clock, work.offset + self.done)
         launcher.launch("count_step", 1, 32, self.clock)
-        return values
-
-    def _update(self):
-        return registered.update(self.optimizer, self.rates, self.clock, self.begin)
+        self.parts = tuple(parts)
+        return module_for("cuda").stack([loss, *parts.values(), norm])

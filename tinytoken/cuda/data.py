@@ -4,12 +4,15 @@ number may lie in device memory (random.bits).
 import math
 import zlib
 
-from ..backend import is_array
+from .. import random
+from ..backend import array_module, implementation, is_array
+from ..data import batches, mix
 from . import launcher
 from .launcher import contiguous, cover
 
 
-def random_bits(xp, shape, site, step, seed):
+@implementation(random.bits)
+def random_bits(shape, *, site, step, seed, xp):
     """random.bits."""
     out, size = xp.empty(shape, "uint32"), math.prod(shape)
     if size:
@@ -17,31 +20,37 @@ def random_bits(xp, shape, site, step, seed):
     return out
 
 
-def gather_pictures(batches, chosen, step, scale, offset, crop, flip):
-    """The chosen pictures of data.Batches, moved, mirrored and normalised. scale and offset: of each channel; crop and flip: sites."""
-    images = batches.images
+@implementation(batches.Batches.pictures)
+def gather_pictures(self, chosen, step):
+    """Batches.pictures: moved, mirrored and normalised by one kernel."""
+    images = self.images
     out = launcher.empty(images, len(chosen), *images.shape[1:])
-    crop, flip = (zlib.crc32(site.encode()) for site in (crop, flip))
-    launcher.launch("gather_pictures", len(chosen), 256, contiguous(images), contiguous(chosen), out, *images.shape[2:], batches.pad,
-                    batches.flip, crop, flip, *number_of(step), *halves(batches.seed), *scale, *offset, shared=4 * 3)
+    scale, offset = batches.line(self.mean, self.std)
+    crop, flip = (zlib.crc32((batches.SITE + site).encode()) for site in ("crop", "flip"))
+    launcher.launch("gather_pictures", len(chosen), 256, contiguous(images), contiguous(chosen), out, *images.shape[2:], self.pad,
+                    self.flip, crop, flip, *number_of(step), *halves(self.seed), *scale, *offset, shared=4 * 3)
     return out
 
 
+@implementation(mix.blank)
 def erase_boxes(images, boxes):
-    """data.mix.erase, of the rectangles (4, B)."""
+    """data.mix.blank."""
     images, out = contiguous(images), launcher.empty_like(images)
     launcher.launch("erase_boxes", len(images), 256, images, boxes.astype("int32"), out, *images.shape[1:])
     return out
 
 
-def mix_pictures(images, labels, classes, shares, boxes, drawn):
-    """data.mix.mixed. shares (B,) of mixup, boxes (4, B) of cutmix, or None; drawn (1,): which, where both are given."""
+@implementation(mix.mixed)
+def mix_pictures(images, labels, classes, ways, site, *, step, seed):
+    """data.mix.mixed: the way is drawn on the device, and both are prepared for it."""
+    drawn = random.integers(1, len(ways), site=site, step=step, seed=seed, xp=array_module(images))
+    shares = mix.mixup_shares(images, ways["mixup"], step, seed) if "mixup" in ways else None
+    boxes = mix.cutmix_boxes(images, ways["cutmix"], step, seed).astype("int32") if "cutmix" in ways else None
     images, out = contiguous(images), launcher.empty_like(images)
-    ways = shares, None if boxes is None else boxes.astype("int32"), drawn
-    launcher.launch("mix_pictures", len(images), 256, images, *ways, out, *images.shape[1:])
+    launcher.launch("mix_pictures", len(images), 256, images, shares, boxes, drawn, out, *images.shape[1:])
     targets = launcher.empty(images, len(images), classes)
-    launcher.launch("mix_labels", *cover(targets.size), contiguous(labels.astype("int64", copy=False)), *ways, targets, *targets.shape,
-                    *images.shape[2:])
+    launcher.launch("mix_labels", *cover(targets.size), contiguous(labels.astype("int64", copy=False)), shares, boxes, drawn, targets,
+                    *targets.shape, *images.shape[2:])
     return out, targets
 
 

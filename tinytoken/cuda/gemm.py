@@ -10,7 +10,7 @@ import operator
 import threading
 import types
 
-from ..backend import module_for, swapped
+from ..backend import implementation, module_for, products_in, swapped
 from ..errors import InputError, expect
 from . import launcher
 
@@ -37,6 +37,12 @@ def precision(name):
     """Context: products round their factors to fp32 (that is, not), tf32 or bf16."""
     expect(name in PRECISIONS, "precision", lambda: f"{name!r}, expected {', '.join(PRECISIONS)}")
     return swapped(mode, "precision", name)
+
+
+@implementation(products_in)
+def products_on(precision_name, device):
+    """backend.products_in."""
+    return precision(precision_name)
 
 
 def current_precision():

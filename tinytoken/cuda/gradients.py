@@ -1,28 +1,26 @@
-"""Gradients of parameters: added where they belong while the weights of a step are in use (weights.py), else returned. A matrix's is a
-product. A vector's is a sum over rows; in a step all partial sums lie in one array, and one kernel adds them up at its end."""
+"""Gradients of parameters, as entries of a vjp: added to the array where they belong, or returned. A matrix's is a product. A
+vector's is a sum over rows: in a captured step all partial sums lie in one array, and one kernel adds them up at its end
+(weights.py)."""
 import functools
 
-from ..tensor import ADDED
+from ..errors import GradientError
+from ..tensor import Into
 from . import gemm, launcher, sums, weights
 
 
-def weight_gradient(weight, a, b):
-    """A function for a vjp: a^T b, added to the gradient's place if it has one."""
-    def run():
-        place = weights.place_of(weight)
-        gradient = gemm.product(a(), b, ta=True, out=place, add=place)
-        return gradient if place is None else ADDED
-    return run
+def weight_gradient(a, b):
+    """The entry of a matrix: a()^T b."""
+    return Into(lambda place: gemm.product(a(), b, ta=True, out=place, add=place))
 
 
 class Sums:
-    """The gradients of one parameter's array, or of two, as sums over rows: `run` makes the partial ones, `finish` adds them up, or
-    leaves that to the step's end."""
+    """The gradients of one parameter's array, or of two, as sums over rows: `run` makes the partial ones, `entries` adds them
+    up, or leaves that to the step's end."""
 
     def __init__(self, *arrays):
-        self.arrays, known = arrays, weights.now.weights
-        self.columns = known.columns_of(arrays) if known else None
-        self.parts = None if self.columns is None else known.parts
+        self.arrays, step = arrays, weights.now.weights
+        self.columns = step.columns_of(arrays) if step else None
+        self.parts = None if self.columns is None else step.parts
 
     def run(self, kernel, inputs, rows, width, *more):
         """Launch `kernel` on stretches of rows. -> self"""
@@ -35,20 +33,26 @@ class Sums:
                         *more, -(-rows // len(self.parts)), shared=8 * sums.THREADS)
         return self
 
-    def finish(self):
+    @functools.cached_property
+    def totals(self):
         """The gradients, one for each array."""
-        if self.columns is not None:
-            return [ADDED] * len(self.arrays)
         outs = [launcher.empty_like(array) for array in self.arrays]
         sums.add_up(self.parts, outs)
         return outs
 
+    def give(self, number, place):
+        """The gradient of an array: added to its place, at the latest at the step's end, or returned."""
+        if self.columns is not None:
+            if place is None:
+                raise GradientError("in a captured step gradients are added to arrays: grad(..., into=arrays)")
+            return None
+        if place is None:
+            return self.totals[number]
+        place += self.totals[number]
+        return None
+
 
 def summed_gradients(compute, *arrays):
-    """Functions for a vjp, one for each array: compute(sums) makes the partial sums when one of them is first asked for."""
-    @functools.cache
-    def run():
-        mine = Sums(*arrays)
-        compute(mine)
-        return mine.finish()
-    return [lambda i=i: run()[i] for i in range(len(arrays))]
+    """Entries of a vjp, one for each array: compute(sums) -> sums makes the partial sums, when one of them is first asked for."""
+    sums_of_both = functools.cache(lambda: compute(Sums(*arrays)))
+    return [Into(lambda place, i=i: sums_of_both().give(i, place)) for i in range(len(arrays))]

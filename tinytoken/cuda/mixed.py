@@ -5,7 +5,9 @@ Each branch is one op, so what is bf16 never leaves it: x + proj(attention(qkv(n
 """
 import functools
 
-from ..tensor import Tensor, op
+from .. import nn
+from ..backend import implementation
+from ..tensor import Into, Tensor, op
 from . import gemm, launcher
 from .gradients import Sums, summed_gradients, weight_gradient
 from .launcher import contiguous, cover
@@ -45,8 +47,7 @@ class Upstream:
         self.rounded, per = launcher.empty(g, *g.shape, dtype="uint16"), len(g) if paths is None else len(g) // len(paths)
         self.sums = Sums(bias).run("bf16_round_and_sum", (g, paths, self.rounded), *g.shape, per)
 
-    def of_bias(self):
-        return self.sums.finish()[0]
+        self.of_bias = Into(lambda place: self.sums.give(0, place))
 
 
 def joined(x, inner, weight, bias, paths):
@@ -85,8 +86,8 @@ def attention_branch(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weigh
         of_normed = functools.cache(lambda: half(of_qkv()[0], rounded(qkv_weight)))
         of_bias = lambda sums: sums.run("bf16_sum", (of_qkv()[0],), *qkv.shape)
         return (*norm.gradients(of_normed, as_rows(g), x.shape),
-                weight_gradient(qkv_weight, lambda: of_qkv()[0], norm.out), *([None] if qkv_bias is None else summed_gradients(of_bias, qkv_bias)),
-                weight_gradient(proj_weight, lambda: up.rounded, attended), up.of_bias,
+                weight_gradient(lambda: of_qkv()[0], norm.out), *([None] if qkv_bias is None else summed_gradients(of_bias, qkv_bias)),
+                weight_gradient(lambda: up.rounded, attended), up.of_bias,
                 None if keep is None else lambda: of_qkv()[1].sum(axis=1), None)
     return out.reshape(x.shape), vjp
 
@@ -122,23 +123,9 @@ def mlp_branch(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_
             return d_hidden, Sums(fc1_bias).run("bf16_gelu_backward", given, *hidden.shape)
         of_normed = functools.cache(lambda: half(of_hidden()[0], rounded(fc1_weight)))
         return (*norm.gradients(of_normed, as_rows(g), x.shape),
-                weight_gradient(fc1_weight, lambda: of_hidden()[0], norm.out), lambda: of_hidden()[1].finish()[0],
-                weight_gradient(fc2_weight, lambda: up.rounded, active), up.of_bias, None)
+                weight_gradient(lambda: of_hidden()[0], norm.out), Into(lambda place: of_hidden()[1].give(0, place)),
+                weight_gradient(lambda: up.rounded, active), up.of_bias, None)
     return out.reshape(x.shape), vjp
-
-
-def covered_attention(x, attn, paths, keep=None, official=False, trace=None):
-    d, tokens = x.shape[2] // attn.heads, x.shape[1]
-    if official or trace is not None or d not in launcher.CONSTANTS["HEAD_DIM"] or shared_bytes(tokens, d, 4, 4) > launcher.most_shared():
-        return None
-    return attention_branch, (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias, keep, paths), {"heads": attn.heads}
-
-
-def covered_mlp(x, mlp, paths):
-    return (mlp_branch, (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, paths), {}) if len(mlp.fc1.weight) % 8 == 0 else None
-
-
-COVERED = {("tinytoken.nn", "Attention"): covered_attention, ("tinytoken.nn", "MLP"): covered_mlp}  # cuda/ stands below nn
 
 
 def covers_stream(x):
@@ -147,13 +134,24 @@ def covers_stream(x):
             and x.shape[2] % 8 == 0 and x.size > 0)
 
 
-def residual(x, norm, inner, paths, *more):
-    """nn.residual's work, or None where the products are not to be in bf16, or a branch is none of the two above."""
-    covers = COVERED.get((type(inner).__module__, type(inner).__name__))
-    if not covers or not covers_stream(x):
-        return None
-    found = covers(x, inner, paths, *more)
-    if found is None:
-        return None
-    branch, given, settings = found
-    return branch(x, norm.weight, norm.bias, *given, eps=norm.eps, **settings)
+def covers_attention(x, norm, attn, factors=None, keep=None, *, sees_itself=True, official=False, attention=None):
+    if not (type(norm) is nn.LayerNorm and type(attn) is nn.Attention and covers_stream(x)):
+        return False
+    d, tokens = x.shape[2] // attn.heads, x.shape[1]
+    return ((sees_itself or keep is None) and not official and attention is None and d in launcher.CONSTANTS["HEAD_DIM"]
+            and shared_bytes(tokens, d, 4, 4) <= launcher.most_shared())
+
+
+@implementation(nn.attention_branch, covers=covers_attention)
+def attention_as_one(x, norm, attn, factors=None, keep=None, **_):
+    return attention_branch(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias, keep, factors,
+                            heads=attn.heads, eps=norm.eps)
+
+
+def covers_mlp(x, norm, mlp, factors=None):
+    return type(norm) is nn.LayerNorm and type(mlp) is nn.MLP and covers_stream(x) and len(mlp.fc1.weight) % 8 == 0
+
+
+@implementation(nn.mlp_branch, covers=covers_mlp)
+def mlp_as_one(x, norm, mlp, factors=None):
+    return mlp_branch(x, norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, factors, eps=norm.eps)

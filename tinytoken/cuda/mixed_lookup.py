@@ -4,7 +4,8 @@ tokens, each branch one op. The attention that goes from one to the other is flo
 import functools
 import math
 
-from ..backend import array_module
+from ..backend import array_module, implementation
+from ..models.lookupvit import LookupBlock
 from ..tensor import op
 from . import gemm, launcher, weights
 from .gradients import summed_gradients, weight_gradient
@@ -52,9 +53,9 @@ def gather_branch(lookup, compressed, q_weight, q_bias, q_norm_weight, q_norm_bi
             gradient = gemm.product(of_k(), weights.rounded(k_weight))
             return gemm.product(of_v(), weights.rounded(v_weight), add=gradient, out=gradient).reshape(lookup.shape)
         of_compressed = lambda: gemm.product(of_q(), weights.rounded(q_weight), add=g).reshape(compressed.shape)
-        return (of_lookup, of_compressed, *affine_gradients(q_weight, q_bias, of_q, asked), *of_q_norm,
-                *affine_gradients(k_weight, k_bias, of_k, read), *of_k_norm, *affine_gradients(v_weight, v_bias, of_v, read),
-                weight_gradient(proj_weight, lambda: up.rounded, gathered), up.of_bias, None)
+        return (of_lookup, of_compressed, *affine_gradients(q_bias, of_q, asked), *of_q_norm,
+                *affine_gradients(k_bias, of_k, read), *of_k_norm, *affine_gradients(v_bias, of_v, read),
+                weight_gradient(lambda: up.rounded, gathered), up.of_bias, None)
     return (joined(rows, gathered, proj_weight, proj_bias, paths).reshape(compressed.shape), A), vjp
 
 
@@ -80,40 +81,40 @@ def infuse_branch(lookup, compressed, A, norm_weight, norm_bias, v_weight, v_bia
         of_v = lambda: of_products()[0]
         of_normed = functools.cache(lambda: half(of_v(), weights.rounded(v_weight)))
         of_compressed, *of_norm = norm.gradients(of_normed, None, compressed.shape)
-        return (g, of_compressed, lambda: of_products()[1], *of_norm, *affine_gradients(v_weight, v_bias, of_v, norm.out),
-                weight_gradient(proj_weight, lambda: up.rounded, infused), up.of_bias, None)
+        return (g, of_compressed, lambda: of_products()[1], *of_norm, *affine_gradients(v_bias, of_v, norm.out),
+                weight_gradient(lambda: up.rounded, infused), up.of_bias, None)
     return joined(rows, infused, proj_weight, proj_bias, paths).reshape(lookup.shape), vjp
 
 
-def affine_gradients(weight, bias, g, x):
-    """Functions for a vjp, of a linear layer's weight and bias. g() (R, out) of its output, x (R, in): both bf16."""
-    return weight_gradient(weight, g, x), *summed_gradients(lambda sums: sums.run("bf16_sum", (g(),), *g().shape), bias)
+def affine_gradients(bias, g, x):
+    """Entries of a vjp, of a linear layer's weight and bias. g() (R, out) of its output, x (R, in): both bf16."""
+    return weight_gradient(g, x), *summed_gradients(lambda sums: sums.run("bf16_sum", (g(),), *g().shape), bias)
 
 
 def launch(blocks, M, N, d, name, arrays, *given):
     launcher.launch(name, blocks, THREADS, *given, shared=bytes_of(M, N, d, *arrays))
 
 
-def covers(lookup, compressed, block):
+def covers(block, lookup, compressed):
     d = lookup.shape[2] // block.heads
     return (covers_stream(lookup) and d % 2 == 0
             and bytes_of(compressed.shape[1], lookup.shape[1], d, 2, 2, 2) <= launcher.most_shared())
 
 
-def gather(lookup, compressed, block, paths):
-    """Of models.lookupvit.LookupBlock: the new compressed tokens and A, or None where the products are not to be in bf16, or something
-    else is asked for."""
-    if not covers(lookup, compressed, block) or block.norm != "qk" or block.reuse == "resoftmax":
-        return None
-    given = (block.gather_q, block.gather_norm_q, block.gather_k, block.gather_norm_k, block.gather_v, block.gather_proj)
-    return gather_branch(lookup, compressed, *(p for layer in given for p in (layer.weight, layer.bias)),
-                         None if paths is None else paths[:, 0], heads=block.heads, eps=block.gather_norm_q.eps)
+def parameters_of(*layers):
+    return [p for layer in layers for p in (layer.weight, layer.bias)]
 
 
-def infuse(lookup, compressed, A, block, paths):
-    """The new lookup tokens, or None."""
-    if not covers(lookup, compressed, block) or block.reuse != "probs":
-        return None
-    given = (block.infuse_norm, block.infuse_v, block.infuse_proj)
-    return infuse_branch(lookup, compressed, A, *(p for layer in given for p in (layer.weight, layer.bias)),
-                         None if paths is None else paths[:, 3], heads=block.heads, eps=block.infuse_norm.eps)
+@implementation(LookupBlock.gather, covers=lambda block, lookup, compressed, factors=None: covers(block, lookup, compressed)
+                and block.norm == "qk" and block.reuse != "resoftmax")
+def gather(block, lookup, compressed, factors=None):
+    """The new compressed tokens and A; logits, which only resoftmax reads, are not kept."""
+    layers = (block.gather_q, block.gather_norm_q, block.gather_k, block.gather_norm_k, block.gather_v, block.gather_proj)
+    return *gather_branch(lookup, compressed, *parameters_of(*layers), factors, heads=block.heads, eps=block.gather_norm_q.eps), None
+
+
+@implementation(LookupBlock.infuse, covers=lambda block, lookup, compressed, A, logits, factors=None: covers(block, lookup, compressed)
+                and block.reuse == "probs")
+def infuse(block, lookup, compressed, A, logits, factors=None):
+    layers = (block.infuse_norm, block.infuse_v, block.infuse_proj)
+    return infuse_branch(lookup, compressed, A, *parameters_of(*layers), factors, heads=block.heads, eps=block.infuse_norm.eps)

@@ -4,38 +4,26 @@ import functools
 import math
 
 from .. import ops
-from ..backend import array_module, faster
+from ..backend import array_module, implementation
 from ..ops.attend import REUSE, check_attention
 from ..ops.grid import resize_matrix_on
 from ..ops.loss import check_labels
-from ..tensor import plain
+from ..train.optim import AdamW
 from . import gemm, launcher
 from .gradients import summed_gradients, weight_gradient
 from .launcher import contiguous, cover
 from .sums import rows_of
 
-registry = {}  # op name -> (the op, the function here)
+registry = {}  # op name -> the op
 
 
 def kernels_of(op, covers=lambda *arrays, **settings: True):
-    """Decorator: keep a function for float32 arrays that `covers` says yes to; others go to the plain op."""
-    def keep(function):
-        @functools.wraps(function)
-        def run(*arrays, **settings):
-            first = next(a for a in arrays if a is not None and hasattr(a, "dtype"))
-            if first.dtype != "float32" or not first.size or not covers(*arrays, **settings):
-                return op.function(*arrays, **settings)
-            return function(*arrays, **settings)
-        registry[op.name] = op, run
-        return run
-    return keep
-
-
-def register():
-    """Make the kernels the implementations of their ops for CuPy arrays."""
-    for op, function in registry.values():
-        op.implementation("cupy")(function)
-    faster.update(top_k=top_k, adamw=adamw)
+    """Decorator: an implementation of `op` for float32 arrays that `covers` says yes to."""
+    def covered(*arrays, **settings):
+        first = next(a for a in arrays if a is not None and hasattr(a, "dtype"))
+        return first.dtype == "float32" and first.size and covers(*arrays, **settings)
+    registry[op.name] = op
+    return op.implementation("cupy", covered)
 
 
 @kernels_of(ops.linear, lambda x, weight, bias=None: gemm.library() is not None and weight.ndim == 2 and weight.size
@@ -47,7 +35,7 @@ def linear(x, weight, bias=None):
     def vjp(g):
         flat = contiguous(g.reshape(-1, g.shape[-1]))
         of_bias = [None] if bias is None else summed_gradients(lambda sums: sums.run("column_parts", (flat,), *flat.shape), bias)
-        return lambda: gemm.product(flat, W).reshape(x.shape), weight_gradient(weight, lambda: flat, rows), *of_bias
+        return lambda: gemm.product(flat, W).reshape(x.shape), weight_gradient(lambda: flat, rows), *of_bias
     return out.reshape(*x.shape[:-1], len(W)), vjp
 
 
@@ -152,8 +140,8 @@ def attend(q, k, v, keep, itself, with_weights, with_logits):
     return out, A, logits, gradients
 
 
-@kernels_of(ops.lookup_infuse, lambda A, logits, v, *, reuse: reuse in REUSE and A.ndim == v.ndim == 4 and A.shape == logits.shape
-            and A.shape[:3] == v.shape[:3])
+@kernels_of(ops.lookup_infuse, lambda A, logits, v, *, reuse: reuse in REUSE and A.ndim == v.ndim == 4 and A.shape[:3] == v.shape[:3]
+            and (reuse != "resoftmax" if logits is None else A.shape == logits.shape))
 def lookup_infuse(A, logits, v, *, reuse):
     (batch, heads, M, N), d = A.shape, v.shape[3]
     sizes, soft = (batch * heads, M, N, d), reuse == "resoftmax"
@@ -307,11 +295,9 @@ def cross_entropy(logits, targets, *, smoothing=0.0):
     return mean, vjp
 
 
+@implementation(ops.top_k, covers=lambda scores, k: scores.dtype == "float32" and 8 * scores.shape[1] <= 48 * 1024)
 def top_k(scores, k):
-    """ops.top_k of a (B, N) array. Rows longer than shared memory, and float64, go to the plain one."""
-    if scores.dtype != "float32" or 8 * scores.shape[1] > 48 * 1024:
-        with plain():
-            return ops.top_k(scores, k)
+    """ops.top_k of a (B, N) array whose rows fit into shared memory."""
     index = launcher.empty(scores, len(scores), k, dtype="int64")
     if k and len(scores):
         tokens = scores.shape[1]
@@ -321,6 +307,7 @@ def top_k(scores, k):
 
 # The optimiser
 
+@implementation(AdamW.step)
 def adamw(optimizer, lr):
     """AdamW.step's work -> the gradient's norm before clipping, a 0-d array."""
     set_rates(optimizer, lr)

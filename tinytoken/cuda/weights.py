@@ -1,4 +1,4 @@
-"""The weights of a step: where their gradients are added, and their copies in bf16."""
+"""The weights of a step: their copies in bf16, and the partial sums of their gradients."""
 import contextlib
 import threading
 
@@ -8,7 +8,7 @@ from .launcher import contiguous, cover
 
 
 class Now(threading.local):
-    """weights: the Weights that this thread uses, or None."""
+    """weights: the Weights of the step that this thread is in, or None."""
     weights = None
 
 
@@ -16,18 +16,16 @@ now = Now()
 
 
 class Weights:
-    """The parameters in flat storage: kernels add gradients where they belong, and in bf16 one kernel rounds all weights of a step.
-    Other weights, a teacher's say, are taken for constant and rounded once. Without this in use gradients are returned, and each weight is
-    rounded whenever it is wanted.
+    """The parameters in flat storage: in bf16 one kernel rounds all weights of a step. Other weights, a teacher's say, are taken for
+    constant and rounded once. Outside of a step each weight is rounded whenever it is wanted.
 
     Gradients that are sums over rows, of vectors, are added at the end of a step: `parts` has a column for each number of them."""
 
     def __init__(self, flat=None):
         self.flat, self.rounded, self.copies, self.others = flat, None, {}, {}
-        self.places, self.columns, self.regions, self.filled, self.stale = {}, {}, [], set(), set()
+        self.columns, self.regions, self.filled, self.stale = {}, [], set(), set()
         if flat is None:
             return
-        self.places = dict(zip(map(id, flat.views), flat.grads))
         self._lay_columns()
         if gemm.current_precision() == "bf16":
             self.rounded = launcher.empty(flat.data, flat.data.size, dtype="uint16")
@@ -83,7 +81,7 @@ def rounded(array):
     if id(array) in known.copies:
         return known.copies[id(array)]
     if id(array) not in known.others:
-        known.others[id(array)] = array, rounded_alone(array)  # with the array, lest its id should become another's
+        known.others[id(array)] = array, rounded_alone(array)  # the array is kept, so that no other gets its id
     return known.others[id(array)][1]
 
 
@@ -92,9 +90,3 @@ def rounded_alone(array):
     out = launcher.empty(array, *array.shape, dtype="uint16")
     launcher.launch("bf16_round", *cover(array.size // 2), array, out, array.size // 2)  # sizes are even, see mixed.residual
     return out
-
-
-def place_of(array):
-    """Where the gradient of a parameter's array is added to, or None: it is to be returned."""
-    known = now.weights
-    return known.places.get(id(array)) if known else None
