@@ -22,7 +22,8 @@ class Lesson:
     """One run of a lesson: its size, its options (data, device, seed, out), and the results it has noted so far."""
 
     def __init__(self, name, size, data, device, seed, out):
-        self.name, self.size, self.data, self.seed, self.results, self.claims = name, size, data, seed, {}, []
+        self.name, self.size, self.data, self.seed = name, size, data, seed
+        self.results, self.claims, self.headline = {}, [], None
         self.machines = []  # that parts of the results come from
         self.device, self.out, self.began = backend.announced_device(device), pathlib.Path(out), time.perf_counter()
         self.stem = "_".join([name] + ["full"] * (size == "full") + [pathlib.Path(data).name] * (data != "scenes"))  # of files
@@ -99,6 +100,11 @@ class Lesson:
         bounds = (f"above {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else "")
         print(f"{'holds' if holds else 'FAILS'}  {text}: {measured:.2f} ({', '.join(filter(None, bounds))})")
 
+    def says(self, headline):
+        """Note, and print, what this run has measured in a sentence or two: RESULTS.md quotes it."""
+        self.headline = headline
+        print(headline)
+
     def measured(self, **values):
         """Note results for the JSON: numbers, texts, lists and dictionaries of them."""
         expect(not values.keys() & self.results.keys(), "lesson", f"noted twice: {sorted(values.keys() & self.results.keys())}")
@@ -127,6 +133,7 @@ class Lesson:
         if self.claims:
             self.measured(claims=self.claims)
         write_json(path, {"lesson": self.name, "size": self.size, "seed": self.seed, "data": self.data,
+                          **({"headline": self.headline} if self.headline else {}),
                           "machine": machine(self.device), "seconds": round(time.perf_counter() - self.began, 1),
                           **({"machines_of_parts": self.machines} if self.machines else {}), "results": self.results})
         print(f"measured: {path} ({time.perf_counter() - self.began:.0f} s)")
