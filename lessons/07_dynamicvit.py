@@ -10,17 +10,18 @@
 
 # %%
 import dataclasses
+import functools
 import math
 import statistics
 
 import numpy as np
 
 import tinytoken as tt
-from tinytoken import backend, compare, lesson, models, ops, plot, random
+from tinytoken import backend, models, ops, plot, random
+from tinytoken.experiments import Arm, Recipe, images_per_second, kept_on_object, lesson, spread_text
 from tinytoken.models import DynamicViT, ViT
-from tinytoken.models.controls import CONTROLS, LearnedTokens
-from tinytoken.train import Classify, Distil, accuracy, infer
-from tinytoken.trial import Trial
+from tinytoken.tasks import Classify, Distil, accuracy
+from tinytoken.train import infer
 
 here = lesson.begin("07_dynamicvit")
 rng = np.random.default_rng(here.seed)
@@ -111,12 +112,12 @@ for p in dynamic.parameters():
     p.data += 0.1 * rng.standard_normal(p.shape)
 pictures, labels = rng.standard_normal((4, 3, 16, 16)), np.array([0, 3, 3, 9])
 noise = list(rng.gumbel(size=(3, 4, 16, 2)))  # for each stage, picture and patch a draw per column
-z_teacher, seen = dense(pictures, trace=True)
-wanted = (labels, z_teacher.detach(), seen.tokens.detach(), dynamic.keep_ratios)
+seen = dense(pictures)
+wanted = (labels, seen.logits.detach(), seen.tokens.detach(), dynamic.keep_ratios)
 out = dynamic.train()(pictures, noise=noise)
 loss, parts = models.dynamicvit_loss(out, *wanted, token_norm="image")
 decisions = [D.data for D in out.decisions]
-by_hand = losses_by_hand(out.logits.data, out.tokens.data, decisions, labels, z_teacher.data, seen.tokens.data,
+by_hand = losses_by_hand(out.logits.data, out.tokens.data, decisions, labels, seen.logits.data, seen.tokens.data,
                          dynamic.keep_ratios)
 for name, part in parts.items():
     print(f"L_{name:<6} by hand {by_hand[name]:.6f}, the package's {part.item():.6f}")
@@ -153,6 +154,10 @@ for name in by_hand:
 # leave out the teacher's two losses, leave out L_ratio, or take the official code's mask, which is not the same as removing
 # (lesson 05).
 #
+# **ToMe** (Bolya et al. 2023; `tinytoken/models/tome.py`) is another method for the same end. It drops nothing: in each block it
+# averages the tokens whose keys are most alike. It learns no choice, so it gets the losses of class and KL alone, and merges as
+# few tokens as make it no dearer than DynamicViT.
+#
 # The last pair follows LV-ViT: a second head classifies every patch token. Its answers z_n take the place of the tokens in
 # L_token = mean over kept n of KL(softmax z'_n, softmax z_n), and at inference the logits are those of the class head + 0.5
 # max_n z_n. This pair's ViT first learns its second head, in as many steps as an arm gets. (In LV-ViT an annotating network
@@ -163,13 +168,13 @@ for name in by_hand:
 class TokenHead:
     """To stand before ViT or DynamicViT among the bases: the second head. In train mode the logits are the class head's alone."""
 
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, **options)
-        self.aux_head = tt.nn.Linear(self.config["dim"], self.config["num_classes"])
+    def build(self, config):
+        super().build(config)
+        self.aux_head = tt.nn.Linear(config.dim, config.num_classes)
 
     def classify(self, x):
         logits = super().classify(x)
-        return logits if self.training else logits + 0.5 * self.aux_head(self.patches(x)).max(axis=1)
+        return logits if self.training else logits + 0.5 * self.aux_head(x[:, 1:]).max(axis=1)
 
 
 class TokenViT(TokenHead, ViT):
@@ -184,55 +189,78 @@ class ClassifyTokens(Classify):
     """Cross-entropy of the class token, and half of that of every patch token."""
 
     def __call__(self, images, labels):
-        logits, seen = self.model(images, trace=True)
-        z = self.model.aux_head(seen.tokens)
+        out = self.model(images)
+        z = self.model.aux_head(out.tokens)
         token = ops.cross_entropy(z.reshape(-1, z.shape[2]), labels.repeat(z.shape[1]))
-        loss = ops.cross_entropy(logits, labels)
+        loss = ops.cross_entropy(out.logits, labels)
         return loss + 0.5 * token, {"class": loss, "token": token}
 
 
 class DistilTokens(Distil):
     """DynamicViT's losses, with the token heads' KL for L_token. The teacher is run in train mode, where its heads are apart."""
 
-    def __call__(self, images, labels, draws):
+    def __call__(self, images, labels, **draws):
         with tt.no_grad():
-            logits, seen = self.teacher.train()(images, trace=True)
+            seen = self.teacher.train()(images)
             log_t = ops.log_softmax(self.teacher.aux_head(seen.tokens))
-        out = self.model(images, noise=[draws[:, s] for s in range(draws.shape[1])])
-        loss, parts = models.dynamicvit_loss(out, labels, logits, seen.tokens, self.model.keep_ratios, weights=(1, 2, 0.5, 0),
-                                             token_norm="image")
+        out = self.model(images, **draws)
+        loss, parts = self.model.loss(out, labels, seen, weights=(1, 2, 0.5, 0))
         kl = (ops.exp(log_t) * (log_t - ops.log_softmax(self.model.aux_head(out.tokens)))).sum(axis=2)
         kept = out.keep.sum(axis=1)
         token = ((kl * out.keep).sum(axis=1) / (kept + (kept.data == 0))).mean()
         return loss + 0.5 * token, parts | {"token": token}
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    kind: type
-    rho: float = 1.0
-    weights: tuple = (1, 2, 0.5, 0.5)  # of L_class, L_ratio, L_KL, L_token
-    official: bool = False
+FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15620, 2343))  # CIFAR: 20 and 3 epochs
+RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
+                **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2)), {}, {}))
+START, TOKEN_START = f"ViT {FIRST}", "token heads, start"
+VIT, D7, D5, TOME = "ViT, further", "DynamicViT .7", "DynamicViT .5", "ToMe, MACs of .7"
+EXACT = (1, 0, 0.5, 0.5)  # the weights of L_class, L_ratio, L_KL, L_token where counts are exact
 
 
-VIT, D7, D5 = "ViT, further", "DynamicViT .7", "DynamicViT .5"
-EXACT = (1, 0, 0.5, 0.5)  # the weights where counts are exact
-HEADLINE = {VIT: Arm(ViT), D7: Arm(DynamicViT, 0.7), D5: Arm(DynamicViT, 0.5)} | {
-    f"{name} .5": Arm(kind, 0.5, Arm.weights if kind is LearnedTokens else EXACT) for name, kind in CONTROLS.items()}
+def arm(model, rho=None, weights=None, **more):
+    """An arm that goes on from START, or from another start; rho: its keep ratio, if it has one."""
+    config = dict(prune_before=RECIPE.prune_before, keep_ratios=ratios(rho)) if rho else {}
+    settings = dict(weights=weights) if weights else {}
+    return Arm(model, config | more.pop("config", {}), settings=settings, lr=RECIPE.further_lr, **dict(
+        start=START, steps=FURTHER, offset=FIRST, new_lr_scale=RECIPE.predictor_lr_scale) | more)
+
+
+def ratios(rho):
+    return tuple(round(rho ** (s + 1), 6) for s in range(len(RECIPE.prune_before)))
+
+
+def merges(rho):
+    """As few tokens for each block to merge as make ToMe no dearer than DynamicViT at rho."""
+    picture = np.zeros((1, 3, 32, 32), "float32")
+    macs = lambda name, **config: tt.macs(models.create(name, **RECIPE.sizes, **config), picture).total
+    most = macs("dynamicvit", prune_before=RECIPE.prune_before, keep_ratios=ratios(rho))
+    schedules = ([n // RECIPE.depth + (i < n % RECIPE.depth) for i in range(RECIPE.depth)] for n in range(1000))
+    return dict(r=next(r for r in schedules if macs("tome", r=r) <= most))
+
+
+CONTROLS = {"random tokens": "randomtokens", "class attention": "classattention", "fixed centre": "centretokens",
+            "fixed, learned": "learnedtokens", "average pooling": "pooledtokens"}
+HEADLINE = {VIT: arm("vit"), D7: arm("dynamicvit", 0.7), D5: arm("dynamicvit", 0.5)} | {
+    f"{name} .5": arm(model, 0.5, EXACT) for name, model in CONTROLS.items()} | {
+    "fixed, learned .5": arm("learnedtokens", 0.5, new_lr_scale=100.0),
+    TOME: arm("tome", task="distil", config=merges(0.7)),
+    "ToMe, MACs of .5": arm("tome", task="distil", config=merges(0.5))}
 ARMS = HEADLINE | {
-    "DynamicViT .9": Arm(DynamicViT, 0.9),
-    "DynamicViT .8": Arm(DynamicViT, 0.8),
-    "DynamicViT .6": Arm(DynamicViT, 0.6),
-    "random tokens .7": Arm(CONTROLS["random tokens"], 0.7, EXACT),
-    "DynamicViT .5, no teacher": Arm(DynamicViT, 0.5, (1, 2, 0, 0)),
-    "DynamicViT .5, no ratio loss": Arm(DynamicViT, 0.5, (1, 0, 0.5, 0.5)),
-    "DynamicViT .5, official mask": Arm(DynamicViT, 0.5, official=True),
-    "token heads, ViT": Arm(TokenViT),
-    "token heads, DynamicViT .7": Arm(TokenDynamicViT, 0.7),
+    "DynamicViT .9": arm("dynamicvit", 0.9),
+    "DynamicViT .8": arm("dynamicvit", 0.8),
+    "DynamicViT .6": arm("dynamicvit", 0.6),
+    "random tokens .7": arm("randomtokens", 0.7, EXACT),
+    "DynamicViT .5, no teacher": arm("dynamicvit", 0.5, (1, 2, 0, 0)),
+    "DynamicViT .5, no ratio loss": arm("dynamicvit", 0.5, (1, 0, 0.5, 0.5)),
+    "DynamicViT .5, official mask": arm("dynamicvit", 0.5, config=dict(official=True)),
+    "token heads, ViT": arm(TokenViT, task=ClassifyTokens, start=TOKEN_START),
+    "token heads, DynamicViT .7": arm(TokenDynamicViT, 0.7, task=DistilTokens, start=TOKEN_START),
 }
 # On photographs L_ratio as it is weighs too little to reach the ratios: there two arms give it five times the weight.
-HEAVIER = {f"DynamicViT .{k}, ratio weight 10": Arm(DynamicViT, k / 10, (1, 10, 0.5, 0.5)) for k in (7, 5)}
-EVERY_ARM = ARMS | HEAVIER
+HEAVIER = {f"DynamicViT .{k}, ratio weight 10": arm("dynamicvit", k / 10, (1, 10, 0.5, 0.5)) for k in (7, 5)}
+STARTS = {START: Arm("vit", steps=FIRST, lr=RECIPE.lr), TOKEN_START: arm(TokenViT, task=ClassifyTokens, new_lr_scale=1.0)}
 
 # %% [markdown]
 # ## Training
@@ -241,83 +269,65 @@ EVERY_ARM = ARMS | HEAVIER
 # predictors, which are new, get three times that. They start with a bias that keeps about as many tokens as they are asked for.
 # The learned set's scores, two numbers for each position, need larger steps: a hundred times the learning rate.
 
+
 # %%
-FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15620, 2343))  # CIFAR: 20 and 3 epochs
-RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
-                        **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2)), {}, {}))
+def measure(trial, model, report):
+    """What is noted of a trained arm."""
+    row, images, labels = trial.measure(model, report), trial.test.images[:1000], trial.test.labels[:1000]
+    if hasattr(model, "keep_ratios"):
+        row |= {"targets": model.keep_ratios, "counts": model.counts,
+                "on_object": kept_on_object(model, trial.test, trial.prepare, RECIPE.patch),
+                "all_tokens": accuracy(trial.answers(trial.new("vit", model)), trial.test.labels)}  # its weights, nothing removed
+    if getattr(model, "score_predictor", None):
+        last = (trial.batches(step)[0] for step in range(FIRST + FURTHER - min(20, FURTHER), FIRST + FURTHER))
+        row["ratios"] = decide(model, last, drawn=True)[1].mean(axis=(0, 2)).tolist()  # reached by the end of training
+        ranked = infer(model, images, trial.prepare).argmax(axis=1)
+        for way in ("threshold", "drawn"):
+            parts = (trial.prepare(images[a:a + 100]) for a in range(0, len(images), 100))
+            answers, decisions = decide(model, parts, drawn=way == "drawn")
+            left = decisions[:, -1].sum(axis=1)
+            row[way] = {"accuracy": float((answers == labels).mean()), "another_class": float((answers != ranked).mean()),
+                        "left": [float(left.mean()), int(left.min()), int(left.max())]}
+    return row
 
 
-class Arms(Trial):
-    """One seed: its pictures, the ViT that all arms start from, and how an arm goes on."""
-
-    def __init__(self, seed):
-        super().__init__(dataclasses.replace(RECIPE, seed=seed), here.device, here.checkpoints, bar=here.size != "smoke")
-        self.vit, self.token_vit = self.new(ViT), None
-        self.start = super().measure(self.vit, self.fit(f"ViT {FIRST}", Classify(self.vit), FIRST, self.recipe.lr))
-
-    def go_on(self, name):
-        """Train the arm `name` -> (model, what fit reported)."""
-        arm, recipe, teacher = EVERY_ARM[name], self.recipe, self.vit
-        if issubclass(arm.kind, TokenHead):
-            if self.token_vit is None:
-                self.token_vit = self.new(TokenViT, self.vit)
-                self.fit("token heads, start", ClassifyTokens(self.token_vit), FURTHER, recipe.further_lr, FIRST)
-            teacher = self.token_vit
-        if arm.kind in (ViT, TokenViT):
-            model = self.new(arm.kind, teacher)
-            objective = (Classify if arm.kind is ViT else ClassifyTokens)(model)
-        else:
-            ratios = tuple(round(arm.rho ** (s + 1), 6) for s in range(len(recipe.prune_before)))
-            model = self.new(arm.kind, teacher, prune_before=recipe.prune_before, keep_ratios=ratios, official=arm.official)
-            for p in (p for module in model.score_predictor for p in module.parameters()):
-                p.lr_scale = 100.0 if arm.kind is LearnedTokens else recipe.predictor_lr_scale
-            objective = (DistilTokens if arm.kind is TokenDynamicViT else Distil)(model, teacher, weights=arm.weights)
-        return model, self.fit(name, objective, FURTHER, recipe.further_lr, FIRST)
-
-    def measure(self, model, trained):
-        """What is noted of a trained arm."""
-        row, images, labels = super().measure(model, trained), self.test.images[:1000], self.test.labels[:1000]
-        if isinstance(model, DynamicViT):
-            row |= {"targets": model.keep_ratios, "counts": model.counts,
-                    "on_object": compare.kept_on_object(model, self.test, self.prepare, self.recipe.patch),
-                    "all_tokens": accuracy(self.answers(self.new(ViT, model)), self.test.labels)}  # its weights, nothing removed
-        if getattr(model, "score_predictor", None):
-            last = (self.batches(step)[0] for step in range(FIRST + FURTHER - min(20, FURTHER), FIRST + FURTHER))
-            row["ratios"] = self.decide(model, last, drawn=True)[1].mean(axis=(0, 2)).tolist()  # reached by the end of training
-            ranked = infer(model, images, self.prepare).argmax(axis=1)
-            for way in ("threshold", "drawn"):
-                parts = (self.prepare(images[a:a + 100]) for a in range(0, len(images), 100))
-                answers, decisions = self.decide(model, parts, drawn=way == "drawn")
-                left = decisions[:, -1].sum(axis=1)
-                row[way] = {"accuracy": float((answers == labels).mean()), "another_class": float((answers != ranked).mean()),
-                            "left": [float(left.mean()), int(left.min()), int(left.max())]}
-        return row
-
-    def decide(self, model, batches, drawn):
-        """Decisions as in training, drawn or by the larger log p -> (answers (B,), decisions (B, S, N)) for all pictures."""
-        answers, decisions = [], []
-        for number, images in enumerate(batches):
-            shape = (len(model.keep_ratios), len(images), model.num_patches, 2)
-            noise = random.gumbel(shape, site="lesson", step=number, seed=0) if drawn else np.zeros(shape, "float32")
-            with tt.no_grad():
-                out = model.train()(images, noise=list(backend.to_device(noise, here.device)))
-            answers.append(backend.to_numpy(out.logits.data).argmax(axis=1))
-            decisions.append(np.stack([backend.to_numpy(D.data) for D in out.decisions], axis=1))
-        model.eval()
-        return np.concatenate(answers), np.concatenate(decisions)
+def decide(model, batches, drawn):
+    """Decisions as in training, drawn or by the larger log p -> (answers (B,), decisions (B, S, N)) for all pictures."""
+    answers, decisions = [], []
+    for number, images in enumerate(batches):
+        shape = (len(model.keep_ratios), len(images), model.num_patches, 2)
+        noise = random.gumbel(shape, site="lesson", step=number, seed=0) if drawn else np.zeros(shape, "float32")
+        with tt.no_grad():
+            out = model.train()(images, noise=list(backend.to_device(noise, here.device)))
+        answers.append(backend.to_numpy(out.logits.data).argmax(axis=1))
+        decisions.append(np.stack([backend.to_numpy(D.data) for D in out.decisions], axis=1))
+    model.eval()
+    return np.concatenate(answers), np.concatenate(decisions)
 
 
-chosen = here.pick(list(ARMS), [VIT, D7, "random tokens .7"], list(ARMS if here.data == "scenes" else HEADLINE | HEAVIER))
-seeds = here.seeds
-rows, starts, trained = {name: [] for name in chosen}, [], {}
-for seed in seeds:
-    trial = Arms(seed)
-    starts.append(trial.start)
-    for name in chosen if seed == seeds[0] else HEADLINE:
-        model, report = trial.go_on(name)
-        rows[name].append(trial.measure(model, report))
-        if seed == seeds[0]:
-            trained[name], shown = model, trial
+@functools.cache
+def trial_of(seed):
+    return here.trial(RECIPE, seed, STARTS | ARMS | HEAVIER)
+
+
+def train(name, seed):
+    """Train an arm -> what is noted of it; of DynamicViT .7 also what it keeps of six pictures, and calls them."""
+    trial = trial_of(seed)
+    model, report = trial.train(name)
+    row = trial.measure(model, report) if name == START else measure(trial, model, report)
+    if (name, seed) == (D7, seeds[0]):
+        with tt.no_grad():
+            out = model(trial.prepare(trial.test.images[:6]))
+        row |= {"kept": [backend.to_numpy(kept).tolist() for kept in out.kept], "called": out.logits.numpy().argmax(axis=1).tolist()}
+    return row
+
+
+chosen = here.pick(list(ARMS), [VIT, D7, TOME, "random tokens .7"], list(ARMS if here.data == "scenes" else HEADLINE | HEAVIER))
+seeds, SETTINGS = here.seeds, dataclasses.asdict(RECIPE) | {"first_steps": FIRST, "further_steps": FURTHER}
+wanted = [(name, seed) for seed in seeds for name in (START, *(chosen if seed == seeds[0] else HEADLINE))]
+done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed) for name, seed in wanted}, SETTINGS)
+rows = {name: [done[f"seed{seed} {name}"] for seed in seeds if (name, seed) in wanted] for name in (START, *chosen)}
+starts, looks = rows.pop(START), {what: rows[D7][0].pop(what) for what in ("kept", "called")}
 
 # %% [markdown]
 # ## What was measured
@@ -347,9 +357,9 @@ for name in chosen:
     row, shares = rows[name][0], " ".join(f"{share:.2f}" for share in object_share(name))
     kept = ", ".join(f"{reached:.3f} ({target:.3f})" for reached, target in zip(row.get("ratios", []), row.get("targets", [])))
     whole = [100 * r["all_tokens"] for r in rows[name] if "all_tokens" in r]
-    print(f"{name:<30}{compare.spread_text(points(name)):>12}{compare.spread_text(points(name, VIT), '+.1f'):>12}"
+    print(f"{name:<30}{spread_text(points(name)):>12}{spread_text(points(name, VIT), '+.1f'):>12}"
           f"{row['macs'] / 1e6:>8.2f}{shares:>16}"
-          f"{compare.spread_text(whole) if whole else '':>12}   {kept}")
+          f"{spread_text(whole) if whole else '':>12}   {kept}")
 
 # %% [markdown]
 # What to look for, with the figures of the full run on scenes (3 seeds, one for what is not a control; 1,050 and 350 steps;
@@ -385,8 +395,10 @@ for name in chosen:
 # Multiply-adds are not time: scoring, gathering and small products cost something too, and one picture alone does not repay it.
 
 # %%
-ways = {name: (model, {}) for name, model in trained.items() if name in (VIT, *(f"DynamicViT .{k}" for k in (9, 8, 7, 6, 5)))}
-speeds = {size: compare.images_per_second(ways, shown.prepare(shown.test.images[:size])) for size in (1, 128)}
+shown = trial_of(seeds[0])
+timed = [name for name in chosen if name in (VIT, TOME, *(f"DynamicViT .{k}" for k in (9, 8, 7, 6, 5)))]
+ways = {name: (shown.new(ARMS[name].model, **ARMS[name].config), {}) for name in timed}
+speeds = {size: images_per_second(ways, shown.prepare(shown.test.images[:size])) for size in (1, 128)}
 for name in ways:
     print(f"{name:<30}" + "".join(f"batch {size}: {rates[name][0]:.0f} pictures/s ({rates[name][0] / rates[VIT][0]:.2f} x)   "
                                   for size, rates in speeds.items()))
@@ -403,29 +415,30 @@ here.claim("DynamicViT .7: largest distance between a ratio reached in training 
       max(abs(a - b) for row in rows[D7] for a, b in zip(row["ratios"], row["targets"])), high=0.02)
 if object_share(D7):
     here.claim("DynamicViT .7: object share of the tokens kept last, over chance", object_share(D7)[-1], low=2)
-for name in (name for name in HEADLINE if D5 in chosen and name not in (VIT, D7, D5)):
+for name in (f"{control} .5" for control in CONTROLS if D5 in chosen):
     here.claim(f"DynamicViT .5: points above {name}", statistics.mean(points(D5, name)), low=0)
+here.claim("DynamicViT .7: points above ToMe of its multiply-adds", statistics.mean(points(D7, TOME)), low=0)
+here.says(f"DynamicViT .7 saves {100 * (1 - rows[D7][0]['macs'] / rows[VIT][0]['macs']):.0f} % of the multiply-adds and lies "
+          f"{-lost:+.1f} points from a ViT of as many steps ({FIRST:,} and {FURTHER}), ToMe at its cost "
+          f"{statistics.mean(points(TOME, VIT)):+.1f} ({len(seeds)} seed{'s' * (len(seeds) > 1)}).")
 
 
 def draw_kept(figure):
-    model, pictures = trained[D7], shown.test.images[:6]
-    with tt.no_grad():
-        logits, trace = model(shown.prepare(pictures), trace=True)
-    axes, answers = figure.subplots(1 + len(trace.kept), len(pictures)), backend.to_numpy(logits.data).argmax(axis=1)
-    for b, picture in enumerate(pictures.transpose(0, 2, 3, 1)):
-        panels = [picture, *(plot.hide(picture, backend.to_numpy(kept)[b], RECIPE.patch) for kept in trace.kept)]
-        for axis, panel, count in zip(axes[:, b], panels, (model.num_patches, *model.counts)):
+    test, axes = shown.test, figure.subplots(1 + len(looks["kept"]), len(looks["called"]))
+    for b, picture in enumerate(test.images[:6].transpose(0, 2, 3, 1)):
+        panels = [picture, *(plot.hide(picture, kept[b], RECIPE.patch) for kept in looks["kept"])]
+        for axis, panel, count in zip(axes[:, b], panels, [ways[VIT][0].num_patches, *rows[D7][0]["counts"]]):
             axis.imshow(panel, interpolation="nearest")
             axis.set(xticks=[], yticks=[], ylabel="" if b else f"{count} patches")
-        is_class, said = shown.test.names[shown.test.labels[b]], shown.test.names[answers[b]]
-        axes[0, b].set_title(is_class if is_class == said else f"{is_class}, called {said}", fontsize=9)
+        is_class, called = test.names[test.labels[b]], test.names[looks["called"][b]]
+        axes[0, b].set_title(is_class if is_class == called else f"{is_class}, called {called}", fontsize=9)
     figure.suptitle(f"What {D7} has left after each stage")
 
 
 def draw_arms(figure):
     axis = figure.subplots()
     for i, name in enumerate(chosen[::-1]):
-        colour = "#d55e00" if EVERY_ARM[name].kind in CONTROLS.values() else "#0072b2"
+        colour = "#d55e00" if (ARMS | HEAVIER)[name].model in CONTROLS.values() else "#0072b2"
         axis.plot(points(name), [i] * len(rows[name]), "o", color=colour, alpha=0.7)
     axis.axvline(statistics.mean(points(VIT)), color="#999999", linestyle="--", zorder=0)
     labels = [f"{name} ({rows[name][0]['macs'] / 1e6:.0f} M)" for name in chosen[::-1]]
@@ -435,14 +448,13 @@ def draw_arms(figure):
 
 here.picture("kept", draw_kept, 9, 6.3)
 here.picture("arms", draw_arms, 9, 1.5 + 0.27 * len(chosen))
-here.measured(rows=rows, starts=starts, images_per_second=speeds, seeds=seeds,
-              recipe=dataclasses.asdict(RECIPE) | {"first_steps": FIRST, "further_steps": FURTHER})
+here.measured(rows=rows, starts=starts, images_per_second=speeds, seeds=seeds, recipe=SETTINGS)
 
 # %% [markdown]
 # ## Exercises
 # 1. N = 64 and rho = 0.6: how many tokens does each stage leave? A block of n tokens costs 12 n D^2 + 2 n^2 D multiply-adds, a
 #    predictor 1.625 n D^2 + n D / 2. Compute what six blocks save, do not forget the class token, and check it with `tt.macs`.
-# 2. The official predictors start without a bias toward keeping. In `go_on` set `module.out_conv[-1].bias.data[...] = 0`: which
+# 2. The official predictors start without a bias toward keeping. Set `out_conv[-1].bias.data[...] = 0` of each before training: which
 #    ratios are reached in as many steps? And with 10 for the weight of L_ratio?
 # 3. Write a control: a subclass of `controls.Control` whose `scores` are the norms of the tokens. Give it an arm. Are the tokens
 #    of large norm the object's?
@@ -454,10 +466,10 @@ here.measured(rows=rows, starts=starts, images_per_second=speeds, seeds=seeds,
 # | Rao et al. 2021 | our line |
 # |---|---|
 # | section 3.2: local and global features, pi = Softmax(MLP(z)) | `Predictor.forward`; by hand `predictor_by_hand` |
-# | sections 3.2, 3.3: D <- D * (a Gumbel-softmax draw from pi) | `decision * previous` in `DynamicViT._masked`; `_decide` draws |
+# | sections 3.2, 3.3: D <- D * (a Gumbel-softmax draw from pi) | `decision * previous` in `DynamicViT.mask`; `decide` draws |
 # | equations 10 and 11: G_ij = 1 if i = j, else D_j; G exp(P), normalised | `ops.attention(q, k, v, keep)` |
 # | training: the four losses | `models.dynamicvit_loss`; by hand `losses_by_hand` |
-# | at inference the floor(rho^s N) best stay | `ops.top_k(scores, self.counts[stage])` in `DynamicViT._gathered` |
+# | at inference the floor(rho^s N) best stay | `ops.top_k(scores, self.counts[stage])` in `DynamicViT.remove` |
 #
 # Ours differ on purpose: the mask equals removing exactly; predictors start near their ratios; L_token is a mean per picture;
 # and all weights train alike, where the official recipe gives the ViT's a hundredth of the learning rate. It has 30 epochs of

@@ -16,10 +16,10 @@ import statistics
 import numpy as np
 
 import tinytoken as tt
-from tinytoken import backend, compare, lesson, nn, ops, plot
+from tinytoken import backend, nn, ops, plot
+from tinytoken.experiments import Arm, Recipe, difference, interval_text, lesson, spread_text
 from tinytoken.models import LookupViT, ViT
-from tinytoken.train import Classify
-from tinytoken.trial import difference
+from tinytoken.tasks import Task
 
 here = lesson.begin("09_lookupvit")
 rng = np.random.default_rng(here.seed)
@@ -139,7 +139,7 @@ labels = np.array([1, 7])
 tt.gradcheck(lambda *_: tt.models.lookupvit_loss(model(images), labels)[0], *parameters, names=names,
              max_elements=here.pick(20, 60, 1000), seed=here.seed)
 # In eval mode only the compressed head answers, and nobody would read what (c) and (d) of the last block write: they are skipped.
-assert np.array_equal(model.eval()(images).data, model.train()(images).logits.data)
+assert np.array_equal(model.eval()(images).logits.data, model.train()(images).logits.data)
 
 # %% [markdown]
 # ## What it costs
@@ -197,10 +197,10 @@ for kind, wanted in ((LookupViT, 19), (ViT, 12)):
 class SmallGridViT(ViT):
     """A ViT on the patches, resized to 3 x 3, instead of all patches."""
 
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, **options)
-        grid = self.patch_embed.grid
-        positions = ops.resize_matrix(grid, (3, 3)) @ nn.start_positions(grid, self.config["dim"])
+    def build(self, config):
+        super().build(config)
+        grid, self.num_patches = self.patch_embed.grid, 9
+        positions = ops.resize_matrix(grid, (3, 3)) @ nn.start_positions(grid, config.dim)
         self.pos_embed = nn.Parameter(np.pad(positions, ((1, 0), (0, 0)))[None].astype("float32"))  # the class token's is 0
 
     def embed(self, images):
@@ -211,49 +211,50 @@ class SmallGridViT(ViT):
 VIT, LOOKUP, ONE_WAY, ONE_HEAD, NEITHER = "ViT", "LookupViT 3x3", "no way back", "one classifier", "no way back, one classifier"
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    kind: type = LookupViT
-    sizes: tuple = ()  # where they differ from the recipe's: ((name, value), ...)
-    options: tuple = ()
-    steps: int = 0     # 0: as many as all
-    pictures: int = 0  # to train on; 0: as many as all
-    beside: tuple = (VIT, LOOKUP)  # what it is compared with
-
-
 STEPS, FINE = here.pick((4, 2), (150, 0), (3000, 1000) if here.data == "scenes" else (15620, 0))  # CIFAR: 20 epochs
 NEW = here.pick(128, 16000, 192000)  # as many as are shown in all
+RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
+                **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
+
+
+def arm(model="lookupvit", config=None, beside=(VIT, LOOKUP), **more):
+    """An arm that is trained from scratch; a LookupViT's grid is 3 x 3 where config has no other."""
+    grid = dict(compressed=here.pick((2, 2), (3, 3), (3, 3))) if model == "lookupvit" else {}
+    return Arm(model, grid | (config or {}), beside=beside, lr=RECIPE.lr, **dict(steps=STEPS) | more)
+
+
 AT_256 = dict(steps=FINE, beside=("ViT, 256 tokens", "LookupViT 5x5, 256 tokens"))
 UNSEEN = dict(pictures=NEW, beside=("ViT, new pictures", "LookupViT 3x3, new pictures"))
-narrow, equal = here.pick((("dim", 8), ("heads", 1)), (("dim", 64), ("heads", 2)), (("dim", 64), ("heads", 2))), ("dim", 120)
+narrow = here.pick(dict(dim=8, heads=1), dict(dim=64, heads=2), dict(dim=64, heads=2))
+one_way, one_head = dict(reuse="none"), dict(classifiers="compressed")
 HEADLINE = {
-    VIT: Arm(ViT),
-    LOOKUP: Arm(),
-    ONE_WAY: Arm(options=(("reuse", "none"),)),
-    "ViT, narrower": Arm(ViT, narrow),
-    "ViT, half the depth": Arm(ViT, (("depth", here.pick(1, 3, 3)),)),
+    VIT: arm("vit"),
+    LOOKUP: arm(),
+    ONE_WAY: arm(config=one_way),
+    "ViT, narrower": arm("vit", narrow),
+    "ViT, half the depth": arm("vit", dict(depth=here.pick(1, 3, 3))),
 }
 ARMS = HEADLINE | {
-    "ViT on 3x3 tokens": Arm(SmallGridViT),
-    "ViT, patch 8": Arm(ViT, (("patch", here.pick(16, 8, 8)),)),
-    "ViT of equal parameters": Arm(ViT, (here.pick(("dim", 20), equal, equal),)),
-    "ViT, mean of tokens": Arm(ViT, options=(("pool", "mean"),)),
-    **{f"LookupViT {m}x{m}": Arm(options=(("compressed", (m, m)),)) for m in here.pick((2,), (2, 4, 5), (2, 4, 5))},
-    **{f"reuse {name}": Arm(options=(("reuse", name),)) for name in ("renorm", "resoftmax", "separate")},
-    ONE_HEAD: Arm(options=(("classifiers", "compressed"),)),
-    "norms before": Arm(options=(("norm", "pre"),)),
-    "ViT, 256 tokens": Arm(ViT, (("patch", 2),), **AT_256),
-    "LookupViT 5x5, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)),), **AT_256),
-    "no way back, 256 tokens": Arm(sizes=(("patch", 2),), options=(("compressed", (5, 5)), ("reuse", "none")), **AT_256),
-    NEITHER: Arm(options=(("reuse", "none"), ("classifiers", "compressed")), beside=(VIT, ONE_HEAD)),
-    "ViT, new pictures": Arm(ViT, **UNSEEN),
-    "LookupViT 3x3, new pictures": Arm(**UNSEEN),
-    "no way back, new pictures": Arm(options=(("reuse", "none"),), **UNSEEN),
+    "ViT on 3x3 tokens": arm(SmallGridViT),
+    "ViT, patch 8": arm("vit", dict(patch_size=here.pick(16, 8, 8))),
+    "ViT of equal parameters": arm("vit", dict(dim=here.pick(20, 120, 120))),
+    "ViT, mean of tokens": arm("vit", dict(pool="mean")),
+    **{f"LookupViT {m}x{m}": arm(config=dict(compressed=(m, m))) for m in here.pick((2,), (2, 4, 5), (2, 4, 5))},
+    **{f"reuse {name}": arm(config=dict(reuse=name)) for name in ("renorm", "resoftmax", "separate")},
+    ONE_HEAD: arm(config=one_head),
+    "norms before": arm(config=dict(norm="pre")),
+    "ViT, 256 tokens": arm("vit", dict(patch_size=2), **AT_256),
+    "LookupViT 5x5, 256 tokens": arm(config=dict(patch_size=2, compressed=(5, 5)), **AT_256),
+    "no way back, 256 tokens": arm(config=dict(patch_size=2, compressed=(5, 5)) | one_way, **AT_256),
+    NEITHER: arm(config=one_way | one_head, beside=(VIT, ONE_HEAD)),
+    "ViT, new pictures": arm("vit", **UNSEEN),
+    "LookupViT 3x3, new pictures": arm(**UNSEEN),
+    "no way back, new pictures": arm(config=one_way, **UNSEEN),
 }
-RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
-                        **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
+# what lessons with the same --out train alike has the same files
+ARMS = {name: dataclasses.replace(arm, phase=f"{name} {arm.steps}") for name, arm in ARMS.items()}
 main_arms = [*HEADLINE, ONE_HEAD, NEITHER]
-chosen = here.pick([name for name in ARMS if not ARMS[name].steps], [VIT, LOOKUP, ONE_WAY],
+chosen = here.pick([name for name in ARMS if ARMS[name].steps == STEPS], [VIT, LOOKUP, ONE_WAY],
                    list(ARMS) if here.data == "scenes" else main_arms)
 # these with all seeds, the others with the first
 seeds, repeated = here.seeds, main_arms + [name for name in ARMS if ARMS[name].pictures]
@@ -262,24 +263,22 @@ SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 
 @functools.cache
 def trial_of(seed, pictures=0):
-    return here.trial(dataclasses.replace(RECIPE, train_pictures=pictures or RECIPE.train_pictures), seed)
+    return here.trial(dataclasses.replace(RECIPE, train_pictures=pictures or RECIPE.train_pictures), seed, ARMS)
 
 
 def looked_at(trial, model):
     """What each compressed token of the last block reads in three pictures, mean over heads: (3, M, N)."""
     with tt.no_grad():
-        _, trace = model.eval()(trial.prepare(trial.test.images[:3]), trace=True)
-    return backend.to_numpy(trace.attention[-1].data).mean(axis=1).tolist()
+        out = model.eval()(trial.prepare(trial.test.images[:3]), trace=True)
+    return backend.to_numpy(out.attention[-1].data).mean(axis=1).tolist()
 
 
 def train(name, seed):
     """Train an arm -> what is noted of it. "right": a bit for each test picture, 1 where its answer is right, in hexadecimal."""
-    arm, trial = ARMS[name], trial_of(seed, ARMS[name].pictures)
-    options = dict({"compressed": here.pick((2, 2), (3, 3), (3, 3))} if arm.kind is LookupViT else {}, **dict(arm.options))
-    model, steps = trial.new(arm.kind, sizes=arm.sizes, **options), arm.steps or STEPS
-    report = trial.fit(f"{name} {steps}", Classify(model), steps, trial.recipe.lr)
+    trial = trial_of(seed, ARMS[name].pictures)
+    model, report = trial.train(name)
     logits = trial.answers(model)
-    row = trial.measure(model, report, logits) | {"steps": steps}
+    row = trial.measure(model, report, logits) | {"steps": ARMS[name].steps}
     row["right"] = np.packbits(logits.argmax(axis=1) == trial.test.labels).tobytes().hex()
     return row | ({"looks": looked_at(trial, model)} if (name, seed) == (LOOKUP, seeds[0]) else {})
 
@@ -305,30 +304,30 @@ looks = np.array(rows[LOOKUP][0].pop("looks"))
 
 # %%
 class Locator(nn.Module):
-    """A ViT or LookupViT with a head on every patch token. images (B, C, S, S) -> shares (B, N)."""
+    """A ViT or LookupViT with a head on every patch token. images (B, C, H, W) -> Output, its logits the shares (B, N)."""
 
     def __init__(self, body):
-        self.body, self.config, self.share_head = body, body.config, nn.Linear(body.config["dim"], 1)
+        self.body, self.config, self.share_head = body, body.config, nn.Linear(body.config.dim, 1)
+        self.noise = body.noise
         nn.initialise(self)
 
     def forward(self, images):
         looks_up = isinstance(self.body, LookupViT)
         # in eval mode a LookupViT finishes its lookup tokens only if it is asked for both heads
-        _, seen = self.body(images, trace=True, **({"mean_of_heads": True} if looks_up and not self.training else {}))
-        return self.share_head(seen.lookup if looks_up else seen.tokens).reshape(len(images), -1)
+        out = self.body(images, **({"mean_of_heads": True} if looks_up and not self.training else {}))
+        shares = self.share_head(out.lookup if looks_up else out.tokens)
+        return tt.models.Output(shares.reshape(len(images), -1))
 
 
-class Locate:
-    """Squared error of a Locator. Its batches' labels are the numbers of the pictures, for which `shares` (B, N) are known."""
+class Locate(Task):
+    """Squared error of a Locator. The labels of its batches are the shares (B, N)."""
 
-    def __init__(self, model, shares):
-        self.model, self.shares, self.settings = model, shares, {"task": "object share"}
+    def __init__(self, model):
+        super().__init__(model)
+        self.settings = {"task": "object share"}
 
-    def noise(self, size, step, seed, xp):
-        return ()
-
-    def __call__(self, images, numbers):
-        loss = ops.mse(self.model(images), self.shares[numbers])
+    def __call__(self, images, shares):
+        loss = ops.mse(self.model(images).logits, shares)
         return loss, {"squared error": loss}
 
 
@@ -341,18 +340,17 @@ LOCATE_STEPS = here.pick(2, 60, 1000)
 
 @functools.cache
 def locating_trial(seed):
-    """A trial whose labels are the numbers of the pictures, and the object shares of these."""
+    """A trial whose labels are the object shares of the patches."""
     trial = here.trial(RECIPE, seed)
-    pictures, _ = compare.load_pictures(trial.recipe)
-    trial.batches.labels = backend.to_device(np.arange(len(pictures.images)), here.device)
-    return trial, backend.to_device(pictures.object_share(RECIPE.patch), here.device)
+    trial.batches.labels = backend.to_device(trial.train_set.object_share(RECIPE.patch), here.device)
+    return trial
 
 
 def locate(name, seed):
     """Train a Locator on the arm's model -> the explained share of the test pictures, and its answers (5, N) for the first five."""
-    (trial, shares), arm = locating_trial(seed), ARMS[name]
-    model = Locator(trial.new(arm.kind, **dict(arm.options))).to(here.device)
-    trial.fit(f"locate {name} {LOCATE_STEPS}", Locate(model, shares), LOCATE_STEPS, trial.recipe.lr)
+    trial, arm = locating_trial(seed), ARMS[name]
+    model = Locator(trial.new(arm.model, **arm.config)).to(here.device)
+    trial.fit(f"locate {name} {LOCATE_STEPS}", Locate(model), LOCATE_STEPS, trial.recipe.lr)
     found = trial.answers(model)
     return {"explained": explained(trial.test.object_share(RECIPE.patch), found), "first": found[:5].tolist()}
 
@@ -373,13 +371,13 @@ differences = {}
 print(f"{'arm':<28}{'accuracy, %':>12}{'M MACs':>9}{'M params':>9}{'steps':>7}{'above the ViT [95 %]':>26}{'above its LookupViT [95 %]':>30}")
 for name in chosen:
     differences[name] = [None if name == other else difference(answers[name], answers[other]) for other in ARMS[name].beside]
-    cells = [compare.interval_text(*gap) if gap else "" for gap in differences[name]]
+    cells = [interval_text(*gap) if gap else "" for gap in differences[name]]
     row = rows[name][0]
-    print(f"{name:<28}{compare.spread_text([100 * r['accuracy'] for r in rows[name]]):>12}{row['macs'] / 1e6:>9.2f}"
+    print(f"{name:<28}{spread_text([100 * r['accuracy'] for r in rows[name]]):>12}{row['macs'] / 1e6:>9.2f}"
           f"{row['parameters'] / 1e6:>9.2f}{row['steps']:>7}{cells[0]:>26}{cells[1]:>30}")
 for name, found in located.items():
     if found:
-        print(f"object share of each patch, {LOCATE_STEPS} steps, {name:<16} explained {compare.spread_text(found, '.3f')}")
+        print(f"object share of each patch, {LOCATE_STEPS} steps, {name:<16} explained {spread_text(found, '.3f')}")
 
 # %% [markdown]
 # The claims, with bounds that were set before the first full run. A smaller run decides nothing.
@@ -392,14 +390,17 @@ for name in (name for name in HEADLINE if name in chosen and name not in (VIT, L
 if located[LOOKUP]:
     here.claim("object share of each patch: explained by LookupViT 3x3, above no way back",
                statistics.mean(located[LOOKUP]) - statistics.mean(located[ONE_WAY]), low=0)
+here.says(f"LookupViT 3x3 at {rows[LOOKUP][0]['macs'] / rows[VIT][0]['macs']:.2f} of the ViT's multiply-adds lies "
+          f"{differences[LOOKUP][0][0]:+.1f} points from it, without its way back {differences[ONE_WAY][0][0]:+.1f} "
+          f"({STEPS:,} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}).")
 
 
 def draw_arms(figure):
     """A row per arm, by cost: a dot per seed. The arms under other conditions stand below the line."""
-    axis, elsewhere = figure.subplots(), {name for name in chosen if ARMS[name].steps or ARMS[name].pictures}
+    axis, elsewhere = figure.subplots(), {name for name in chosen if ARMS[name].steps != STEPS or ARMS[name].pictures}
     order = sorted(chosen, key=lambda name: (name in elsewhere, rows[name][0]["macs"]))
     for place, name in enumerate(order):
-        colour = "#0072b2" if ARMS[name].kind is LookupViT else "#d55e00"
+        colour = "#0072b2" if ARMS[name].model == "lookupvit" else "#d55e00"
         axis.plot([100 - 100 * row["accuracy"] for row in rows[name]], [place] * len(rows[name]), "o", color=colour, alpha=0.7)
     low, high = axis.get_xlim()
     axis.set(xlabel=f"errors in {pictures:,} test pictures, %; a dot per seed", title="LookupViTs (blue) and ViTs (red), by multiply-adds")

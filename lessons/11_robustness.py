@@ -15,16 +15,15 @@ import statistics
 import numpy as np
 
 import tinytoken as tt
-from tinytoken import compare, lesson
 from tinytoken.data import CORRUPTIONS, corrupt
-from tinytoken.models import DynamicViT, LookupViT, ViT
-from tinytoken.train import Classify, Distil, accuracy, infer
+from tinytoken.experiments import Arm, Recipe, lesson, spread_text
+from tinytoken.train import accuracy, infer
 
 here = lesson.begin("11_robustness")
 rng = np.random.default_rng(here.seed)
-RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(32, 200, 2000),
-                        **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.7,),
-                                         compressed=(2, 2)), {}, {}))
+RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(32, 200, 2000),
+                **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.7,),
+                                 compressed=(2, 2)), {}, {}))
 
 # %% [markdown]
 # ## Damage, in five strengths
@@ -46,16 +45,11 @@ for strength in (1, 3, 5):
 assert np.array_equal(corrupt(grey, "gaussian_noise", 3)[5:9], corrupt(grey[5:9], "gaussian_noise", 3, first=5))  # the same bits
 
 
-@functools.cache
-def trial_of(seed):
-    return here.trial(RECIPE, seed)
-
-
-trial = trial_of(here.seed)
-pictures = trial.test.images[:here.pick(8, 200, 200)]
+pictures = here.pictures(1, RECIPE.test_pictures)[1].images
+some = pictures[:here.pick(8, 200, 200)]
 print(f"\nroot mean square change of a pixel, % of the whole range\n{'corruption':<18}" + "".join(f"{s:>8}" for s in range(1, 6)))
 for name in CORRUPTIONS:
-    changes = [float(np.sqrt(np.mean((corrupt(pictures, name, s) / 255 - pictures / 255) ** 2))) for s in range(1, 6)]
+    changes = [float(np.sqrt(np.mean((corrupt(some, name, s) / 255 - some / 255) ** 2))) for s in range(1, 6)]
     print(f"{name:<18}" + "".join(f"{100 * change:>8.1f}" for change in changes))
 
 
@@ -65,7 +59,7 @@ def draw_damage(figure, shown=(0, 1)):
         for j, strength in enumerate((2, 5)):
             row = axes[2 * i + j]
             for axis, name in zip(row, ("clean", *CORRUPTIONS)):
-                picture = trial.test.images[b:b + 1]
+                picture = pictures[b:b + 1]
                 axis.imshow((picture if name == "clean" else corrupt(picture, name, strength, first=b))[0].transpose(1, 2, 0))
                 axis.set(xticks=[], yticks=[])
                 if i == j == 0:
@@ -98,17 +92,37 @@ here.picture("damage", draw_damage, 12, 5.6)
 # %%
 STEPS = here.pick(4, 100, 3000 if here.data == "scenes" else 15620)
 FURTHER = max(STEPS // 4, 1)
-narrow = here.pick((("dim", 8), ("heads", 1)), *[(("dim", 64), ("heads", 2))] * 2)
+narrow = here.pick(dict(dim=8, heads=1), *[dict(dim=64, heads=2)] * 2)
 fewer = [STEPS // 2] if here.size != "full" else [STEPS // 8, STEPS // 4, STEPS // 2]
 STRENGTHS = here.pick((3,), (1, 3, 5), (1, 2, 3, 4, 5))
 VIT, DYNAMIC, LOOKUP, NARROW = "ViT", "DynamicViT .7", "LookupViT 3x3", "ViT, narrower"
-# name: (class, sizes, steps of the first part); DynamicViT has none and goes on from the ViT's
-ARMS = {VIT: (ViT, (), STEPS), DYNAMIC: (DynamicViT, (), 0), LOOKUP: (LookupViT, (), STEPS), NARROW: (ViT, narrow, STEPS),
-        **{f"ViT, {steps} steps": (ViT, (), steps) for steps in fewer}}
+pruned, grid = dict(prune_before=RECIPE.prune_before, keep_ratios=RECIPE.keep_ratios), dict(compressed=RECIPE.compressed)
+ARMS, CURVE = {}, [VIT, *(f"ViT, {steps} steps" for steps in fewer)]
 
 
+def add(name, model, steps, config, first=None):
+    """An arm in two parts: `steps` from scratch, of which the files are those of other lessons, and further ones. first: the arm
+    whose first part it goes on from, if it has none of its own."""
+    if first is None:
+        ARMS[f"{name}, first part"] = Arm(model, config, steps=steps, lr=RECIPE.lr,
+                                          phase=f"{VIT if name in CURVE else name} {steps}")
+    ARMS[name] = Arm(model, config, start=f"{first or name}, first part", steps=max(steps // 4, 1), lr=RECIPE.further_lr,
+                     new_lr_scale=RECIPE.predictor_lr_scale, phase=f"{name} {steps} and further")
+
+
+for name, steps in zip(CURVE, (STEPS, *fewer)):
+    add(name, "vit", steps, {})
+add(DYNAMIC, "dynamicvit", STEPS, pruned, first=VIT)
+add(LOOKUP, "lookupvit", STEPS, grid)
+add(NARROW, "vit", STEPS, narrow)
+names = [VIT, DYNAMIC, LOOKUP, NARROW, *CURVE[1:]]
 seeds, TESTS = here.seeds, slice(0, 2000)
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS, "further": FURTHER, "strengths": STRENGTHS}
+
+
+@functools.cache
+def trial_of(seed):
+    return here.trial(RECIPE, seed, ARMS)
 
 
 @functools.cache
@@ -116,40 +130,19 @@ def damaged_pictures(corruption, strength, seed):
     return corrupt(trial_of(seed).test.images[TESTS], corruption, strength, seed=seed)
 
 
-def train_first(trial, name, kind, sizes, steps):
-    """The arm's model after its first part."""
-    model = trial.new(kind, sizes=sizes, **(dict(compressed=trial.recipe.compressed) if kind is LookupViT else {}))
-    trial.fit(f"{'ViT' if ', ' in name and not sizes else name} {steps}", Classify(model), steps, trial.recipe.lr)
-    return model
-
-
-def train(name, seed):
-    """Train an arm -> its model."""
-    (kind, sizes, steps), trial = ARMS[name], trial_of(seed)
-    recipe, first = trial.recipe, steps or STEPS
-    model = train_first(trial, *(name, kind, sizes, steps) if steps else (VIT, *ARMS[VIT]))
-    objective = Classify(model)
-    if kind is DynamicViT:
-        teacher, model = model, trial.new(DynamicViT, model, prune_before=recipe.prune_before, keep_ratios=recipe.keep_ratios)
-        objective = Distil(model, teacher)
-        for p in (p for predictor in model.score_predictor for p in predictor.parameters()):
-            p.lr_scale = recipe.predictor_lr_scale
-    trial.fit(f"{name} {first} and further", objective, max(first // 4, 1), recipe.further_lr, offset=first)
-    return model
-
-
 def errors(name, seed):
     """Train an arm -> its cost, and its errors on clean and on damaged test pictures."""
-    model, trial = train(name, seed), trial_of(seed)
+    trial = trial_of(seed)
+    model, _ = trial.train(name)
     error = lambda images: 1 - accuracy(infer(model, images, trial.prepare), trial.test.labels[TESTS])
     return {"clean": error(trial.test.images[TESTS]), "macs": tt.macs(model, trial.prepare(trial.test.images[:1])).total,
             "damaged": {corruption: [error(damaged_pictures(corruption, strength, seed)) for strength in STRENGTHS]
                         for corruption in CORRUPTIONS}}
 
 
-done = here.each({f"seed{seed} {name}": functools.partial(errors, name, seed) for seed in seeds for name in ARMS}, SETTINGS)
-clean, damaged = ({name: [done[f"seed{seed} {name}"][what] for seed in seeds] for name in ARMS} for what in ("clean", "damaged"))
-costs = {name: done[f"seed{seeds[0]} {name}"]["macs"] for name in ARMS}
+done = here.each({f"seed{seed} {name}": functools.partial(errors, name, seed) for seed in seeds for name in names}, SETTINGS)
+clean, damaged = ({name: [done[f"seed{seed} {name}"][what] for seed in seeds] for name in names} for what in ("clean", "damaged"))
+costs = {name: done[f"seed{seeds[0]} {name}"]["macs"] for name in names}
 
 # %% [markdown]
 # ## What was measured
@@ -180,7 +173,7 @@ def over_vit(name, i, added):
 
 def at_equal_accuracy(name, i):
     """Points of accuracy under damage above the curve of ViTs at this arm's clean accuracy; None beyond the curve's ends."""
-    curve = sorted((1 - clean[arm][i], 1 - mean_error(arm, i)) for arm in ARMS if arm == VIT or arm.endswith("steps"))
+    curve = sorted((1 - clean[arm][i], 1 - mean_error(arm, i)) for arm in CURVE)
     x = 1 - clean[name][i]
     if not curve[0][0] <= x <= curve[-1][0]:
         return None
@@ -191,16 +184,16 @@ seed_numbers = range(len(seeds))
 summary = {name: {"clean_error": [100 * error for error in clean[name]], "error": [100 * mean_error(name, i) for i in seed_numbers],
                   "mce": [over_vit(name, i, False) for i in seed_numbers],
                   "relative_mce": [over_vit(name, i, True) for i in seed_numbers],
-                  "above_curve": [at_equal_accuracy(name, i) for i in seed_numbers], "macs": costs[name]} for name in ARMS}
+                  "above_curve": [at_equal_accuracy(name, i) for i in seed_numbers], "macs": costs[name]} for name in names}
 print(f"{'arm':<18}{'M MACs':>8}{'clean':>12}{'damaged':>12}{'mCE':>14}{'relative mCE':>14}{'above the curve of ViTs':>26}")
 for name, row in summary.items():
-    clean_text, damaged_text, mce, relative = (compare.spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce"))
+    clean_text, damaged_text, mce, relative = (spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce"))
     print(f"{name:<18}{row['macs'] / 1e6:>8.2f}{clean_text:>12}{damaged_text:>12}{mce:>14}{relative:>14}"
-          f"{compare.spread_text(row['above_curve'], '+.1f'):>26}")
+          f"{spread_text(row['above_curve'], '+.1f'):>26}")
 print(f"\nerror by corruption, mean over strengths\n{'':<18}" + "".join(f"{name:>16}" for name in (VIT, DYNAMIC, LOOKUP, NARROW)))
 for corruption in CORRUPTIONS:
     cells = ([100 * of_corruption(name, corruption, i) for i in seed_numbers] for name in (VIT, DYNAMIC, LOOKUP, NARROW))
-    print(f"{corruption:<18}" + "".join(f"{compare.spread_text(values):>16}" for values in cells))
+    print(f"{corruption:<18}" + "".join(f"{spread_text(values):>16}" for values in cells))
 
 
 def draw_errors(figure):
@@ -211,9 +204,8 @@ def draw_errors(figure):
         left.bar(places + 0.2 * (j - 1.5), means, 0.2, color=colour, label=name)
         right.plot([100 * (1 - error) for error in clean[name]], [100 * (1 - mean_error(name, i)) for i in seed_numbers], "o",
                    color=colour, label=name)
-    curve = [arm for arm in ARMS if arm == VIT or arm.endswith("steps")]
     for i in seed_numbers:
-        right.plot(*zip(*sorted((100 * (1 - clean[arm][i]), 100 * (1 - mean_error(arm, i))) for arm in curve)), color="#999999",
+        right.plot(*zip(*sorted((100 * (1 - clean[arm][i]), 100 * (1 - mean_error(arm, i))) for arm in CURVE)), color="#999999",
                    lw=1, zorder=0, label=None if i else "ViTs of fewer steps")
     left.set_xticks(places, [name.replace("_", "\n") for name in CORRUPTIONS], fontsize=8)
     left.set(ylabel="error, %, mean over strengths", title="By corruption")
@@ -222,6 +214,9 @@ def draw_errors(figure):
     right.legend(fontsize=8)
 
 
+here.says(f"On damaged pictures LookupViT 3x3 errs {statistics.mean(summary[LOOKUP]['error']):.1f} % of the time and DynamicViT .7 "
+          f"{statistics.mean(summary[DYNAMIC]['error']):.1f} %, the ViT {statistics.mean(summary[VIT]['error']):.1f} % ({STEPS:,} steps "
+          f"and {FURTHER}, {len(seeds)} seed{'s' * (len(seeds) > 1)}).")
 here.picture("errors", draw_errors, 12, 4.6)
 here.measured(summary=summary, damaged=damaged, clean=clean, seeds=seeds, recipe=SETTINGS)
 
@@ -243,7 +238,7 @@ here.measured(summary=summary, damaged=damaged, clean=clean, seeds=seeds, recipe
 #    model that averages over patches, and what do you see?
 # 2. Measure mCE for one strength at a time. Do the models change places between strengths 1 and 5?
 # 3. DynamicViT chooses tokens by what it sees. Compare the share of object in the patches that it keeps on clean and on damaged
-#    scenes (`compare.kept_on_object`). Does it lose the object, or does it keep it and fail to name it?
+#    scenes (`experiments.kept_on_object`). Does it lose the object, or does it keep it and fail to name it?
 # 4. Train a LookupViT and a ViT on pictures with gaussian noise of strength 3. Who gains more, on which other corruptions?
 # 5. A model with random answers has an error of 90 % whatever the damage. What are its mCE and relative mCE? Which other number
 #    would you demand beside them before you believed a claim of robustness?

@@ -11,75 +11,59 @@ Writes cifar10_full_cifar10.json, with the seconds of an epoch, and a picture.
 """
 import dataclasses
 
-from tinytoken import compare, lesson
-from tinytoken.models import DynamicViT, LookupViT, ViT
-from tinytoken.train import Classify, Distil
-from tinytoken.trial import difference
+from tinytoken.experiments import Arm, Recipe, difference, interval_text, lesson, spread_text
 
 here = lesson.begin("cifar10", data="cifar10")
 
 EPOCHS, FURTHER = here.pick((1, 1), (4, 2), (200, 30))
-RECIPE = compare.Recipe(data=here.data, train_pictures=here.pick(48, 16000, 16000), test_pictures=here.pick(32, 2000, 10000), smoothing=0.1,
-                        **here.pick(dict(batch=16, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.5,)),
-                                    dict(batch=256, dim=192), dict(batch=256, dim=192)))
+RECIPE = Recipe(data=here.data, train_pictures=here.pick(48, 16000, 16000), test_pictures=here.pick(32, 2000, 10000), smoothing=0.1,
+                **here.pick(dict(batch=16, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.5,)),
+                            dict(batch=256, dim=192), dict(batch=256, dim=192)))
 AUGMENT, AVERAGE, DROP_PATH = dict(erase=0.25, mixup=0.2, cutmix=1.0), 0.9995, 0.1
 RATIO_WEIGHT = 10  # lesson 07 on CIFAR-10: with the paper's 2 the ratios are not reached in so few steps
-NARROW = here.pick((("dim", 8), ("heads", 1)), (("dim", 128), ("heads", 2)), (("dim", 128), ("heads", 2)))
-COMPRESSED = here.pick((2, 2), (3, 3), (3, 3))
+narrow = here.pick(dict(dim=8, heads=1), dict(dim=128, heads=2), dict(dim=128, heads=2))
+pruned = dict(prune_before=RECIPE.prune_before, keep_ratios=RECIPE.keep_ratios)
+grid, fine_grid = dict(compressed=here.pick((2, 2), (3, 3), (3, 3))), dict(compressed=here.pick((3, 3), (5, 5), (5, 5)))
+fine = dict(patch_size=here.pick(4, 2, 2))  # pixels of a patch: at full size 256 tokens
 VIT, DYNAMIC, LOOKUP = "ViT", "DynamicViT .7", "LookupViT 3x3"
-# name: (kind, sizes that differ, options, whether only the first seed trains it)
-ARMS = {
-    VIT: (ViT, (), {}, False),
-    DYNAMIC: (DynamicViT, (), {}, False),
-    LOOKUP: (LookupViT, (), {"compressed": COMPRESSED}, False),
-    "no way back": (LookupViT, (), {"compressed": COMPRESSED, "reuse": "none"}, False),
-    "ViT, narrower": (ViT, NARROW, {}, False),
-}
-FINE = here.pick(4, 2, 2)  # pixels of a patch: at full size 256 tokens
-ARMS |= {f"{name}, fine": (kind, (("patch", FINE),), {"compressed": here.pick((3, 3), (5, 5), (5, 5))} if kind is LookupViT else {}, True)
-         for name, (kind, *_) in list(ARMS.items())[:3]}
 GOAL, AIM, MARGIN = 88.0, 90.0, 1.0  # percent, percent, points: fixed before any run
+NAMES = [VIT, DYNAMIC, LOOKUP, "no way back", "ViT, narrower", f"{VIT}, fine", f"{DYNAMIC}, fine", f"{LOOKUP}, fine"]
 
 
-def start_of(trial, name, done):
-    """The first part -> (model, what fit reported). DynamicViT's is that of the ViT of the same sizes. done: those of this seed."""
-    name = name.replace(DYNAMIC, VIT)
-    if name not in done:
-        kind, sizes, options, _ = ARMS[name]
-        model = trial.new(kind, sizes=sizes, **options)
-        objective = Classify(model, RECIPE.smoothing, drop_path=DROP_PATH)
-        done[name] = model, trial.fit(f"{name} start", objective, EPOCHS * len(trial.batches), RECIPE.lr, average=AVERAGE)
-    return done[name]
+def arms(epoch):
+    """{name: Arm}; of those that start from scratch the first part is "NAME start". epoch: its steps."""
+    settings, found = dict(drop_path=DROP_PATH), {}
 
+    def add(name, model, config, start=None, **more):
+        if start is None:
+            start = f"{name} start"
+            found[start] = Arm(model, config, settings=settings, steps=EPOCHS * epoch, lr=RECIPE.lr, fit=dict(average=AVERAGE))
+        found[name] = Arm(model, config, start=start, settings=settings | more, steps=FURTHER * epoch, lr=RECIPE.further_lr,
+                          new_lr_scale=RECIPE.predictor_lr_scale, fit=dict(average=AVERAGE))
 
-def train(trial, name, done):
-    """Both parts of an arm -> (model, seconds of training, seconds per epoch of both)."""
-    kind, sizes, options, _ = ARMS[name]
-    start, first = start_of(trial, name, done)
-    if kind is DynamicViT:
-        model = trial.new(kind, start, sizes, prune_before=RECIPE.prune_before, keep_ratios=RECIPE.keep_ratios)
-        for p in (p for module in model.score_predictor for p in module.parameters()):
-            p.lr_scale = RECIPE.predictor_lr_scale
-        objective = Distil(model, start, RECIPE.smoothing, weights=(1, RATIO_WEIGHT, 0.5, 0.5), drop_path=DROP_PATH)
-    else:
-        model = trial.new(kind, start, sizes, **options)
-        objective = Classify(model, RECIPE.smoothing, drop_path=DROP_PATH)
-    steps = len(trial.batches)
-    second = trial.fit(name, objective, FURTHER * steps, RECIPE.further_lr, EPOCHS * steps, average=AVERAGE)
-    return model, first["seconds"] + second["seconds"], {"first": first["seconds"] / EPOCHS, "second": second["seconds"] / FURTHER}
+    add(VIT, "vit", {})
+    add(DYNAMIC, "dynamicvit", pruned, f"{VIT} start", weights=(1, RATIO_WEIGHT, 0.5, 0.5))
+    add(LOOKUP, "lookupvit", grid)
+    add("no way back", "lookupvit", grid | dict(reuse="none"))
+    add("ViT, narrower", "vit", narrow)
+    add(f"{VIT}, fine", "vit", fine)
+    add(f"{DYNAMIC}, fine", "dynamicvit", pruned | fine, f"{VIT}, fine start", weights=(1, RATIO_WEIGHT, 0.5, 0.5))
+    add(f"{LOOKUP}, fine", "lookupvit", fine_grid | fine)
+    return found
 
 
 seeds = [here.seed + i for i in range(here.pick(1, 1, 3))]
-rows, right = {name: [] for name in ARMS}, {name: [] for name in ARMS}
+rows, right = {name: [] for name in NAMES}, {name: [] for name in NAMES}
 for seed in seeds:
     trial = here.trial(RECIPE, seed, **AUGMENT)
-    done = {}
-    for name, (*_, once) in ARMS.items():
-        if once and (seed != seeds[0] or here.size == "default"):
+    trial.arms = arms(len(trial.batches))
+    for name in NAMES:
+        if name.endswith("fine") and (seed != seeds[0] or here.size == "default"):
             continue
-        model, spent, epoch = train(trial, name, done)
+        (model, second), (_, first) = trial.train(name), trial.train(trial.arms[name].start)
+        epoch = {"first": first["seconds"] / EPOCHS, "second": second["seconds"] / FURTHER}
         logits = trial.answers(model)
-        rows[name].append(trial.measure(model, spent, logits) | {"seconds_per_epoch": epoch})
+        rows[name].append(trial.measure(model, first["seconds"] + second["seconds"], logits) | {"seconds_per_epoch": epoch})
         right[name].append(logits.argmax(axis=1) == trial.test.labels)
 rows = {name: arm for name, arm in rows.items() if arm}
 
@@ -88,8 +72,8 @@ above = {}
 for name, arm in rows.items():
     reference = f"{VIT}, fine" if name.endswith("fine") else VIT
     above[name] = difference(right[name], right[reference])
-    gap = "" if name == reference else compare.interval_text(*above[name])
-    table.append(f"{name:<22}{compare.spread_text([100 * row['accuracy'] for row in arm]):>14}{arm[0]['macs'] / 1e6:>9.1f}"
+    gap = "" if name == reference else interval_text(*above[name])
+    table.append(f"{name:<22}{spread_text([100 * row['accuracy'] for row in arm]):>14}{arm[0]['macs'] / 1e6:>9.1f}"
                  f"{arm[0]['parameters'] / 1e6:>10.2f}{arm[0]['seconds_per_epoch']['second']:>13.1f}{gap:>26}")
 print("\n".join(table))
 

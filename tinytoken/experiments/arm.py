@@ -45,8 +45,8 @@ class Arm:
 
     model: its registered name, or its class. config: options of its own, or other sizes than the Recipe's. task: a registered
     name or a class; None: the model's own. settings: of the task, {"weights": ...}.
-    steps, lr: of this arm alone. start: the arm whose weights it starts from; its steps are counted after those. A training
-    in two parts is two arms. teacher: the arm that teaches it, where the task wants one; None: its start.
+    steps, lr: of this arm alone. start: the arm whose weights it starts from. A training in two parts is two arms. offset:
+    the number of its first step, on which batches and draws depend; None: after the start's. teacher: the arm that teaches it, where the task wants one; None: its start.
     new_lr_scale: learning rate of the parameters that the start does not have, relative to the others'.
     fit: further options of train.fit, {"average": ...}. pictures: as many to train on, 0: as many as all. beside: the arms
     that it is compared with. phase: what its files are called; None: its name."""
@@ -57,6 +57,7 @@ class Arm:
     steps: int = 0
     lr: float = 1e-3
     start: str | None = None
+    offset: int | None = None
     teacher: str | None = None
     new_lr_scale: float = 1.0
     fit: dict = dataclasses.field(default_factory=dict)
@@ -65,7 +66,9 @@ class Arm:
     phase: str | None = None
 
 
-def offset(arms, name):
-    """The steps that were made before those of an arm: of its start, and of what that started from."""
-    start = arms[name].start
-    return 0 if start is None else offset(arms, start) + arms[start].steps
+def first_step(arms, name):
+    """The number of an arm's first step."""
+    arm = arms[name]
+    if arm.offset is not None:
+        return arm.offset
+    return 0 if arm.start is None else first_step(arms, arm.start) + arms[arm.start].steps

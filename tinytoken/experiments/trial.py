@@ -12,7 +12,7 @@ from ..models import model as models
 from ..tasks import task as tasks
 from ..tensor import no_grad
 from ..train import fit, infer
-from .arm import offset
+from .arm import first_step
 
 
 class Trial:
@@ -50,7 +50,7 @@ class Trial:
                 for parameter, p in model.named_parameters():
                     p.lr_scale = p.lr_scale if parameter in known else arm.new_lr_scale
             self.done[name] = model, self.fit(arm.phase or name, self.task_of(arm, model, start), arm.steps, arm.lr,
-                                              offset(self.arms, name), **arm.fit)
+                                              first_step(self.arms, name), **arm.fit)
         return self.done[name]
 
     def task_of(self, arm, model, start=None):

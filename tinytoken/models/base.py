@@ -25,8 +25,12 @@ class Sizes:
     num_classes: int = 10
     _: dataclasses.KW_ONLY
     channels: int = 3
+    choices = {}  # option: the values that it may have; no field
 
     def __post_init__(self):
+        for name, values in self.choices.items():
+            expect(getattr(self, name) in values, self.where, lambda: f"{name} {getattr(self, name)!r}, expected "
+                   f"{'one of ' * (len(values) > 2)}{(', ' if len(values) > 2 else ' or ').join(values)}")
         whole = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sizes) if field.type is int}
         for name, size in {"image_size": min(nn.both_sides(self.image_size)), **whole}.items():
             expect(isinstance(size, (int, np.integer)) and size > 0, self.where,
@@ -40,12 +44,6 @@ class Sizes:
     def where(self):
         """The model's name, for messages."""
         return type(self).__name__.removesuffix("Config")
-
-    def one_of(self, name, choices):
-        """Refuse an option that is none of the choices."""
-        value = getattr(self, name)
-        expect(value in choices, self.where, f"{name} {value!r}, expected {' or '.join(choices)}" if len(choices) == 2
-               else f"{name} {value!r}, expected one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass

@@ -30,11 +30,9 @@ class LookupViTConfig(Sizes):
     reuse: str = "probs"
     norm: str = "qk"
     classifiers: str = "both"
+    choices = {"reuse": REUSE, "norm": ("qk", "pre"), "classifiers": ("both", "compressed")}
 
     def __post_init__(self):
-        self.one_of("reuse", REUSE)
-        self.one_of("norm", ("qk", "pre"))
-        self.one_of("classifiers", ("both", "compressed"))
         super().__post_init__()
         expect(self.lookup_mlp_ratio > 0, self.where, f"lookup_mlp_ratio {self.lookup_mlp_ratio}, expected a positive number")
 

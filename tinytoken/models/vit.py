@@ -19,10 +19,7 @@ class ViTConfig(Sizes):
     tokens."""
     qkv_bias: bool = True
     pool: str = "token"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.one_of("pool", ("token", "mean"))
+    choices = {"pool": ("token", "mean")}
 
 
 @dataclasses.dataclass
