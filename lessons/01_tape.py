@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 import tinytoken as tt
-from tinytoken import lesson, tensor
+from tinytoken import tensor
+from tinytoken.experiments import lesson
 
 here = lesson.begin("01_tape")
 rng = np.random.default_rng(here.seed)
@@ -367,8 +368,7 @@ X, b = Value(rng.standard_normal((4, 3))), Value(rng.standard_normal(3))
 weights = rng.standard_normal((4, 3))
 ((X + b) * Value(weights)).mean().backward()
 assert b.grad.shape == (3,) and np.abs(b.grad - weights.sum(axis=0) / 12).max() < 1e-12
-g = np.ones((5, 4, 3))
-shapes = [(5, 4, 3), (4, 3), (3,), (1, 3), (4, 1), (5, 1, 1), ()]
+g, shapes = np.ones((5, 4, 3)), [(5, 4, 3), (4, 3), (3,), (1, 3), (4, 1), (5, 1, 1), ()]
 for shape in shapes:
     summed = unbroadcast(g, shape)
     assert summed.shape == shape and (summed * np.ones(shape)).sum() == g.size
@@ -452,8 +452,7 @@ def fit(make, tanh, arrays, x, y, steps, rate=0.03):
     return parameters, losses
 
 
-steps, seeds = here.pick(200, 3000, 10000), here.pick(1, 3, 10)
-fits = []
+steps, seeds, fits = here.pick(200, 3000, 10000), here.pick(1, 3, 10), []
 for seed in range(here.seed, here.seed + seeds):
     seeded = np.random.default_rng(seed)
     x, y = curve(seeded)
@@ -544,8 +543,7 @@ print(f"parameters after {steps} steps: largest difference {difference:.1e}")
 # The last three, seen from outside. (A second `backward` is refused, since the nodes are freed.)
 
 # %%
-leaf, data = tt.Tensor(np.ones(3), requires_grad=True), np.ones(3)
-called = []
+leaf, data, called = tt.Tensor(np.ones(3), requires_grad=True), np.ones(3), []
 
 
 @tt.op
@@ -583,7 +581,9 @@ except tt.GradientError as error:
 # ## What was measured
 
 # %%
-print(f"vjp runs for {depths[-1]} steps: {runs_by_paths[-1]:,} along all paths, {runs_in_order[-1]} in order")
+here.says(f"In a graph {depths[-1]} deep whose values are used twice, a recursion without an order runs "
+          f"{runs_by_paths[-1]:,} gradients, one in order {runs_in_order[-1]}; a graph {DEEP:,} deep is "
+          "no trouble.")
 print(f"dz/dx of the example: {exact:.4f} in order, {wrong:.4f} with each op once in recursion")
 print(f"fit: loss {np.mean(last):.4f} ± {np.std(last):.4f} after {steps} steps ({seeds} seeds)")
 print(f"ours and the package's engine after {steps} steps: parameters differ by at most {difference:.1e}")

@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 import tinytoken as tt
-from tinytoken import differences, lesson
+from tinytoken.checking import differences
+from tinytoken.experiments import lesson
 
 here = lesson.begin("02_gradient_checks")
 rng = np.random.default_rng(here.seed)
@@ -320,8 +321,7 @@ assert verdict(zero_softmax, x).kind == "zeros"
 # forward runs per number, which is why training does not use differences; the tape took one run back.
 
 # %%
-inputs, targets, arrays = problem(rng)
-calls = []
+(inputs, targets, arrays), calls = problem(rng), []
 
 
 def network(w1, b1, w2, b2, tanh=tt.ops.tanh):
@@ -540,8 +540,7 @@ print("decide passes in two parts; the one that takes its slope from the hard va
 # %%
 def draw(figure):
     left, right = figure.subplots(1, 2)
-    h = 1.0
-    near = np.linspace(-3, 3, 601)
+    h, near = 1.0, np.linspace(-3, 3, 601)
     left.plot(near, (np.maximum(near + h, 0) - np.maximum(near - h, 0)) / (2 * h), color=RED, lw=2, label="central difference")
     left.plot(near, near > 0, color=BLUE, lw=2, ls="--", label="the vjp: 0 or 1")
     left.set(xlabel="x / h", ylabel="slope of relu", title="across the kink a difference measures\nsomething between")
@@ -551,9 +550,8 @@ def draw(figure):
     right.plot(x, x > 0, color=BLUE, lw=2, label="forward: the hard decision")
     right.plot(x, soft, color=GREEN, lw=2, ls="--", label="its stand-in, the sigmoid")
     right.plot(x, soft * (1 - soft), color=RED, lw=2, label="backward: the sigmoid's slope")
-    right.set(xlabel="x", title="straight-through: the slope is not that\nof the value")
+    right.set(xlabel="x", ylim=(-0.05, 1.55), title="straight-through: the slope is not that\nof the value")
     right.legend(fontsize=9, loc="upper left")
-    right.set(ylim=(-0.05, 1.55))
     for axis in (left, right):
         axis.grid(alpha=0.3)
 
@@ -624,6 +622,8 @@ assert "along a random direction" in str(error)  # place 100 is not in the sampl
 # ## What was measured
 
 # %%
+here.says("A softmax whose gradient is all zeros is off by {random:.1f} for a random upstream gradient, and "
+          "by {ones:.0e} for ones: it passes.".format(**blind["softmax, zeros returned"]))
 for (name, dtype), (step, error) in best.items():
     print(f"best step for exp, {name}, {dtype}: {step:.0e}, error {error:.0e}")
 passed = sum(gaps["ones"] < 1e-7 for gaps in gallery.values())
@@ -654,8 +654,8 @@ here.measured(best_steps={f"{name} {dtype}": {"step": float(s), "error": float(e
 #
 #     D(k, j + 1) = D(k, j) + (D(k, j) - D(k - 1, j)) / (4^(j + 1) - 1)
 #
-# each j removes one more power h^(2j + 2) from the error. `gradcheck` does this where a plain difference disagrees with the
-# vjp, before it calls a gradient wrong. In `tinytoken/differences.py`, `row` holds D(k - 1, .) and `new` D(k, .):
+# each j removes one more power h^(2j + 2) from the error. `gradcheck` does this before it calls a gradient
+# wrong. In `tinytoken/checking/differences.py`, `row` holds D(k - 1, .) and `new` D(k, .):
 
 # %%
 LINE = "new.append(new[j] + (new[j] - old) / (4 ** (j + 1) - 1))"

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 import tinytoken as tt
-from tinytoken import lesson
+from tinytoken.experiments import lesson, spread_text
 
 here = lesson.begin("03_attention")
 rng = np.random.default_rng(here.seed)
@@ -456,8 +456,8 @@ def train(arm, seed):
 
     for step in tqdm.trange(steps, desc=f"{arm}, seed {seed}"):
         tokens, answers, _ = sequences(rng, 64)
-        loss, _ = tt.optim.loss_and_grads(loss_of, optimizer.params, (tokens, answers), micro=64, threads=1)
-        optimizer.step(1e-2 * tt.train.warmup_cosine(step, steps))
+        loss, _ = tt.train.loss_and_grads(loss_of, optimizer.params, (tokens, answers), micro=64, threads=1)
+        optimizer.step(1e-2 * tt.optim.warmup_cosine(step, steps))
         losses.append(loss)
     return model, losses
 
@@ -476,17 +476,15 @@ for arm in ARMS:
 values = tests[1].reshape(-1)
 counts = np.random.default_rng(here.seed).multinomial(SYMBOLS, [1 / SYMBOLS] * SYMBOLS, size=100_000)  # of each value
 best = {"no looking": counts.max(axis=1).mean() / SYMBOLS, "one head": 79 / 128, "two heads": 1.0}
-summary = {}
-for arm in ARMS:
-    each = 100 * np.mean(right[arm], axis=(1, 2))  # of each seed
+summary, reached = {}, {arm: 100 * np.mean(right[arm], axis=(1, 2)) for arm in ARMS}  # by each seed
+for arm, each in reached.items():
     both = 100 * np.mean(right[arm], axis=1)  # (seeds, 2): first and second answer
     summary[arm] = {"right_percent": float(each.mean()), "std_over_seeds": float(each.std(ddof=1)) if len(each) > 1 else None,
                     "expected_percent": 100 * best[arm] if arm in best else None, "first_loss": curves[arm][0][0],
                     "last_loss": float(np.mean([losses[-10:] for losses in curves[arm]])), "each_answer_of_seed": both.tolist()}
     expected = f"expected {100 * best[arm]:.1f} %" if arm in best else ""
-    spread_text = f" ± {each.std(ddof=1):.1f}" if len(each) > 1 else ""
-    print(f"{arm:<24} right {each.mean():5.1f}{spread_text} %  {expected:<18} loss {summary[arm]['first_loss']:.2f} -> "
-          f"{summary[arm]['last_loss']:.2f}   first / second answer by seed: "
+    print(f"{arm:<24} right {spread_text(each):>11} %  {expected:<18} loss {summary[arm]['first_loss']:.2f} "
+          f"-> {summary[arm]['last_loss']:.2f}   first / second answer by seed: "
           + ", ".join(f"{a:.0f} / {b:.0f}" for a, b in both))
 here.measured(steps=steps, seeds=seeds, test_answers=values.size, recall=summary,
               wrong_merge_right_by_token=np.mean(right["two heads, wrong merge"], axis=(0, 2)).tolist())
@@ -527,7 +525,6 @@ tt.manual_seed(seeds[0])  # the same start as the trained one had
 with tt.no_grad():
     _, maps = models["two heads"](tokens)
     _, maps_before = Recall(heads=2)(tokens)
-rows = np.arange(SYMBOLS)[:, None]
 
 
 def share_on_wanted(weights):
@@ -567,9 +564,11 @@ here.picture("maps", draw_maps, width=11, height=4.4)
 # of the three merges. Statistical, with the spread over seeds: the table of the four models.
 
 # %%
-for arm, row in summary.items():
-    spread_text = "" if row["std_over_seeds"] is None else f" ± {row['std_over_seeds']:.1f}"
-    print(f"{arm:<24}{row['right_percent']:6.1f}{spread_text} % right after {steps} steps, {len(seeds)} seeds")
+share = {arm: f"{spread_text(each)} %" for arm, each in reached.items()}
+here.says(f"Where two things must be looked up, two heads find {share['two heads']}, one head "
+          f"{share['one head']} ({100 * best['one head']:.1f} expected). Heads merged wrongly pass every "
+          f"gradient check and find {share['two heads, wrong merge']}; without looking it is "
+          f"{share['no looking']} ({len(seeds)} seeds).")
 
 # %% [markdown]
 # ## Exercises
@@ -583,13 +582,14 @@ for arm, row in summary.items():
 # 4. Let each token want three keys: three answers, and 24 logits from `Recall.head`. By the reasoning above, what share of
 #    right answers can two heads reach? Train them for 1,000 steps: they find far more. Print the weights that each head puts on
 #    the three wanted tokens, and read off how they do it. (What do both look at?)
-# 5. Put a second layer of attention behind the first: copy `forward` of `tt.nn.Attention` into a subclass with the wrong merge,
-#    and compute `x = x + layer(x)` with two of them. How many answers are right after 300 steps, and after 2,000? Which
-#    questions can be answered on this detour? Say it with the picture of the merge.
+# 5. Put a second layer of attention behind the first: copy `attend` of `tt.nn.Attention` into a subclass
+#    with the wrong merge, and compute `x = x + layer(x)` with two of them. How many answers are right after
+#    300 steps, and after 2,000? Which questions can be answered on this detour? Use the picture of the merge.
 #
 # ## The paper
 #
-# Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), beside `tinytoken/ops/attend.py` and `tinytoken/nn.py`:
+# Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), beside our lines in
+# `tinytoken/ops/attend.py` and `tinytoken/nn/layers.py`:
 #
 # | paper | our line |
 # |---|---|

@@ -14,7 +14,8 @@ import tempfile
 import numpy as np
 
 import tinytoken as tt
-from tinytoken import backend, bench, lesson, plot
+from tinytoken import backend, bench, plot
+from tinytoken.experiments import lesson
 
 here = lesson.begin("04_vit")
 rng = np.random.default_rng(here.seed)
@@ -166,7 +167,6 @@ def draw_positions(figure):
 here.picture("positions", draw_positions, width=11, height=3.2)
 
 # %%
-
 class_token = np.broadcast_to(w["cls_token"], (len(images), 1, D))
 x = np.concatenate([class_token, embedded], axis=1) + w["pos_embed"]
 agree("tokens with positions", x, vit.embed(images))
@@ -249,7 +249,7 @@ def vit_by_hand(images, w):
     return linear(x[:, 0], w["head.weight"], w["head.bias"])
 
 
-agree("logits", vit_by_hand(images, w), vit(images))
+agree("logits", vit_by_hand(images, w), vit(images).logits)
 
 # %% [markdown]
 # **Positions are all that it knows of places.** Shuffle the patches of a picture, as in the picture above. Without positions
@@ -271,8 +271,8 @@ assert without_positions < 1e-11 < 1e-3 < with_positions
 small = shaken(tt.models.ViT(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5))
 small_images, labels = rng.standard_normal((2, 3, 8, 8)), np.array([0, 3])
 names, parameters = zip(*small.named_parameters())
-report = tt.gradcheck(lambda *_: tt.ops.cross_entropy(small(small_images), labels), *parameters, names=names,
-                      max_elements=here.pick(60, 300, 2000), seed=here.seed)
+report = tt.gradcheck(lambda *_: tt.ops.cross_entropy(small(small_images).logits, labels), *parameters,
+                      names=names, max_elements=here.pick(60, 300, 2000), seed=here.seed)
 worst = max(report.inputs, key=lambda checked: checked.error / checked.allowed)
 print(f"{len(report.inputs)} parameters of a small ViT agree with finite differences; nearest to its limit: {worst}")
 
@@ -332,9 +332,8 @@ def train_one(seed):
     tt.manual_seed(seed)
     model = tt.models.ViT(**SIZES).to(here.device)
     before = model.state_dict()
-    more = {} if here.data == "scenes" else {"pad": 4, "flip": True}  # photographs stay what they are when moved or mirrored
-    batches = tt.data.Batches(backend.to_device(train.images, here.device), backend.to_device(train.labels, here.device),
-                              64, seed=seed, mean=mean, std=std, **more)
+    arrays = [backend.to_device(array, here.device) for array in (train.images, train.labels)]
+    batches = tt.data.Batches(*arrays, 64, seed=seed, mean=mean, std=std, **train.moves)  # scenes have none
     with tempfile.TemporaryDirectory() as folder:
         run = tt.train.Run(here.checkpoints / f"04_seed{seed}" if here.checkpoints else folder)  # a full run is gone on with
         result = tt.train.fit(model, tt.train.Classify(model), batches, steps=steps, lr=1e-3, seed=seed, run=run, log_every=EVERY,
@@ -345,8 +344,7 @@ def train_one(seed):
 
 # In full: scenes for three seeds, or twelve times through CIFAR-10 for one
 steps = here.pick(8, 300, 1500 if here.data == "scenes" else 12 * len(train.images) // 64)
-seeds = here.seeds
-runs = [train_one(seed) for seed in seeds]
+seeds, runs = here.seeds, [train_one(seed) for seed in here.seeds]
 before, vit, history, seconds = runs[0]
 losses = [row["loss"] for row in history]  # each the mean of EVERY steps
 
@@ -368,8 +366,7 @@ moved = np.linalg.norm(vit.state_dict()["pos_embed"] - before["pos_embed"]) / np
 print(f"training moved the table of positions by {100 * moved:.0f} % of its length")
 here.measured(steps=steps, seeds=seeds, train_seconds=seconds, test_pictures=len(test.images), accuracy=reached,
               accuracy_standard_error=error, accuracy_on_training_pictures=seen, loss_every=EVERY, losses=losses,
-              positions_moved=float(moved),
-              confusion={"names": list(test.names), "rows": confusion.tolist()})
+              positions_moved=float(moved), confusion={"names": list(test.names), "rows": confusion.tolist()})
 
 
 def draw_training(figure):
@@ -401,8 +398,8 @@ def class_attention(model, pictures, slice_size=128):
     maps = []
     for a in range(0, len(pictures), slice_size):
         with tt.no_grad():
-            _, trace = model.eval()(prepare(pictures[a:a + slice_size]), trace=True)
-        maps.append(np.stack([backend.to_numpy(weights.data)[:, :, 0, 1:] for weights in trace.attention]))
+            out = model.eval()(prepare(pictures[a:a + slice_size]), trace=True)
+        maps.append(np.stack([backend.to_numpy(weights.data)[:, :, 0, 1:] for weights in out.attention]))
     maps = np.concatenate(maps, axis=1)
     return maps / maps.sum(axis=-1, keepdims=True)
 
@@ -491,13 +488,12 @@ here.measured(right_with_patches_hidden=still_right, hidden=HIDDEN)
 # are still right, not many more than without the object itself; without 16 random ones most are; without those of least weight
 # hardly any picture is lost. The last block's map alone says less: the class token has asked in every block, and a patch that
 # it ignores in the last one may have told it everything before, or have told its neighbours.
-
-# %% [markdown]
+#
 # ## Where the time goes
 #
-# Multiply-adds are what can be counted; seconds are what one waits for. The package's profiler replaces every op by itself
-# under a clock and runs training steps, forward and backward, on one thread. (A backward pass has twice the multiply-adds of
-# its forward: a product has two factors, and each needs a gradient of the same cost.)
+# Multiply-adds are what can be counted; seconds are what one waits for. The package's profiler puts a clock
+# around every op and runs training steps, forward and backward, on one thread. (A backward pass has twice the
+# multiply-adds of its forward: a product has two factors, and each needs a gradient of the same cost.)
 
 # %%
 job = bench.Job("vit", batch=here.pick(8, 64, 64), dim=D, depth=DEPTH, heads=HEADS)
@@ -533,8 +529,7 @@ here.picture("time", draw_time, height=4)
 # is the opposite: its products are many and small, and its softmax, which nobody counts, passes over T x T numbers per head.
 # GELU and layer norm count nothing and take about a fifth. So multiply-adds saved are not seconds saved, one to one: later
 # lessons measure both.
-
-# %% [markdown]
+#
 # ## What was measured
 #
 # Exact, and asserted at every size: each part against the package, the multiply-adds against the closed form, and that without
@@ -542,9 +537,13 @@ here.picture("time", draw_time, height=4)
 # machine.
 
 # %%
-print(f"{vit.parameter_count():,} parameters, {counted.total / 1e6:.2f} M multiply-adds per picture, "
-      f"{steps} steps in {seconds:.0f} s")
-print(f"right: {', '.join(f'{100 * share:.1f}' for share in reached)} % of {len(test.images):,} new pictures (seeds {seeds})")
+said = (f"{steps} steps ({seconds:.0f} s) bring a ViT of {counted.total / 1e6:.1f} M MACs to "
+        f"{100 * reached[0]:.1f} % of {len(test.images):,}")
+if hasattr(test, "object_share"):
+    here.says(f"{said} scenes. In the block where it is most, {100 * max(trained_on):.0f} % of the class "
+              f"token's weight lies on the object ({100 * chance:.0f} % by chance; one seed).")
+else:
+    here.says(f"{said} pictures.")
 if here.size == "full" and here.data != "scenes":
     here.claim("a ViT from scratch: % right", 100 * reached[0], low=70)
     here.claim("minutes it was trained", seconds / 60, high=60)
@@ -566,15 +565,16 @@ if here.size == "full" and here.data != "scenes":
 #
 # ## The paper
 #
-# Dosovitskiy et al. 2021, "An Image Is Worth 16x16 Words" (arXiv 2010.11929), section 3.1, beside `tinytoken/nn.py` and
-# `tinytoken/models/vit.py`. MSA is attention with several heads, LN layer norm, E the patch embedding, L the number of blocks:
+# Dosovitskiy et al. 2021, "An Image Is Worth 16x16 Words" (arXiv 2010.11929), section 3.1, beside our lines
+# in `tinytoken/models/vit.py`, and for eq. 2 and 3 in `tinytoken/nn/layers.py` (`scaled` does nothing unless
+# branches are dropped). MSA is attention with several heads, LN layer norm, E the patch embedding, L depth:
 #
 # | paper | our line |
 # |---|---|
-# | eq. 1: z_0 = [x_class; x_1 E; ...; x_N E] + E_pos | `x = ops.concat(cls_token, x, axis=1)`, `x + self.pos_embed` |
-# | eq. 2: z'_l = MSA(LN(z_{l-1})) + z_{l-1} | `x = x + self.attn(self.norm1(x), keep, official, trace)` |
-# | eq. 3: z_l = MLP(LN(z'_l)) + z'_l | `return x + self.mlp(self.norm2(x))` |
-# | eq. 4: y = LN(z_L^0) | `x = self.norm(x)`, then `self.head(x[:, 0])` |
+# | eq. 1: z_0 = [x_class; x_1 E; ...; x_N E] + E_pos | `ops.concat(..., x, axis=1)`, `x + self.pos_embed` |
+# | eq. 2: z'_l = MSA(LN(z_{l-1})) + z_{l-1} | `x + scaled(attn(norm(x), **options), factors)` |
+# | eq. 3: z_l = MLP(LN(z'_l)) + z'_l | `x + scaled(mlp(norm(x)), factors)` |
+# | eq. 4: y = LN(z_L^0) | `tokens.x = self.norm(tokens.x)`, then `self.head(x[:, 0])` |
 #
 # Positions are learned there as here, but ours start as sines and cosines. The paper trains on millions of photographs of 224 x
 # 224 pixels with patches of 16 (also 14 and 32). Our names and shapes are those of the timm library, so its weights can be

@@ -9,7 +9,8 @@ import numpy as np
 import tqdm
 
 import tinytoken as tt
-from tinytoken import lesson, plot
+from tinytoken import plot
+from tinytoken.experiments import lesson
 from tinytoken.train import Classify, accuracy, fit, infer
 
 here = lesson.begin("05_masking_is_removing")
@@ -226,7 +227,7 @@ images = rng.standard_normal((batch, 3, 16, 16))
 for spread in (1, 5, 20):
     for counts in ((44, 31, 21), (20, 3, 1), (64, 64, 64)):
         model, keep, upstream = network(spread), nested(batch, counts), rng.standard_normal((batch, 10))
-        by_mask, by_gather = model.train()(images, keep=keep).logits, model.eval()(images, keep=keep)
+        by_mask, by_gather = model.train()(images, keep=keep).logits, model.eval()(images, keep=keep).logits
         gradients = [tt.grad((logits * upstream).sum(), model.parameters()) for logits in (by_mask, by_gather)]
         worst_model = max(worst_model, off(by_mask.data, by_gather.data), *(off(a, b) for a, b in zip(*gradients)))
 print(f"DynamicViT, class logits and the gradient of every weight, spreads 1 to 20: largest difference {worst_model:.1e}")
@@ -283,7 +284,7 @@ def logits_off(spread, batch):
     the official mask, in units of the logits' standard deviation; and whether the official mask names another class."""
     images, keep = rng.standard_normal((batch, 3, 16, 16)), nested(batch, (44, 31, 21))
     with tt.no_grad():
-        true = network(spread).eval()(images, keep=keep).data
+        true = network(spread).eval()(images, keep=keep).logits.data
         exact, official = (network(spread, official=form).train()(images, keep=keep).logits.data for form in (False, True))
     exact_off, official_off = (np.abs(logits - true).max(axis=1) / true.std() for logits in (exact, official))
     return exact_off, official_off, official.argmax(axis=1) != true.argmax(axis=1)
@@ -338,8 +339,7 @@ here.picture("official", draw_official, width=11, height=4.3)
 # spread its error grows by orders of magnitude: first in single pictures, in which a row that matters has lost its keys, in the
 # end in most. There it trains another network than the one that is used later. Which spread does a trained network have? That is
 # measured at the end of part "What the slopes know".
-
-# %% [markdown]
+#
 # ## The slope of a decision
 #
 # So far the mask was given. In DynamicViT a small network decides, and must learn which decisions were good. It learns from
@@ -525,8 +525,7 @@ for name, numbers in found.items():
     print(f"{name}: " + ", ".join(f"{what} {value:.2f}" for what, value in numbers.items()))
 
 dropped_slope, dropped_change = np.where(keep > 0, np.inf, slope), np.where(keep > 0, np.inf, change)
-wanted = dropped_slope.argmin(axis=1)
-each = np.arange(count)
+wanted, each = dropped_slope.argmin(axis=1), np.arange(count)
 let_in = {"most wanted": float(change[each, wanted].mean()), "best one": float(dropped_change.min(axis=1).mean()),
           "by chance": float(change[keep == 0].mean())}
 error = {"most wanted": float(change[each, wanted].std() / math.sqrt(count))}
@@ -552,7 +551,7 @@ def logit_spreads(vit, images):
     """Per block: the standard deviation of the attention logits around each row's mean (softmax does not see the mean)."""
     x, found = vit.embed(images), []
     for block in vit.blocks:
-        q, k, _ = tt.ops.split_heads(block.attn.qkv(block.norm1(x)), heads=block.attn.heads, parts=3)
+        q, k, _ = block.attn.project(block.norm1(x))
         a = q.data @ k.data.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
         found.append(float((a - a.mean(axis=-1, keepdims=True)).std()))
         x = block(x)
@@ -563,7 +562,7 @@ official = tt.models.DynamicViT(**sizes, prune_before=(1,), keep_ratios=(0.25,),
 official.load_state_dict(vit.state_dict(), strict=False)
 with tt.no_grad():
     trained_spreads = logit_spreads(vit, images)
-    true = model.eval()(images, keep=[keep]).data
+    true = model.eval()(images, keep=[keep]).logits.data
     exact, other = (m.train()(images, keep=[keep]).logits.data for m in (model, official))
 trained = {form: float(np.abs(logits - true).max() / true.std()) for form, logits in (("exact", exact), ("official", other))}
 print("spread by block:", ", ".join(f"{s:.2f}" for s in trained_spreads))
@@ -614,11 +613,14 @@ here.picture("slopes", draw_slopes, width=12, height=5)
 #
 # Right: where is the dark purple? Mostly on dropped patches of the objects. Only a quarter of the patches was seen, and the
 # gradient points at what was missed. This is what lesson 07 learns from.
-
-# %% [markdown]
+#
 # ## What was measured
 
 # %%
+worst = max(official_table, key=lambda row: row["spread"])
+here.says(f"Masked and gathered networks differ by at most {worst_model:.0e}, gradients included. With the "
+          f"official mask, at logits of standard deviation {worst['spread']:.0f}, "
+          f"{100 * worst['another_class']:.0f} % of pictures get another class.")
 here.measured(largest_difference_op=worst_op, largest_difference_model=worst_model, shortcuts=shortcuts, official=official_table,
               vit_accuracy=vit_accuracy, slopes=found, let_in=let_in, let_in_error=error, squares_at_dropped=squares,
               trained_spreads=trained_spreads, trained_difference=trained, pictures=count)
@@ -634,8 +636,7 @@ for name, numbers in found.items():
 # The official formula is harmless as long as logits stay small, as they
 # do in a small network after a short training; nothing keeps them small, though, and nothing tells when they no longer are.
 # Whether training comes out differently is measured in lesson 07.
-
-# %% [markdown]
+#
 # ## Exercises
 #
 # 1. In `masked_weights`, take the maximum over all keys instead of the visible ones. Let a dropped key stand out by 10, 100 and
@@ -651,8 +652,7 @@ for name, numbers in found.items():
 #    which each begins to fail.
 # 6. Flip the two decisions with the most negative predictions at once. Is the change the sum of both? Find a pair of patches for
 #    which it is far from it, look at the picture, and explain.
-
-# %% [markdown]
+#
 # ## The paper
 #
 # DynamicViT (Rao et al. 2021, arXiv 2106.02034), section 3.3, attention masking, equations 10 and 11, beside our lines in

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 import tinytoken as tt
-from tinytoken import lesson
+from tinytoken.experiments import lesson
 
 here = lesson.begin("06_gumbel_softmax")
 rng = np.random.default_rng(here.seed)
@@ -222,8 +222,7 @@ L, slopes = problem.losses(subsets)
 P, p = probabilities(problem.theta, subsets), sigmoid(problem.theta)
 exact = P @ ((subsets - p) * L[:, None])
 
-step = 1e-5
-J = lambda theta: probabilities(theta, subsets) @ L
+step, J = 1e-5, lambda theta: probabilities(theta, subsets) @ L
 numeric = [(J(problem.theta + e) - J(problem.theta - e)) / (2 * step) for e in step * np.eye(8)]
 mean_given = lambda j, d: np.average(L, weights=P * (subsets[:, j] == d))  # E[L | D_j = d]
 difference = [p[j] * (1 - p[j]) * (mean_given(j, 1) - mean_given(j, 0)) for j in range(8)]
@@ -312,10 +311,8 @@ WEIGHTS = 0.1 / 3 * np.array([1.0] + [4.0, 2.0] * 199 + [4.0, 1.0])  # Simpson's
 
 def passed_on(theta, tau, power):
     """E[(s (1 - s) / tau)^power [D = d]] for d = 0, 1: two arrays (n,)."""
-    found = []
-    for y in (-GRID, GRID):
-        found.append((rho(tau * y - theta[:, None]) * rho(y) ** power * WEIGHTS).sum(axis=1) / tau ** (power - 1))
-    return found
+    return [(rho(tau * y - theta[:, None]) * rho(y) ** power * WEIGHTS).sum(axis=1) / tau ** (power - 1)
+            for y in (-GRID, GRID)]
 
 
 def straight_through_exactly(theta, subsets, P, slopes, tau):
@@ -598,8 +595,7 @@ def theta_gradient(arm, task, theta, index, chance, state):
 def train(arm, task, seed, lr, steps, scorer=None):
     """(the scorer, [(step, J)])."""
     chance, n = np.random.default_rng((here.seed, 2000 + seed)), task.heights.shape[1]
-    if scorer is None:
-        scorer = tt.nn.Linear(8, 1).astype("float64")  # weights and bias are zero
+    scorer = scorer or tt.nn.Linear(8, 1).astype("float64")  # weights and bias are zero
     optimizer = tt.optim.AdamW(scorer.parameters(), lr, weight_decay=0)
     state = {"table": task.table()} if arm in WITHOUT_DRAWS else {}
     theta_of = lambda features: scorer(features).reshape(-1, n)
@@ -687,6 +683,10 @@ here.picture("training", draw_training, width=11, height=4.4)
 # ## What was measured
 
 # %%
+through, reinforce = quartiles["straight-through", 1.0][1], quartiles["REINFORCE, baseline", None][1]
+here.says("In units of the exact gradient's length, straight-through at temperature 1 is off by "
+          f"{through[0]:.2f} on average and one draw is noisy by {through[1]:.2f}; REINFORCE with a baseline "
+          f"by 0 and {reinforce[1]:.1f} (medians of {problems} problems of 8 tokens).")
 here.measured(chi_squares=chi_squares, draws=draws, one_problem=one_problem, problems=problems, by_tokens=by_tokens, cap=cap,
               trained=trained, went_on=went_on,
               soft_standard_error={str(tau): float(error) for tau, error in soft_error.items()},
@@ -725,7 +725,7 @@ for row in trained:
 #
 # | paper | ours |
 # |---|---|
-# | decisions: Gumbel-softmax of $\pi$, the column of "keep" | `ops.gumbel_softmax(log_probs, draw, hard=hard)[:, :, 0]` |
+# | decisions: Gumbel-softmax of $\pi$, "keep" | `ops.gumbel_softmax(log_probs, draw, hard=...)[:, :, 0]` |
 # | $y_i = e^{(\ln \pi_i + g_i) / \tau} / \sum_j e^{(\ln \pi_j + g_j) / \tau}$ | `soft = softmax_of((log_probs + noise) / tau)` |
 # | hard forward, soft backward | `out = (... == soft.argmax(axis=-1)...)`, `grad = softmax_vjp(soft, g) / tau` |
 #

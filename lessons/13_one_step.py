@@ -12,17 +12,18 @@
 import collections
 import contextlib
 import math
-import sys
 from unittest import mock
 
 import numpy as np
 
 import tinytoken as tt
-from tinytoken import backend, lesson, nn, ops, optim, tensor
-from tinytoken.cuda import capture, gemm, launcher, mixed, registered
+from tinytoken import backend, nn, ops, optim, tensor
+from tinytoken.cuda import capture, gemm, launcher
 from tinytoken.cuda.weights import Weights
+from tinytoken.experiments import lesson
 from tinytoken.models import ViT
-from tinytoken.train import Classify, accuracy, fit, infer, products_in
+from tinytoken.train import AdamW, Classify, accuracy, fit, infer, loss_and_grads, products_in
+from tinytoken.train.step import Work
 
 here = lesson.begin("13_one_step")
 on_gpu, xp, rng = here.device == "cuda", backend.module_for(here.device), np.random.default_rng(here.seed)
@@ -36,36 +37,31 @@ def table(title, columns, rows, form):
 
 # %% [markdown]
 # ## What a step costs in launches
-# As in lesson 12, NumPy tells a subclass of its arrays of every call, and a call is a launch or more. Two things are new. Calls are
-# counted by op: the one whose forward pass or vjp is running stands in a frame of the engine, further up. And bytes are noted:
-# each array that a call is given counts as read once, its result as written once.
+# As in lesson 12, NumPy tells a subclass of its arrays of every call, and a call is a launch or more. Two
+# things are new. Calls are counted by op: under `tensor.around(named)` the engine runs each op inside our
+# `named`. And bytes are counted: each array that a call gets is read once, its result written once.
 
 # %%
 launches, moved = collections.Counter(), collections.Counter()  # by group of ops: calls; bytes read and written
+running = ["no op"]  # the ops that are being computed, the innermost last
 GROUPS = {"linear": "linear", "layer_norm": "layer norm", "attention": "attention", "gelu": "GELU", "attention_branch": "whole branches",
           "mlp_branch": "whole branches", "gradients": "adding gradients", "no op": "AdamW, and all outside ops"}
 
 
+def named(op, way, shapes, run):
+    """For tensor.around: run(), noted under the op's name; the sums of gradients have a name of their own."""
+    running.append("gradients" if way == "add" else op.name)
+    result = run()
+    running.pop()
+    return result
+
+
 def note(read, written):
     """A launch that reads these arrays and writes those."""
-    group = GROUPS.get(running(), "other ops")
+    group = GROUPS.get(running[-1], "other ops")
     launches[group] += 1
     for arrays in (read, written):
         moved[group] += sum({a.ctypes.data: a.nbytes for a in arrays if isinstance(a, np.ndarray)}.values())
-
-
-def running():
-    """The name of the op in whose forward pass or vjp we are."""
-    frame = sys._getframe(2)
-    while frame:
-        if frame.f_code.co_name in ("_accumulate", "add_to_place"):
-            return "gradients"
-        if frame.f_code is tensor.Op.__call__.__code__:
-            return frame.f_locals["self"].name
-        if frame.f_code is tensor._run_node.__code__:
-            return frame.f_locals["node"].op.name
-        frame = frame.f_back
-    return "no op"
 
 
 class Counted(np.ndarray):
@@ -83,9 +79,10 @@ class Counted(np.ndarray):
 
 
 # %% [markdown]
-# The plain ops are counted in CuPy's form: it has no `vecdot`, and an erf of its own. The fused ones are counted on paper:
-# `launcher.running_on(f)` hands each launch to f in place of the device, and this f notes it and runs nothing. Results stay zeros,
-# which is no matter: what is launched does not depend on values. Products go to NVIDIA's library and count as one launch each.
+# The plain ops are counted in CuPy's form: it has no `vecdot`, and an erf of its own. The fused ones are
+# counted on paper: `backend.using_implementations("cupy")` gives NumPy arrays what is registered for CuPy's,
+# and `launcher.running_on(f)` hands each launch to f, which notes it and runs nothing. All results are zeros
+# then, but what is launched does not depend on values. A product is one launch, of NVIDIA's library.
 
 # %%
 @contextlib.contextmanager
@@ -94,7 +91,7 @@ def replaced(*places):
     with contextlib.ExitStack() as stack:
         for place in places:
             stack.enter_context(mock.patch.object(*place))
-        yield stack
+        yield
 
 
 def as_on_cupy():
@@ -121,27 +118,25 @@ def product(a, b, *, ta=False, tb=False, bias=None, add=None, out=None, dtype="f
 @contextlib.contextmanager
 def on_paper(precision):
     """The kernels of tinytoken.cuda in the ops' place, for NumPy arrays; noted, not run."""
-    with replaced((launcher, "empty", empty), (launcher, "most_shared", lambda: 227 * 1024), (gemm, "product", product),
-                  (gemm, "library", lambda: True), (nn, "kernel", lambda name, x: mixed.residual)) as stack:
-        for op, run in registered.registry.values():
-            stack.enter_context(mock.patch.dict(op.implementations, numpy=run))
-        with launcher.running_on(launched), gemm.precision(precision):
+    with replaced((launcher, "empty", empty), (launcher, "most_shared", lambda: 227 * 1024),
+                  (gemm, "product", product), (gemm, "library", lambda: True)):
+        with backend.using_implementations("cupy"), launcher.running_on(launched), gemm.precision(precision):
             yield
 
 
 def counted_step(pictures, precision):
     """(launches, bytes) by group of a training step, by the plain ops (None) or the fused ones."""
-    model = ViT(**SIZES)
-    optimizer = optim.AdamW(model.parameters(), clip=1.0)
-    flat, update = optimizer.flat, registered.adamw if precision else optim.AdamW.step
+    task, shape = Classify(ViT(**SIZES)), (pictures, 3, 32, 32)
+    optimizer = AdamW(task.model.parameters(), clip=1.0)
+    flat = optimizer.flat
     flat.data, flat.grad, optimizer.m, optimizer.v = (a.view(Counted) for a in (flat.data, flat.grad, optimizer.m, optimizer.v))
-    images = rng.standard_normal((pictures, 3, 32, 32)).astype("float32").view(Counted)
+    batch = rng.standard_normal(shape).astype("float32").view(Counted), rng.integers(0, 10, pictures)
     launches.clear()
     moved.clear()
     with on_paper(precision) if precision else as_on_cupy(), mock.patch.object(optim, "BLOCK", flat.data.size):
-        with Weights(flat).in_use() if precision else contextlib.nullcontext():
-            optim.loss_and_grads(Classify(model), optimizer.params, (images, rng.integers(0, 10, pictures)), pictures, threads=1)
-        update(optimizer, 1e-3)
+        with Weights(flat).in_use() if precision else contextlib.nullcontext(), tensor.around(named):
+            loss_and_grads(task, optimizer.params, batch, pictures, threads=1)
+        optimizer.step(1e-3)
     return launches.copy(), moved.copy()
 
 
@@ -441,7 +436,7 @@ at = lambda t: (inputs[t - 1], answers[t - 1], 0.1 * optim.warmup_cosine(t - 1, 
 def ordinary():
     """w after each step, by the package's AdamW."""
     p, residual, history = nn.Parameter(np.zeros(16)), np.empty(32), []
-    optimizer = optim.AdamW([p])
+    optimizer = AdamW([p])
     for x, y, lr, _ in map(at, range(1, STEPS + 1)):
         residuals(x, p.data, y, residual)
         gradient(x, residual, p.grad)
@@ -476,13 +471,14 @@ for name, frozen in {"nothing": (), "learning rate": (2,), "step number": (3,), 
 assert [row["first_wrong"] for row in toy.values()] == [None, 2, 2, 2]
 
 # %% [markdown]
-# Nothing is raised, nothing is NaN, and the end need not even look worse: a frozen step trains, only otherwise. What finds it is a
-# comparison with ordinary steps, over several of them, to the bit, with batches that change. In the package's training
-# (`CapturedRun` in `tinytoken/cuda/capture.py`) all that changes follows from the step's number, which lies in device memory, where the
-# graph's last kernel adds one to it. Random draws are functions of seed and number; rates and corrections are a row of a table, made
-# beforehand, with a row for each step. All that is written before a replay are the numbers of the batch's pictures. Temporaries are the
-# same trap again: their addresses are in the graph, so they lie in a memory pool that nobody else uses. And a step that reads a value on
-# the host (lesson 12) cannot be captured at all.
+# Nothing is raised, nothing is NaN, and the end need not even look worse: a frozen step still trains, only
+# differently. A comparison with ordinary steps finds it: over several steps, to the bit, with batches that
+# change. In the package's training (`CapturedSteps` in `tinytoken/cuda/capture.py`) all that changes follows
+# from the step's number, which lies in device memory, where the graph's last kernel adds one to it. Random
+# draws are functions of seed and number; rates and corrections are in a table with a row for each step.
+# Before a replay the host writes the numbers of the batch's pictures and nothing else. Temporaries are the
+# same trap again: their addresses are in the graph, so they lie in a memory pool that nobody else uses. And a
+# step that reads a value on the host (lesson 12) cannot be captured at all.
 #
 # ## On a device
 # With a GPU: the ViT's step with each kernel launched by itself and as one graph, timed by events in the stream; whether both
@@ -496,16 +492,15 @@ def on_device(precision, captured, size, rounds=here.pick(1, 50, 200)):
     """(seconds for a training step, the weights after all of them)."""
     tt.manual_seed(here.seed)
     model, arrays = ViT(**SIZES).to("cuda"), tt.data.Batches(*train_set, size, seed=here.seed)(0)
-    objective, params = Classify(model), model.parameters()
+    optimizer, rates = AdamW(model.parameters(), clip=1.0), [1e-3] * (4 + rounds)
     start, stop = xp.cuda.Event(), xp.cuda.Event()
     with products_in(precision, "cuda"):
-        gradients = lambda arrays: optim.loss_and_grads(objective, params, arrays)
-        take = capture.CapturedStep(gradients, optim.AdamW(params, clip=1.0))
-        take.run.failed = not captured  # as if the capture had failed: each kernel is launched by itself
-        for n in range(4 + rounds):
-            if n == 4:  # it is compiled, products are timed, and the step is captured
+        take = capture.CapturedSteps(Work(Classify(model), lambda step: arrays, optimizer, rates))
+        take.replay.failed = not captured  # as if the capture had failed: each kernel is launched by itself
+        for step in range(len(rates)):
+            if step == 4:  # it is compiled, products are timed, and the step is captured
                 start.record()
-            take(arrays, 1e-3)
+            take(step)
         stop.record()
     stop.synchronize()
     return xp.cuda.get_elapsed_time(start, stop) / 1e3 / rounds, model.state_dict()
@@ -534,7 +529,12 @@ else:
 # ## What was measured
 
 # %%
-print(f"launches of a ViT's step: {'; '.join(f'{way} {n}' for way, n in zip(WAYS, all_launches))}")
+here.says(f"Such a step is {all_launches[0]} array calls as CuPy makes them, sums of gradients included, "
+          f"{all_launches[1]} launches with fused ops and {all_launches[2]} with whole branches in bf16; for "
+          f"a picture it moves {', '.join(f'{size / 1e6:.1f}' for size in per_picture)} MB. A running sum of "
+          f"{LENGTHS[-1]:,} bf16 numbers is off by {100 * sum_errors['in bf16'][-1]:.0f} %. A graph that "
+          "froze its learning rate or its step number is wrong from step "
+          f"{toy['step number']['first_wrong']} on, and says nothing.")
 here.measured(on_gpu=on_gpu, ways=list(WAYS), launches=counts, all_launches=all_launches, bytes_per_picture=per_picture,
               pictures_as_long_as_launches=breaks_even, norm={"passes": passes, "error": norm_error}, attainable=attainable,
               sums={"terms": LENGTHS, **sum_errors}, norms={"means": MEANS, **norm_errors}, streams={"depths": DEPTHS, **stream_errors},
@@ -544,7 +544,7 @@ here.measured(on_gpu=on_gpu, ways=list(WAYS), launches=counts, all_launches=all_
 # %% [markdown]
 # ## Exercises
 # 1. "Adding gradients" is many launches with plain ops and few with fused ones. Which additions are left? (Print shapes in `note`.)
-#    Where do the others happen? (Look for `ADDED`, and for `add=` in `tinytoken/cuda/gradients.py` and `weights.py`.)
+#    Where are the others? (Look for `Into`, and for `add=` in `tinytoken/cuda/gradients.py`, `weights.py`.)
 # 2. Count the bytes of a GELU, plain and fused, by hand as for the layer norm, and check them with `moved`.
 # 3. Sum 4096 bf16 numbers in bf16 by pairs, pairs of pairs and so on. How large is the error, and why?
 # 4. Freeze a temporary: write into `residual` between two replays, then between two kernels of one. When is it harmless?

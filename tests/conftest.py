@@ -9,7 +9,8 @@ from tinytoken import backend, random
 
 
 def pytest_addoption(parser):
-    parser.addoption("--standin", action="store_true", help="with -m gpu: run those tests on a stand-in for CuPy (tests/standin.py)")
+    parser.addoption("--standin", action="store_true",
+                     help="with -m gpu: run those tests on a stand-in for CuPy (tests/standin.py)")
 
 
 def pytest_configure(config):
@@ -31,7 +32,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Each test, and its fixtures before it, start from the same random numbers, whatever ran before in its process."""
+    """Each test, and its fixtures before it, start from the same random numbers, whatever ran before in its
+    process."""
     random.manual_seed(0)
 
 
@@ -42,7 +44,8 @@ def xp(request):
 
 @pytest.fixture(scope="module")
 def no_collector():
-    """Off for a module's tests of lifetimes, with all older objects out of its sight: a collection then takes no time."""
+    """Off for a module's tests of lifetimes, with all older objects out of its sight: a collection then takes
+    no time."""
     gc.collect()
     gc.freeze()
     gc.disable()

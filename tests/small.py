@@ -1,4 +1,5 @@
-"""What the tests of modules and models share: a tiny size, pictures for it, weights that hide no mistake, exact error texts."""
+"""What the tests of modules and models share: a tiny size, pictures for it, weights that hide no mistake,
+exact error texts."""
 import re
 
 import numpy as np
@@ -8,7 +9,8 @@ import tinytoken as tt
 from tinytoken.models import DynamicViT, LookupViT, ViT
 
 SMALL = dict(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5)  # 16 patches
-MODELS = {"ViT": lambda: ViT(**SMALL), "DynamicViT": lambda: DynamicViT(**SMALL, prune_before=(1,), keep_ratios=(0.5,)),
+MODELS = {"ViT": lambda: ViT(**SMALL),
+          "DynamicViT": lambda: DynamicViT(**SMALL, prune_before=(1,), keep_ratios=(0.5,)),
           "LookupViT": lambda: LookupViT(**SMALL, compressed=(2, 2))}
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
@@ -18,10 +20,11 @@ def pictures(batch=2, seed=0, size=8):
 
 
 def shaken(module, seed=0, spread=None):
-    """The module in float64 with no parameter left at a special value: a zero bias or a unit scale hides mistakes.
+    """The module in float64 with no parameter left at a special value: a zero bias or a unit scale hides
+    mistakes.
 
-    spread: the standard deviation of its self-attention's logits. Rows x after a norm have |x|^2 near D, so weights of variance
-    spread / D give q and k entries of variance spread.
+    spread: the standard deviation of its self-attention's logits. Rows x after a norm have |x|^2 near D, so
+    weights of variance spread / D give q and k entries of variance spread.
     """
     rng = np.random.default_rng(seed)
     for name, p in module.astype("float64").named_parameters():
@@ -34,8 +37,7 @@ def shaken(module, seed=0, spread=None):
 
 def loss_of(model):
     """A loss of any of the models in any mode."""
-    out = model(pictures())
-    return tt.ops.cross_entropy(getattr(out, "logits", out), np.array([0, 3]))
+    return tt.ops.cross_entropy(model(pictures()).logits, np.array([0, 3]))
 
 
 def same(a, b, tolerance=1e-12):
@@ -63,8 +65,8 @@ def gumbel(stages=2, batch=2, tokens=16, seed=0):
 
 
 def masks(counts, batch=3, tokens=16, seed=0):
-    """Nested decisions, counts[s] tokens left by stage s, other ones in each image. Every second mask also names a token that is
-    gone already: a decision counts times the earlier ones."""
+    """Nested decisions, counts[s] tokens left by stage s, other ones in each image. Every second mask also
+    names a token that is gone already: a decision counts times the earlier ones."""
     places = np.array([np.random.default_rng((seed, i)).permutation(tokens) for i in range(batch)])
     kept = [places < n for n in counts]
     return [k | (places == counts[s - 1]) if s % 2 else k for s, k in enumerate(kept)]

@@ -38,7 +38,7 @@ def test_devices(xp):
 def test_choose_device(monkeypatch):
     assert backend.choose_device("cpu") == "cpu"
     monkeypatch.setattr(backend, "cuda_ready", lambda: (True, ""))
-    assert (backend.choose_device(), backend.choose_device("cuda"), backend.choose_device("cpu")) == ("cuda", "cuda", "cpu")
+    assert [backend.choose_device(*name) for name in ((), ("cuda",), ("cpu",))] == ["cuda", "cuda", "cpu"]
     monkeypatch.setattr(backend, "cuda_ready", lambda: (False, "CuPy finds no usable CUDA device or driver"))
     assert backend.choose_device("auto") == "cpu"
     with pytest.raises(InputError) as error:
@@ -58,6 +58,11 @@ def broken_cupy(**members):
     return module
 
 
+def counting_devices(count):
+    """CuPy's `cuda`, with count() for its number of devices."""
+    return types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=count))
+
+
 def raising(error):
     def call(*args, **kwargs):
         raise error
@@ -66,10 +71,10 @@ def raising(error):
 
 @pytest.mark.parametrize("cupy, reason", [
     (None, "CuPy cannot be imported (import of cupy halted; None in sys.modules)"),
-    (broken_cupy(is_available=lambda: False, cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(
-        getDeviceCount=raising(RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient"))))),
+    (broken_cupy(is_available=lambda: False, cuda=counting_devices(raising(RuntimeError(
+        "cudaErrorInsufficientDriver: CUDA driver version is insufficient")))),
      "RuntimeError: cudaErrorInsufficientDriver: CUDA driver version is insufficient"),
-    (broken_cupy(is_available=lambda: False, cuda=types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=lambda: 0))),
+    (broken_cupy(is_available=lambda: False, cuda=counting_devices(lambda: 0)),
      "CuPy finds no CUDA device"),
     (broken_cupy(is_available=raising(RuntimeError("cudaErrorInsufficientDriver: too old\nmore"))),
      "RuntimeError: cudaErrorInsufficientDriver: too old"),
@@ -86,7 +91,8 @@ def test_a_gpu_that_does_not_work_is_a_reason_and_no_error(monkeypatch, cupy, re
 def test_two_wheels_of_cupy_are_a_reason(monkeypatch):
     monkeypatch.setattr(backend, "cupy_wheels", lambda: ["cupy-cuda12x", "cupy-cuda13x"])
     monkeypatch.setitem(sys.modules, "cupy", broken_cupy(is_available=raising(AssertionError("imported"))))
-    assert backend.cuda_ready.__wrapped__() == (False, "cupy-cuda12x and cupy-cuda13x are installed together, which breaks both")
+    text = "cupy-cuda12x and cupy-cuda13x are installed together, which breaks both"
+    assert backend.cuda_ready.__wrapped__() == (False, text)
 
 
 def test_cupy_wheels_are_what_brings_a_module_cupy(monkeypatch):
@@ -98,8 +104,10 @@ def test_cupy_wheels_are_what_brings_a_module_cupy(monkeypatch):
 
 
 def test_out_of_memory():
-    for error, expected in ((MemoryError("Out of memory allocating 10 bytes"), True), (RuntimeError("cudaErrorMemoryAllocation: x"), True),
-                            (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True), (RuntimeError("illegal address"), False)):
+    for error, expected in ((MemoryError("Out of memory allocating 10 bytes"), True),
+                            (RuntimeError("cudaErrorMemoryAllocation: x"), True),
+                            (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True),
+                            (RuntimeError("illegal address"), False)):
         assert backend.out_of_memory(error) is expected
 
 
@@ -148,11 +156,13 @@ def test_vecdot(dtype, xp):
     a, b = rng.standard_normal((2, 3, 5)).astype(dtype), rng.standard_normal((3, 5)).astype(dtype)
     found = backend.vecdot(xp.asarray(a), xp.asarray(b))
     assert found.dtype == dtype and found.shape == (2, 3)
-    expected = [[math.fsum(x * y for x, y in zip(row, other)) for row, other in zip(block, b.tolist())] for block in a.tolist()]
+    expected = [[math.fsum(x * y for x, y in zip(row, other)) for row, other in zip(block, b.tolist())]
+                for block in a.tolist()]
     np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5 if dtype == "float32" else 1e-13)
 
 
-@pytest.mark.parametrize("shape, index", [((5, 3), [4, 0, 4, 4, 2]), ((5,), [1, 1, 1]), ((4, 2, 3), [[3, 0], [3, 3]]),
+@pytest.mark.parametrize("shape, index",
+                         [((5, 3), [4, 0, 4, 4, 2]), ((5,), [1, 1, 1]), ((4, 2, 3), [[3, 0], [3, 3]]),
                                           ((5, 3), [])])
 def test_scatter_add(shape, index, xp):
     rng = np.random.default_rng(1)
@@ -193,7 +203,8 @@ def test_malloc_setting_is_made_once_and_can_be_turned_off(monkeypatch):
 
 def test_import_changes_no_setting():
     code = ("import tinytoken.backend as b\n"
-            "print(b.prepare_cpu.cache_info().misses, b.blas_controller.cache_info().misses, b.cuda_ready.cache_info().misses)")
+            "print(b.prepare_cpu.cache_info().misses, b.blas_controller.cache_info().misses, "
+            "b.cuda_ready.cache_info().misses)")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert out.stdout == "0 0 0\n"
 

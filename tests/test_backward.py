@@ -6,6 +6,7 @@ import tinytoken as tt
 from engine import arrived, axpy, equal, leaf, op_returning, pair, refusal, twice_the_same
 from tinytoken import GradientError, InputError, Tensor
 from tinytoken.backend import to_numpy
+from tinytoken.tensor import Into
 
 
 # What a vjp may return
@@ -52,7 +53,8 @@ def test_an_entry_is_called_only_if_its_input_needs_it():
         return lambda: of("x"), lambda: of("y")
     student = op_returning(entries)
     x, y = leaf([1.0]), leaf([2.0])
-    for inputs, expected in (((x, Tensor([2.0])), ["x"]), ((np.ones(1), y), ["y"]), ((x, 3.0), ["x"]), ((x, y), ["x", "y"])):
+    for inputs, expected in (((x, Tensor([2.0])), ["x"]), ((np.ones(1), y), ["y"]), ((x, 3.0), ["x"]),
+                             ((x, y), ["x", "y"])):
         calls.clear()
         student(*inputs).sum().backward()
         assert calls == expected
@@ -65,7 +67,8 @@ def test_nothing_is_recorded_without_a_tensor_that_needs_it():
     assert axpy(np.ones(1), 2.0).node is None
     out = axpy(Tensor([1.0]), 2.0)
     assert out.node is None and not out.requires_grad
-    assert refusal(InputError, out.backward) == "backward: this tensor does not depend on anything that requires a gradient"
+    text = "backward: this tensor does not depend on anything that requires a gradient"
+    assert refusal(InputError, out.backward) == text
 
 
 def test_an_op_without_a_vjp_ends_the_graph():
@@ -79,7 +82,8 @@ def test_an_op_without_a_vjp_ends_the_graph():
 
 def test_unused_outputs_give_none():
     x = leaf([1.0, 2.0])
-    for use, expected in ((lambda a, b: a.sum(), [2, 2]), (lambda a, b: b.sum(), [3, 3]), (lambda a, b: (a * b).sum(), [12, 24])):
+    for use, expected in ((lambda a, b: a.sum(), [2, 2]), (lambda a, b: b.sum(), [3, 3]),
+                          (lambda a, b: (a * b).sum(), [12, 24])):
         arrived.clear()
         (gradient,) = tt.grad(use(*pair(x)), [x])
         equal(gradient, expected)
@@ -114,9 +118,9 @@ def test_each_output_can_be_the_root():
 
 # Broadcasting
 
-@pytest.mark.parametrize("shape, other", [((), (2, 3)), ((3,), (2, 3)), ((1, 3), (2, 3)), ((2, 1), (2, 3)), ((1, 1), (2, 3)),
-                                          ((1,), (4, 2, 3)), ((2, 1, 4), (3, 1)), ((1, 2, 1), (5, 1, 3)), ((2, 3), ()),
-                                          ((1, 3), (1, 2, 3))])
+@pytest.mark.parametrize("shape, other", [
+    ((), (2, 3)), ((3,), (2, 3)), ((1, 3), (2, 3)), ((2, 1), (2, 3)), ((1, 1), (2, 3)), ((1,), (4, 2, 3)),
+    ((2, 1, 4), (3, 1)), ((1, 2, 1), (5, 1, 3)), ((2, 3), ()), ((1, 3), (1, 2, 3))])
 def test_broadcasting_is_undone(shape, other, xp):
     x, y, g = leaf(np.full(shape, 2.0), xp=xp), leaf(np.full(other, 3.0), xp=xp), np.random.default_rng(0)
     out = x * y
@@ -168,7 +172,8 @@ def test_backward_adds_to_the_gradient_of_the_leaves():
 
 
 def test_no_gradient_is_written_into():
-    """An op that hands its upstream gradient on to both inputs, which hold it by reference while more arrive."""
+    """An op that hands its upstream gradient on to both inputs, which hold it by reference while more
+    arrive."""
     received = []
 
     def note(g):
@@ -185,7 +190,8 @@ def test_no_gradient_is_written_into():
     equal(upstream, [1.0, 10.0])
     for g, at_that_time in received:
         equal(g, at_that_time)
-    equal(x.grad, np.array([8, 80]))  # a: 1 by b in c, 1 by c, 2 by d, 1 by b in the last, 1 itself; x: those 6 and twice by b
+    # a: 1 by b in c, 1 by c, 2 by d, 1 by b in the last, 1 itself; x: those 6 and twice by b
+    equal(x.grad, np.array([8, 80]))
     equal(y.grad, np.array([6, 60]))
 
 
@@ -318,7 +324,72 @@ def test_grad_runs_only_what_leads_to_what_is_wanted():
 
 def test_grad_refuses():
     x = leaf([1.0])
-    assert refusal(InputError, tt.grad, x.sum(), [x], into=[]) == "grad: 0 arrays in `into` for 1 tensors in `wrt`"
-    assert refusal(InputError, tt.grad, x.sum(), [Tensor([1.0])]) == "grad: a tensor in `wrt` does not require a gradient"
+    text = "grad: 0 arrays in `into` for 1 tensors in `wrt`"
+    assert refusal(InputError, tt.grad, x.sum(), [x], into=[]) == text
+    text = "grad: a tensor in `wrt` does not require a gradient"
+    assert refusal(InputError, tt.grad, x.sum(), [Tensor([1.0])]) == text
     assert refusal(InputError, tt.grad, x * np.ones(2), [x]) == (
         "backward: a tensor of shape (2,) needs an upstream gradient; only a scalar does without")
+
+
+# Entries that add to the leaf's array themselves
+
+def adding(factor, places, wrong=False):
+    """x times a factor, whose vjp adds its gradient to the array that it is handed, if any."""
+    def run_with(g):
+        def run(place):
+            places.append(place)
+            out = g[:1] if wrong else g * factor
+            if place is None:
+                return out
+            place += out
+        return run
+
+    @tt.op
+    def times(x):
+        return x * factor, lambda g: Into(run_with(g))
+    return times
+
+
+@pytest.mark.parametrize("into", [True, False])
+def test_a_leafs_gradient_is_added_in_its_place(into):
+    x, places, mine = leaf([1.0, 2.0]), [], [np.full(2, 100.0)]
+    by_two, by_three = adding(2.0, places), adding(3.0, places)
+    found = tt.grad((by_two(x) + by_three(x) + x).sum(), [x], into=mine if into else None, add=into)
+    equal(found[0], [106, 106] if into else [6, 6])  # twice by the entries, once by the engine
+    assert len(places) == 2 and all(place is found[0] for place in places) and (not into or found is mine)
+
+
+def test_what_is_not_a_leafs_place_is_returned():
+    x, places = leaf([1.0, 2.0]), []
+    (adding(2.0, places)(x) + adding(3.0, places)(x)).sum().backward()  # .grad is the engine's to make
+    equal(x.grad, [5, 5])
+    y = x * 1
+    equal(tt.grad(adding(2.0, places)(y).sum(), [y])[0], [2, 2])  # no leaf
+    z = x * 1
+    equal(tt.grad(adding(2.0, places)(z).sum(), [x])[0], [2, 2])  # on the way to one
+    assert places == [None] * 4
+
+
+def test_an_entry_that_is_not_wanted_is_not_run():
+    x, y, places = leaf([1.0]), leaf([1.0]), []
+    equal(tt.grad((adding(2.0, places)(x) + y).sum(), [y])[0], [1])
+    assert places == []
+
+
+def test_what_is_returned_is_checked_as_ever():
+    x = leaf([1.0, 2.0])
+    text = "times: its vjp returned shape (1,) for x, which is (2,)"
+    assert refusal(GradientError, adding(2.0, [], wrong=True)(x).sum().backward) == text
+    y = x * 1
+    assert refusal(GradientError, tt.grad, adding(2.0, [], wrong=True)(y).sum(), [y]) == text
+
+
+def test_views_of_one_buffer_are_added_to_in_their_places():
+    x, y = leaf([1.0, 2.0]), leaf([3.0])
+    flat, places = np.zeros(3), []
+    double = adding(2.0, places)
+    tt.grad((double(x) * double(y)).sum(), [x, y], into=[flat[:2], flat[2:]])
+    equal(flat, [12, 12, 12])
+    assert [place.shape for place in places] == [(1,), (2,)]
+    assert all(np.shares_memory(place, flat) for place in places)

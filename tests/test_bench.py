@@ -7,7 +7,7 @@ import pytest
 
 import tinytoken as tt
 from small import refuses
-from tinytoken import bench, ops, tensor
+from tinytoken import bench, models, ops, tasks, tensor
 from tinytoken.__main__ import main
 
 SIZES = dict(image_size=8, dim=12, depth=6, heads=2)
@@ -22,15 +22,17 @@ def test_every_op_is_clocked_and_counted():
     assert rows["attention"].calls == 6 * 2 and rows["patchify"].calls == 2  # depth x two micro-batches
     assert sum(row.macs for row in rows.values()) == 3 * 6 * tt.macs(job.model, job.images).total
     assert all(row.forward > 0 for row in rows.values())
-    assert {name for name, row in rows.items() if row.backward == 0} == {"patchify"}  # pictures need no gradient
+    # pictures need no gradient
+    assert {name for name, row in rows.items() if row.backward == 0} == {"patchify"}
 
 
 def test_what_has_no_gradient_counts_once():
     job = bench.Job("dynamicvit", batch=4, micro=4, **SIZES)
     with bench.timed_ops() as rows:
         job.gradients(threads=1)
-    teacher = tt.macs(job.objective.teacher, job.images).total
-    # In training nothing is removed: the student costs a ViT and its predictors, forward and twice that backward.
+    teacher = tt.macs(job.task.teacher, job.images).total
+    # In training nothing is removed: the student costs a ViT and its predictors, forward and twice that
+    # backward.
     predictors = 3 * (1.625 * 4 * 12 ** 2 + 4 * 12 / 2)
     assert sum(row.macs for row in rows.values()) == 4 * (teacher + 3 * (teacher + predictors))
 
@@ -46,7 +48,8 @@ def test_the_clock_changes_no_gradient():
 
 def test_ops_are_themselves_again_after_an_error():
     function = ops.linear.function
-    with refuses("linear: x (2, 3), weight (5, 4): the last size of x must be the weight's second, (out, in)"), bench.timed_ops():
+    text = "linear: x (2, 3), weight (5, 4): the last size of x must be the weight's second, (out, in)"
+    with refuses(text), bench.timed_ops():
         ops.linear(np.ones((2, 3)), np.ones((5, 4)))
     assert ops.linear.function is function
 
@@ -58,7 +61,8 @@ def test_a_profile_adds_up(monkeypatch):
     found = bench.profile(bench.Job("vit", batch=4, micro=4, **SIZES), rounds=3)
     assert (found["gradients"], found["adamw"], found["peak"]) == (1, 1, 1024 ** 3)
     assert all(row.forward == row.calls for row in found["ops"].values())
-    # A layer norm's vjp, then its three gradients; a linear layer's too, but the first has no use for its input's.
+    # A layer norm's vjp, then its three gradients; a linear layer's too, but the first has no use for its
+    # input's.
     assert found["ops"]["layer_norm"].backward == 4 * 13 and found["ops"]["linear"].backward == 4 * 26 - 1
 
 
@@ -74,23 +78,33 @@ def test_profile_text():
         "40 ms on one thread; BLAS peak 2 GFLOP/s (2 per multiply-add)"]
 
 
-@pytest.mark.parametrize("model", bench.KINDS)
+def test_a_job_is_a_step_of_the_models_own_task():
+    for name in models.names():
+        job = bench.Job(name, batch=2, **SIZES | dict(patch_size=2))
+        kind = tasks.task.pick(job.model.task)
+        assert type(job.model) is models.model[name] and type(job.task) is kind
+        assert job.task.model is job.model
+        assert job.draws.keys() == job.task.noise(2, 0, 0).keys()
+        assert [len(array) for array in job.batch] == [2, 2]
+        assert not kind.taught or type(job.task.teacher) is models.ViT
+
+
+@pytest.mark.parametrize("model", models.names())
 def test_the_command(model, capsys):
-    sizes = ["--image-size", "8", "--dim", "16", "--batch", "4", "--micro", "2", "--model", model]
-    sizes += [] if model == "lookupvit" else ["--heads", "2"]
-    if model == "lookupvit":
-        sizes += ["--heads", "4", "--patch-size", "2"]
+    sizes = "--image-size 8 --patch-size 2 --dim 16 --heads 2 --batch 4 --micro 2 --model".split() + [model]
     assert main(["bench", *sizes, "--threads", "1"]) == 0
     step, infer, conditions = capsys.readouterr().out.splitlines()
     assert step.startswith("step ") and infer.startswith("infer ") and infer.endswith(" images/s")
     assert conditions.startswith("float32, batch 4, 1 threads, ")
     assert main(["bench", *sizes, "--profile"]) == 0
-    assert {"linear", "attention", "AdamW"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    rows = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert {"linear", "attention", "AdamW"} <= rows
 
 
 @pytest.mark.parametrize("argument, text", [(["--batch", "0"], "bench: batch 0, expected at least 1"),
                                             (["--heads", "5"], "Attention: heads 5 do not divide dim 96"),
-                                            (["--micro", "0"], "loss_and_grads: micro 0, threads 2: at least 1 each expected")])
+                                            (["--micro", "0"],
+                                             "loss_and_grads: micro 0, threads 2: at least 1 each expected")])
 def test_refused(argument, text, capsys):
     assert main(["bench", "--threads", "2", *argument]) == 2
     assert capsys.readouterr().err == f"error: {text}\n"

@@ -14,7 +14,8 @@ def message(**kwargs):
 def test_what_was_found_the_likely_cause_and_the_lesson():
     assert message(found="a (2, 3) @ b (4, 5)") == "matmul: a (2, 3) @ b (4, 5)"
     assert message(found="x", likely="k.swapaxes(-1, -2)") == "matmul: x\n  likely: k.swapaxes(-1, -2)"
-    assert message(found="x", likely="k.swapaxes(-1, -2)", lesson="03") == "matmul: x\n  likely: k.swapaxes(-1, -2)   (lesson 03)"
+    text = "matmul: x\n  likely: k.swapaxes(-1, -2)   (lesson 03)"
+    assert message(found="x", likely="k.swapaxes(-1, -2)", lesson="03") == text
     assert message(found="x", lesson="03") == "matmul: x\n  see lesson 03"
 
 

@@ -1,5 +1,6 @@
-"""What is recorded, and when it is freed; modes and threads; the registry of ops; the graph as text."""
+"""What is recorded, and when it is freed; modes and threads; what watches the ops; the graph as text."""
 import contextlib
+import functools
 import gc
 import threading
 import weakref
@@ -9,13 +10,14 @@ import pytest
 
 import tinytoken as tt
 from engine import axpy, equal, leaf, pair, refusal
-from tinytoken import GradientError, GraphError, Tensor, ops, tensor
+from tinytoken import GraphError, Tensor, ops, tensor
 from tinytoken.cost import graph_text
 
 
 # Lifetimes
 
-FREED = "backward: this graph is already freed: backward() or grad() ran through it before. Run the forward pass again."
+FREED = ("backward: this graph is already freed: backward() or grad() ran through it before. "
+         "Run the forward pass again.")
 
 
 def test_a_second_backward_says_so_and_changes_nothing():
@@ -84,7 +86,8 @@ def test_a_graph_is_not_kept_by_its_leaves_nor_by_its_freed_root(no_collector):
 
         def vjp(g):
             upstream.append(weakref.ref(g))
-            alive.append(([n for n, ref in kept.items() if ref() is not None], sum(ref() is not None for ref in upstream)))
+            alive.append(([n for n, ref in kept.items() if ref() is not None],
+                          sum(ref() is not None for ref in upstream)))
             return g * saved
         return x * saved, vjp
 
@@ -97,7 +100,8 @@ def test_a_graph_is_not_kept_by_its_leaves_nor_by_its_freed_root(no_collector):
     del y
     loss.backward()
     assert [ref() for ref in kept.values()] == [None] * 5
-    # And it goes step by step: when a vjp runs, what later nodes had saved is gone, and so are the gradients they were given.
+    # And it goes step by step: when a vjp runs, what later nodes had saved is gone, and so are the gradients
+    # they were given.
     assert alive == [(list(range(n + 1)), 1) for n in reversed(range(5))]
 
 
@@ -196,8 +200,9 @@ def test_modes_hold_for_one_thread():
             result = which(x)
             barrier.wait()
         return result.requires_grad, result.item()
-    assert in_threads(lambda: with_mode(tt.no_grad), lambda: with_mode(tt.plain), lambda: with_mode(contextlib.nullcontext)) == [
-        (False, 100), (True, 1), (True, 100)]
+    modes = (tt.no_grad, tt.plain, contextlib.nullcontext)
+    found = in_threads(*(functools.partial(with_mode, mode) for mode in modes))
+    assert found == [(False, 100), (True, 1), (True, 100)]
 
 
 def test_threads_have_tapes_of_their_own():
@@ -221,92 +226,7 @@ def test_threads_have_tapes_of_their_own():
     assert w.grad is None
 
 
-# The registry, implementations, fused compositions
-
-@pytest.fixture
-def clean_registry():
-    before = dict(tensor.registry)
-    yield
-    tensor.registry.clear()
-    tensor.registry.update(before)
-
-
-def test_a_later_definition_replaces_an_earlier(clean_registry):
-    def define(factor):
-        @tt.op
-        def redefined(x):
-            return x * factor, lambda g: g * factor
-        return redefined
-    first = define(2)
-    assert tensor.registry[__name__, "redefined"] is first
-    second = define(3)
-    assert tensor.registry[__name__, "redefined"] is second
-    assert [key for key in tensor.registry if key[1] == "redefined"] == [(__name__, "redefined")]
-    equal(first(np.ones(1)), [2])  # who holds it still can use it
-
-
-def test_implementations_by_array_module(clean_registry):
-    @tt.op
-    def double(x, *, extra=0):
-        """Twice."""
-        return x * 2 + extra, lambda g: g * 2
-
-    calls = []
-
-    @double.implementation("numpy")
-    def fast(x, *, extra=0):
-        calls.append(type(x))
-        return x + x + extra, lambda g: g + g
-
-    assert callable(fast) and double.implementations == {"numpy": fast}
-    x = leaf([1.0, 2.0])
-    double(x, extra=1).sum().backward()
-    equal(x.grad, [2, 2])
-    assert calls == [np.ndarray]
-    with tt.plain():
-        equal(double(x), [2, 4])
-        assert len(calls) == 1
-    double(x)
-    assert len(calls) == 2
-    double.implementations = {"cupy": None}  # of another module: the plain definition runs
-    equal(double(x), [2, 4])
-
-
-def test_the_engine_checks_implementations_as_it_checks_ops(clean_registry):
-    @tt.op
-    def good(x):
-        return x * 2, lambda g: g * 2
-
-    @good.implementation("numpy")
-    def bad(x):
-        return x * 2, lambda g: g[:1]
-    message = refusal(GradientError, good(leaf([1.0, 2.0])).sum().backward)
-    assert message == "good: its vjp returned shape (1,) for x, which is (2,)"
-
-
-def test_fused_records_its_parts_until_it_is_implemented(clean_registry):
-    @tt.fused
-    def add_then_gelu(x, y, *, times=1.0):
-        """gelu(x + y) times a number."""
-        return ops.gelu(x + y) * times
-
-    x, y = leaf([1.0, 2.0]), leaf([[0.5], [1.5]])
-    rows = graph_text(add_then_gelu(x, y, times=3.0).sum())
-    assert [line.split()[1] for line in rows.splitlines()[:-1]] == ["add", "gelu", "multiply", "sum"]
-    expected = tt.grad(add_then_gelu(x, y=y, times=3.0).sum(), [x, y])
-
-    @add_then_gelu.implementation("numpy")
-    def whole(x, y, *, times=1.0):
-        inner = ops.gelu.function(x + y)
-        return inner[0] * times, lambda g: (inner[1](g * times),) * 2
-
-    loss = add_then_gelu(x, y, times=3.0).sum()
-    assert [line.split()[1] for line in graph_text(loss).splitlines()[:-1]] == ["add_then_gelu", "sum"]
-    for a, b in zip(tt.grad(loss, [x, y]), expected):
-        np.testing.assert_allclose(a, b, rtol=1e-14)
-    with tt.plain():
-        assert "add_then_gelu" not in graph_text(add_then_gelu(x, y).sum())
-
+# What watches
 
 def test_observers_see_every_op_of_their_thread():
     noted = []
@@ -317,6 +237,54 @@ def test_observers_see_every_op_of_their_thread():
         in_threads(lambda: axpy(1.0, np.ones(1)))
     axpy(1.0, np.ones(1))
     assert noted == [("axpy", [(2, 3), (3,), None]), ("linear", [(2, 3), (4, 3), None])]
+
+
+def test_a_wrapper_goes_around_all_that_is_computed_for_an_op():
+    x, w, noted, inside = leaf(np.ones((2, 3))), leaf(np.ones((4, 3))), [], []
+
+    def wrapper(op, way, shapes, run):
+        noted.append((op.name, way, shapes, tuple(inside)))
+        inside.append(way)
+        result = run()
+        inside.pop()
+        return result
+
+    def gradient():
+        y = ops.linear(x, w)
+        return tt.grad((y * y).sum(), [x])[0]
+
+    expected = gradient()
+    with tensor.around(wrapper):
+        equal(gradient(), expected)
+        in_threads(gradient)
+    gradient()
+    linear, multiply, total, within = [(2, 3), (4, 3), None], [(2, 4), (2, 4)], [(2, 4)], ("backward",)
+    assert noted == [
+        ("linear", "forward", linear, ()), ("multiply", "forward", multiply, ()),
+        ("sum", "forward", total, ()), ("sum", "backward", total, ()), ("sum", "add", total, within),
+        ("multiply", "backward", multiply, ()), *[("multiply", "add", multiply, within)] * 2,
+        ("linear", "backward", linear, ()), ("linear", "add", linear, within)]  # w's is not wanted
+
+
+def test_an_entry_that_adds_its_gradient_itself_is_not_added_again():
+    x, noted = leaf(np.ones(3)), []
+
+    @tt.op
+    def twice(x):
+        def into(place):
+            if place is None:
+                return np.full(3, 2.0)
+            place += 2.0
+        return 2 * x, lambda g: tensor.Into(into)
+
+    def wrapper(op, way, shapes, run):
+        noted.append((op.name, way))
+        return run()
+
+    with tensor.around(wrapper):
+        [found] = tt.grad(twice(x).sum(), [x])
+    equal(found, [2.0, 2.0, 2.0])
+    assert noted[2:] == [("sum", "backward"), ("sum", "add"), ("twice", "backward")]
 
 
 # explain
@@ -332,7 +300,8 @@ def test_explain_prints_the_graph(capsys):
     tt.explain(loss)
     assert capsys.readouterr().out == graph_text(loss) + "\n"
     loss.backward()
-    assert graph_text(loss).splitlines() == ["%0    sum              (2, 4) -> ()  (freed)", "1 ops, 0 multiply-adds (MACs)"]
+    assert graph_text(loss).splitlines() == ["%0    sum              (2, 4) -> ()  (freed)",
+                                             "1 ops, 0 multiply-adds (MACs)"]
 
 
 def test_explain_shows_plain_inputs_and_several_outputs():
@@ -351,9 +320,11 @@ def test_explain_shows_plain_inputs_and_several_outputs():
     (lambda x: ops.matmul(x(5, 1, 2, 3), x(7, 3, 4)), 5 * 7 * 2 * 3 * 4),
     (lambda x: ops.linear(x(2, 5, 3), x(4, 3), x(4)), 2 * 5 * 3 * 4),
     (lambda x: ops.attention(x(2, 3, 4, 5), x(2, 3, 6, 5), x(2, 3, 6, 5)), 2 * (2 * 3 * 4 * 6 * 5)),
-    (lambda x: ops.attention(x(2, 3, 4, 5), x(2, 3, 4, 5), x(2, 3, 4, 5), np.ones((2, 4))), 2 * (2 * 3 * 4 * 4 * 5)),
+    (lambda x: ops.attention(x(2, 3, 4, 5), x(2, 3, 4, 5), x(2, 3, 4, 5), np.ones((2, 4))),
+     2 * (2 * 3 * 4 * 4 * 5)),
     (lambda x: ops.lookup_gather(x(2, 3, 4, 5), x(2, 3, 6, 5), x(2, 3, 6, 5))[0], 2 * (2 * 3 * 4 * 6 * 5)),
-    (lambda x: ops.lookup_infuse(x(2, 3, 4, 6), x(2, 3, 4, 6), x(2, 3, 4, 5), reuse="probs"), 2 * 3 * 4 * 6 * 5),
+    (lambda x: ops.lookup_infuse(x(2, 3, 4, 6), x(2, 3, 4, 6), x(2, 3, 4, 5), reuse="probs"),
+     2 * 3 * 4 * 6 * 5),
     (lambda x: ops.gelu(ops.softmax(x(2, 3))), 0),
 ])
 def test_multiply_adds_are_counted_from_shapes(make, macs):

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 import tinytoken as tt
-from tinytoken import checkpoint, lesson
+from tinytoken import files
+from tinytoken.experiments import lesson
 
 LESSONS = pathlib.Path(__file__).parents[1] / "lessons"
 scripts = sorted(LESSONS.glob("[0-9][0-9]_*.py"))
@@ -26,7 +27,8 @@ def run(script, out, monkeypatch, *options):
 def test_the_lesson_runs(script, tmp_path, monkeypatch):
     noted = run(script, tmp_path, monkeypatch)
     saved = json.loads((tmp_path / f"{script.stem}.json").read_text())
-    assert saved["lesson"] == script.stem and saved["size"] == "smoke" and saved["results"].keys() == noted.keys() != set()
+    assert saved["lesson"] == script.stem and saved["size"] == "smoke" and saved["headline"]
+    assert saved["results"].keys() == noted.keys() != set()
     assert list(tmp_path.glob(f"{script.stem}_*.png"))
 
 
@@ -65,15 +67,17 @@ def test_sizes_options_and_results(tmp_path, capsys):
     here.measured(a=1)
     with pytest.raises(tt.InputError, match="noted twice: .'a'"):
         here.measured(a=2)
+    here.says("an a of 1")
     here.claim("enough", 2.0, low=1)
     here.claim("not too much", 2.0, low=1, high=1.5)
-    assert "holds  enough: 2.00 (above 1)" in (said := capsys.readouterr().out)
+    assert "an a of 1\nholds  enough: 2.00 (above 1)\n" in (said := capsys.readouterr().out)
     assert "FAILS  not too much: 2.00 (above 1, at most 1.5)" in said
     here.picture("line", lambda figure: figure.subplots().plot([1, 2]))
     saved = json.loads(here.end().read_text())
     assert [row["holds"] for row in saved["results"].pop("claims")] == [True, False]
     assert here.checkpoints == tmp_path / "checkpoints" / "scenes"
-    assert saved["results"] == {"a": 1} and saved["seed"] == 3 and (tmp_path / "00_test_full_line.png").stat().st_size > 1000
+    assert saved["results"] == {"a": 1} and saved["seed"] == 3 and saved["headline"] == "an a of 1"
+    assert (tmp_path / "00_test_full_line.png").stat().st_size > 1000
     smaller = lesson.begin("00_test", ["--data", "some/where", "--out", str(tmp_path)])
     assert smaller.stem == "00_test_where" and smaller.checkpoints is None
 
@@ -102,7 +106,7 @@ def test_what_another_process_is_doing_is_left_for_later(tmp_path, monkeypatch, 
     here = lesson.begin("00_test", ["--full", "--out", str(tmp_path)])
     monkeypatch.setattr(lesson.time, "sleep", lambda seconds: others.close())  # it ends, and has written nothing
     with contextlib.ExitStack() as others:
-        others.enter_context(checkpoint.claimed(here.out / "00_test_full_parts" / "a.json"))
+        others.enter_context(files.claimed(here.out / "00_test_full_parts" / "a.json"))
         order = []
         assert here.each({name: lambda name=name: order.append(name) or name for name in "abc"}, {}) == dict(zip("abc", "abc"))
     assert order == ["b", "c", "a"] and capsys.readouterr().out.count("left for later: another process is at work on") == 1
@@ -116,6 +120,7 @@ def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch, capsys)
 
 def test_options_that_cannot_be_used_end_the_program_with_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    done = subprocess.run([sys.executable, "-c", "from tinytoken import lesson; lesson.begin('00_test')",
-                           "--out", str(tmp_path / "file" / "folder")], capture_output=True, text=True)
+    code = "from tinytoken.experiments import lesson; lesson.begin('00_test')"
+    done = subprocess.run([sys.executable, "-c", code, "--out", str(tmp_path / "file" / "folder")],
+                          capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr

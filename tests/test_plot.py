@@ -1,4 +1,5 @@
-"""The pictures: which pixels are faded and which are red, which panel stands where, and nothing half-written."""
+"""The pictures: which pixels are faded and which are red, which panel stands where, and nothing
+half-written."""
 import errno
 import struct
 import types
@@ -22,6 +23,9 @@ def test_hide_fades_what_is_not_kept():
         assert np.array_equal(shown[rows, columns], expected[rows, columns])
     assert np.array_equal(plot.hide(picture, np.arange(4), 2), picture)
     assert np.array_equal(plot.hide(picture, np.array([], int), 2), faded)
+    marked = np.array([False, True, True, False])  # or a boolean for each patch
+    assert np.array_equal(plot.hide(picture, marked, 2), shown)
+    assert np.array_equal(plot.hide(picture, np.zeros(4, bool), 2), faded)
     white = np.full((2, 2, 3), 255, "uint8")
     assert plot.hide(white, np.array([0]), 1)[1, 1].tolist() == [250] * 3  # no overflow
 
@@ -40,11 +44,12 @@ def test_heat_is_red_where_the_weight_is():
 
 
 def example(count=2):
-    """Pictures of 4 x 4 in patches of 2, kept patches of two stages, and attention of two heads from three tokens."""
+    """Pictures of 4 x 4 in patches of 2, and panels as models show them: patches that are kept, and
+    weights."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 3, 4, 4)).astype("uint8")
-    attention = rng.dirichlet(np.ones(4), (count, 2, 3))
-    return images, [np.array([[0, 1, 3], [0, 2, 3]])[:count], np.array([[3], [0]])[:count]], attention
+    kept = np.array([[True, True, False, True], [True, False, True, True]])[:count]
+    return images, [("keeps 3 of 4", kept), ("gathers", rng.dirichlet(np.ones(4), count))]
 
 
 @pytest.fixture
@@ -60,35 +65,31 @@ def figures(monkeypatch):
 
 
 def test_tokens_draws_a_row_per_picture(tmp_path, figures):
-    images, kept, attention = example()
+    images, panels = example()
     predictions = {"ViT": ["cat", "dog"], "DynamicViT": ["cat", "cat"], "LookupViT": ["cat", "frog"]}
-    plot.tokens(tmp_path / "t.png", images, ["cat", "dog"], predictions, kept, attention, 2)
+    plot.tokens(tmp_path / "t.png", images, ["cat", "dog"], predictions, panels, 2)
     data = (tmp_path / "t.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and [path.name for path in tmp_path.iterdir()] == ["t.png"]
-    assert struct.unpack(">II", data[16:24]) == (round(5 * 1.9 * 110), round(2 * 2.15 * 110))
+    assert struct.unpack(">II", data[16:24]) == (round(3 * 1.9 * 110), round(2 * 2.15 * 110))
 
-    axes = np.array(figures[0].axes).reshape(2, 5)
-    titles = ["picture", "DynamicViT keeps 3 of 4", "DynamicViT keeps 1 of 4", "LookupViT gathers", "its most peaked token"]
-    assert [axis.get_title() for axis in axes[0]] == titles
+    axes = np.array(figures[0].axes).reshape(2, 3)
+    assert [axis.get_title() for axis in axes[0]] == ["picture", "keeps 3 of 4", "gathers"]
     assert not any(axis.get_title() for axis in axes[1])
     assert [axis.get_ylabel() for axis in axes[:, 0]] == ["cat", "dog"]
-    assert [axis.get_xlabel() for axis in axes[:, 0]] == ["all three right", "DynamicViT: cat\nLookupViT: frog"]
+    assert [axis.get_xlabel() for axis in axes[:, 0]] == ["all three right",
+                                                          "DynamicViT: cat\nLookupViT: frog"]
     for b in range(2):
-        picture, weights = images[b].transpose(1, 2, 0), attention[b].mean(axis=0)
-        peaked = max(range(3), key=lambda m: weights[m].max())
-        expected = [picture, plot.hide(picture, kept[0][b], 2), plot.hide(picture, kept[1][b], 2),
-                    plot.heat(picture, weights.sum(axis=0), 2), plot.heat(picture, weights[peaked], 2)]
+        picture, (kept, weights) = images[b].transpose(1, 2, 0), (values[b] for _, values in panels)
+        expected = [picture, plot.hide(picture, np.flatnonzero(kept), 2), plot.heat(picture, weights, 2)]
         for axis, panel in zip(axes[b], expected):
             assert np.array_equal(axis.images[0].get_array(), panel)
 
 
-@pytest.mark.parametrize("kept, attention, titles", [
-    (True, False, ["picture", "DynamicViT keeps 3 of 4", "DynamicViT keeps 1 of 4"]),
-    (False, True, ["picture", "LookupViT gathers", "its most peaked token"]),
-])
-def test_tokens_of_one_model(kept, attention, titles, tmp_path, figures):
-    images, stages, weights = example(1)
-    plot.tokens(tmp_path / "t.png", images, ["cat"], {}, stages if kept else [], weights if attention else None, 2)
+@pytest.mark.parametrize("of, titles", [
+    (slice(1), ["picture", "keeps 3 of 4"]), (slice(1, 2), ["picture", "gathers"]), (slice(0), ["picture"])])
+def test_tokens_of_one_model(of, titles, tmp_path, figures):
+    images, panels = example(1)
+    plot.tokens(tmp_path / "t.png", images, ["cat"], {}, panels[of], 2)
     assert [axis.get_title() for axis in figures[0].axes] == titles and figures[0].axes[0].get_xlabel() == ""
 
 
@@ -100,7 +101,7 @@ def test_a_failing_write_leaves_the_old_picture_and_nothing_else(tmp_path, monke
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(type(plot._figure().Figure()), "savefig", savefig)
-    images, kept, attention = example()
+    images, panels = example()
     with refuses(f"cannot write {path}: No space left on device"):
-        plot.tokens(path, images, ["a", "b"], {}, kept, attention, 2)
+        plot.tokens(path, images, ["a", "b"], {}, panels, 2)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["t.png"]

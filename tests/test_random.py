@@ -70,7 +70,8 @@ def test_distributions(xp, name, mean, variance, cdf):
 def test_neighbouring_draws_are_uncorrelated():
     n = 40_000
     x = random.normal(n, site="lag", step=0, seed=1).astype("float64")
-    for other in (x[1:], random.normal(n, site="lag", step=1, seed=1)[1:], random.normal(n, site="lag", step=0, seed=2)[1:]):
+    for other in (x[1:], random.normal(n, site="lag", step=1, seed=1)[1:],
+                  random.normal(n, site="lag", step=0, seed=2)[1:]):
         assert abs((x[:-1] * other).mean()) < 5 / math.sqrt(n)
 
 
@@ -93,7 +94,8 @@ def test_a_shorter_draw_is_the_beginning_of_a_longer_one(draw):
 
 
 def test_seed_site_and_step_each_make_another_stream():
-    streams = [dict(site=site, step=step, seed=seed) for site in ("a", "b") for step in (0, 1) for seed in (0, 1, 2**32, 2**63)]
+    streams = [dict(site=site, step=step, seed=seed) for site in ("a", "b") for step in (0, 1)
+               for seed in (0, 1, 2**32, 2**63)]
     drawn = [random.bits(64, **stream) for stream in streams]
     for i, one in enumerate(drawn):
         assert (one == random.bits(64, **streams[i])).all()
@@ -119,7 +121,8 @@ def test_manual_seed_starts_the_draws_without_a_step_again():
 
 @pytest.mark.parametrize("draw", DRAWS.values())
 def test_dtypes_are_kept(xp, draw):
-    single, double = (draw((4, 5), site="d", step=0, seed=0, xp=xp, dtype=dtype) for dtype in ("float32", "float64"))
+    single, double = (draw((4, 5), site="d", step=0, seed=0, xp=xp, dtype=dtype)
+                      for dtype in ("float32", "float64"))
     assert single.dtype == "float32" and double.dtype == "float64" and single.shape == (4, 5)
     assert host(abs(single - double)).max() < 1e-5
 
@@ -128,7 +131,8 @@ def test_integers_cover_their_range_evenly(xp):
     drawn = host(random.integers(60_000, 6, site="dice", step=0, seed=0, xp=xp))
     assert drawn.dtype == "int64" and drawn.min() == 0 and drawn.max() == 5
     assert (abs(np.bincount(drawn) - 10_000) < 5 * math.sqrt(10_000 * 5 / 6)).all()
-    assert random.integers(3, 2**32, site="dice", step=0, seed=0).tolist() == random.bits(3, site="dice", step=0, seed=0).tolist()
+    same = dict(site="dice", step=0, seed=0)
+    assert random.integers(3, 2**32, **same).tolist() == random.bits(3, **same).tolist()
 
 
 def test_permutation_is_one_and_differs_by_step(xp):
@@ -143,11 +147,13 @@ def test_permutation_is_one_and_differs_by_step(xp):
 @pytest.mark.parametrize("call, message", [
     (lambda: random.manual_seed(-1), "random: seed -1, expected 0 <= int < 2**64"),
     (lambda: random.manual_seed("now"), "random: seed 'now', expected 0 <= int < 2**64"),
-    (lambda: random.bits(3, site="s", step=0, seed=2**64), f"random: seed {2**64}, expected 0 <= int < 2**64"),
+    (lambda: random.bits(3, site="s", step=0, seed=2**64),
+     f"random: seed {2**64}, expected 0 <= int < 2**64"),
     (lambda: random.bits(3, site="s", step=-1), "random: site .* and step -1 must fit in 32 bits"),
     (lambda: random.bits(3, site=2**32, step=0), "random: site 4294967296 and step 0 must fit in 32 bits"),
     (lambda: random.integers(3, 0, site="s", step=0), "random.integers: high is 0, expected 1 to 2**32"),
-    (lambda: random.integers(3, 2**32 + 1, site="s", step=0), "random.integers: high is 4294967297, expected 1 to 2**32"),
+    (lambda: random.integers(3, 2**32 + 1, site="s", step=0),
+     "random.integers: high is 4294967297, expected 1 to 2**32"),
 ])
 def test_errors(call, message):
     message = message.replace("**", r"\*\*")

@@ -74,7 +74,8 @@ def test_operators_with_tensors_arrays_and_numbers_on_either_side(operate, xp):
         assert isinstance(out, Tensor)
         equal(out, operate(a, b))
     if operate is not operator.matmul:
-        for out, expected in ((operate(Tensor(xa), 3), operate(a, 3)), (operate(3, Tensor(xa)), operate(3, a)),
+        for out, expected in ((operate(Tensor(xa), 3), operate(a, 3)),
+                              (operate(3, Tensor(xa)), operate(3, a)),
                               (operate(np.float32(3), Tensor(xa)), operate(3, a))):
             assert isinstance(out, Tensor) and out.dtype == "float64"
             equal(out, expected)
@@ -91,7 +92,8 @@ def test_operators_keep_the_gradient_on_either_side(xp):
     array = xp.asarray([[1.0, 3.0], [5.0, 7.0]])
     for build, expected in ((lambda: array * x, to_numpy(array)), (lambda: array - x, -np.ones((2, 2))),
                             (lambda: array / x, -to_numpy(array) / to_numpy(x.data) ** 2),
-                            (lambda: array @ x, to_numpy(array).T @ np.ones((2, 2))), (lambda: -x, -np.ones((2, 2))),
+                            (lambda: array @ x, to_numpy(array).T @ np.ones((2, 2))),
+                            (lambda: -x, -np.ones((2, 2))),
                             (lambda: x ** 2, 2 * to_numpy(x.data))):
         equal(tt.grad(build().sum(), [x])[0], expected)
 
@@ -101,10 +103,12 @@ def test_methods(xp):
     t = Tensor(xp.asarray(a))
     for found, expected in ((t.sum(), a.sum()), (t.sum(1), a.sum(1)),
                             (t.sum(axis=(0, 2), keepdims=True), a.sum((0, 2), keepdims=True)),
-                            (t.mean(-1), a.mean(-1)), (t.max(axis=0), a.max(0)), (t.reshape(4, 6), a.reshape(4, 6)),
+                            (t.mean(-1), a.mean(-1)), (t.max(axis=0), a.max(0)),
+                            (t.reshape(4, 6), a.reshape(4, 6)),
                             (t.reshape((6, -1)), a.reshape(6, -1)), (t.transpose(), a.T),
                             (t.transpose(0, 2, 1), a.transpose(0, 2, 1)),
-                            (t.transpose((2, 0, 1)), a.transpose(2, 0, 1)), (t.swapaxes(0, -1), a.swapaxes(0, -1)), (t[1], a[1]),
+                            (t.transpose((2, 0, 1)), a.transpose(2, 0, 1)),
+                            (t.swapaxes(0, -1), a.swapaxes(0, -1)), (t[1], a[1]),
                             (t[:, None, ..., 1:3], a[:, None, ..., 1:3]), (t[a[:, 0, 0] > 3], a[1:])):
         assert isinstance(found, Tensor) and found.shape == np.shape(expected)
         equal(found, expected)
@@ -134,10 +138,12 @@ def test_gradients_reach_arguments_given_by_name():
 @pytest.mark.parametrize("args, kwargs, message", [
     ((1.0,), {}, "axpy: missing a required argument: 'y'; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
     ((), {}, "axpy: missing a required argument: 'x'; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
-    ((1.0, 2.0, 3.0, 4.0), {}, "axpy: too many positional arguments; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
+    ((1.0, 2.0, 3.0, 4.0), {},
+     "axpy: too many positional arguments; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
     ((1.0, 2.0), {"b": 3, "c": 4},
      "axpy: got an unexpected keyword argument 'b'; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
-    ((1.0, 2.0), {"x": 3}, "axpy: multiple values for argument 'x'; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
+    ((1.0, 2.0), {"x": 3},
+     "axpy: multiple values for argument 'x'; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
     (([1.0], 2.0), {}, "axpy: argument 0 is a list, expected a Tensor, an array or a number"),
     ((1.0, "2"), {}, "axpy: argument 1 is a str, expected a Tensor, an array or a number"),
 ])
@@ -176,15 +182,18 @@ def test_two_float_dtypes_are_refused():
     x, y = leaf([1.0], "float32"), leaf([1.0], "float64")
     assert refusal(InputError, axpy, x, y) == (
         "axpy: tensors of one float dtype expected, given x float32, y float64: cast one of them")
-    assert refusal(InputError, axpy, x, np.ones(1), y).endswith("given x float32, shift float64: cast one of them")
+    text = refusal(InputError, axpy, x, np.ones(1), y)
+    assert text.endswith("given x float32, shift float64: cast one of them")
     assert refusal(InputError, ops.concat, x, y) == (
-        "concat: tensors of one float dtype expected, given input 0 float32, input 1 float64: cast one of them")
+        "concat: tensors of one float dtype expected, given input 0 float32, input 1 float64: cast one of "
+        "them")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_plain_arrays_are_cast_to_the_tensors_dtype(dtype, xp):
     x = leaf([1.0, 2.0], dtype, xp)
-    for mask in (xp.asarray([True, False]), xp.asarray([1, 0]), xp.asarray([1, 0], "uint8"), xp.asarray([1, 0], "float32"),
+    for mask in (xp.asarray([True, False]), xp.asarray([1, 0]), xp.asarray([1, 0], "uint8"),
+                 xp.asarray([1, 0], "float32"),
                  xp.asarray([1, 0], "float64"), xp.asarray([1, 0], "float16")):
         out = x * mask
         assert out.dtype == dtype and mask.dtype != "object"
@@ -200,7 +209,8 @@ def test_integer_tensors_count_as_plain_arrays():
     assert (Tensor([True, False]) * x).dtype == "float32"
 
 
-@pytest.mark.parametrize("scalar", [np.float64(2), np.float32(2), np.int64(2), np.float64(2) * np.ones(()), 2, 2.0, True + 1])
+@pytest.mark.parametrize("scalar", [np.float64(2), np.float32(2), np.int64(2), np.float64(2) * np.ones(()), 2,
+                                    2.0, True + 1])
 def test_numpy_scalars_do_not_spread_their_dtype(scalar):
     for dtype in ("float32", "float64"):
         x = leaf([1.0, 2.0], dtype)
@@ -216,13 +226,15 @@ def test_without_tensors_the_widest_array_decides():
     assert axpy(single, double).dtype == "float64"
     assert axpy(single, 1.0).dtype == "float32"
     assert axpy(np.array([1, 2]), np.array([True, False])).dtype == "float32"
-    assert refusal(InputError, axpy, np.ones(2, "float16"), 1.0) == "axpy: dtype float16, expected float32 or float64"
+    text = "axpy: dtype float16, expected float32 or float64"
+    assert refusal(InputError, axpy, np.ones(2, "float16"), 1.0) == text
 
 
 def test_index_arrays_are_passed_as_they_are():
     x = leaf([1.0, 2.0, 3.0], "float32")
     seen.clear()
-    for rows in (np.array([2, 0]), np.array([2, 0], "int32"), np.array([2, 0], "uint8"), Tensor(np.array([2, 0]))):
+    for rows in (np.array([2, 0]), np.array([2, 0], "int32"), np.array([2, 0], "uint8"),
+                 Tensor(np.array([2, 0]))):
         equal(pick(x, rows, np.array([1, 2])), [3, 1])
     assert seen == [("int64", "float32"), ("int32", "float32"), ("uint8", "float32"), ("int64", "float32")]
 

@@ -1,20 +1,23 @@
-"""What the tests of training and of the command line share: models and pictures that train in milliseconds, and ways to stop."""
+"""What the tests of training and of the command line share: models and pictures that train in milliseconds,
+and ways to stop."""
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import numpy as np
 
 import tinytoken as tt
-from tinytoken import compare
+from tinytoken import experiments, models
 from tinytoken.__main__ import main
-from tinytoken.data import Batches, cifar
+from tinytoken.data import Batches, cifar, scenes
+from tinytoken.experiments import compare
 from tinytoken.models import DynamicViT, LookupViT, ViT
-from tinytoken.train import Classify, Distil, fit
+from tinytoken.train import Classify, Distil, checkpoint, fit
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = dict(image_size=8, patch_size=4, dim=8, depth=1, heads=2, num_classes=3)
@@ -53,28 +56,35 @@ def dynamicvit():
 
 
 def train(make, run=None, **more):
-    """20 steps on two threads with micro-batches that do not divide the batch -> the model, and what fit reported. make: one of
-    the functions above, or what it made."""
-    model, objective = make() if callable(make) else make
-    settings = dict(steps=STEPS, lr=0.01, micro=4, threads=2, seed=5, offset=100, log_every=3, run=run, bar=False)
-    return model, fit(model, objective, batches(), **settings | more)
+    """20 steps on two threads with micro-batches that do not divide the batch -> the model, and what fit
+    reported. make: one of the functions above, or what it made."""
+    model, task = make() if callable(make) else make
+    settings = dict(steps=STEPS, lr=0.01, micro=4, threads=2, seed=5, offset=100, log_every=3, run=run,
+                    bar=False)
+    return model, fit(model, task, batches(), **settings | more)
 
 
 # The main job in a second or two
-SmallRecipe = functools.partial(compare.Recipe, batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.5,),
-                                compressed=(2, 2), train_pictures=24, test_pictures=20)
+SmallRecipe = functools.partial(experiments.Recipe, batch=8, dim=16, depth=2, heads=2, patch=8,
+                                prune_before=(1,), keep_ratios=(0.5,), compressed=(2, 2), train_pictures=24,
+                                test_pictures=20)
 RECIPE = SmallRecipe(steps=16)
+
+
+def recipes_model(name, **config):
+    """A model by its name, at the small recipe's size, as the main job makes it."""
+    return models.create(name, **RECIPE.sizes, **config)
 
 
 def command(argv):
     """The command line, with the small recipe and no picture: matplotlib takes longer than all the rest."""
-    compare.Recipe, compare.draw = SmallRecipe, lambda *_: "no picture"
+    experiments.Recipe, compare.draw = SmallRecipe, lambda *_: "no picture"
     return main(argv)
 
 
 def small_cifar(folder, monkeypatch, records=8):
-    """Files in CIFAR-10's binary layout, with `records` pictures each, and the reader told to expect as many -> (path, images,
-    labels), training and test pictures together."""
+    """Files in CIFAR-10's binary layout, with `records` pictures each, and the reader told to expect as many
+    -> (path, images, labels), training and test pictures together."""
     layout = cifar.LAYOUTS["cifar10"]
     few = {split: dict.fromkeys(getattr(layout, split), records) for split in ("train", "test")}
     monkeypatch.setitem(cifar.LAYOUTS, "cifar10", dataclasses.replace(layout, **few))
@@ -97,7 +107,69 @@ def history(folder):
 
 
 def python(*arguments, **settings):
-    """Start a Python of its own that finds this checkout's tinytoken and the tests' modules -> subprocess.Popen."""
+    """Start a Python of its own that finds this checkout's tinytoken and the tests' modules ->
+    subprocess.Popen."""
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": path}, **settings)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, **settings)
+
+
+class PowerCut(Exception):
+    """Ends a run at any place, as a crash would: nothing in fit expects it."""
+
+
+def at_step(make, step, event):
+    """`make`, with event() called in the main thread as the step begins."""
+    model, task = make()
+    noise = task.noise
+
+    def noise_or_event(size, at, seed, xp):
+        if at == 100 + step:  # train() counts batches from 100
+            event()
+        return noise(size, at, seed, xp)
+    task.noise = noise_or_event
+    return model, task
+
+
+def power_cut():
+    raise PowerCut
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def same_run(model, report, folder, expected):
+    weights, full_report, rows = expected
+    assert bits(model) == weights
+    assert history(folder) == rows
+    assert report | {"seconds": 0} == full_report | {"seconds": 0}
+
+
+# The command line
+
+def everything(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def refused(capsys, *argv):
+    """The one line on stderr that main(argv) ends with; it must end with 2 and print nothing else."""
+    assert main([str(argument) for argument in argv]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+KINDS = {"vit": {}, "dynamicvit": dict(prune_before=(1,), keep_ratios=(0.5,)),
+         "lookupvit": dict(compressed=(2, 2))}
+MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)
+
+
+def saved(path, kind="vit", **more):
+    """A checkpoint as compare leaves it."""
+    tt.manual_seed(1)
+    model = recipes_model(kind, **KINDS[kind])
+    for p in model.parameters():
+        p.data += 0.1
+    checkpoint.save(path, model, **dict(classes=list(scenes.NAMES), mean=MEAN, std=STD) | more)
+    return model

@@ -11,8 +11,11 @@ __version__ = "0.2.0"
 
 
 def _kernels():
-    """The fused kernels, where a CUDA device is used: not before, since they need one, and nothing else needs them."""
-    from . import cuda  # noqa: F401: which registers them
+    """The fused kernels, where a CUDA device is used: not before, since they need one, and nothing else needs
+    them. Where the folder cuda/ was deleted, the plain ops run."""
+    import importlib.util
+    if importlib.util.find_spec(f"{__name__}.cuda"):
+        from . import cuda  # noqa: F401: which registers them
 
 
 backend.at_first_cuda.append(_kernels)

@@ -14,13 +14,15 @@ def main(argv=None):
     try:
         return args.run(args) or 0
     except (InputError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, also where a text has a hint below it
+        # one line, also where a text has a hint below it
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except MemoryError as error:
         print("error: out of memory:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"stopped: {str(stop) or 'by Ctrl-C'}. The same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"stopped: {str(stop) or 'by Ctrl-C'}. The same command goes on from the last checkpoint.",
+              file=sys.stderr)
         return 130
 
 
@@ -29,14 +31,18 @@ def parser():
     top.add_argument("--version", action="version", version=f"tinytoken {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
 
-    job = commands.add_parser("compare", help="train a ViT, a DynamicViT and a LookupViT side by side; a table and a picture")
-    job.add_argument("--data", default="scenes", help=f"{', '.join(dataset)}, or a folder of one of these kinds (default: scenes)")
+    job = commands.add_parser("compare", help="train a ViT, a DynamicViT and a LookupViT side by side; a "
+                                              "table and a picture")
+    job.add_argument("--data", default="scenes",
+                     help=f"{', '.join(dataset)}, or a folder of one of these kinds (default: scenes)")
     job.add_argument("--steps", type=int, help="training steps of each model")
     job.add_argument("--seed", type=int, default=0)
     job.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    job.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="of a GPU's products in training (default: fp32)")
+    job.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"),
+                     help="of a GPU's products in training (default: fp32)")
     job.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    job.add_argument("--out", type=pathlib.Path, help="folder for what is written (default: runs/compare-DATA-SEED)")
+    job.add_argument("--out", type=pathlib.Path,
+                     help="folder for what is written (default: runs/compare-DATA-SEED)")
     job.set_defaults(run=run_compare)
 
     guess = commands.add_parser("predict", help="classes of a picture by a checkpoint, and the tokens it used")
@@ -46,7 +52,8 @@ def parser():
                        help="where to write the picture with its tokens (default: PICTURE.tokens.png)")
     guess.set_defaults(run=run_predict)
 
-    clock = commands.add_parser("bench", help="how fast this machine trains and runs a model; where the time of a step goes")
+    clock = commands.add_parser("bench", help="how fast this machine trains and runs a model; where the time "
+                                              "of a step goes")
     clock.add_argument("--model", default="vit", choices=models.names())
     for name, value in dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3, batch=64).items():
         clock.add_argument("--" + name.replace("_", "-"), type=int, default=value, help=f"default: {value}")
@@ -55,7 +62,8 @@ def parser():
     clock.add_argument("--profile", action="store_true", help="a training step on one thread, op by op")
     clock.set_defaults(run=run_bench)
 
-    doctor = commands.add_parser("doctor", help="what was found on this machine, and what would fix what is missing")
+    doctor = commands.add_parser("doctor", help="what was found on this machine, and what would fix what is "
+                                                "missing")
     doctor.set_defaults(run=run_doctor)
 
     course(commands)
@@ -63,8 +71,10 @@ def parser():
 
 
 def course(commands):
-    """The commands of the course. NAME is a1 to a4, looked for in lessons/assignments of a checkout, or in --assignment."""
-    copy = commands.add_parser("stub", help="a student's copy of an assignment: without solutions and hidden tests")
+    """The commands of the course. NAME is a1 to a4, looked for in lessons/assignments of a checkout, or in
+    --assignment."""
+    copy = commands.add_parser("stub", help="a student's copy of an assignment: without solutions and hidden "
+                                            "tests")
     copy.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
     copy.add_argument("--notebook", action="store_true", help="write it as a notebook too")
     copy.set_defaults(run=run_stub)
@@ -76,7 +86,8 @@ def course(commands):
     points.add_argument("--csv", type=pathlib.Path, help="with --submissions: a line for each")
     points.add_argument("--json", type=pathlib.Path, help="write the report as JSON")
     points.add_argument("--gradescope", type=pathlib.Path, help="write Gradescope's results.json")
-    points.add_argument("--leaderboard", action="store_true", help="with --gradescope: train with a submission that has all points "
+    points.add_argument("--leaderboard", action="store_true",
+                        help="with --gradescope: train with a submission that has all points "
                         "(a3, a4: about a minute) and post accuracy and multiply-adds")
     points.set_defaults(run=run_grade)
 
@@ -85,14 +96,17 @@ def course(commands):
     archive.set_defaults(run=run_zip)
     for command in (copy, points, archive):
         command.add_argument("name", help="a1, a2, a3 or a4")
-        command.add_argument("--assignment", type=pathlib.Path, help="the folder of the assignment, or of several")
+        command.add_argument("--assignment", type=pathlib.Path,
+                             help="the folder of the assignment, or of several")
     for command in (points, archive):
-        command.add_argument("--hidden", action="store_true", help="say hidden cases at Gradescope too: it then hides the total")
+        command.add_argument("--hidden", action="store_true",
+                             help="say hidden cases at Gradescope too: it then hides the total")
 
 
 def run_compare(args):
     from .experiments import Recipe, compare, tables
-    changes = {name: getattr(args, name) for name in ("data", "steps", "seed", "precision") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("data", "steps", "seed", "precision")
+               if getattr(args, name) is not None}
     out = args.out or pathlib.Path("runs") / f"compare-{pathlib.Path(args.data).name}-{args.seed}"
     device = backend.announced_device(args.device)
     table, picture = compare.run(Recipe(**changes), out, device=device, threads=args.threads)
@@ -101,14 +115,16 @@ def run_compare(args):
 
 def run_predict(args):
     from . import predict
-    print(predict.classify(args.checkpoint, args.picture, args.out or args.picture.parent / f"{args.picture.stem}.tokens.png"))
+    print(predict.classify(args.checkpoint, args.picture, args.out
+                           or args.picture.parent / f"{args.picture.stem}.tokens.png"))
 
 
 def run_bench(args):
     from . import bench
     settings = {name: value for name, value in vars(args).items() if name not in ("model", "profile", "run")}
     job = bench.Job(args.model, **settings)
-    print(bench.profile_text(bench.profile(job)) if args.profile else bench.speeds_text(job, bench.speeds(job)))
+    print(bench.profile_text(bench.profile(job)) if args.profile
+          else bench.speeds_text(job, bench.speeds(job)))
 
 
 def run_doctor(args):
@@ -147,7 +163,8 @@ def run_grade(args):
 def run_zip(args):
     from .course import gradescope
     assignment = find_assignment(args)
-    print(gradescope.autograder_zip(assignment, args.out or pathlib.Path(f"{assignment.name}_autograder.zip"), args.hidden))
+    print(gradescope.autograder_zip(assignment, args.out
+                                    or pathlib.Path(f"{assignment.name}_autograder.zip"), args.hidden))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The ground floor: which array module, which device, and the few array functions that NumPy and CuPy do not share.
+"""The ground floor: which array module, which device, and the few array functions that NumPy and CuPy do not
+share.
 
 Nothing but this file and `cuda/` names CuPy, and nothing here imports it until a CUDA device is asked for.
 """
@@ -10,12 +11,14 @@ import math
 import os
 import sys
 import threading
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .errors import InputError, expect
 
 FLOATS = ("float32", "float64")
+Array: TypeAlias = np.ndarray  # in type hints: a NumPy or CuPy array
 
 
 @contextlib.contextmanager
@@ -58,7 +61,8 @@ def cuda_ready():
             return False, "CuPy finds no CUDA device"
         (cupy.arange(2, dtype="float32") + 1).get()  # compiles: proves NVRTC, headers and a launch
     except ImportError as error:
-        reason = error.__cause__ or error  # CuPy's own text has fifteen lines, and the reason is what it was raised from
+        # CuPy's own text has fifteen lines, and the reason is what it was raised from
+        reason = error.__cause__ or error
         return False, f"CuPy cannot be imported ({' '.join(str(reason).split())})"
     except Exception as error:  # whatever a broken installation raises is the reason we report
         return False, type(error).__name__ + ": " + str(error).partition("\n")[0]
@@ -71,15 +75,16 @@ def cupy_wheels():
     return sorted(set(importlib.metadata.packages_distributions().get("cupy", ())))
 
 
-def choose_device(name="auto"):
-    """'cpu' or 'cuda' for name auto | cpu | cuda. 'auto' takes the GPU where one works; 'cuda' raises InputError with the
-    reason where none does."""
+def choose_device(name: str = "auto") -> str:
+    """'cpu' or 'cuda' for name auto | cpu | cuda. 'auto' takes the GPU where one works; 'cuda' raises
+    InputError with the reason where none does."""
     expect(name in ("auto", "cpu", "cuda"), "device", f"{name!r}, expected auto, cpu or cuda")
     if name == "cpu":
         return "cpu"
     ready, reason = cuda_ready()
     if not ready and name == "cuda":
-        raise InputError(f"device: cuda asked for, but {reason}; `python -m tinytoken doctor` says how to fix it")
+        raise InputError(f"device: cuda asked for, but {reason}; `python -m tinytoken doctor` says how to "
+                         f"fix it")
     return "cuda" if ready else "cpu"
 
 
@@ -100,7 +105,8 @@ def module_for(device):
     return cupy
 
 
-at_first_cuda = []  # what to call when a CUDA device is used for the first time; tinytoken/__init__ adds the kernels
+# what to call when a CUDA device is used for the first time; tinytoken/__init__ adds the kernels
+at_first_cuda: list = []
 
 
 @functools.cache
@@ -114,37 +120,41 @@ def device_of(array):
     return "cpu" if array_module(array) is np else "cuda"
 
 
-def to_device(array, device):
+def to_device(array: Array, device: str) -> Array:
     """The array on that device; the same object if it is there already."""
     if device_of(array) == device:
         return array
     return to_numpy(array) if device == "cpu" else module_for(device).asarray(array)
 
 
-def to_numpy(array):
+def to_numpy(array: Array) -> np.ndarray:
     """The array in host memory (waits for the GPU)."""
-    return array.get() if array_module(array) is not np else np.asarray(array)
+    on_device: Any = array
+    return on_device.get() if array_module(array) is not np else np.asarray(array)
 
 
 def out_of_memory(error):
     """Whether that is what this exception says, of the host or of the device."""
-    return isinstance(error, MemoryError) or any(word in str(error) for word in ("cudaErrorMemoryAllocation", "ALLOC_FAILED"))
+    return isinstance(error, MemoryError) or any(word in str(error)
+                                                 for word in ("cudaErrorMemoryAllocation", "ALLOC_FAILED"))
 
 
-# Implementations. A plain function defines what is computed; the arrays of another module may have a faster one.
+# Implementations. A plain function defines what is computed; the arrays of another module may have a faster
+# one.
 
 class Mode(threading.local):
-    """implementations: whose this thread uses. None: those of the arrays' own module; "plain": none; or a module's name."""
+    """implementations: whose this thread uses. None: those of the arrays' own module; "plain": none; or a
+    module's name."""
     implementations = None
 
 
 mode = Mode()
-implementations = {}  # (plain function, name of an array module) -> [(covers, function), ...]
+implementations: dict = {}  # (plain function, name of an array module) -> [(covers, function), ...]
 
 
 def implementation(plain, module="cupy", covers=lambda *args, **settings: True):
-    """Decorator: a function with the contract of `plain` for the arrays of `module`, for the calls that it covers:
-    covers(*args, **settings) is true. The others run as `plain`, which stays the definition."""
+    """Decorator: a function with the contract of `plain` for the arrays of `module`, for the calls that it
+    covers: covers(*args, **settings) is true. The others run as `plain`, which stays the definition."""
     def register(function):
         implementations.setdefault((plain, module), []).append((covers, function))
         return function
@@ -152,8 +162,8 @@ def implementation(plain, module="cupy", covers=lambda *args, **settings: True):
 
 
 def faster(plain, xp, /, *args, **settings):
-    """The implementation of plain(*args, **settings) for arrays of the module xp, or None: there is none, none covers this
-    call, or this thread uses the plain functions."""
+    """The implementation of plain(*args, **settings) for arrays of the module xp, or None: there is none,
+    none covers this call, or this thread uses the plain functions."""
     for covers, function in implementations.get((plain, mode.implementations or xp.__name__), ()):
         if covers(*args, **settings):
             return function
@@ -161,37 +171,41 @@ def faster(plain, xp, /, *args, **settings):
 
 
 def using_implementations(module):
-    """Context: this thread uses the implementations of that array module ("plain": none), whatever its arrays are."""
+    """Context: this thread uses the implementations of that array module ("plain": none), whatever its arrays
+    are."""
     return swapped(mode, "implementations", module)
 
 
 def products_in(precision, device):
-    """Context: what products on the device round their factors to. "fp32": to nothing, the only one on a CPU; "tf32" and
-    "bf16" are a GPU's, "bf16" also for what lies between the products of a block. Sums, parameters and gradients are
-    float32 always. Raises InputError, when it is made, where there is no such precision."""
+    """Context: what products on the device round their factors to. "fp32": to nothing, the only one on a CPU;
+    "tf32" and "bf16" are a GPU's, "bf16" also for what lies between the products of a block. Sums, parameters
+    and gradients are float32 always. Raises InputError, when it is made, where there is no such precision."""
     fast = faster(products_in, module_for(device), precision, device)
-    expect(precision == "fp32" or fast, "precision", f"{precision!r}: on the CPU and under plain() products are in fp32")
+    expect(precision == "fp32" or fast, "precision",
+           f"{precision!r}: on the CPU and under plain() products are in fp32")
     return fast(precision, device) if fast else contextlib.nullcontext()
 
 
 # Functions that NumPy lacks, or that the two modules spell differently
 
-# erf(x / sqrt 2) is tanh(x p(x^2)) to 7e-6, so Phi(x) is 1 / (1 + exp(x q(x^2))) with q = -2 p, which is what stands here. Fitted
-# so that x Phi(x) is right to 4e-6 on [-9, 9]; the last coefficient is negative, so it saturates without a clip.
+# erf(x / sqrt 2) is tanh(x p(x^2)) to 7e-6, so Phi(x) is 1 / (1 + exp(x q(x^2))) with q = -2 p, which is what
+# stands here. Fitted so that x Phi(x) is right to 4e-6 on [-9, 9]; the last coefficient is negative, so it
+# saturates without a clip.
 CDF_POLYNOMIAL = (-1.5957048, -0.072876744, 2.2750696e-4, 6.4096842e-5, -2.3604346e-6)
 _exact_erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def normal_cdf(x):
-    """Phi(x) = (1 + erf(x / sqrt 2)) / 2 of a float array. float64: exact, by math.erf, slowly. float32: the logistic function
-    of a fitted polynomial (Phi and x Phi(x) are within 4e-6). CuPy: its own erf."""
+    """Phi(x) = (1 + erf(x / sqrt 2)) / 2 of a float array. float64: exact, by math.erf, slowly. float32: the
+    logistic function of a fitted polynomial (Phi and x Phi(x) are within 4e-6). CuPy: its own erf."""
     xp = array_module(x)
     if xp is not np:
         from cupyx.scipy.special import erf as cuda_erf
         return 0.5 * (1 + cuda_erf(x * math.sqrt(0.5)))
     if x.dtype == np.float64:
         return 0.5 * (1 + np.asarray(_exact_erf(x * math.sqrt(0.5)), np.float64))
-    square = np.multiply(x, x, out=np.empty_like(x))  # out=: a product of 0-d arrays would be a scalar, which has no in-place
+    # out=: a product of 0-d arrays would be a scalar, which has no in-place
+    square = np.multiply(x, x, out=np.empty_like(x))
     out = np.multiply(square, CDF_POLYNOMIAL[-1], out=np.empty_like(x))
     for coefficient in CDF_POLYNOMIAL[-2:0:-1]:
         out += coefficient
@@ -230,34 +244,38 @@ def scatter_add(target, index, values):
     target[rows] += np.add.reduceat(values.reshape(flat.size, *target.shape[1:])[order], starts, axis=0)
 
 
-# Settings of the process: the allocator and the BLAS threads. Never at import: optim.share_out, which training and inference
-# run on, makes them.
+# Settings of the process: the allocator and the BLAS threads. Never at import: optim.share_out, which
+# training and inference run on, makes them.
 
 @functools.cache
 def prepare_cpu():
-    """Keep freed memory in the process, once: NumPy otherwise returns each large array to the system and pays page faults for
-    the next one. glibc only, else nothing is done; TINYTOKEN_MALLOC=0 turns it off. Returns what was done, as text."""
+    """Keep freed memory in the process, once: NumPy otherwise returns each large array to the system and pays
+    page faults for the next one. glibc only, else nothing is done; TINYTOKEN_MALLOC=0 turns it off. Returns
+    what was done, as text."""
     if os.environ.get("TINYTOKEN_MALLOC") == "0":
         return "off (TINYTOKEN_MALLOC=0)"
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return "not available (no glibc)"
-    threshold, trim, pad = (-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+    threshold, trim, pad = (-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26)
     done = [mallopt(*setting) == 1 for setting in (threshold, trim, pad)]
     return "freed memory is kept (mallopt)" if all(done) else "partly refused by this C library"
 
 
 @functools.cache
 def blas_controller():
-    """threadpoolctl's handle on the BLAS that NumPy uses (OpenBLAS, MKL, BLIS, FlexiBLAS), or None for one it does not know."""
+    """threadpoolctl's handle on the BLAS that NumPy uses (OpenBLAS, MKL, BLIS, FlexiBLAS), or None for one it
+    does not know."""
     import threadpoolctl
     found = threadpoolctl.ThreadpoolController().select(user_api="blas")
     return found if found.lib_controllers else None
 
 
 def blas_description():
-    """'openblas 0.3.31 Haswell, 2 threads': library, version, the instruction set of its kernels, or what is known of another."""
+    """'openblas 0.3.31 Haswell, 2 threads': library, version, the instruction set of its kernels, or what is
+    known of another."""
     found = blas_controller()
     if found is None:
         return f"{np.show_config('dicts')['Build Dependencies']['blas']['name']} (threads not under our control)"
@@ -268,7 +286,8 @@ def blas_description():
 
 def blas_environment():
     """The environment's settings of BLAS, threads and allocator, by name."""
-    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OPENBLAS_", "OMP_", "MKL_", "MALLOC_"))}
+    return {k: v for k, v in sorted(os.environ.items())
+            if k.startswith(("OPENBLAS_", "OMP_", "MKL_", "MALLOC_"))}
 
 
 @contextlib.contextmanager
@@ -281,8 +300,9 @@ def blas_threads(count):
 
 @contextlib.contextmanager
 def quick_switches(seconds=5e-4):
-    """Inside the block a Python thread that holds the interpreter gives it up to a waiting one after so many seconds instead of
-    Python's 5 ms: the ops of small models are shorter than that, and their threads would wait for each other."""
+    """Inside the block a Python thread that holds the interpreter gives it up to a waiting one after so many
+    seconds instead of Python's 5 ms: the ops of small models are shorter than that, and their threads would
+    wait for each other."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(seconds)
     try:
@@ -291,6 +311,6 @@ def quick_switches(seconds=5e-4):
         sys.setswitchinterval(before)
 
 
-def cpu_count():
+def cpu_count() -> int:
     """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,8 +15,9 @@ from .train import AdamW, infer, loss_and_grads, slice_size
 
 
 class Job:
-    """A model, by its name, with random pictures: a training step of its own task and an inference pass, to be timed. micro:
-    images of a slice of the step, as in fit. sizes: of the model. Sets the global seed to 0."""
+    """A model, by its name, with random pictures: a training step of its own task and an inference pass, to
+    be timed. micro: images of a slice of the step, as in fit. sizes: of the model. Sets the global seed to
+    0."""
 
     def __init__(self, name, batch=64, micro=None, threads=None, **sizes):
         expect(batch >= 1, "bench", f"batch {batch}, expected at least 1")
@@ -26,7 +27,8 @@ class Job:
         kind = tasks.pick(self.model.task)
         self.task = kind(self.model, models.ViT(**sizes)) if kind.taught else kind(self.model)
         self.optimizer = AdamW(self.model.parameters(), clip=1.0)
-        self.images = random.normal((batch, 3, sizes["image_size"], sizes["image_size"]), site="bench.images", step=0)
+        self.images = random.normal((batch, 3, sizes["image_size"], sizes["image_size"]),
+                                    site="bench.images", step=0)
         self.batch, self.draws = (self.images, np.arange(batch) % 10), self.task.noise(batch, 0, 0)
         macs = recorded_macs(self.task, self.batch, self.draws)
         self.micro = slice_size(batch, threads, macs) if micro is None else micro
@@ -34,7 +36,8 @@ class Job:
     def gradients(self, threads=None):
         if not self.model.training:
             self.model.train()
-        return loss_and_grads(self.task, self.optimizer.params, self.batch, self.micro, threads or self.threads, self.draws)
+        return loss_and_grads(self.task, self.optimizer.params, self.batch, self.micro, threads
+                              or self.threads, self.draws)
 
     def step(self):
         self.gradients()
@@ -58,16 +61,19 @@ def speeds(job, rounds=9):
 
 def speeds_text(job, found):
     """The speeds as text."""
-    lines = [f"{name:<6}{1e3 * median:>9.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f}), {len(job.images) / median:,.0f} images/s"
+    lines = [f"{name:<6}{1e3 * median:>9.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f}), "
+             f"{len(job.images) / median:,.0f} images/s"
              for name, (median, low, high) in found.items()]
-    return "\n".join([*lines, f"float32, batch {len(job.images)}, {job.threads or cpu_count()} threads, {blas_description()}"])
+    return "\n".join([*lines, f"float32, batch {len(job.images)}, {job.threads or cpu_count()} threads, "
+                              f"{blas_description()}"])
 
 
 # Where a step's time goes
 
 @dataclasses.dataclass
 class OpTime:
-    """Of one op: calls, multiply-adds (a vjp's count as twice the forward ones), seconds of its function and of its vjp."""
+    """Of one op: calls, multiply-adds (a vjp's count as twice the forward ones), seconds of its function and
+    of its vjp."""
     calls: int = 0
     macs: int = 0
     forward: float = 0.0
@@ -76,47 +82,30 @@ class OpTime:
 
 @contextlib.contextmanager
 def timed_ops():
-    """Context: {name of an op: OpTime} of all that runs inside, on one thread. Every op in the registry is replaced by itself
-    under a clock; what the graph does between the ops is in no row."""
-    rows, plain = {}, {op: op.function for op in tensor.registry.values()}
-    try:
-        for op, function in plain.items():
-            op.function = _timed(op, function, rows)
-        yield rows
-    finally:
-        for op, function in plain.items():
-            op.function = function
+    """Context: {name of an op: OpTime} of what this thread runs inside. What the graph does between
+    the ops, sums of gradients included, is in no row."""
+    rows = {}
 
-
-def _timed(op, function, rows):
-    def run(*arrays, **settings):
-        row = rows.setdefault(op.name, OpTime())
-        macs = op.shapes_to_macs(*(getattr(a, "shape", None) for a in arrays)) if op.shapes_to_macs else 0
-        row.calls, row.macs = row.calls + 1, row.macs + macs
+    def timed(op, way, shapes, run):
         began = time.perf_counter()
-        out, vjp = function(*arrays, **settings)
-        row.forward += time.perf_counter() - began
+        result = run()
+        spent, row = time.perf_counter() - began, rows.setdefault(op.name, OpTime())
+        macs = op.shapes_to_macs(*shapes) if op.shapes_to_macs else 0
+        if way == "forward":
+            row.calls, row.macs, row.forward = row.calls + 1, row.macs + macs, row.forward + spent
+        elif way == "backward":
+            row.macs, row.backward = row.macs + 2 * macs, row.backward + spent
+        else:
+            row.backward -= spent
+        return result
 
-        def timed_vjp(*upstream):
-            row.macs += 2 * macs
-            return _timed_vjp(row, vjp, upstream)
-        return out, vjp and timed_vjp
-    return run
-
-
-def _timed_vjp(row, function, arguments):
-    """Call a vjp, or one of the functions that it returned, under the clock."""
-    began = time.perf_counter()
-    result = function(*arguments)
-    row.backward += time.perf_counter() - began
-    entries = result if isinstance(result, tuple) else (result,)
-    later = tuple((lambda entry=entry: _timed_vjp(row, entry, ())) if callable(entry) else entry for entry in entries)
-    return later if isinstance(result, tuple) or callable(result) else result
+    with tensor.around(timed):
+        yield rows
 
 
 def profile(job, rounds=5):
-    """A training step by op, on one thread, medians over rounds -> {"ops": {name: OpTime}, "gradients" and "adamw": seconds,
-    "peak": multiply-adds per second of a large product, the best of the same rounds}."""
+    """A training step by op, on one thread, medians over rounds -> {"ops": {name: OpTime}, "gradients" and
+    "adamw": seconds, "peak": multiply-adds per second of a large product, the best of the same rounds}."""
     totals, updates, peaks, tables = [], [], [], []
     job.gradients(threads=1)
     for _ in range(rounds):
@@ -126,9 +115,12 @@ def profile(job, rounds=5):
         with timed_ops() as rows:
             job.gradients(threads=1)
         tables.append(rows)
-    ops = {name: OpTime(row.calls, row.macs, *(statistics.median(getattr(table[name], way) for table in tables)
-                                               for way in ("forward", "backward"))) for name, row in tables[0].items()}
-    return {"ops": ops, "gradients": statistics.median(totals), "adamw": statistics.median(updates), "peak": max(peaks)}
+    ops = {name: OpTime(row.calls, row.macs,
+                        *(statistics.median(getattr(table[name], way) for table in tables)
+                                               for way in ("forward", "backward"))) for name,
+           row in tables[0].items()}
+    return {"ops": ops, "gradients": statistics.median(totals), "adamw": statistics.median(updates),
+            "peak": max(peaks)}
 
 
 def _seconds(run):
@@ -158,5 +150,6 @@ def profile_text(found):
     rest = found["gradients"] - spent
     lines += [f"{name:<23}{1e3 * seconds:>25.1f}{100 * seconds / total:>6.1f} %"
               for name, seconds in (("AdamW", found["adamw"]), ("the graph and the rest", rest))]
-    lines.append(f"{1e3 * total:.0f} ms on one thread; BLAS peak {2e-9 * found['peak']:.0f} GFLOP/s (2 per multiply-add)")
+    lines.append(f"{1e3 * total:.0f} ms on one thread; BLAS peak {2e-9 * found['peak']:.0f} GFLOP/s (2 per "
+                 f"multiply-add)")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Multiply-adds (MACs), counted from the ops that ran, and the graph as text. Biases, and the ops in FREE, count zero."""
+"""Multiply-adds (MACs), counted from the ops that ran, and the graph as text. Biases, and the ops in FREE,
+count zero."""
 import collections
 import dataclasses
 import threading
@@ -6,8 +7,8 @@ import threading
 from .errors import GraphError
 from .tensor import no_grad, observe, recording, topological_order
 
-# Ops of tinytoken.ops: norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves values. An op that
-# is neither here nor declares its MACs makes the count fail.
+# Ops of tinytoken.ops: norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves
+# values. An op that is neither here nor declares its MACs makes the count fail.
 FREE = frozenset("""
     add subtract multiply divide negative power exp log sqrt sum mean max reshape transpose concat index pad broadcast_to
     embedding softmax log_softmax layer_norm gelu relu sigmoid tanh split_heads merge_heads gumbel_softmax take_tokens put_tokens
@@ -19,8 +20,8 @@ _running = threading.local()
 
 
 def running_modules():
-    """The modules whose forward is running in this thread, outermost first: a list that nn.Module puts itself on and takes itself
-    off."""
+    """The modules whose forward is running in this thread, outermost first: a list that nn.Module puts itself
+    on and takes itself off."""
     return _running.__dict__.setdefault("stack", [])
 
 
@@ -32,7 +33,8 @@ def innermost():
 
 @dataclasses.dataclass(frozen=True)
 class Macs:
-    """Multiply-adds per image: `total`, `by_op` {name: MACs}, `by_module` {dotted name of the innermost module: MACs}."""
+    """Multiply-adds per image: `total`, `by_op` {name: MACs}, `by_module` {dotted name of the innermost
+    module: MACs}."""
     total: int
     by_op: dict
     by_module: dict
@@ -46,15 +48,16 @@ class Macs:
 
 
 def macs(model, images, **call):
-    """The multiply-adds of one image through model(images, **call) -> Macs: one pass in eval mode under no_grad, divided by
-    the batch size. Counted from shapes: the same on every machine."""
+    """The multiply-adds of one image through model(images, **call) -> Macs: one pass in eval mode under
+    no_grad, divided by the batch size. Counted from shapes: the same on every machine."""
     names = {id(module): name or "(model)" for name, module in model.named_modules()}
     by_op, by_module = collections.Counter(), collections.Counter()
 
     def count(op, shapes):
         if op.shapes_to_macs is None:
             if op.name not in FREE or not op.module.startswith("tinytoken.ops."):
-                raise GraphError(f"macs: op {op.name} neither declares its multiply-adds nor stands in cost.FREE")
+                raise GraphError(f"macs: op {op.name} neither declares its multiply-adds nor stands in "
+                                 f"cost.FREE")
             return
         n = op.shapes_to_macs(*shapes)
         by_op[op.name] += n
@@ -72,8 +75,8 @@ def macs(model, images, **call):
 
 
 def recorded_macs(function, arrays, draws=None):
-    """The multiply-adds of function(*arrays, **draws), run on the first image alone, as far as they are recorded for a
-    backward pass. Ops that declare none, a user's own for example, count zero."""
+    """The multiply-adds of function(*arrays, **draws), run on the first image alone, as far as they are
+    recorded for a backward pass. Ops that declare none, a user's own for example, count zero."""
     counts = []
 
     def count(op, shapes):
@@ -86,8 +89,8 @@ def recorded_macs(function, arrays, draws=None):
 
 
 def explain(loss):
-    """Print the graph under a tensor in the order in which it was computed: op, shapes, multiply-adds (MACs). A freed node
-    no longer knows where its inputs came from."""
+    """Print the graph under a tensor in the order in which it was computed: op, shapes, multiply-adds (MACs).
+    A freed node no longer knows where its inputs came from."""
     print(graph_text(loss))
 
 

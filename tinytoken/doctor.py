@@ -19,8 +19,10 @@ def report():
             ("CPUs", f"{backend.cpu_count()} may be used"),
             ("allocator", f"for training and inference: {backend.prepare_cpu()}"),
             ("GPU", gpu()),
-            ("pictures", " and ".join(f"{name} {_version(name) or 'missing'}" for name in ("matplotlib", "pillow"))
-             + ("" if _version("matplotlib") and _version("pillow") else ": pip install 'tinytoken-vit[plot]'"))]
+            ("pictures", " and ".join(f"{name} {_version(name) or 'missing'}"
+                                      for name in ("matplotlib", "pillow"))
+             + ("" if _version("matplotlib") and _version("pillow")
+                else ": pip install 'tinytoken-vit[plot]'"))]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
@@ -56,8 +58,10 @@ def _for_driver(wheels=()):
     if not major:
         return "nvidia-smi is here but names no driver version: is the driver loaded?"
     extra, version = "cuda13" if major >= 580 else "cuda12", said.splitlines()[0]
-    wrong = [name for name in wheels if name != f"cupy-{extra}x"]  # for a toolkit that the driver is too old for, or older than it
-    return f"Driver {version}: " + "".join(f"pip uninstall {name}, then " for name in wrong) + f"pip install 'tinytoken-vit[{extra}]'"
+    # for a toolkit that the driver is too old for, or older than it
+    wrong = [name for name in wheels if name != f"cupy-{extra}x"]
+    return f"Driver {version}: " + "".join(f"pip uninstall {name}, then "
+                                           for name in wrong) + f"pip install 'tinytoken-vit[{extra}]'"
 
 
 def _version(package):

@@ -6,7 +6,8 @@
 
 
 class InputError(ValueError):
-    """An argument, array or file that cannot be used. The message says what was given and what was expected."""
+    """An argument, array or file that cannot be used. The message says what was given and what was
+    expected."""
 
 
 class Busy(InputError):
@@ -22,8 +23,8 @@ class GraphError(RuntimeError):
 
 
 def expect(ok, where, found, likely="", lesson=""):
-    """Raise InputError(f"{where}: {found}") unless ok. `found` is a string, or a function that makes it: messages cost
-    time to format, so the ops, which run thousands of times a second, pass a function."""
+    """Raise InputError(f"{where}: {found}") unless ok. `found` is a string, or a function that makes it:
+    messages cost time to format, so the ops, which run thousands of times a second, pass a function."""
     if ok:
         return
     message = f"{where}: {found() if callable(found) else found}"

@@ -1,12 +1,15 @@
-"""Files that are whole or not there: written beside the target, flushed, then renamed over it; and claims to work on one."""
+"""Files that are whole or not there: written beside the target, flushed, then renamed over it; and claims to
+work on one."""
 import contextlib
 import json
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 from .errors import Busy, InputError
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # Windows
@@ -15,8 +18,9 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def replacing(path, mode="wb"):
-    """Context: a file that becomes `path` when the block ends well, and vanishes when it does not: a crash at any moment
-    leaves the old file or the new one. A full disk or an unwritable folder raises InputError naming the path."""
+    """Context: a file that becomes `path` when the block ends well, and vanishes when it does not: a crash at
+    any moment leaves the old file or the new one. A full disk or an unwritable folder raises InputError
+    naming the path."""
     path = pathlib.Path(path)
     temporary = None
     try:
@@ -38,8 +42,9 @@ def replacing(path, mode="wb"):
 
 @contextlib.contextmanager
 def claimed(path):
-    """Context: no other process is in such a block for the same path; Busy where one is. The claim is a lock on path.lock, so
-    it ends with the process, however that ends. Windows has no such locks: there nothing is claimed."""
+    """Context: no other process is in such a block for the same path; Busy where one is. The claim is a lock
+    on path.lock, so it ends with the process, however that ends. Windows has no such locks: there nothing is
+    claimed."""
     path = pathlib.Path(path)
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
@@ -55,8 +60,10 @@ def claimed(path):
 
 
 def check_writable(folder):
-    """Find out before the work, not after it: by a file in the folder, or in the nearest one above it that exists."""
-    probe = next(place for place in (folder, *folder.absolute().parents) if place.exists()) / ".tinytoken-writable"
+    """Find out before the work, not after it: by a file in the folder, or in the nearest one above it that
+    exists."""
+    probe = next(place for place in (folder, *folder.absolute().parents)
+                 if place.exists()) / ".tinytoken-writable"
     with replacing(probe) as file:
         file.write(b"\0" * 65536)
     probe.unlink()

@@ -7,8 +7,9 @@ from .files import replacing
 def tokens(path, images, labels, predictions, panels, patch):
     """One row per picture: the picture, then a panel for everything that the models have to show.
 
-    images (B, 3, H, W) uint8; labels: B names; predictions: {model: B names}; panels: [(title, (B, N) array)] as Model.show
-    gives them: of a boolean array the other patches are faded, of weights the large ones are red.
+    images (B, 3, H, W) uint8; labels: B names; predictions: {model: B names}; panels: [(title, (B, N) array)]
+    as Model.show gives them: of a boolean array the other patches are faded, of weights the large ones are
+    red.
     """
     figure_module = _figure()
     columns = ["picture", *(title for title, _ in panels)]
@@ -39,8 +40,8 @@ def _grid(picture, patch):
 
 
 def hide(picture, kept, patch):
-    """The picture (H, W, 3) uint8 with every patch that is not kept faded to a light grey. kept: numbers of patches, or a
-    boolean for each."""
+    """The picture (H, W, 3) uint8 with every patch that is not kept faded to a light grey. kept: numbers of
+    patches, or a boolean for each."""
     rows, columns = _grid(picture, patch)
     mask = np.zeros(rows * columns, bool)
     mask[kept] = True
@@ -49,7 +50,9 @@ def hide(picture, kept, patch):
 
 
 def heat(picture, weights, patch):
-    """The picture (H, W, 3) uint8 in grey, with the patches' weights (N,), scaled to their largest, as red."""
-    weights = np.kron((weights / weights.max()).reshape(_grid(picture, patch)), np.ones((patch, patch)))[..., None]
+    """The picture (H, W, 3) uint8 in grey, with the patches' weights (N,), scaled to their largest, as
+    red."""
+    weights = np.kron((weights / weights.max()).reshape(_grid(picture, patch)),
+                      np.ones((patch, patch)))[..., None]
     grey = np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2) * 0.7 + 60
     return (grey * (1 - 0.8 * weights) + np.array([255, 40, 20]) * 0.8 * weights).clip(0, 255).astype("uint8")

@@ -4,7 +4,8 @@ import numpy as np
 from . import plot
 from .backend import to_numpy
 from .data import normalise
-from .errors import InputError, expect
+from .data.folder import read_image
+from .errors import expect
 from .nn import both_sides
 from .ops import softmax
 from .tensor import no_grad
@@ -12,10 +13,12 @@ from .train import checkpoint
 
 
 def classify(path, picture, path_out):
-    """Classify `picture` (any format that pillow reads; its central square is scaled to the model's size) with the checkpoint at
-    `path`, write it with its tokens to `path_out` -> the text to print. Raises InputError for files that cannot be used."""
+    """Classify `picture` (of any format that pillow reads; data.folder.read_image says how it is taken) with
+    the checkpoint at `path`, write it with its tokens to `path_out` -> the text to print. Raises InputError
+    for files that cannot be used."""
     model, header = checkpoint.load_model(path)
-    expect("classes" in header, "predict", f"{path} does not say its classes and pixel statistics: train it with `compare`")
+    expect("classes" in header, "predict",
+           f"{path} does not say its classes and pixel statistics: train it with `compare`")
     images = read_picture(picture, both_sides(model.config.image_size))
     with no_grad():
         out = model.eval()(normalise(images, header["mean"], header["std"]), trace=True)
@@ -27,17 +30,7 @@ def classify(path, picture, path_out):
 
 def read_picture(path, size):
     """(1, 3, H, W) uint8. size: (H, W)."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise InputError("predict reads pictures with pillow, which is not installed: "
-                         "pip install 'tinytoken-vit[plot]'") from None
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.fit(image.convert("RGB"), size[::-1], Image.Resampling.BILINEAR)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"predict: {path} is not a picture that pillow can read ({error})") from error
-    return np.asarray(image).transpose(2, 0, 1)[None]
+    return read_image(path, size, "predict")[None]
 
 
 def show(path, model, images, name, out):

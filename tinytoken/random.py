@@ -1,9 +1,11 @@
-"""Counter-based random numbers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
+"""Counter-based random numbers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as
+easy as 1, 2, 3").
 
-A draw is a pure function of (seed, site, step, element): no state, so NumPy and CuPy give the same bits, a resumed run
-draws what an uninterrupted one draws, and the number of micro-batches or threads changes nothing. `site` names the place
-that draws (a string is hashed with crc32; by convention the module's path), `step` is the trainer's step.
-A draw without a step takes the number of such draws since `manual_seed`, so that two calls differ.
+A draw is a pure function of (seed, site, step, element): no state, so NumPy and CuPy give the same bits, a
+resumed run draws what an uninterrupted one draws, and the number of micro-batches or threads changes nothing.
+`site` names the place that draws (a string is hashed with crc32; by convention the module's path), `step` is
+the trainer's step. A draw without a step takes the number of such draws since `manual_seed`, so that two
+calls differ.
 """
 import itertools
 import math
@@ -19,14 +21,16 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 _default = {"seed": 0, "draws": itertools.count()}
 
 
-def manual_seed(seed):
-    """Set the default key, and start counting the draws without a step at zero again. seed: 0 <= int < 2**64."""
+def manual_seed(seed: int) -> None:
+    """Set the default key, and start counting the draws without a step at zero again. seed: 0 <= int <
+    2**64."""
     _check_seed(seed)
     _default.update(seed=seed, draws=itertools.count())
 
 
 def philox4x32(counter, key, rounds=10):
-    """The block cipher. counter: four uint32 arrays or ints, key: two ints -> four uint32 arrays of the same shape."""
+    """The block cipher. counter: four uint32 arrays or ints, key: two ints -> four uint32 arrays of the same
+    shape."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -40,8 +44,9 @@ def philox4x32(counter, key, rounds=10):
 
 
 def bits(shape, *, site, step=None, seed=None, xp=np):
-    """Uniform uint32 of the given shape. Element i is word i % 4 of the block with counter (i // 4, site, step, 0). step: also a uint32
-    array (1,) on a GPU, which the kernels of cuda/ read when they run; InputError where they do not draw."""
+    """Uniform uint32 of the given shape. Element i is word i % 4 of the block with counter (i // 4, site,
+    step, 0). step: also a uint32 array (1,) on a GPU, which the kernels of cuda/ read when they run;
+    InputError where they do not draw."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     seed = _default["seed"] if seed is None else seed
     step = next(_default["draws"]) if step is None else step
@@ -61,7 +66,8 @@ def bits(shape, *, site, step=None, seed=None, xp=np):
 
 
 def uniform(shape, *, site, step=None, seed=None, xp=np, dtype="float32"):
-    """Uniform in (0, 1), both ends excluded: ((bits >> 9) + 0.5) * 2**-23. With 24 bits the largest would round to 1."""
+    """Uniform in (0, 1), both ends excluded: ((bits >> 9) + 0.5) * 2**-23. With 24 bits the largest would
+    round to 1."""
     draw = bits(shape, site=site, step=step, seed=seed, xp=xp)
     return ((draw >> 9).astype(dtype) + 0.5) * 2.0**-23
 
@@ -81,14 +87,17 @@ def gumbel(shape, *, site, step=None, seed=None, xp=np, dtype="float32"):
 def integers(shape, high, *, site, step=None, seed=None, xp=np):
     """int64 in [0, high): (bits * high) >> 32, so no value is off its fair share by more than 2**-32."""
     expect(0 < high <= 2**32, "random.integers", f"high is {high}, expected 1 to 2**32")
-    return ((bits(shape, site=site, step=step, seed=seed, xp=xp).astype("uint64") * high) >> 32).astype("int64")
+    return ((bits(shape, site=site, step=step, seed=seed, xp=xp).astype("uint64")
+             * high) >> 32).astype("int64")
 
 
 def permutation(n, *, site, step=None, seed=None, xp=np):
-    """A random order of 0 .. n-1 as int64: the order of n draws of 64 bits, so that ties do not occur in practice."""
+    """A random order of 0 .. n-1 as int64: the order of n draws of 64 bits, so that ties do not occur in
+    practice."""
     draw = bits((n, 2), site=site, step=step, seed=seed, xp=xp).astype("uint64")
     return xp.argsort((draw[:, 0] << 32) | draw[:, 1], kind="stable").astype("int64")
 
 
 def _check_seed(seed):
-    expect(isinstance(seed, (int, np.integer)) and 0 <= seed < 2**64, "random", f"seed {seed!r}, expected 0 <= int < 2**64")
+    expect(isinstance(seed, (int, np.integer)) and 0 <= seed < 2**64, "random",
+           f"seed {seed!r}, expected 0 <= int < 2**64")

@@ -1,4 +1,5 @@
-"""Registries: what is offered under a name. Whatever lists models, tasks or data sets reads it from one of these."""
+"""Registries: what is offered under a name. Whatever lists models, tasks or data sets reads it from one of
+these."""
 from .errors import expect
 
 

@@ -1,4 +1,5 @@
-"""The engine: Tensor, the graph of nodes, @op, backward() and grad(). Everything differentiable is built on this file.
+"""The engine: Tensor, the graph of nodes, @op, backward() and grad(). Everything differentiable is built on
+this file.
 
 An op is one function on raw arrays that returns its output and its vector-Jacobian product (vjp):
 
@@ -8,9 +9,10 @@ An op is one function on raw arrays that returns its output and its vector-Jacob
             return lambda: g * b, lambda: g * a
         return a * b, vjp
 
-Calling it with Tensors runs it on their arrays and, if an input needs a gradient, records one Node. The graph of nodes is
-the tape: a Node knows the nodes it came from and nothing knows the Node but its outputs, so there is no global list and no
-reference cycle. Backward sorts the nodes, runs each vjp once with everything that arrived, and frees the node.
+Calling it with Tensors runs it on their arrays and, if an input needs a gradient, records one Node. The graph
+of nodes is the tape: a Node knows the nodes it came from and nothing knows the Node but its outputs, so there
+is no global list and no reference cycle. Backward sorts the nodes, runs each vjp once with everything that
+arrived, and frees the node.
 """
 import functools
 import inspect
@@ -25,7 +27,7 @@ from .errors import GradientError, GraphError, InputError, expect
 
 
 class _Mode(threading.local):
-    recording, observer = True, None
+    recording, around = True, None
 
 
 _mode = _Mode()
@@ -43,20 +45,35 @@ def recording():
 
 
 def plain():
-    """Context (or decorator): this thread runs the plain definitions alone, whatever faster ones are registered."""
+    """Context (or decorator): this thread runs the plain definitions alone, whatever faster ones are
+    registered."""
     return using_implementations("plain")
 
 
+def around(wrapper):
+    """Context: this thread computes an op's parts by wrapper(op, way, shapes, run), which returns run().
+
+    way: "forward", the op's function; "backward", its vjp and the entries that are wanted; "add", inside of
+    that, one of the gradients added to those that arrived before. shapes: of the op's array arguments."""
+    return swapped(_mode, "around", wrapper)
+
+
 def observe(observer):
-    """Context: observer(op, shapes of the array arguments) is called for each op that this thread runs."""
-    return swapped(_mode, "observer", observer)
+    """Context: observer(op, shapes of the array arguments) is called after each op that this thread runs."""
+    def observed(op, way, shapes, run):
+        result = run()
+        if way == "forward":
+            observer(op, shapes)
+        return result
+    return around(observed)
 
 
 class Tensor:
     """An array, its gradient, and the node that made it.
 
-    array: NumPy or CuPy array, number or nested list (by numpy.asarray's rules); floats are float32 or float64. Not copied.
-    requires_grad: collect .grad for it in backward(). .data and .grad are raw arrays; .grad is None before the first backward.
+    array: NumPy or CuPy array, number or nested list (by numpy.asarray's rules); floats are float32 or
+    float64. Not copied. requires_grad: collect .grad for it in backward(). .data and .grad are raw arrays;
+    .grad is None before the first backward.
     """
     __slots__ = ("data", "grad", "requires_grad", "node", "place", "__weakref__")
     __array_ufunc__ = None  # array * Tensor comes to Tensor.__rmul__
@@ -68,7 +85,8 @@ class Tensor:
         kind = array.dtype.kind
         expect(kind in "biu" or array.dtype.name in FLOATS, "Tensor",
                f"dtype {array.dtype}, expected float32, float64, int or bool")
-        expect(kind == "f" or not requires_grad, "Tensor", f"requires_grad with dtype {array.dtype}, expected float32 or float64")
+        expect(kind == "f" or not requires_grad, "Tensor",
+               f"requires_grad with dtype {array.dtype}, expected float32 or float64")
         self.data, self.grad, self.requires_grad = array, None, bool(requires_grad)
         self.node, self.place = None, 0  # the node that made it, and which of its outputs it is
 
@@ -104,18 +122,21 @@ class Tensor:
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
     def backward(self, gradient=None):
-        """Add d(self)/d(leaf) to .grad of every leaf that requires it, and free the graph. `gradient` is the upstream
-        gradient, an array of this tensor's shape; it may be left out for a tensor of one element."""
+        """Add d(self)/d(leaf) to .grad of every leaf that requires it, and free the graph. `gradient` is the
+        upstream gradient, an array of this tensor's shape; it may be left out for a tensor of one element."""
         _backward(self, gradient, None, _add_to_leaf)
 
 
 def grad(loss, wrt, into=None, *, gradient=None, add=False):
-    """The gradients of `loss` with respect to the tensors in `wrt`, as a list of arrays; nothing else is touched (.grad stays
-    as it is, but the graph is freed). A tensor that the loss does not depend on gets zeros.
+    """The gradients of `loss` with respect to the tensors in `wrt`, as a list of arrays; nothing else is
+    touched (.grad stays as it is, but the graph is freed). A tensor that the loss does not depend on gets
+    zeros.
 
-    into: arrays to fill instead of making new ones (add=True adds to what they hold). gradient: as in Tensor.backward.
+    into: arrays to fill instead of making new ones (add=True adds to what they hold). gradient: as in
+    Tensor.backward.
     """
-    expect(into is None or len(into) == len(wrt), "grad", lambda: f"{len(into)} arrays in `into` for {len(wrt)} tensors in `wrt`")
+    expect(into is None or len(into) == len(wrt), "grad",
+           lambda: f"{len(into)} arrays in `into` for {len(wrt)} tensors in `wrt`")
     expect(all(t.requires_grad for t in wrt), "grad", "a tensor in `wrt` does not require a gradient")
     expect(len({id(t) for t in wrt}) == len(wrt), "grad", "a tensor in `wrt` is given twice")
     if into is None:
@@ -136,7 +157,8 @@ def grad(loss, wrt, into=None, *, gradient=None, add=False):
 # Ops
 
 class Index:
-    """Annotation of an array argument: integer arrays are passed as they are (indices, labels), not cast to the float dtype."""
+    """Annotation of an array argument: integer arrays are passed as they are (indices, labels), not cast to
+    the float dtype."""
 
 
 class Op:
@@ -182,23 +204,24 @@ class Op:
                 uniform = uniform and a is None
             arrays.append(a)
         xp = array_module(*arrays)
-        if not uniform or dtype is None or dtype.kind != "f":  # the usual call has tensors of one dtype and nothing to convert
+        # the usual call has tensors of one dtype and nothing to convert
+        if not uniform or dtype is None or dtype.kind != "f":
             dtype = self._float_dtype(args)
             arrays = [self._raw(i, a, dtype, xp) for i, a in enumerate(arrays)]
             if not any(map(is_array, arrays)):
                 arrays = [a if a is None else xp.asarray(a, dtype) for a in arrays]
-        run = faster(self, xp, *arrays, **settings) or self.function
         try:
-            out, vjp = run(*arrays, **settings)
+            run = faster(self, xp, *arrays, **settings) or self.function
+            out, vjp = run(*arrays, **settings) if _mode.around is None else _mode.around(
+                self, "forward", _shapes(arrays), functools.partial(run, *arrays, **settings))
         except (ValueError, IndexError) as error:  # what no check of the op foresaw, in its form
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{self.name}: {', '.join(str(a.shape) for a in arrays if is_array(a))}: {error}") from error
-        if _mode.observer:
-            _mode.observer(self, [getattr(a, "shape", None) for a in arrays])
         several = isinstance(out, tuple)
         outputs = out if several else (out,)
-        node = Node(self, args, arrays, outputs, vjp) if record and vjp is not None and _mode.recording else None
+        node = Node(self, args, arrays, outputs,
+                    vjp) if record and vjp is not None and _mode.recording else None
         wrapped = [self._wrap(o, dtype, node, i) for i, o in enumerate(outputs)]
         return tuple(wrapped) if several else wrapped[0]
 
@@ -214,26 +237,30 @@ class Op:
         return arrays, {name: given[name] for name in self.settings}
 
     def _float_dtype(self, args):
-        """The float dtype of the op: that of its tensors, which must agree; without tensors the widest of its arrays."""
+        """The float dtype of the op: that of its tensors, which must agree; without tensors the widest of its
+        arrays."""
         tensors = {a.dtype for a in args if isinstance(a, Tensor) and a.dtype.kind == "f"}
         if len(tensors) > 1:
             names = [f"input {i}" for i in range(len(args))] if self.variadic else self.arrays
             given = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, args) if isinstance(a, Tensor))
-            raise InputError(f"{self.name}: tensors of one float dtype expected, given {given}: cast one of them")
+            raise InputError(f"{self.name}: tensors of one float dtype expected, given {given}: cast one of "
+                             f"them")
         arrays = {a.dtype for a in args if is_array(a) and a.dtype.kind == "f"}
         dtype = tensors.pop() if tensors else np.result_type(*arrays) if arrays else np.dtype("float32")
         expect(dtype.name in FLOATS, self.name, lambda: f"dtype {dtype}, expected float32 or float64")
         return dtype
 
     def _raw(self, i, a, dtype, xp):
-        """One argument as the function gets it: float, bool and int arrays as `dtype`; index arrays, numbers, None unchanged."""
+        """One argument as the function gets it: float, bool and int arrays as `dtype`; index arrays, numbers,
+        None unchanged."""
         if not is_array(a):
             if isinstance(a, np.generic):  # a NumPy scalar has a dtype of its own, which would spread
                 return xp.asarray(a, dtype=dtype)
             expect(a is None or isinstance(a, (int, float)), self.name,
                    lambda: f"argument {i} is a {type(a).__name__}, expected a Tensor, an array or a number")
             return a
-        expect(array_module(a) is xp, self.name, "arguments on the CPU and on the GPU in one op: move one (backend.to_device)")
+        expect(array_module(a) is xp, self.name,
+               "arguments on the CPU and on the GPU in one op: move one (backend.to_device)")
         if a.dtype == dtype or a.dtype.kind in "iu" and i in self.index:
             return a
         return a.astype(dtype)
@@ -242,7 +269,8 @@ class Op:
         if not is_array(array):  # a reduction of everything gives a NumPy scalar
             array = np.asarray(array)
         if array.dtype != dtype and array.dtype.kind == "f":
-            raise GradientError(f"{self.name}: {array.dtype} output for {dtype} inputs: is one of its constants a NumPy scalar?")
+            raise GradientError(f"{self.name}: {array.dtype} output for {dtype} inputs: is one of its "
+                                f"constants a NumPy scalar?")
         out = Tensor.__new__(Tensor)
         out.data, out.grad, out.requires_grad, out.node, out.place = array, None, node is not None, node, place
         return out
@@ -251,21 +279,23 @@ class Op:
 def op(function):
     """Make an op of a function on raw arrays that returns (output or outputs, vjp).
 
-    Parameters before `*` (and `*args`) are arrays; those after it are settings. vjp takes one upstream gradient per output
-    (None for an output that nothing used) and returns one entry per array argument, bare if there is one: an array, None,
-    or a function without arguments that is called only if that input needs its gradient. Broadcasting is undone here.
-    An op never writes into its inputs or into the gradient it is given, and draws no random numbers.
+    Parameters before `*` (and `*args`) are arrays; those after it are settings. vjp takes one upstream
+    gradient per output (None for an output that nothing used) and returns one entry per array argument, bare
+    if there is one: an array, None, or a function without arguments that is called only if that input needs
+    its gradient. Broadcasting is undone here. An op never writes into its inputs or into the gradient it is
+    given, and draws no random numbers.
     """
     return Op(function)
 
 
 def fused(function):
-    """Mark a function or method that is made of ops, which an array module may implement as one (backend.implementation).
-    Where none does, its parts run and are recorded. The first Tensor or array among its positional arguments says whose
-    implementation is asked for."""
+    """Mark a function or method that is made of ops, which an array module may implement as one
+    (backend.implementation). Where none does, its parts run and are recorded. The first Tensor or array among
+    its arguments says whose implementation is asked for."""
     @functools.wraps(function)
     def run(*args, **settings):
-        first = next(a.data if isinstance(a, Tensor) else a for a in args if isinstance(a, Tensor) or is_array(a))
+        arrays = (a.data if isinstance(a, Tensor) else a for a in (*args, *settings.values()))
+        first = next(filter(is_array, arrays), None)
         return (faster(run, array_module(first), *args, **settings) or function)(*args, **settings)
     return run
 
@@ -273,16 +303,18 @@ def fused(function):
 # The graph
 
 class Node:
-    """One run of an op. `edges` holds, per array argument, None or (key, shape, dtype). A key is what a gradient is addressed to:
-    (node, place) for output `place` of a node, the leaf Tensor itself otherwise. Intermediate Tensors are not held: their
-    arrays live as long as a vjp needs them."""
+    """One run of an op. `edges` holds, per array argument, None or (key, shape, dtype). A key is what a
+    gradient is addressed to: (node, place) for output `place` of a node, the leaf Tensor itself otherwise.
+    Intermediate Tensors are not held: their arrays live as long as a vjp needs them."""
     __slots__ = ("op", "edges", "vjp", "shapes", "outputs", "number")
-    numbers = itertools.count()  # a node is made after those that it came from: in order of number they are in order
+    # a node is made after those that it came from: in order of number they are in order
+    numbers = itertools.count()
 
     def __init__(self, op, args, arrays, outputs, vjp):
         self.op, self.vjp, self.number = op, vjp, next(self.numbers)
-        self.edges = [(_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad else None for a in args]
-        self.shapes = [getattr(a, "shape", None) for a in arrays]
+        self.edges = [(_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad
+                      else None for a in args]
+        self.shapes = _shapes(arrays)
         self.outputs = [o.shape for o in outputs]
 
     def parents(self):
@@ -290,12 +322,17 @@ class Node:
         return [edge[0][0] for edge in self.edges if edge and isinstance(edge[0], tuple)]
 
 
+def _shapes(arrays):
+    return [getattr(a, "shape", None) for a in arrays]
+
+
 def _key(tensor):
     return (tensor.node, tensor.place) if tensor.node else tensor
 
 
 def topological_order(root):
-    """The nodes under `root`, each after all that it depends on. Iterative: a graph may be deeper than Python's stack."""
+    """The nodes under `root`, each after all that it depends on. Iterative: a graph may be deeper than
+    Python's stack."""
     found, stack = {root}, [root]
     while stack:
         new = [parent for parent in stack.pop().parents() if parent not in found]
@@ -312,8 +349,9 @@ def _add_to_leaf(leaf, g):
 
 
 def _backward(root, gradient, wanted, deliver):
-    """Run the graph backward from `root`, and deliver(key, gradient) whatever arrives at a wanted key (None: at every leaf).
-    Nodes that lead to none of them are not run. wanted: {key: the array that its gradient is added to}, or None."""
+    """Run the graph backward from `root`, and deliver(key, gradient) whatever arrives at a wanted key (None:
+    at every leaf). Nodes that lead to none of them are not run. wanted: {key: the array that its gradient is
+    added to}, or None."""
     gradient = _upstream(root, gradient)
     order = topological_order(root.node) if root.node else []
     if any(node.vjp is None for node in order):
@@ -322,6 +360,7 @@ def _backward(root, gradient, wanted, deliver):
     is_wanted = _is_leaf if wanted is None else wanted.__contains__
     place_of = lambda key: wanted.get(key) if wanted and _is_leaf(key) else None
     live, arrived = _live_edges(order, is_wanted), {}
+    run_node = functools.partial(_run_node_in, _mode.around) if _mode.around else _run_node
 
     def arrive(key, g):
         if is_wanted(key):
@@ -334,7 +373,7 @@ def _backward(root, gradient, wanted, deliver):
         node = order.pop()
         upstream = [arrived.pop((node, place), (None,))[0] for place in range(len(node.outputs))]
         if node in live and any(g is not None for g in upstream):
-            _run_node(node, live[node], upstream, arrive, place_of)
+            run_node(node, live[node], upstream, arrive, place_of)
 
 
 def _is_leaf(key):
@@ -342,10 +381,12 @@ def _is_leaf(key):
 
 
 def _live_edges(order, is_wanted):
-    """{node: its edges, None for one that leads to no wanted key} of the nodes that lead to one. `order`: producers first."""
+    """{node: its edges, None for one that leads to no wanted key} of the nodes that lead to one. `order`:
+    producers first."""
     live = {}
     for node in order:
-        edges = [edge if edge and (is_wanted(edge[0]) or isinstance(edge[0], tuple) and edge[0][0] in live) else None
+        edges = [edge if edge and (is_wanted(edge[0]) or isinstance(edge[0], tuple) and edge[0][0] in live)
+                 else None
                  for edge in node.edges]
         if any(edges):
             live[node] = edges
@@ -356,32 +397,36 @@ def _upstream(root, gradient):
     expect(root.requires_grad, "backward", "this tensor does not depend on anything that requires a gradient")
     if gradient is None:
         expect(root.size == 1, "backward",
-               lambda: f"a tensor of shape {root.shape} needs an upstream gradient; only a scalar does without")
+               lambda: f"a tensor of shape {root.shape} needs an upstream gradient; only a scalar does "
+                       f"without")
         return array_module(root.data).ones_like(root.data)
     gradient = gradient.data if isinstance(gradient, Tensor) else gradient
     expect(is_array(gradient) and gradient.shape == root.shape and gradient.dtype == root.dtype, "backward",
-           lambda: f"upstream gradient {getattr(gradient, 'shape', gradient)} {getattr(gradient, 'dtype', '')} "
+           lambda: f"upstream gradient {getattr(gradient, 'shape', gradient)} "
+                   f"{getattr(gradient, 'dtype', '')} "
                    f"for a tensor {root.shape} {root.dtype}")
     return gradient
 
 
 class Into:
-    """An entry of a vjp that can add its gradient to an array itself: run(array) adds to it and returns nothing, run(None)
-    returns the gradient. The engine gives it the array of `grad(..., into=)` where a leaf's gradient belongs."""
+    """An entry of a vjp that can add its gradient to an array itself: run(array) adds to it and returns
+    nothing, run(None) returns the gradient. The engine gives it the array of `grad(..., into=)` where a
+    leaf's gradient belongs."""
 
     def __init__(self, run):
         self.run = run
 
 
 def _run_node(node, edges, upstream, arrive, place_of):
-    """Free a node, run its vjp, and send on the gradients along `edges`. What only the vjp held goes when this returns.
-    place_of(key): the array that a leaf's gradient is to be added to, or None."""
+    """Free a node, run its vjp, and send on the gradients along `edges`. What only the vjp held goes when
+    this returns. place_of(key): the array that a leaf's gradient is to be added to, or None."""
     vjp = node.vjp
     node.vjp, node.edges = None, ()
     entries = vjp(*upstream)
     entries = entries if isinstance(entries, tuple) else (entries,)
     if len(entries) != len(edges):
-        raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array arguments")
+        raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array "
+                            f"arguments")
     for i, (edge, g) in enumerate(zip(edges, entries)):
         if not edge or g is None:
             continue
@@ -395,21 +440,31 @@ def _run_node(node, edges, upstream, arrive, place_of):
         arrive(edge[0], _checked(node.op, i, g, edge))
 
 
+def _run_node_in(wrapper, node, edges, upstream, arrive, place_of):
+    """_run_node through the wrapper of `around`."""
+    add = lambda key, g: wrapper(node.op, "add", node.shapes, functools.partial(arrive, key, g))
+    run = functools.partial(_run_node, node, edges, upstream, add, place_of)
+    wrapper(node.op, "backward", node.shapes, run)
+
+
 def _accumulate(arrived, key, g):
-    """The first gradient is held by reference, the second makes a new array, and only that one is added to in place."""
+    """The first gradient is held by reference, the second makes a new array, and only that one is added to in
+    place."""
     held, ours = arrived.get(key, (None, False))
     if held is None:
         arrived[key] = (g, False)
         return
     if ours:
-        held += g  # not in place where held is a NumPy scalar, as the sum of 0-d arrays is: so it is stored again
+        # not in place where held is a NumPy scalar, as the sum of 0-d arrays is: so it is stored again
+        held += g
     else:
         held = held + g
     arrived[key] = (held, True)
 
 
 def _checked(op, i, g, edge):
-    """The gradient with broadcasting undone; GradientError naming the op if its shape or dtype cannot be the input's."""
+    """The gradient with broadcasting undone; GradientError naming the op if its shape or dtype cannot be the
+    input's."""
     _, shape, dtype = edge
     if is_array(g) and g.shape == shape and g.dtype == dtype:
         return g
@@ -417,7 +472,8 @@ def _checked(op, i, g, edge):
     if not is_array(g) and not isinstance(g, np.generic):
         raise GradientError(f"{op.name}: its vjp returned a {type(g).__name__} for {name}, expected an array")
     if g.dtype != dtype:
-        raise GradientError(f"{op.name}: its vjp returned {g.dtype} for {name}, which is {dtype}: is a constant a NumPy scalar?")
+        raise GradientError(f"{op.name}: its vjp returned {g.dtype} for {name}, which is {dtype}: is a "
+                            f"constant a NumPy scalar?")
     try:
         if np.broadcast_shapes(g.shape, shape) != g.shape:
             raise ValueError

@@ -28,12 +28,11 @@ import numpy as np
 
 import tinytoken as tt
 from timing import high_water, quartiles, seconds, turned
-from tinytoken import checkpoint
 from tinytoken.backend import blas_description, cpu_count, prepare_cpu
-from tinytoken.compare import machine
 from tinytoken.cost import recorded_macs
-from tinytoken.optim import AdamW, loss_and_grads
-from tinytoken.train import Classify, Distil, infer, slice_size
+from tinytoken.experiments import machine
+from tinytoken.files import write_json
+from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads, slice_size
 
 CONTENDERS = ("tinytoken", "torch", "torch-best", "torch-compile", "jax", "mygrad")
 ON_NUMPY = ("tinytoken", "mygrad")  # what OPENBLAS_CORETYPE reaches
@@ -109,8 +108,8 @@ def teacher(work):
     return tt.models.ViT(**{k: v for k, v in work.config.items() if k not in ("prune_before", "keep_ratios")})
 
 
-def objective_of(work, arrays):
-    """What tinytoken minimises in a workload, its model in train mode, with the weights of read_arrays."""
+def task_of(work, arrays):
+    """tinytoken's task of a workload, its model in train mode, with the weights of read_arrays."""
     model = getattr(tt.models, work.kind)(**work.config)
     model.load_state_dict(arrays["weights"])
     model.train()
@@ -122,8 +121,8 @@ def objective_of(work, arrays):
 
 
 def batch_of(arrays):
-    """What a step is called with."""
-    return tuple(arrays[name] for name in ("images", "labels", "noise") if name in arrays)
+    """(images, labels), and what is drawn for them, of a step."""
+    return (arrays["images"], arrays["labels"]), {name: arrays[name] for name in ("noise",) if name in arrays}
 
 
 # The contender's side: a process that answers requests
@@ -142,13 +141,13 @@ class TinyToken:
         return lambda: a @ b
 
     def prepare(self, work, arrays, recipe):
-        objective, batch = objective_of(work, arrays), batch_of(arrays)
-        model, params = objective.model, objective.model.parameters()
+        task, (batch, draws) = task_of(work, arrays), batch_of(arrays)
+        model, params = task.model, task.model.parameters()
         optimizer = AdamW(params, **recipe)
-        micro = slice_size(work.batch, macs=recorded_macs(objective, batch))
+        micro = slice_size(work.batch, macs=recorded_macs(task, batch, draws))
 
         def step():
-            loss, _ = loss_and_grads(objective, params, batch, micro)
+            loss, _ = loss_and_grads(task, params, batch, micro, draws=draws)
             return loss, float(optimizer.step())
         return step, lambda: infer(model, batch[0]), tt.macs(model, batch[0][:1]).total
 
@@ -400,7 +399,7 @@ def main(options):
                 print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in about.items() if value != ""))
     print(f"\n{report(result['rows'])}")
     if options.out:
-        checkpoint.write_json(options.out, result)
+        write_json(options.out, result)
         print(f"\nwritten: {options.out}")
 
 

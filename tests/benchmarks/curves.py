@@ -14,11 +14,11 @@ import torch
 
 import peers_torch
 import tinytoken as tt
-from tinytoken import checkpoint
-from tinytoken.compare import machine
 from tinytoken.data import Batches, make_scenes
-from tinytoken.optim import AdamW, loss_and_grads, warmup_cosine
-from tinytoken.train import Classify
+from tinytoken.experiments import machine
+from tinytoken.files import write_json
+from tinytoken.train import AdamW, Classify, loss_and_grads
+from tinytoken.train.optim import warmup_cosine
 
 SIZES = dict(image_size=32, patch_size=4, dim=48, depth=4, heads=3, num_classes=10)
 RECIPE = {"lr": 1e-3, "weight_decay": 0.05}
@@ -33,9 +33,9 @@ def tinytoken_losses(weights, batches, steps, threads):
     model = tt.models.ViT(**SIZES)
     model.load_state_dict(weights)
     params = model.train().parameters()
-    objective, optimizer, losses = Classify(model), AdamW(params, **RECIPE, clip=CLIP), []
+    task, optimizer, losses = Classify(model), AdamW(params, **RECIPE, clip=CLIP), []
     for step in range(steps):
-        loss, _ = loss_and_grads(objective, params, batches(step), threads=threads)
+        loss, _ = loss_and_grads(task, params, batches(step), threads=threads)
         optimizer.step(RECIPE["lr"] * warmup_cosine(step, STEPS))
         losses.append(loss)
     return losses
@@ -116,9 +116,10 @@ def main():
     if options.png:
         draw(options.png, found)
     if options.out:
-        checkpoint.write_json(options.out, {"model": "ViT", "config": SIZES, "batch": BATCH, "recipe": RECIPE | {"clip": CLIP},
-                                            "data": "2,000 scenes, seed 0", "threads": options.threads,
-                                            "torch": torch.__version__, "machine": machine("cpu"), **found})
+        said = {"model": "ViT", "config": SIZES, "batch": BATCH, "recipe": RECIPE | {"clip": CLIP},
+                "data": "2,000 scenes, seed 0", "threads": options.threads, "torch": torch.__version__,
+                "machine": machine("cpu")}
+        write_json(options.out, said | found)
 
 
 if __name__ == "__main__":

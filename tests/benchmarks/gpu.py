@@ -30,10 +30,10 @@ from cpu import RECIPE, Work, arrays_of, table
 from gpu_kernels import Kernels, kernels_text
 from gpu_tinytoken import TinyToken
 from timing import quartiles, turned
-from tinytoken import checkpoint
 from tinytoken.backend import cuda_ready, module_for
-from tinytoken.compare import machine
 from tinytoken.cuda import gemm, launcher
+from tinytoken.experiments import machine
+from tinytoken.files import as_json, write_json
 
 OURS = "tinytoken bf16"
 CONTENDERS = {  # in the order in which they take their memory
@@ -110,7 +110,7 @@ class Results:
         self.data = {"about": about, "rows": [], "failed": {}, "under_way": [], "broken_off": []}
         if path and path.exists():
             self.data = json.loads(path.read_text())
-            old, new = self.data["about"], checkpoint.as_json(about)
+            old, new = self.data["about"], as_json(about)
             other = "; ".join(f"{name} {old[name]} there, {new[name]} now" for name in SAME if old[name] != new[name])
             if other:
                 sys.exit(f"gpu.py: {path} belongs to other conditions ({other}): choose another --out")
@@ -145,7 +145,7 @@ class Results:
 
     def write(self):
         if self.path:
-            checkpoint.write_json(self.path, self.data)
+            write_json(self.path, self.data)
 
 
 def go(todo, results, minutes, now=time.monotonic, bar=True):

@@ -21,9 +21,9 @@ from cpu import RECIPE, arrays_of
 from gpu_tinytoken import TinyToken
 from timing import quartiles
 from tinytoken import random
-from tinytoken.backend import array_module, is_array, module_for, to_device
+from tinytoken.backend import array_module, is_array, module_for, products_in, to_device
 from tinytoken.cuda import gemm, launcher, weights
-from tinytoken.train import Classify, products_in
+from tinytoken.train import AdamW, Classify
 
 TARGET = 0.7  # of the roofline
 NAMES = {"uint16": "bf16", "float32": "float32"}  # of what lies in arrays
@@ -153,18 +153,19 @@ def note_steps(works, launch, multiply):
 
 
 def what_steps_leave_out(one):
-    """The kernels that those steps do not need: what makes a batch, drop path, another way to infuse, gathered tokens."""
+    """The kernels that those steps do not need: what makes a batch, drop path, another way to infuse, an
+    optimiser that is told its rate, gathered tokens."""
     drawn, side, count = np.random.default_rng(0), one.config["image_size"], 2 * one.batch
     pictures, labels = drawn.integers(0, 256, (count, 3, side, side)).astype("uint8"), drawn.integers(0, one.config["num_classes"], count)
     batches = tt.data.Batches(to_device(pictures, "cuda"), to_device(labels, "cuda"), one.batch, seed=0, pad=4, flip=True, erase=0.5,
                               mixup=0.2, cutmix=1.0)
-    clock = module_for("cuda").zeros(1, "uint32")
-    images, labels = batches.make(batches.chosen(0), clock)
-    launcher.launch("count_step", 1, 32, clock)
-    objective = Classify(tt.models.LookupViT(**one.config, reuse="resoftmax").to("cuda").train(), drop_path=0.1)
+    images, labels = batches.make(batches.chosen(0), module_for("cuda").zeros(1, "uint32"))
+    task = Classify(tt.models.LookupViT(**one.config, reuse="resoftmax").to("cuda").train(), drop_path=0.1)
+    optimizer = AdamW(task.model.parameters())
     with products_in("bf16", "cuda"):
-        loss, _ = objective(images, labels, *objective.noise(one.batch, 0, 0, array_module(images)))
+        loss, _ = task(images, labels, **task.noise(one.batch, 0, 0, array_module(images)))
         loss.backward()
+        optimizer.step()
     tokens = (side // one.config["patch_size"]) ** 2
     x = tt.Tensor(random.normal((one.batch, tokens, one.config["dim"]), site="x", step=0, xp=array_module(images)), requires_grad=True)
     tt.ops.take_tokens(x, tt.ops.top_k(array_module(images).ascontiguousarray(x.data[:, :, 0]), int(0.7 * tokens))).sum().backward()

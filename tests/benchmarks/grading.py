@@ -10,9 +10,9 @@ import pathlib
 import tempfile
 import time
 
-from tinytoken import checkpoint
-from tinytoken.compare import machine
 from tinytoken.course import assignment, grade, release
+from tinytoken.experiments import machine
+from tinytoken.files import write_json
 
 AT_MOST = 300  # seconds for 30 submissions of a1 on two cores (issue 6)
 
@@ -49,7 +49,7 @@ def main():
             "at_most": AT_MOST, "same_points_twice": points[0] == points[1], "points": {"least": got[0], "most": got[-1]}}
     print(json.dumps(said, indent=1))
     if args.out:
-        checkpoint.write_json(args.out, said)
+        write_json(args.out, said)
 
 
 if __name__ == "__main__":

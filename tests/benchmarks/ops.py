@@ -18,9 +18,10 @@ import time
 import numpy as np
 
 from timing import quartiles, seconds
-from tinytoken import bench, checkpoint, ops, tensor
+from tinytoken import bench, ops, tensor
 from tinytoken.backend import blas_threads, prepare_cpu
-from tinytoken.compare import machine
+from tinytoken.experiments import machine
+from tinytoken.files import write_json
 
 SHAPES = ((16, 65, 192, 3), (16, 65, 96, 3), (8, 197, 384, 6))  # images, tokens, dim, heads: workloads A, B and C
 SMALL = dict(dim=12, heads=3, image_size=8)  # four patches: what is left is what Python does
@@ -132,7 +133,7 @@ class Replay:
     """The functions and vjps that one gradient computation of a job runs, recorded by the engine, to be run without it."""
 
     def __init__(self, job):
-        self.calls, plain = [], {op: op.function for op in tensor.registry.values() if not op.composition}
+        self.calls, plain = [], {op: op.function for op in tensor.registry.values()}
         try:
             for op, function in plain.items():
                 op.function = self.recorder(function)
@@ -204,7 +205,7 @@ def main():
     with blas_threads(1):
         result |= {"by_hand": beside_hand(rounds), "graph": graph_cost(rounds)}
     if options.out:
-        checkpoint.write_json(options.out, result)
+        write_json(options.out, result)
         print(f"written: {options.out}")
 
 

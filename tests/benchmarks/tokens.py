@@ -21,11 +21,10 @@ import numpy as np
 
 import tinytoken as tt
 from timing import high_water, quartiles, seconds, turned
-from tinytoken import checkpoint
 from tinytoken.backend import cpu_count, prepare_cpu
-from tinytoken.compare import machine
-from tinytoken.optim import AdamW, loss_and_grads
-from tinytoken.train import Classify, Distil, infer
+from tinytoken.experiments import machine
+from tinytoken.files import replacing, write_json
+from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads
 
 PATCH, DEPTH, HEADS, STAGES = 4, 6, 3, (1, 3, 5)
 ENOUGH = 0.2  # seconds that a timing should last; shorter calls are repeated
@@ -158,13 +157,13 @@ def make_job(kind, mode, side, threads):
     micro = -(-len(images) // threads)
     if mode == "infer":
         return lambda: infer(model, images, batch_size=micro, threads=threads)
-    objective = Distil(model, make("ViT", side, GROWTH["dim"])) if kind == "DynamicViT" else Classify(model)
-    batch = (images, np.arange(len(images)) % 10, *objective.noise(len(images), 0, 0, np))
+    task = Distil(model, make("ViT", side, GROWTH["dim"])) if kind == "DynamicViT" else Classify(model)
+    batch, draws = (images, np.arange(len(images)) % 10), task.noise(len(images), 0, 0)
     params = model.train().parameters()
     optimizer = AdamW(params, clip=1.0)
 
     def step():
-        loss_and_grads(objective, params, batch, micro, threads)
+        loss_and_grads(task, params, batch, micro, threads, draws)
         optimizer.step()
     return step
 
@@ -256,7 +255,7 @@ def draw(rows, path):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     made.suptitle(f"dim {GROWTH['dim']}, depth {DEPTH}, batch {GROWTH['batch']}; log-log slopes by least squares", fontsize=9)
-    with checkpoint.replacing(path) as file:
+    with replacing(path) as file:
         made.savefig(file, format="png", dpi=120)
     return f"picture: {path}"
 
@@ -297,7 +296,7 @@ def main(options):
     if options.quick:
         print("\n--quick: these numbers show that it runs, and measure nothing")
     if options.out:
-        checkpoint.write_json(options.out, result)
+        write_json(options.out, result)
         print(f"\nwritten: {options.out}")
         if "growth" in result:
             print(draw(result["growth"], options.out.with_suffix(".png")))

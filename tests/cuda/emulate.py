@@ -1,4 +1,5 @@
-"""Kernels on the CPU: their sources, compiled by a C++ compiler behind shim.h, as a runner for `launcher.running_on`."""
+"""Kernels on the CPU: their sources, compiled by a C++ compiler behind shim.h, as a runner for
+`launcher.running_on`."""
 import contextlib
 import ctypes
 import functools
@@ -11,12 +12,13 @@ import numpy as np
 
 import standin
 import tinytoken
-from tinytoken import backend
+from tinytoken import backend, tensor
 from tinytoken.cuda import gemm, launcher, sums
 
 SHIM = pathlib.Path(__file__).with_name("shim.h")
-C_TYPES = {"float32": ("float", ctypes.c_float), "int32": ("int", ctypes.c_int), "int64": ("long long", ctypes.c_longlong),
-           "uint32": ("unsigned", ctypes.c_uint), "uint8": ("unsigned char", ctypes.c_ubyte)}
+C_TYPES = {"float32": ("float", ctypes.c_float), "int32": ("int", ctypes.c_int),
+           "int64": ("long long", ctypes.c_longlong), "uint32": ("unsigned", ctypes.c_uint),
+           "uint8": ("unsigned char", ctypes.c_ubyte)}
 compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
@@ -30,25 +32,28 @@ def library(family, constants=(), text=None):
     source.write_text(f'#include "{SHIM}"\n{text}\n' + "\n".join(
         runner(launcher.Kernel(name, family, tuple(map(launcher._parameter, parameters.split(",")))))
         for name, parameters in launcher.DECLARATION.findall(text)))
-    built = subprocess.run([compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", str(source), "-o", str(source.with_suffix(".so"))],
-                           capture_output=True, text=True)
+    made, flags = str(source.with_suffix(".so")), "-std=c++17 -O1 -ffp-contract=off -shared -fPIC".split()
+    built = subprocess.run([compiler, *flags, str(source), "-o", made], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    loaded = ctypes.CDLL(str(source.with_suffix(".so")))
+    loaded = ctypes.CDLL(made)
     loaded.folder = folder  # as long as the library
     return loaded
 
 
 def runner(kernel):
     """C++ that runs a kernel over a grid."""
-    given = "".join(f", {'void*' if array else C_TYPES[dtype][0]} {name}" for name, dtype, array, _ in kernel.parameters)
+    given = "".join(f", {'void*' if array else C_TYPES[dtype][0]} {name}"
+                    for name, dtype, array, _ in kernel.parameters)
     passed = ", ".join(f"Any{{{name}}}" if array else name for name, _, array, _ in kernel.parameters)
-    return (f'extern "C" int run_{kernel.name}(int shim_blocks, int shim_threads, int shim_bytes, int shim_backward{given}) '
-            f'{{ return shim_launch(shim_blocks, shim_threads, shim_bytes, shim_backward, [=] {{ {kernel.name}({passed}); }}); }}')
+    grid = "shim_blocks", "shim_threads", "shim_bytes", "shim_backward"
+    return (f'extern "C" int run_{kernel.name}({", ".join(f"int {name}" for name in grid)}{given}) '
+            f'{{ return shim_launch({", ".join(grid)}, [=] {{ {kernel.name}({passed}); }}); }}')
 
 
 class Emulator:
-    """Runs launches on NumPy arrays and notes them. Each runs twice, threads in order and in reverse: what differs lacks a barrier.
-    twice=False: in order alone, for whole models of kernels that are tested by themselves."""
+    """Runs launches on NumPy arrays and notes them. Each runs twice, threads in order and in reverse: what
+    differs lacks a barrier. twice=False: in order alone, for whole models of kernels that are tested by
+    themselves."""
 
     def __init__(self, twice=True, **sources):
         self.orders, self.sources, self.launches = (0, 1) if twice else (0,), sources, []
@@ -60,8 +65,10 @@ class Emulator:
                          *(a for a, (*_, out) in zip(arguments, kernel.parameters) if out and a is not None))
 
     def run(self, kernel, blocks, threads, arguments, shared):
-        run = getattr(library(kernel.family, kernel.constants, self.sources.get(kernel.family)), f"run_{kernel.name}")
-        written = [a for a, (*_, out) in zip(arguments, kernel.parameters) if out and a is not None]
+        loaded = library(kernel.family, kernel.constants, self.sources.get(kernel.family))
+        run = getattr(loaded, f"run_{kernel.name}")
+        names, written = zip(*((name, a) for a, (name, *_, out) in zip(arguments, kernel.parameters)
+                               if out and a is not None))
         before = [a.copy() for a in written]
         results = []
         for backward in self.orders:
@@ -70,8 +77,9 @@ class Emulator:
             assert run(blocks, threads, shared, backward, *map(pointer, arguments, kernel.parameters)) == 0, (
                 f"{kernel.name}: threads wait for each other, or wrote past their shared memory")
             results.append([a.copy() for a in written])
-        for (name, *_), first, second in zip([p for p, a in zip(kernel.parameters, arguments) if p[3] and a is not None], results[0], results[-1]):
-            assert np.array_equal(first, second, equal_nan=True), f"{kernel.name}: {name} depends on the order of the threads"
+        for name, first, second in zip(names, results[0], results[-1]):
+            assert np.array_equal(first, second, equal_nan=True), (
+                f"{kernel.name}: {name} depends on the order of the threads")
 
 
 def fewer_threads(monkeypatch):
@@ -110,6 +118,17 @@ class Place:
 place = Place("cpu")  # the one in use, set by the fixture
 
 
+def implementation_of(plain, *arrays, **settings):
+    """backend.faster for arrays of that place: on the CPU NumPy's, for which nothing is registered."""
+    with backend.using_implementations("cupy"):
+        return backend.faster(plain, np, *arrays, **settings)
+
+
+def gradient(entry):
+    """What an entry of a vjp stands for."""
+    return entry.run(None) if isinstance(entry, tensor.Into) else entry() if callable(entry) else entry
+
+
 def pointer(value, parameter):
     _, dtype, array, _ = parameter
     if not array:
@@ -139,7 +158,8 @@ def numpy_product(a, b, *, ta=False, tb=False, bias=None, add=None, out=None, dt
     host = lambda x: getattr(x, "host", x)
 
     def run():
-        x, y = (floats(host(one)).astype("float64") for one in (a, b))  # float32 sums would depend on how many threads BLAS has
+        # float32 sums would depend on how many threads BLAS has
+        x, y = (floats(host(one)).astype("float64") for one in (a, b))
         result = (x.T if ta else x) @ (y.T if tb else y)
         for more in (bias, add):
             result = result if more is None else result + floats(host(more))

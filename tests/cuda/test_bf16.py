@@ -1,5 +1,5 @@
-"""The kernels in bf16, and the two branches made of them, against the plain ops in float64, at the values that bf16 has. What is
-written as float32 agrees as float32 does; what is written as bf16 to a rounding."""
+"""The kernels in bf16, and the two branches made of them, against the plain ops in float64, at the values
+that bf16 has. What is written as float32 agrees as float32 does; what is written as bf16 to a rounding."""
 import numpy as np
 import pytest
 
@@ -7,7 +7,7 @@ import emulate
 import tinytoken as tt
 from emulate import bf16, floats
 from tinytoken import nn, ops
-from tinytoken.backend import to_numpy
+from tinytoken.backend import to_numpy, using_implementations
 from tinytoken.cuda import gemm, launcher, mixed, registered, weights
 from tinytoken.cuda.gradients import Sums
 
@@ -22,7 +22,8 @@ def normal(*shape, seed=0, scale=1.0):
 def near(found, expected, tolerance):
     found = floats(to_numpy(found))
     assert found.shape == np.shape(expected)
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max(initial=1e-3))
+    largest = np.abs(expected).max(initial=1e-3)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * largest)
 
 
 def wide(array):
@@ -44,18 +45,20 @@ def nan_like(array):
 
 def test_rounding_is_to_nearest_even():
     x = np.array([1.0, 1 + 2.0 ** -8, 1 + 3 * 2.0 ** -8, -1e-40, 3.1415927, np.inf], "float32")
-    assert floats(to_numpy(weights.rounded(emulate.place.put(x)))).tolist() == [1.0, 1.0, 1.015625, floats(bf16(x))[3], 3.140625, np.inf]
+    expected = [1.0, 1.0, 1.015625, floats(bf16(x))[3], 3.140625, np.inf]
+    assert floats(to_numpy(weights.rounded(emulate.place.put(x)))).tolist() == expected
     assert np.array_equal(to_numpy(weights.rounded(normal_there(33, 8))), bf16(normal(33, 8)))
 
 
 @pytest.mark.parametrize("rows, width", [(1, 8), (5, 40), (9, 64), (3, 200)])
 def test_norm(rows, width):
-    x, weight, bias, past = normal_there(rows, width, scale=2) + 1, *(normal_there(*s, seed=i) for i, s in enumerate([(width,)] * 2 + [(rows, width)], 1))
-    g = bf16_there(rows, width, seed=4)
+    x, past = normal_there(rows, width, scale=2) + 1, normal_there(rows, width, seed=3)
+    g, (weight, bias) = bf16_there(rows, width, seed=4), (normal_there(width, seed=i) for i in (1, 2))
     norm = mixed.Norm(x, weight, bias, 1e-6)
     expected, vjp = ops.layer_norm.function(*map(wide, (x, weight, bias)), eps=1e-6)
     near(norm.out, expected, ROUNDING)
-    found, plain = [one() for one in norm.gradients(lambda: g, past, x.shape)], [one() for one in vjp(wide(g))]
+    found = [emulate.gradient(one) for one in norm.gradients(lambda: g, past, x.shape)]
+    plain = [one() for one in vjp(wide(g))]
     for mine, one in zip(found, (plain[0] + to_numpy(past), *plain[1:])):
         near(mine, one, 1e-4)
 
@@ -63,11 +66,12 @@ def test_norm(rows, width):
 @pytest.mark.parametrize("rows, width", [(1, 8), (40, 72), (7, 520)])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_gradient_of_a_branchs_end(rows, width, dropped):
-    g, paths = normal_there(rows, width), np.array([2.0, 0.0][:1 + (rows % 2 == 0)], "float32") if dropped else None
+    g = normal_there(rows, width)
+    paths = np.array([2.0, 0.0][:1 + (rows % 2 == 0)], "float32") if dropped else None
     up = mixed.Upstream(g, emulate.place.put(paths), normal_there(width))
     expected = wide(g) * (1 if paths is None else np.repeat(paths, rows // len(paths))[:, None])
     near(up.rounded, expected, ROUNDING)
-    near(up.of_bias(), expected.sum(axis=0), 1e-4)
+    near(emulate.gradient(up.of_bias), expected.sum(axis=0), 1e-4)
 
 
 @pytest.mark.parametrize("rows, width", [(1, 8), (40, 72)])
@@ -79,20 +83,23 @@ def test_gelu(rows, width):
     near(out, expected, ROUNDING)
     sums = Sums(normal_there(width)).run("bf16_gelu_backward", (x, g, dx), rows, width)
     near(dx, vjp(wide(g)), ROUNDING)
-    near(sums.finish()[0], vjp(wide(g)).sum(axis=0), 1e-5)
-    near(Sums(normal_there(width)).run("bf16_sum", (g,), rows, width).finish()[0], wide(g).sum(axis=0), 1e-5)
+    near(sums.totals[0], vjp(wide(g)).sum(axis=0), 1e-5)
+    near(Sums(normal_there(width)).run("bf16_sum", (g,), rows, width).totals[0], wide(g).sum(axis=0), 1e-5)
 
 
-MASKS = {None: None, "hard": lambda rng, shape: rng.random(shape) < 0.5, "soft": lambda rng, shape: rng.random(shape),
-         "none": lambda rng, shape: np.zeros(shape)}
+MASKS = {None: None, "hard": lambda rng, shape: rng.random(shape) < 0.5,
+         "soft": lambda rng, shape: rng.random(shape), "none": lambda rng, shape: np.zeros(shape)}
 
 
-@pytest.mark.parametrize("batch, heads, tokens, d", [(1, 1, 1, 16), (2, 2, 16, 16), (1, 2, 37, 32), (1, 1, 65, 64),
-                                                    pytest.param(1, 1, 257, 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch, heads, tokens, d", [
+    (1, 1, 1, 16), (2, 2, 16, 16), (1, 2, 37, 32), (1, 1, 65, 64),
+    pytest.param(1, 1, 257, 64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention(batch, heads, tokens, d, mask):
     qkv, g = bf16_there(batch, tokens, 3 * heads * d, scale=1.5), bf16_there(batch, tokens, heads * d, seed=1)
-    keep = None if mask is None else emulate.place.put(MASKS[mask](np.random.default_rng(3), (batch, tokens)).astype("float32"))
+    keep = None
+    if mask is not None:
+        keep = emulate.place.put(MASKS[mask](np.random.default_rng(3), (batch, tokens)).astype("float32"))
     (q, k, v), split = ops.split_heads.function(wide(qkv), heads=heads, parts=3)
     expected, vjp = ops.attention.function(q, k, v, None if keep is None else wide(keep))
     merged, merge = ops.merge_heads.function(expected)
@@ -118,6 +125,22 @@ def modules(D=32, heads=2):
     return block
 
 
+def in_bf16(run, leaves, params, flat, gradient=None):
+    """(run(), the gradients of what it gives with respect to leaves and params), by the kernels in bf16.
+    flat: as in a step, where those of the params are added to what lies in flat storage."""
+    with using_implementations("cupy"), gemm.precision("bf16"):
+        if not flat:
+            out = run()
+            return out, tt.grad(out, leaves + params, gradient=gradient)
+        storage = nn.flatten(params)
+        storage.grad[...] = 1
+        into = [0 * leaf.data for leaf in leaves]
+        with weights.Weights(storage).in_use():
+            out = run()
+            tt.grad(out, leaves + params, into + storage.grads, gradient=gradient, add=True)
+        return out, into + [g - 1 for g in storage.grads]
+
+
 @pytest.mark.parametrize("which", ["attention", "attention under a mask", "mlp"])
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
@@ -126,65 +149,90 @@ def test_a_branch_and_all_its_gradients(which, dropped, flat):
     keep = (np.random.default_rng(0).random((2, 9)) < 0.6).astype("float32") if "mask" in which else None
     paths = np.array([0.5, 2.0], "float32") if dropped else None
 
+    branch = nn.mlp_branch if which == "mlp" else nn.attention_branch
+
     def parts(block):
         return (block.norm2, block.mlp) if which == "mlp" else (block.norm1, block.attn)
 
     def leaves(make):
         return [tt.Tensor(make(one), requires_grad=True) for one in (x, keep) if one is not None]
+
+    def run(make, leaves, *modules):
+        masked = {"keep": leaves[1]} if leaves[1:] else {}
+        return branch(leaves[0], *modules, None if paths is None else make(paths), **masked)
     norm, inner = parts(modules().astype("float64"))
     exact = leaves(wide)
-    expected = nn.residual(exact[0], norm, inner, None if paths is None else wide(paths)[:, None], 0, *exact[1:])
+    expected = run(wide, exact, norm, inner)
     plain = tt.grad(expected, [*exact, *norm.parameters(), *inner.parameters()], gradient=wide(g))
 
     norm, inner = parts(modules().to(emulate.place.device))
     mine, params = leaves(put), [*norm.parameters(), *inner.parameters()]
-    op, given, settings = mixed.COVERED["tinytoken.nn", type(inner).__name__](mine[0], inner, put(paths), *mine[1:])
-    run = lambda: op(mine[0], norm.weight, norm.bias, *given, eps=norm.eps, **settings)
-    if flat:
-        storage = nn.flatten(params)
-        storage.grad[...] = 1  # what is there is added to
-        with gemm.precision("bf16"), weights.Weights(storage).in_use():
-            out = run()
-            found = tt.grad(out, mine + params, gradient=put(g))
-        assert all((to_numpy(one) == 0).all() for one in found[len(mine):])
-        found[len(mine):] = [p.grad - 1 for p in params]
-    else:
-        out = run()
-        found = tt.grad(out, mine + params, gradient=put(g))
+    out, found = in_bf16(lambda: run(put, mine, norm, inner), mine, params, flat, put(g))
+    assert out.node.op.name == branch.__name__  # one op
     near(out.data, expected.data, 2 * ROUNDING)
-    names = ["x", "keep"][:len(mine)] + [f"{m}.{n}" for m, module in (("norm", norm), ("inner", inner)) for n, _ in module.named_parameters()]
+    parts = (("norm", norm), ("inner", inner))
+    names = ["x", "keep"][:len(mine)]
+    names += [f"{part}.{n}" for part, module in parts for n, _ in module.named_parameters()]
     for name, a, b in zip(names, found, plain):
         np.testing.assert_allclose(to_numpy(a), b, rtol=0, atol=0.03 * np.abs(b).max(), err_msg=name)
 
 
 def test_one_kernel_rounds_all_weights(place):
     block = modules().to(place.device)
-    right = lambda: np.array_equal(to_numpy(weights.rounded(block.attn.qkv.weight.data)), bf16(to_numpy(block.attn.qkv.weight.data)))
+    weight = block.attn.qkv.weight
+    right = lambda: np.array_equal(to_numpy(weights.rounded(weight.data)), bf16(to_numpy(weight.data)))
     flat = nn.flatten(block.parameters())
     with gemm.precision("bf16"), weights.Weights(flat).in_use():
         place.launches.clear()
         assert right() and not place.launches
-        block.attn.qkv.weight.data += 1
+        weight.data += 1
     with gemm.precision("bf16"), weights.Weights(flat).in_use():
         assert right()
-    with weights.Weights().in_use():  # of a model that is not trained here: rounded once, and no place for gradients
-        first = weights.rounded(block.attn.qkv.weight.data)
-        assert right() and weights.rounded(block.attn.qkv.weight.data) is first and weights.place_of(block.attn.qkv.weight.data) is None
-    assert weights.place_of(block.attn.qkv.weight.data) is None
+    with weights.Weights().in_use():  # of a model that is not trained here: rounded once
+        first = weights.rounded(weight.data)
+        assert right() and weights.rounded(weight.data) is first
 
 
-@pytest.mark.parametrize("why", ["fp32", "official", "trace", "a head of 24", "float64", "another class"])
+class OtherAttention(nn.Attention):
+    pass
+
+
+class OtherLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("why", [
+    "fp32", "tf32", "official", "sees not itself", "the weights are asked for", "a head of 24", "float64",
+    "another class", "another norm", "another layer", "no bias"])
 def test_what_is_not_covered_is_left_to_the_plain_ops(why):
-    class Other(nn.Attention):
-        pass
-    block = (modules(48, 2) if "24" in why else modules()).to(emulate.place.device)
-    x, inner = normal_there(1, 5, 48 if "24" in why else 32), block.attn if why != "another class" else Other(32, 2)
-    more = {"official": (None, True), "trace": (None, False, [])}.get(why, ())
-    with gemm.precision("fp32" if why == "fp32" else "bf16"):
-        assert mixed.residual(tt.Tensor(x.astype("float64") if why == "float64" else x), block.norm1, inner, None, *more) is None
-        if why == "fp32":
-            with gemm.precision("bf16"):
-                assert mixed.residual(tt.Tensor(x), block.norm1, inner, None) is not None
+    block, width = (modules(48, 2), 48) if "24" in why else (modules(), 32)
+    block.attn = OtherAttention(32, 2) if why == "another class" else block.attn
+    block.norm1 = nn.LayerNorm(32) if why != "another norm" else type("OtherNorm", (nn.LayerNorm,), {})(32)
+    block.attn.qkv = OtherLinear(32, 96) if why == "another layer" else block.attn.qkv
+    block.attn.proj = nn.Linear(32, 32, bias=False) if why == "no bias" else block.attn.proj
+    x = tt.Tensor(normal_there(1, 5, width).astype("float64" if why == "float64" else "float32"))
+    keep = emulate.place.put(np.ones((1, 5), "float32"))
+    more = {"official": {"keep": keep, "official": True},
+            "sees not itself": {"keep": keep, "sees_itself": False},
+            "the weights are asked for": {"attention": []}}.get(why, {})
+    branch = nn.attention_branch, x, block.norm1, block.attn, None
+    covered = lambda **more: emulate.implementation_of(*branch, **more)
+    with gemm.precision(why if why in ("fp32", "tf32") else "bf16"):
+        assert covered(**more) is None
+    if more or why in ("fp32", "tf32"):
+        with gemm.precision("bf16"):
+            assert covered() is covered(keep=keep) is mixed.attention_as_one
+
+
+def test_the_mlps_that_are_not_covered():
+    x, norm = tt.Tensor(normal_there(1, 5, 32)), nn.LayerNorm(32)
+    covered = lambda mlp, norm=norm: emulate.implementation_of(nn.mlp_branch, x, norm, mlp, None)
+    other, subclass = nn.MLP(32, 64), type("OtherMLP", (nn.MLP,), {})
+    other.fc2 = OtherLinear(64, 32)
+    assert covered(nn.MLP(32, 64)) is None  # in float32
+    with gemm.precision("bf16"):
+        assert covered(nn.MLP(32, 64)) is mixed.mlp_as_one
+        assert covered(nn.MLP(32, 63)) is covered(other) is covered(subclass(32, 64)) is None
 
 
 @tt.op
@@ -195,19 +243,43 @@ def kernel_norm(x, weight, bias):
 def test_sums_of_a_step_are_those_of_its_pass():
     """A norm that runs twice in a pass, one that ran in the pass before only, and passes of other sizes."""
     first, second = (nn.LayerNorm(32).to(emulate.place.device) for _ in range(2))
-    storage = nn.flatten(first.parameters() + second.parameters())
+    params = first.parameters() + second.parameters()
+    storage = nn.flatten(params)
     step = weights.Weights(storage)
     for norms, rows in (((first, second), 9), ((second, second), 40), ((first,), 3), ((first, second), 9)):
         x, g = normal_there(rows, 32, seed=rows), normal_there(rows, 32, seed=rows + 1)
 
-        def run():
+        def run(into=None):
             out = tt.Tensor(x)
             for norm in norms:
                 out = kernel_norm(out, norm.weight, norm.bias)
-            return tt.grad(out, first.parameters() + second.parameters(), gradient=g)
+            return tt.grad(out, params, into, gradient=g)
         expected = [to_numpy(one) for one in run()]
         storage.grad[...] = 0
         with step.in_use():
-            returned = run()  # by the second run of a norm; the engine adds it
-        for p, more, one in zip(first.parameters() + second.parameters(), returned, expected):
-            np.testing.assert_allclose(to_numpy(p.grad + more), one, rtol=0, atol=1e-5 * max(1, np.abs(one).max()))
+            run(storage.grads)
+        for p, one in zip(params, expected):
+            np.testing.assert_allclose(to_numpy(p.grad), one, rtol=0, atol=1e-5 * max(1, np.abs(one).max()))
+
+
+def test_a_gradient_within_a_step_is_no_part_of_the_steps(place):
+    """A task may take a gradient of its own, of the pictures say, before the one that the step is for."""
+    block = modules().to(place.device)
+    params = [*block.norm1.parameters(), *block.attn.parameters()]
+    storage, g = nn.flatten(params), normal_there(2, 9, 32, seed=1)
+    x = tt.Tensor(normal_there(2, 9, 32), requires_grad=True)
+
+    def run(*wanted, **more):
+        return tt.grad(nn.attention_branch(x, block.norm1, block.attn), wanted, gradient=g, **more)
+    with using_implementations("cupy"), gemm.precision("bf16"):
+        expected, storage.grad[...] = [to_numpy(one) for one in run(x, *params)], 0
+        step = weights.Weights(storage)
+        for _ in range(2):
+            storage.grad[...] = 0
+            with step.in_use():
+                within = run(x) + run(*params) + run(params[-1])
+                run(*params, into=storage.grads, add=True)
+            for found, one in zip([*within[:1], *storage.grads], expected):
+                np.testing.assert_allclose(to_numpy(found), one, rtol=0, atol=1e-5)
+            for found, one in zip(within[1:], [*expected[1:], expected[-1]]):
+                np.testing.assert_allclose(to_numpy(found), one, rtol=0, atol=1e-5)

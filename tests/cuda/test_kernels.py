@@ -6,17 +6,22 @@ import pytest
 
 import emulate
 from tinytoken import ops
-from tinytoken.backend import to_numpy
+from tinytoken.backend import to_numpy, using_implementations
 from tinytoken.cuda import launcher, registered
+from tinytoken.tensor import Into
 
 pytestmark = pytest.mark.usefixtures("place")
 
 
-def agree(op, *arrays, tolerance=2e-5, upstream_of=None, **settings):
-    """The registered function's outputs and gradients equal the plain op's in float64."""
+def agree(op, *arrays, tolerance=2e-5, upstream_of=None, covered=True, **settings):
+    """The implementation's outputs and gradients equal the plain op's in float64. covered: whether there is
+    one for these arrays; if not, the plain op runs."""
     host = [to_numpy(a) if hasattr(a, "dtype") else a for a in arrays]
     wide = [a.astype("float64") if getattr(a, "dtype", None) == "float32" else a for a in host]
-    mine, my_vjp = registered.registry[op.name][1](*map(emulate.place.put, arrays), **settings)
+    there = [emulate.place.put(a) for a in arrays]
+    implementation = emulate.implementation_of(op, *there, **settings)
+    assert (implementation is not None) == covered
+    mine, my_vjp = (implementation or op.function)(*there, **settings)
     plain, plain_vjp = op.function(*wide, **settings)
     rng = np.random.default_rng(5)
     several = isinstance(plain, tuple)
@@ -37,7 +42,7 @@ def agree(op, *arrays, tolerance=2e-5, upstream_of=None, **settings):
 
 
 def entries(result):
-    return [one() if callable(one) else one for one in (result if isinstance(result, tuple) else (result,))]
+    return [emulate.gradient(one) for one in (result if isinstance(result, tuple) else (result,))]
 
 
 def close(a, b, tolerance):
@@ -49,12 +54,17 @@ def normal(*shape, seed=0, scale=1.0):
     return (scale * np.random.default_rng(seed).standard_normal(shape)).astype("float32")
 
 
+def normal_there(*shape, **more):
+    return emulate.place.put(normal(*shape, **more))
+
+
 @pytest.mark.parametrize("shape, outputs", [((1, 1), 1), ((3, 7, 5), 40), ((700, 3), 33)])
 def test_linear(shape, outputs):
     weight, bias = normal(outputs, shape[-1], seed=1), normal(outputs, seed=2)
     agree(ops.linear, normal(*shape), weight, bias)
     agree(ops.linear, normal(*shape), weight)
-    agree(ops.linear, normal(*shape[::-1]).T if len(shape) == 2 else normal(*shape), normal(shape[-1], outputs, seed=1).T, bias)
+    turned = normal(*shape[::-1]).T if len(shape) == 2 else normal(*shape)
+    agree(ops.linear, turned, normal(shape[-1], outputs, seed=1).T, bias)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7, 37), (256,), (257,), (2, 3, 100)])
@@ -71,21 +81,24 @@ def test_gelu_of_a_transposed_array():
 def test_layer_norm(rows, width, given):
     weight, bias = (normal(width, seed=i) if there else None for i, there in enumerate(given, 1))
     arrays = [normal(rows, width, scale=2) + 3] + [p for p in (weight, bias)]
-    agree(ops.layer_norm, *arrays, tolerance=5e-5 if width > 1 else 1e-3)
+    agree(ops.layer_norm, *arrays, tolerance=5e-5 if width > 1 else 1e-3, covered=given[0] == given[1])
 
 
-SIZES = [(1, 1, 1, 1, 1), (2, 2, 5, 5, 4), (1, 2, 33, 33, 8), (2, 1, 9, 20, 32), (1, 1, 65, 65, 16), (1, 1, 3, 40, 33)]
+SIZES = [(1, 1, 1, 1, 1), (2, 2, 5, 5, 4), (1, 2, 33, 33, 8), (2, 1, 9, 20, 32), (1, 1, 65, 65, 16),
+         (1, 1, 3, 40, 33)]
 
 
 @pytest.mark.parametrize("batch, heads, queries, tokens, d", SIZES)
 @pytest.mark.parametrize("weights", [False, True])
 def test_attention_without_a_mask(batch, heads, queries, tokens, d, weights):
-    arrays = (normal(batch, heads, queries, d, scale=2), normal(batch, heads, tokens, d, seed=1), normal(batch, heads, tokens, d, seed=2))
-    agree(ops.attention, *arrays, weights=weights)
+    q = normal(batch, heads, queries, d, scale=2)
+    k, v = (normal(batch, heads, tokens, d, seed=i) for i in (1, 2))
+    agree(ops.attention, q, k, v, weights=weights)
 
 
 MASKS = {"hard": lambda rng, shape: rng.random(shape) < 0.5, "soft": lambda rng, shape: rng.random(shape),
-         "one": lambda rng, shape: np.arange(shape[1]) == 0 * np.ones(shape), "none": lambda rng, shape: np.zeros(shape)}
+         "one": lambda rng, shape: np.arange(shape[1]) == 0 * np.ones(shape),
+         "none": lambda rng, shape: np.zeros(shape)}
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -106,17 +119,21 @@ def test_attention_reads_the_parts_of_a_packed_qkv_where_they_are(place):
 
 def test_attention_that_does_not_fit_or_is_official_is_the_plain_op(place, monkeypatch):
     monkeypatch.setattr(launcher, "most_shared", lambda: 99 * 1024)
-    big = normal(1, 1, 200, 64)
+    big, small = normal_there(1, 1, 200, 64), normal_there(1, 1, 5, 4)
+    keep = place.put(np.ones((1, 5), "float32"))
     assert registered.fits(big, big, big) is False
-    registered.attention(big, big, big)
-    small, keep = normal(1, 1, 5, 4), np.ones((1, 5), "float32")
-    registered.attention(small, small, small, keep, official=True)
-    assert place.launches == []
+    with using_implementations("cupy"):
+        ops.attention(big, big, big)
+        ops.attention(small, small, small, keep, official=True)
+        assert place.launches == []
+        ops.attention(small, small, small, keep)
+    assert [name for name, *_ in place.launches] == ["attention_forward"] * len(place.launches) != []
 
 
 @pytest.mark.parametrize("upstream_of", [(0,), (1,), (2,), (0, 1, 2)])
 def test_lookup_gather(upstream_of):
-    agree(ops.lookup_gather, normal(2, 2, 9, 8), normal(2, 2, 33, 8, seed=1), normal(2, 2, 33, 8, seed=2), upstream_of=upstream_of)
+    q, (k, v) = normal(2, 2, 9, 8), (normal(2, 2, 33, 8, seed=i) for i in (1, 2))
+    agree(ops.lookup_gather, q, k, v, upstream_of=upstream_of)
 
 
 @pytest.mark.parametrize("reuse", ["probs", "renorm", "resoftmax"])
@@ -134,7 +151,8 @@ def test_patchify(shape, patch):
     agree(ops.patchify, normal(*shape), patch=patch)
 
 
-@pytest.mark.parametrize("grid, size", [((4, 4), (2, 2)), ((3, 5), (2, 3)), ((1, 1), (1, 1)), ((2, 3), (4, 4))])
+@pytest.mark.parametrize("grid, size", [
+    ((4, 4), (2, 2)), ((3, 5), (2, 3)), ((1, 1), (1, 1)), ((2, 3), (4, 4))])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_resize(grid, size, antialias):
     agree(ops.resize, normal(3, grid[0] * grid[1], 7), grid=grid, size=size, antialias=antialias)
@@ -147,7 +165,8 @@ def test_gumbel_softmax(shape, tau, hard):
 
 
 def test_of_equal_values_the_first_wins():
-    out, _ = registered.gumbel_softmax(*(emulate.place.put(np.zeros((3, 4), "float32")) for _ in range(2)), hard=True)
+    log_probs, noise = (emulate.place.put(np.zeros((3, 4), "float32")) for _ in range(2))
+    out, _ = registered.gumbel_softmax(log_probs, noise, hard=True)
     assert np.array_equal(to_numpy(out), [[1, 0, 0, 0]] * 3)
 
 
@@ -176,16 +195,32 @@ def test_take_tokens(index):
 @pytest.mark.parametrize("batch, classes", [(1, 2), (5, 10), (9, 33), (40, 33)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy(batch, classes, smoothing):
-    rng = np.random.default_rng(1)
-    agree(ops.cross_entropy, normal(batch, classes, scale=3), rng.integers(0, classes, batch), smoothing=smoothing)
-    agree(ops.cross_entropy, normal(batch, classes, scale=3), rng.dirichlet(np.ones(classes), batch).astype("float32"), smoothing=smoothing)
+    rng, logits = np.random.default_rng(1), normal(batch, classes, scale=3)
+    agree(ops.cross_entropy, logits, rng.integers(0, classes, batch), smoothing=smoothing)
+    soft = rng.dirichlet(np.ones(classes), batch).astype("float32")
+    agree(ops.cross_entropy, logits, soft, smoothing=smoothing)
 
 
 @pytest.mark.parametrize("tokens, k", [(1, 1), (8, 3), (33, 33), (64, 45), (100, 0), (1100, 700)])
 def test_top_k(tokens, k):
     scores = np.random.default_rng(tokens).integers(0, 9, (3, tokens)).astype("float32")  # many equal ones
     scores[1] = -np.inf
-    assert np.array_equal(to_numpy(registered.top_k(emulate.place.put(scores), k)), ops.top_k(scores, k))
+    there = emulate.place.put(scores)
+    assert emulate.implementation_of(ops.top_k, there, k) is registered.top_k
+    assert np.array_equal(to_numpy(registered.top_k(there, k)), ops.top_k(scores, k))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_gradient_is_added_to_its_place_however_that_lies_in_memory(order, dtype):
+    shapes = (6, 5), (7, 5), (7,), (6, 7)
+    x, weight, bias, g = (normal_there(*shape, seed=i) for i, shape in enumerate(shapes))
+    _, of_weight, of_bias = emulate.implementation_of(ops.linear, x, weight, bias)(x, weight, bias)[1](g)
+    assert isinstance(of_weight, Into) and isinstance(of_bias, Into)
+    for entry, like in ((of_weight, weight), (of_bias, bias)):
+        place = emulate.place.put(np.ones(like.shape, dtype, order=order))
+        assert entry.run(place) is None
+        np.testing.assert_allclose(to_numpy(place) - 1, to_numpy(entry.run(None)), rtol=0, atol=1e-5)
 
 
 def test_every_registered_op_is_checked_here():

@@ -1,4 +1,5 @@
-"""Batches: a pure function of (seed, step); what the crop and the flip do, pixel by pixel; the numbers of normalisation."""
+"""Batches: a pure function of (seed, step); what the crop and the flip do, pixel by pixel; the numbers of
+normalisation."""
 import numpy as np
 import pytest
 
@@ -13,7 +14,8 @@ def host(array):
 
 
 def picture_set(xp, count=10, size=8):
-    """Every pixel of every picture has another value or another neighbourhood: values count 1, 2, ... modulo 251."""
+    """Every pixel of every picture has another value or another neighbourhood: values count 1, 2, ... modulo
+    251."""
     pixels = np.arange(count * 3 * size * size) % 251 + 1
     return xp.asarray(pixels.reshape(count, 3, size, size).astype("uint8")), xp.arange(count)
 
@@ -100,7 +102,8 @@ def test_padding_is_the_mean_colour(xp):
 
 def test_statistics_and_normalisation(xp):
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (1500, 3, 4, 4)).astype("uint8") // np.array([1, 2, 4], "uint8")[:, None, None]
+    images = rng.integers(0, 256, (1500, 3, 4, 4)).astype("uint8")
+    images //= np.array([1, 2, 4], "uint8")[:, None, None]
     mean, std = channel_statistics(xp.asarray(images))
     exact = images.astype("float64") / 255
     assert all(type(value) is float for value in mean + std)
@@ -121,13 +124,25 @@ def test_the_sets_own_statistics_are_the_default(xp):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(images=np.zeros((10, 3, 8, 8), "float32")), r"Batches: images \(10, 3, 8, 8\) float32, expected \(B, 3, H, W\) uint8"),
-    (dict(images=np.zeros((10, 8, 8, 3), "uint8")), r"Batches: images \(10, 8, 8, 3\) uint8, expected \(B, 3, H, W\) uint8"),
+    (dict(images=np.zeros((10, 3, 8, 8), "float32")),
+     r"Batches: images \(10, 3, 8, 8\) float32, expected \(B, 3, H, W\) uint8"),
+    (dict(images=np.zeros((10, 8, 8, 3), "uint8")),
+     r"Batches: images \(10, 8, 8, 3\) uint8, expected \(B, 3, H, W\) uint8"),
     (dict(images=np.zeros((3, 8, 8), "uint8")), r"Batches: images \(3, 8, 8\) uint8, expected"),
     (dict(images=np.zeros((0, 3, 8, 8), "uint8")), r"Batches: images \(0, 3, 8, 8\) uint8, expected"),
-    (dict(labels=np.zeros(9, "int64")), r"Batches: labels \(9,\) int64 for 10 images, expected \(10,\) integers"),
-    (dict(labels=np.zeros(10, "float32")), r"Batches: labels \(10,\) float32 for 10 images, expected \(10,\) integers"),
-    (dict(labels=np.zeros((10, 10), "int64")), r"Batches: labels \(10, 10\) int64 for 10 images"),
+    (dict(labels=np.zeros(9, "int64")),
+     r"Batches: labels \(9,\) int64 for 10 images, expected \(10,\) integers"),
+    (dict(labels=np.zeros((9, 10))),
+     r"Batches: labels \(9, 10\) float64 for 10 images, .* or one array per image"),
+    (dict(labels=np.array(3)), r"Batches: labels \(\) int64 for 10 images, expected \(10,\) integers"),
+    (dict(labels=np.zeros(10, "float32"), mixup=0.2),
+     r"Batches: mixup or cutmix with labels \(10,\) float32, expected class numbers \(10,\)"),
+    (dict(labels=np.zeros((10, 10), "int64"), cutmix=1.0),
+     r"Batches: mixup or cutmix with labels \(10, 10\) int64, expected class numbers \(10,\)"),
+    (dict(labels=np.zeros((10, 8, 8), "int64"), flip=True),
+     r"Batches: pad or flip with labels \(10, 8, 8\), maps of the pictures: they would not move along"),
+    (dict(labels=np.zeros((10, 2, 8, 8)), pad=1),
+     r"Batches: pad or flip with labels \(10, 2, 8, 8\), maps of the pictures: they would not move along"),
     (dict(batch_size=11), "Batches: batch size 11, expected 1 to the set's 10"),
     (dict(batch_size=0), "Batches: batch size 0, expected 1 to the set's 10"),
     (dict(pad=8), "Batches: pad is 8, expected 0 to 7"),
@@ -139,9 +154,33 @@ def test_bad_input_is_refused(change, message):
         Batches(**(dict(images=images, labels=labels, batch_size=2) | change))
 
 
+@pytest.mark.parametrize("shape, dtype, changes", [
+    ((), "float32", dict(pad=1, flip=True)), ((), "bool", {}), ((4,), "float32", dict(pad=1, flip=True)),
+    ((7,), "int64", dict(flip=True)), ((4, 4), "int64", dict(pad=1)), ((8, 8), "uint8", dict(erase=0.5))],
+                         ids=str)
+def test_labels_may_be_any_arrays_one_per_image(shape, dtype, changes, xp):
+    """Each comes with its picture, as it is. Maps of the pictures do where nothing moves."""
+    images, numbers = picture_set(xp, 12)
+    rng = np.random.default_rng(0)
+    labels = xp.asarray(rng.integers(0, 2 if dtype == "bool" else 200, (12, *shape)).astype(dtype))
+    settings = dict(seed=3, **changes, **PLAIN)
+    for step in range(4):
+        x, y = Batches(images, labels, 5, **settings)(step)
+        same_x, chosen = Batches(images, numbers, 5, **settings)(step)
+        assert y.dtype == dtype and y.shape == (5, *shape)
+        assert (host(x) == host(same_x)).all() and (host(y) == host(labels)[host(chosen)]).all()
+
+
+def test_class_numbers_are_counted_and_others_are_not():
+    images, labels = picture_set(np)
+    assert Batches(images, labels, 2).classes == 10 and Batches(images, labels, 2, classes=12).classes == 12
+    assert Batches(images, labels.astype("float32"), 2).classes is None
+
+
 def test_bad_normalisation_is_refused():
     images = picture_set(np)[0]
-    with pytest.raises(InputError, match=r"normalise: mean \(0.5,\) and std \(1, 1, 1\), expected three of each, std above 0"):
+    with pytest.raises(InputError, match=r"normalise: mean \(0.5,\) and std \(1, 1, 1\), expected three of "
+                                         r"each, std above 0"):
         normalise(images, (0.5,), (1, 1, 1))
     with pytest.raises(InputError, match="std above 0"):
         normalise(images, (0.5, 0.5, 0.5), (1, 0, 1))

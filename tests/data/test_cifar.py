@@ -1,4 +1,5 @@
-"""Reading and fetching CIFAR, on archives of the right layout with few records: what is read, what is refused, what is left."""
+"""Reading and fetching CIFAR, on archives of the right layout with few records: what is read, what is
+refused, what is left."""
 import contextlib
 import dataclasses
 import functools
@@ -56,7 +57,8 @@ def write_archive(kind, dest, files=None, extra=()):
     with tarfile.open(path, "w:gz") as tar:
         for info in extra:
             tar.addfile(info)
-        for name, content in {"readme.html": b"<p>", **dict(reversed((files or make_files(kind)).items()))}.items():
+        for name, content in {"readme.html": b"<p>",
+                              **dict(reversed((files or make_files(kind)).items()))}.items():
             info = tarfile.TarInfo(f"{layout.folder}/{name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -66,7 +68,8 @@ def write_archive(kind, dest, files=None, extra=()):
 def check_content(kind, loaded, files):
     layout = LAYOUTS[kind]
     for pictures, names in zip(loaded, (layout.train, layout.test)):
-        raw = np.frombuffer(b"".join(files[name] for name in names), "uint8").reshape(-1, layout.label_bytes + cifar.PIXELS)
+        raw = np.frombuffer(b"".join(files[name] for name in names),
+                            "uint8").reshape(-1, layout.label_bytes + cifar.PIXELS)
         assert len(pictures) == RECORDS * len(names)
         assert pictures.images.dtype == "uint8" and pictures.labels.dtype == "int64"
         assert (pictures.labels == raw[:, layout.label_bytes - 1]).all()  # CIFAR-100: the fine label
@@ -82,7 +85,8 @@ def test_the_official_sizes(monkeypatch, kind, train, test):
     monkeypatch.undo()
     layout = LAYOUTS[kind]
     assert sum(layout.train.values()) == train and sum(layout.test.values()) == test
-    assert set(cifar._sizes(layout).values()) == ({30_730_000} if kind == "cifar10" else {153_700_000, 30_740_000})
+    assert set(cifar._sizes(layout).values()) == ({30_730_000} if kind == "cifar10"
+                                                  else {153_700_000, 30_740_000})
     assert len(set(layout.names)) == len(layout.names) == int(kind[5:])
     assert layout.url == f"https://www.cs.toronto.edu/~kriz/cifar-{kind[5:]}-binary.tar.gz"
 
@@ -146,18 +150,21 @@ def test_missing_files_are_named(tmp_path):
     folder, archive = write_folder("cifar10", tmp_path, files), write_archive("cifar10", tmp_path, files)
     with pytest.raises(InputError, match=r"data_batch_3.bin: no such file, expected one of 36,876 bytes"):
         load_cifar(folder)
-    with pytest.raises(InputError, match=r"gz: data_batch_3.bin missing, expected in its folder cifar-10-batches-bin/"):
+    with pytest.raises(InputError,
+                       match=r"gz: data_batch_3.bin missing, expected in its folder cifar-10-batches-bin/"):
         load_cifar(archive)
 
 
 @pytest.mark.parametrize("damage", [
-    lambda b: b[:len(b) // 2], lambda b: b[:-4], lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:],
+    lambda b: b[:len(b) // 2], lambda b: b[:-4],
+    lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:],
     lambda b: b"<html>not found</html>", lambda b: b"",
 ], ids=["half", "end", "bit", "foreign", "empty"])
 def test_a_damaged_archive_is_refused(tmp_path, damage):
     archive = write_archive("cifar10", tmp_path)
     archive.write_bytes(damage(archive.read_bytes()))
-    with pytest.raises(InputError, match=f"^{archive}: {archive.stat().st_size:,} bytes that are not a whole .tar.gz"):
+    with pytest.raises(InputError,
+                       match=f"^{archive}: {archive.stat().st_size:,} bytes that are not a whole .tar.gz"):
         load_cifar(tmp_path)
 
 
@@ -166,12 +173,14 @@ def test_a_link_in_place_of_a_file_is_refused(tmp_path, kind_of_link):
     link = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
     link.type, link.linkname = kind_of_link, "/etc/passwd"
     write_archive("cifar10", tmp_path, extra=[link])
-    with pytest.raises(InputError, match="its member cifar-10-batches-bin/data_batch_1.bin is a link or a folder"):
+    with pytest.raises(InputError,
+                       match="its member cifar-10-batches-bin/data_batch_1.bin is a link or a folder"):
         load_cifar(tmp_path)
 
 
 def test_strange_members_are_passed_over_and_nothing_is_written(tmp_path):
-    names = ["../evil", "/tmp/evil", "cifar-10-batches-bin/../../evil", "cifar-10-batches-bin/data_batch_1.bin.pkl"]
+    names = ["../evil", "/tmp/evil", "cifar-10-batches-bin/../../evil",
+             "cifar-10-batches-bin/data_batch_1.bin.pkl"]
     files = make_files("cifar10")
     write_archive("cifar10", tmp_path / "x", files, extra=[tarfile.TarInfo(name) for name in names])
     check_content("cifar10", load_cifar(tmp_path / "x"), files)
@@ -192,18 +201,21 @@ def test_an_unknown_kind_is_refused(call):
 
 def test_no_data_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for call in (lambda: load_cifar(tmp_path), lambda: find_data(str(tmp_path)), lambda: find_data("cifar10"), find_data):
+    for call in (lambda: load_cifar(tmp_path), lambda: find_data(str(tmp_path)), lambda: find_data("cifar10"),
+                 find_data):
         with pytest.raises(InputError) as caught:
             call()
         message = str(caught.value)
-        assert "download_cifar('data', 'cifar10')" in message and "TINYTOKEN_DATA=DIR" in message and "--data DIR" in message
+        assert "download_cifar('data', 'cifar10')" in message and "TINYTOKEN_DATA=DIR" in message
+        assert "--data DIR" in message
     with pytest.raises(InputError, match="no CIFAR-100 in data; .*(.|\n)*cifar-100-binary.tar.gz"):
         find_data("cifar100")
 
 
 def test_find_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ten, hundred = write_folder("cifar10", tmp_path / "data"), write_archive("cifar100", tmp_path / "elsewhere")
+    ten = write_folder("cifar10", tmp_path / "data")
+    hundred = write_archive("cifar100", tmp_path / "elsewhere")
     assert find_data("cifar10") == (pathlib.Path("data") / ten.name, "cifar10")
     assert find_data(str(ten)) == (ten, "cifar10")
     assert find_data(tmp_path / "elsewhere") == find_data(hundred) == (hundred, "cifar100")
@@ -215,7 +227,8 @@ def test_find_data(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no CIFAR-10 in .*elsewhere"):
         find_data("cifar10")
     write_folder("cifar100", tmp_path / "data")
-    with pytest.raises(InputError, match="data holds both CIFAR-10 and CIFAR-100; give one of .*batches-bin, .*100-binary"):
+    with pytest.raises(InputError, match="data holds both CIFAR-10 and CIFAR-100; give one of .*batches-bin, "
+                                         ".*100-binary"):
         find_data(tmp_path / "data")
 
 
@@ -239,7 +252,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(folder):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0),
+                                         functools.partial(Handler, directory=folder)) as server:
         server.released = threading.Event()
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
@@ -281,7 +295,8 @@ def test_download_then_load(tmp_path, monkeypatch, no_proxy):
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("cifar-10-binary.tar.gz", "has MD5 [0-9a-f]{32}, expected c32a1d4ab5d03f1284b67883e8d87530: damaged, or another file"),
+    ("cifar-10-binary.tar.gz",
+     "has MD5 [0-9a-f]{32}, expected c32a1d4ab5d03f1284b67883e8d87530: damaged, or another file"),
     ("cut.tar.gz", "has MD5 [0-9a-f]{32}, expected c32a"),
     ("nothing.tar.gz", "404"),
     ("hang.tar.gz", "timed out"),
@@ -307,7 +322,8 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch, no_proxy)
 
 def test_an_unwritable_place_and_a_bad_address_are_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="download_cifar: https://www.cs.toronto.edu/.* to .*file/cifar-10-binary.tar.gz: "):
+    with pytest.raises(InputError, match="download_cifar: https://www.cs.toronto.edu/.* to "
+                                         ".*file/cifar-10-binary.tar.gz: "):
         download_cifar(tmp_path / "file")
     with pytest.raises(InputError, match="download_cifar: nowhere to .*: unknown url type"):
         download_cifar(tmp_path, url="nowhere")
@@ -321,7 +337,8 @@ def test_the_real_pictures(monkeypatch):
     monkeypatch.undo()
     train, test = load_cifar(REAL)
     assert train.images.shape == (50_000, 3, 32, 32) and test.images.shape == (10_000, 3, 32, 32)
-    assert np.bincount(train.labels).tolist() == [5000] * 10 and np.bincount(test.labels).tolist() == [1000] * 10
+    assert np.bincount(train.labels).tolist() == [5000] * 10
+    assert np.bincount(test.labels).tolist() == [1000] * 10
     assert train.names == LAYOUTS["cifar10"].names
     mean = test.images.mean(axis=(0, 2, 3)) / 255
     np.testing.assert_allclose(mean, (0.494, 0.485, 0.450), atol=0.01)

@@ -14,7 +14,8 @@ STRENGTHS = (1, 2, 3, 4, 5)
 
 
 def at_strengths(setting, *values):
-    """Each strength with its setting, written down here again: a change of either is a change of the results."""
+    """Each strength with its setting, written down here again: a change of either is a change of the
+    results."""
     return pytest.mark.parametrize(f"strength, {setting}", list(zip(STRENGTHS, values)))
 
 
@@ -32,7 +33,8 @@ def draws(name, count, seed=0):
 
 
 def test_the_names():
-    assert tuple(CORRUPTIONS) == ("gaussian_noise", "shot_noise", "motion_blur", "defocus_blur", "contrast", "brightness",
+    assert tuple(CORRUPTIONS) == ("gaussian_noise", "shot_noise", "motion_blur", "defocus_blur",
+                                  "contrast", "brightness",
                                   "haze", "pixelate", "jpeg")
     assert all(len(settings) == 5 and function.__doc__ for function, settings in CORRUPTIONS.values())
 
@@ -54,7 +56,8 @@ def test_a_slice_is_corrupted_as_in_the_whole(images, name, strength):
     """And so the same bits twice, alone or in company, wherever the chunks begin."""
     whole = corrupt(images, name, strength, seed=3, first=10)
     for start, stop in ((0, 80), (0, 1), (1, 70), (63, 65), (79, 80)):
-        assert (corrupt(images[start:stop], name, strength, seed=3, first=10 + start) == whole[start:stop]).all()
+        assert (corrupt(images[start:stop], name, strength, seed=3, first=10 + start)
+                == whole[start:stop]).all()
     other = images.copy()
     other[5] = 255 - other[5]
     changed = (corrupt(other, name, strength, seed=3, first=10) != whole).any(axis=(1, 2, 3))
@@ -73,14 +76,17 @@ def test_seed_and_number_decide_the_draw(images, name):
     """Equal pictures, with other seeds or other numbers, are corrupted in other ways."""
     same = np.repeat(images[:1], 6, axis=0)
     one = corrupt(same, name, 3, seed=0)
-    results = [*one, *corrupt(same, name, 3, seed=1), *corrupt(same, name, 3, seed=2**40), *corrupt(same, name, 3, first=6)]
+    results = [*one, *corrupt(same, name, 3, seed=1), *corrupt(same, name, 3, seed=2**40),
+               *corrupt(same, name, 3, first=6)]
     distinct = {picture.tobytes() for picture in results}
-    assert len(results) == 24 and len(distinct) >= (22 if name == "motion_blur" else 24)  # two angles may be nearly the same
+    # two angles may be nearly the same
+    assert len(results) == 24 and len(distinct) >= (22 if name == "motion_blur" else 24)
 
 
 @every_corruption
 def test_strength_is_distance_from_the_clean_picture(images, name):
-    error = [np.square(corrupt(images, name, strength) - images.astype(float)).mean() for strength in STRENGTHS]
+    error = [np.square(corrupt(images, name, strength) - images.astype(float)).mean()
+             for strength in STRENGTHS]
     assert error[0] > 5 and all(weaker * 1.02 < stronger for weaker, stronger in zip(error, error[1:])), error
 
 
@@ -91,7 +97,8 @@ def test_gaussian_noise_is_normal(strength, std):
     # the variance of the noise, and that of rounding to whole levels
     assert noise.var() == pytest.approx(std**2 + 1 / 12 / 255**2, rel=5 * math.sqrt(2 / noise.size))
     for sigmas, share in ((1, 0.6827), (2, 0.9545)):
-        assert (abs(noise) < sigmas * std).mean() == pytest.approx(share, abs=0.02)  # levels are coarse: 10 to one std
+        # levels are coarse: 10 to one std
+        assert (abs(noise) < sigmas * std).mean() == pytest.approx(share, abs=0.02)
     for axis in range(4):  # no picture, channel, row or column repeats the one before
         assert abs((noise * np.roll(noise, 1, axis)).mean()) < 5 * noise.var() / math.sqrt(noise.size)
 
@@ -99,26 +106,31 @@ def test_gaussian_noise_is_normal(strength, std):
 def test_gaussian_noise_is_the_draw_that_the_module_promises(images):
     """The one of the picture's number, at any strength."""
     for number, strength, std in ((0, 1, 0.04), (77, 1, 0.04), (77, 5, 0.1)):
-        z = random.normal((3, 32, 32), site="tinytoken.data.corruptions.gaussian_noise", step=1000 + number, seed=5)
+        z = random.normal((3, 32, 32), site="tinytoken.data.corruptions.gaussian_noise", step=1000 + number,
+                          seed=5)
         expected = np.rint(255 * np.clip(images[number].astype("float32") / 255 + std * z, 0, 1))
         assert (corrupt(images, "gaussian_noise", strength, seed=5, first=1000)[number] == expected).all()
 
 
 @at_strengths("photons", 500, 250, 100, 75, 50)
 def test_shot_noise_has_the_mean_and_variance_of_poisson(strength, photons):
-    """Before rounding to whole levels, which can move the mean by half a level: a count is 255 / photons of them."""
+    """Before rounding to whole levels, which can move the mean by half a level: a count is 255 / photons of
+    them."""
     for level in (20, 128):
         x = flat(level, 60).astype("float32") / 255
         noisy = corruptions.shot_noise(x, photons, draws("shot_noise", 60))
-        assert noisy.dtype == "float32" and (np.rint(255 * noisy) == corrupt(flat(level, 60), "shot_noise", strength)).all()
+        assert noisy.dtype == "float32"
+        assert (np.rint(255 * noisy) == corrupt(flat(level, 60), "shot_noise", strength)).all()
         noisy, variance = noisy.astype(float), level / 255 / photons
         assert noisy.mean() == pytest.approx(level / 255, abs=5 * math.sqrt(variance / noisy.size))
-        spread = math.sqrt((2 + 1 / (level / 255 * photons)) / noisy.size)  # of the variance of a Poisson sample, relative
+        # of the variance of a Poisson sample, relative
+        spread = math.sqrt((2 + 1 / (level / 255 * photons)) / noisy.size)
         assert noisy.var() == pytest.approx(variance, rel=5 * spread)
 
 
 def test_shot_noise_inverts_the_poisson_distribution_function():
-    """Each draw is the least count whose cdf, here from lgamma, is at least u; more photons than white has are white."""
+    """Each draw is the least count whose cdf, here from lgamma, is at least u; more photons than white has
+    are white."""
     x = np.arange(256, dtype="float32").repeat(192).reshape(4, 3, 64, 64) / 255
     u = draws("shot_noise", 4)(random.uniform, 3, 64, 64).astype(float)
     for photons in (50, 500):
@@ -149,7 +161,8 @@ def test_blurs_keep_a_constant_picture_and_the_mean_of_an_impulse(name, strength
 
 @at_strengths("std", 1, 1.5, 2, 2.25, 2.5)
 def test_motion_blur_of_an_impulse_lies_on_a_line(strength, std):
-    """Half a Gaussian along it, at an angle of its own for each picture, within 45 degrees of the horizontal."""
+    """Half a Gaussian along it, at an angle of its own for each picture, within 45 degrees of the
+    horizontal."""
     impulse = np.zeros((40, 3, 33, 33), "float32")
     impulse[:, :, 16, 16] = 1
     out = corruptions.motion_blur(impulse, std, draws("motion_blur", 40))
@@ -158,7 +171,8 @@ def test_motion_blur_of_an_impulse_lies_on_a_line(strength, std):
     for picture, turn in zip(out, angle):
         assert (picture == picture[0]).all()
         columns, rows = picture[0].T.nonzero()
-        assert columns.tolist() == list(range(16, 16 - len(columns), -1))[::-1] and len(columns) == 1 + math.ceil(4 * std)
+        assert columns.tolist() == list(range(16, 16 - len(columns), -1))[::-1]
+        assert len(columns) == 1 + math.ceil(4 * std)
         across, down = 16 - columns, 16 - rows  # where the pixels there look at the impulse
         assert abs(down - across * math.tan(turn)).max() <= 0.5001
         log_weight = np.log(picture[0][rows, columns])
@@ -185,9 +199,11 @@ def test_defocus_discs():
 
 def test_defocus_mirrors_the_border():
     picture = flat(0, side=8)
-    picture[..., 0, 3] = picture[..., 1, 6] = 90  # row -1 is row 1, column 8 is column 6; row 0 and column 7 have no twin
+    # row -1 is row 1, column 8 is column 6; row 0 and column 7 have no twin
+    picture[..., 0, 3] = picture[..., 1, 6] = 90
     out = corrupt(picture, "defocus_blur", 5)[0, 0]
-    assert out[0].tolist() == [0, 0, 10, 10, 10, 20, 20, 40] and out[2].tolist() == [0, 0, 0, 0, 0, 10, 10, 20]
+    assert out[0].tolist() == [0, 0, 10, 10, 10, 20, 20, 40]
+    assert out[2].tolist() == [0, 0, 0, 0, 0, 10, 10, 20]
 
 
 @at_strengths("factor", 0.75, 0.5, 0.4, 0.3, 0.15)
@@ -274,19 +290,21 @@ def test_jpeg_treats_each_block_by_itself(images, strength):
     for top in range(0, 32, 8):
         for left in range(0, 32, 8):
             block = np.ascontiguousarray(images[:20, :, top:top + 8, left:left + 8])
-            assert abs(corrupt(block, "jpeg", strength) - whole[:, :, top:top + 8, left:left + 8].astype(int)).max() <= 1
+            assert abs(corrupt(block, "jpeg", strength)
+                       - whole[:, :, top:top + 8, left:left + 8].astype(int)).max() <= 1
 
 
 def test_jpeg_steps():
-    """A wave in Y of 1.4 steps of its coefficient comes back as 1 step, one of 0.4 steps as nothing. At quality 50 the steps
-    are the standard's tables; at 80 they are 0.4 and at 40 1.25 times that, rounded."""
+    """A wave in Y of 1.4 steps of its coefficient comes back as 1 step, one of 0.4 steps as nothing. At
+    quality 50 the steps are the standard's tables; at 80 they are 0.4 and at 40 1.25 times that, rounded."""
     cosines = corruptions._cosines()
     for quality, step in ((50, 55), (80, 22), (40, 69)):  # row 5, column 2 of table K.1
         wave = np.outer(cosines[5], cosines[2])
         for steps, left in ((1.4, 1), (0.4, 0)):
             x = np.broadcast_to(128 + steps * step * wave, (1, 3, 8, 8)).astype("float32") / 255
             out = corruptions.jpeg(x, quality, None)
-            np.testing.assert_allclose(255 * out, np.broadcast_to(128 + left * step * wave, out.shape), atol=1e-3)
+            np.testing.assert_allclose(255 * out, np.broadcast_to(128 + left * step * wave, out.shape),
+                                       atol=1e-3)
 
 
 def pillow(images, change):
@@ -297,8 +315,8 @@ def pillow(images, change):
 
 @at_strengths("quality", 80, 65, 58, 50, 40)
 def test_jpeg_is_near_pillows_without_subsampling(images, strength, quality):
-    """The same tables, and the same loss to 1 %. Where pixels differ, a coefficient was rounded the other way: Pillow's Y, Cb,
-    Cr are whole."""
+    """The same tables, and the same loss to 1 %. Where pixels differ, a coefficient was rounded the other
+    way: Pillow's Y, Cb, Cr are whole."""
     def through_file(image, picture):
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=quality, subsampling=0)
@@ -314,13 +332,15 @@ def test_jpeg_is_near_pillows_without_subsampling(images, strength, quality):
 @at_strengths("share", 0.95, 0.9, 0.85, 0.75, 0.65)
 def test_pixelate_is_pillows_box_resize_twice(images, strength, share):
     def twice(image, picture):
-        return picture.resize((int(32 * share),) * 2, image.Resampling.BOX).resize((32, 32), image.Resampling.BOX)
+        small = picture.resize((int(32 * share),) * 2, image.Resampling.BOX)
+        return small.resize((32, 32), image.Resampling.BOX)
     assert abs(pillow(images, twice) - corrupt(images, "pixelate", strength)).max() <= 1
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(images=[[1]]), r"images is a list, expected a NumPy array"),
-    (dict(images=np.zeros((1, 3, 9, 8))), r"images \(1, 3, 9, 8\) float64, expected \(B, 3, H, W\) uint8, H and W at least 8"),
+    (dict(images=np.zeros((1, 3, 9, 8))),
+     r"images \(1, 3, 9, 8\) float64, expected \(B, 3, H, W\) uint8, H and W at least 8"),
     (dict(images=np.zeros((3, 32, 32), "uint8")), r"images \(3, 32, 32\) uint8, expected .*"),
     (dict(images=np.zeros((1, 32, 32, 3), "uint8")), r"images \(1, 32, 32, 3\) uint8, expected .*"),
     (dict(images=np.zeros((0, 3, 32, 32), "uint8")), r"images \(0, 3, 32, 32\) uint8, expected .*"),

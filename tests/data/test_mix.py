@@ -1,4 +1,5 @@
-"""Erasing and mixing: what happens to pixels and targets, the distributions of the choices, and that they repeat."""
+"""Erasing and mixing: what happens to pixels and targets, the distributions of the choices, and that they
+repeat."""
 import numpy as np
 import pytest
 
@@ -32,7 +33,8 @@ def test_erased_rectangles(xp):
         images = pictures(xp, 200, 32)
         out = host(mix.erase(images, 0.5, step=step, seed=0))
         gone = out == 0
-        assert (gone == gone[:, :1]).all() and (out[~gone] == np.broadcast_to(host(images), out.shape)[~gone]).all()
+        assert (gone == gone[:, :1]).all()
+        assert (out[~gone] == np.broadcast_to(host(images), out.shape)[~gone]).all()
         found += [rectangle(mask) for mask in gone[:, 0]]
     sides = np.array([sizes for sizes in found if sizes[0]])
     assert abs(len(sides) / len(found) - 0.5) < 0.04  # 3 standard errors of 1,600
@@ -53,7 +55,8 @@ def test_the_table_of_beta_quantiles(alpha):
     draws = np.sort(np.random.default_rng(0).beta(alpha, alpha, 200_000))
     levels = (np.arange(len(draws)) + 0.5) / len(draws)
     assert np.abs(np.interp(levels, u, x) - draws).max() < 0.01
-    assert np.abs(np.interp(draws, x, u) - levels).max() < 0.004  # 1.6 / sqrt(n): Kolmogorov and Smirnov at 1 %
+    # 1.6 / sqrt(n): Kolmogorov and Smirnov at 1 %
+    assert np.abs(np.interp(draws, x, u) - levels).max() < 0.004
     assert (u[0], x[0], u[-1], x[-1]) == (0, 0, 1, 1) and (np.diff(u) > 0).all() and (np.diff(x) >= 0).all()
 
 
@@ -65,7 +68,8 @@ def test_mixup_mixes_pictures_and_targets_alike(xp):
     kept = mixed[np.arange(64), np.arange(64)]
     np.testing.assert_allclose(mixed.sum(axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(mixed[np.arange(64), np.arange(64)[::-1]], 1 - kept, atol=1e-6)
-    np.testing.assert_allclose(images[:, 0, 0, 0], kept * np.arange(1, 65) + (1 - kept) * np.arange(64, 0, -1), rtol=1e-5)
+    np.testing.assert_allclose(images[:, 0, 0, 0],
+                               kept * np.arange(1, 65) + (1 - kept) * np.arange(64, 0, -1), rtol=1e-5)
     assert 0 <= kept.min() < 0.2 and 0.8 < kept.max() <= 1
 
 
@@ -79,16 +83,19 @@ def test_cutmix_pastes_a_rectangle_and_counts_its_area(xp):
             assert (images[i][:, pasted] == 64 - i).all() and (images[i][:, ~pasted] == i + 1).all()
             height, width = rectangle(pasted)
             cut += height != width
-            assert mixed[i, i] == pytest.approx(1 - pasted.mean(), abs=1e-6) and mixed[i].sum() == pytest.approx(1)
+            assert mixed[i, i] == pytest.approx(1 - pasted.mean(), abs=1e-6)
+            assert mixed[i].sum() == pytest.approx(1)
             shares.append(pasted.mean())
-    assert 0.2 < np.mean(shares) < 0.36 and cut > 50  # half the area on average, less what lies beyond the border
+    # half the area on average, less what lies beyond the border
+    assert 0.2 < np.mean(shares) < 0.36 and cut > 50
     assert min(shares) == 0 or min(shares) < 0.01
 
 
 def test_choices_depend_on_seed_and_step_only(xp):
     draw = lambda **at: host(mix.cutmix(pictures(xp), xp.eye(64, dtype="float32"), 1.0, **at)[0])
     assert (draw(step=1, seed=2) == draw(step=1, seed=2)).all()
-    assert (draw(step=1, seed=2) != draw(step=2, seed=2)).any() and (draw(step=1, seed=2) != draw(step=1, seed=3)).any()
+    assert (draw(step=1, seed=2) != draw(step=2, seed=2)).any()
+    assert (draw(step=1, seed=2) != draw(step=1, seed=3)).any()
 
 
 def test_both_devices_make_the_same_choices(xp):
@@ -109,7 +116,8 @@ def test_batches_that_mix(xp):
     ways = set()
     for step in range(12):
         images, targets = batches(step)
-        assert images.shape == (20, 3, 8, 8) and targets.shape == (20, 5) and targets.dtype == images.dtype == "float32"
+        assert images.shape == (20, 3, 8, 8) and targets.shape == (20, 5)
+        assert targets.dtype == images.dtype == "float32"
         np.testing.assert_allclose(host(targets).sum(axis=1), 1, rtol=1e-6)
         again = batches(step)
         assert (host(again[0]) == host(images)).all() and (host(again[1]) == host(targets)).all()

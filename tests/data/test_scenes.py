@@ -1,4 +1,5 @@
-"""Scenes: what a picture depends on, that masks, boxes and instances are exact, and that nothing but shape tells the class."""
+"""Scenes: what a picture depends on, that masks, boxes and instances are exact, and that nothing but shape
+tells the class."""
 import itertools
 import math
 import zlib
@@ -85,7 +86,8 @@ def test_boxes_and_instances_are_tight_and_complete(some):
         assert present == list(range(1, len(present) + 1)) and 1 <= len(present) <= 3
         for number in (1, 2, 3):
             rows, columns = np.nonzero(instances == number)
-            expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else (0, 0, 0, 0)
+            expected = (columns.min(), rows.min(), columns.max() + 1,
+                        rows.max() + 1) if len(rows) else (0, 0, 0, 0)
             assert tuple(boxes[number - 1].tolist()) == expected
     assert (some.masks == (some.instances > 0)).all()
 
@@ -95,7 +97,8 @@ def test_objects_lie_wholly_inside_and_apart(fine):
     draw = scenes._Draws(120, 2, "train", 0)
     centre, radius, present = scenes._place(draw)
     assert (present[:, 0] & (present[:, 1] | ~present[:, 2])).all()
-    assert (centre - radius[..., None] >= 0)[present].all() and (centre + radius[..., None] <= 1)[present].all()
+    assert (centre - radius[..., None] >= 0)[present].all()
+    assert (centre + radius[..., None] <= 1)[present].all()
     for i, j in itertools.combinations(range(3), 2):
         apart = np.hypot(*(centre[:, i] - centre[:, j]).T)
         assert (apart > radius[:, i] + radius[:, j])[present[:, i] & present[:, j]].all()
@@ -122,12 +125,14 @@ def test_object_share(some):
             row, column = divmod(token % (side * side), side)
             part = some.masks[i, row * patch:(row + 1) * patch, column * patch:(column + 1) * patch]
             assert share[i, token % (side * side)] == np.float32(part.mean())
-    with pytest.raises(InputError, match="object_share: patch size 5 does not divide the picture's 32 pixels"):
+    with pytest.raises(InputError,
+                       match="object_share: patch size 5 does not divide the picture's 32 pixels"):
         some.object_share(5)
 
 
 def test_the_mask_is_where_the_objects_colour_is(some):
-    """Inside a mask (a pixel from its edge) there is one colour; outside (again a pixel) nothing of the object is left."""
+    """Inside a mask (a pixel from its edge) there is one colour; outside (again a pixel) nothing of the
+    object is left."""
     for i in range(100):
         for number in range(1, some.instances[i].max() + 1):
             mask = np.pad(some.instances[i] == number, 1)
@@ -145,10 +150,13 @@ def euler_number(mask):
 
 
 def test_the_label_is_the_shape_that_is_there(fine):
-    """Each class has a fact of its own that can be measured on the mask, by another way than the one it was drawn by."""
-    pieces = {"disc": 1, "ring": 0, "square": 1, "triangle": 1, "cross": 1, "star": 1, "bars": 3, "dots": 4, "lattice": 0}
-    fills = {"disc": (0.75, 0.83), "ring": (0.41, 0.46), "square": (0.6, 1.0), "triangle": (0.44, 0.52), "cross": (0.33, 0.39),
-             "star": (0.36, 0.42), "crescent": (0.39, 0.48), "bars": (0.4, 0.7), "dots": (0.36, 0.52), "lattice": (0.36, 0.6)}
+    """Each class has a fact of its own that can be measured on the mask, by another way than the one it was
+    drawn by."""
+    pieces = {"disc": 1, "ring": 0, "square": 1, "triangle": 1, "cross": 1, "star": 1, "bars": 3, "dots": 4,
+              "lattice": 0}
+    fills = {"disc": (0.75, 0.83), "ring": (0.41, 0.46), "square": (0.6, 1.0), "triangle": (0.44, 0.52),
+             "cross": (0.33, 0.39), "star": (0.36, 0.42), "crescent": (0.39, 0.48), "bars": (0.4, 0.7),
+             "dots": (0.36, 0.52), "lattice": (0.36, 0.6)}
     seen = set()
     for i, label in enumerate(fine.labels):
         name = fine.names[label]
@@ -193,8 +201,9 @@ def linear_accuracy(features, labels, train):
 
 
 def test_colour_does_not_tell_the_class(some):
-    """Chance is 10 %, and the same classifier, given the mask's outline, does far better. The histogram counts pixels by the
-    palette's colour next to theirs: finer bins would count the mixed pixels along the edges, which is to measure outlines."""
+    """Chance is 10 %, and the same classifier, given the mask's outline, does far better. The histogram
+    counts pixels by the palette's colour next to theirs: finer bins would count the mixed pixels along the
+    edges, which is to measure outlines."""
     images = some.images.astype("float32")
     moments = np.c_[images.mean(axis=(2, 3)), images.std(axis=(2, 3))]
     nearest = np.stack([np.square(images - colour[:, None, None]).sum(axis=1)
@@ -210,10 +219,12 @@ def test_colour_does_not_tell_the_class(some):
 def test_objects_and_clutter_have_the_same_colours(some):
     """The same means, spreads and palette shares; and what is drawn in the pictures is of the palette."""
     draw = scenes._Draws(scenes.CHUNK, 0, "train", 0)
-    clutter, objects = draw.colours("clutter", (12,)).reshape(-1, 3), draw.colours("object", (3,)).reshape(-1, 3)
+    clutter, objects = (draw.colours(of, (count,)).reshape(-1, 3)
+                        for of, count in (("clutter", 12), ("object", 3)))
     for moment in (lambda x: x, lambda x: (x - x.mean(axis=0))**2):
         one, other = moment(clutter), moment(objects)
-        assert (abs(one.mean(axis=0) - other.mean(axis=0)) < 5 * other.std(axis=0) / math.sqrt(len(other))).all()
+        assert (abs(one.mean(axis=0) - other.mean(axis=0)) < 5 * other.std(axis=0)
+                / math.sqrt(len(other))).all()
     distance, nearest = zip(*(palette_distance(colours) for colours in (clutter, objects)))
     assert max(d.max() for d in distance) <= scenes.JITTER
     shares = [np.bincount(n, minlength=8) / len(n) for n in nearest]
@@ -224,7 +235,8 @@ def test_objects_and_clutter_have_the_same_colours(some):
 
 
 def palette_distance(colours):
-    """(..., 3) -> the largest channel's distance to the nearest colour of the palette, and that one's number."""
+    """(..., 3) -> the largest channel's distance to the nearest colour of the palette, and that one's
+    number."""
     distance = abs(colours[:, None] - scenes.PALETTE).max(axis=2)
     return distance.min(axis=1), distance.argmin(axis=1)
 

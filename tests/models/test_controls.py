@@ -1,4 +1,7 @@
-"""DynamicViT's controls: each against its rule, equal counts, gathering equals masking, gradients, training with Distil."""
+"""DynamicViT's controls: each against its rule, equal counts, gathering equals masking, gradients, training
+with Distil."""
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -8,8 +11,9 @@ import tinytoken as tt
 from small import STAGES, gumbel, pictures, refuses, same, shaken, teacher
 from tinytoken.checking import gradcheck
 from tinytoken.models import DynamicOutput, DynamicViT, ViT, dynamicvit_loss
-from tinytoken.models.controls import (CONTROLS, CentreTokens, ClassAttention, LearnedTokens, PooledTokens, RandomTokens,
-                                       means_of_parts, morton_order)
+from tinytoken.models.dynamicvit import DynamicTokens
+from tinytoken.models.controls import (CONTROLS, CentreTokens, ClassAttention, LearnedTokens, PooledTokens,
+                                       RandomTokens, means_of_parts, morton_order)
 from tinytoken.train import Distil
 
 SMALL = small.SMALL | dict(depth=3)
@@ -26,17 +30,22 @@ def seeded():
 @each_control
 def test_what_comes_out(kind):
     model, images = shaken(kind(**SMALL, **STAGES)), pictures(3)
-    logits, trace = model.eval()(images, trace=True)
-    assert model.counts == COUNTS and logits.shape == (3, 5) and np.array_equal(model(images).data, logits.data)
-    assert [A.shape[2:] for A in trace.attention] == [(17, 17), (12, 12), (7, 7)] and trace.tokens.shape == (3, 6, 8)
+    gathered = model.eval()(images, trace=True)
+    assert model.counts == COUNTS and gathered.logits.shape == (3, 5)
+    assert np.array_equal(model(images).logits.data, gathered.logits.data)
+    assert [A.shape[2:] for A in gathered.attention] == [(17, 17), (12, 12), (7, 7)]
+    assert gathered.tokens.shape == (3, 6, 8)
+    assert gathered.decisions == [] and gathered.keep is None
     out = model.train()(images, noise=gumbel(batch=3))
-    assert isinstance(out, DynamicOutput) and out.logits.shape == (3, 5) and out.tokens.shape == (3, 16, 8)
+    assert type(out) is type(gathered) is DynamicOutput and out.logits.shape == (3, 5)
+    assert out.tokens.shape == (3, 16, 8)
     assert [d.shape for d in out.decisions] == [(3, 16)] * 2 and out.keep.shape == (3, 16)
     if kind is not LearnedTokens:  # exact counts in training, too
-        same(np.array([d.data.mean(axis=1) for d in out.decisions]), np.repeat(np.array(COUNTS)[:, None] / 16, 3, axis=1))
+        same(np.array([d.data.mean(axis=1) for d in out.decisions]),
+             np.repeat(np.array(COUNTS)[:, None] / 16, 3, axis=1))
     if kind is not PooledTokens:
-        assert [kept.shape for kept in trace.kept] == [(3, 11), (3, 6)]
-        assert all(set(later) <= set(kept) for kept, later in zip(*trace.kept))
+        assert [kept.shape for kept in gathered.kept] == [(3, 11), (3, 6)]
+        assert all(set(later) <= set(kept) for kept, later in zip(*gathered.kept))
 
 
 @each_control
@@ -52,17 +61,19 @@ def test_macs_are_those_of_dynamicvit_without_its_predictors(kind):
 def test_a_vits_weights_go_in_and_the_configuration_makes_the_same_again(kind):
     vit, model = shaken(ViT(**SMALL)), kind(**SMALL, **STAGES)
     missing, unexpected = model.load_state_dict(vit.state_dict(), strict=False)
-    assert unexpected == [] and missing == ([f"score_predictor.{s}.scores" for s in (0, 1)] if kind is LearnedTokens else [])
-    again = kind(**model.config)
+    assert unexpected == []
+    assert missing == ([f"score_predictor.{s}.scores" for s in (0, 1)] if kind is LearnedTokens else [])
+    again = kind(**dataclasses.asdict(model.config))
     again.load_state_dict(model.state_dict())
-    assert np.array_equal(again.eval()(pictures()).data, model.eval()(pictures()).data)
+    assert np.array_equal(again.eval()(pictures()).logits.data, model.eval()(pictures()).logits.data)
 
 
 # Against DynamicViT with the same tokens
 
 @each_choice
 def test_gathering_in_training_is_masking(kind):
-    """The logits, the kept tokens, the loss, and the gradient of every weight are those of DynamicViT's masks."""
+    """The logits, the kept tokens, the loss, and the gradient of every weight are those of DynamicViT's
+    masks."""
     control, masked = shaken(kind(**SMALL, **STAGES)), DynamicViT(**SMALL, **STAGES)
     masked.load_state_dict(control.state_dict(), strict=False)
     images, targets, (z, f) = pictures(3), np.array([1, 4, 0]), teacher(3)
@@ -72,7 +83,8 @@ def test_gathering_in_training_is_masking(kind):
     same(ours.tokens.data, theirs.tokens.data * ours.keep.data[:, :, None])
     gradients = []
     for model, out in ((control, ours), (masked, theirs)):
-        loss, _ = dynamicvit_loss(out, targets, z, f, (0.7, 0.4), weights=(1, 0, 0.5, 0.5), token_norm="image")
+        loss, _ = dynamicvit_loss(out, targets, z, f, (0.7, 0.4), weights=(1, 0, 0.5, 0.5),
+                                  token_norm="image")
         wrt = [p for name, p in model.named_parameters() if not name.startswith("score_predictor")]
         gradients.append((loss.item(), tt.grad(loss, wrt)))
     (a, ours), (b, theirs) = gradients
@@ -96,16 +108,16 @@ def test_gradients_of_the_whole_model(kind):
 @each_choice
 def test_training_and_inference_choose_alike(kind):
     model, images = shaken(kind(**SMALL, **STAGES)), pictures(3)
-    same(model.train()(images).logits.data, model.eval()(images).data)
+    same(model.train()(images).logits.data, model.eval()(images).logits.data)
 
 
 # Each rule
 
 def test_random_tokens_are_spread_evenly_and_the_same_twice():
     model, images = shaken(RandomTokens(**SMALL, **STAGES)).eval(), pictures(400)
-    first, second = (model(images, trace=True)[1].kept for _ in range(2))
+    first, second = (model(images).kept for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
-    assert not np.array_equal(model(images[::-1].copy(), trace=True)[1].kept[0], first[0])  # another batch, another draw
+    assert not np.array_equal(model(images[::-1].copy()).kept[0], first[0])  # another batch, another draw
     for kept, count in zip(first, COUNTS):
         often, share = np.bincount(kept.reshape(-1), minlength=16) / 400, count / 16
         assert np.abs(often - share).max() < 5 * (share * (1 - share) / 400) ** 0.5
@@ -116,10 +128,10 @@ def test_random_tokens_are_spread_evenly_and_the_same_twice():
 
 def test_class_attention_keeps_the_highest():
     model, images = shaken(ClassAttention(**SMALL, **STAGES)), pictures(3)
-    _, trace = model.eval()(images, trace=True)
-    for stage, (kept, count) in enumerate(zip(trace.kept, COUNTS)):  # the stages stand before blocks 1 and 2
-        before = trace.kept[stage - 1] if stage else np.tile(np.arange(16), (3, 1))
-        to_patches = trace.attention[stage].data.mean(axis=1)[:, 0, 1:]
+    out = model.eval()(images, trace=True)
+    for stage, (kept, count) in enumerate(zip(out.kept, COUNTS)):  # the stages stand before blocks 1 and 2
+        before = out.kept[stage - 1] if stage else np.tile(np.arange(16), (3, 1))
+        to_patches = out.attention[stage].data.mean(axis=1)[:, 0, 1:]
         assert all(set(before[b][np.argsort(to_patches[b])[-count:]]) == set(kept[b]) for b in range(3))
     with refuses("ClassAttention: prune_before 0: there is no block before it that attends"):
         ClassAttention(**SMALL, prune_before=(0,), keep_ratios=(0.5,))
@@ -127,20 +139,20 @@ def test_class_attention_keeps_the_highest():
 
 def test_centre_tokens_by_hand():
     model = CentreTokens(**SMALL, prune_before=(1, 2), keep_ratios=(0.75, 0.25))
-    _, trace = model.eval()(pictures(2).astype("float32"), trace=True)
+    kept = model.eval()(pictures(2).astype("float32")).kept
     for b in range(2):
-        assert trace.kept[0][b].tolist() == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14]  # all but the corners of 4 x 4
-        assert trace.kept[1][b].tolist() == [5, 6, 9, 10]
+        assert kept[0][b].tolist() == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14]  # all but the corners of 4 x 4
+        assert kept[1][b].tolist() == [5, 6, 9, 10]
 
 
 def test_learned_tokens_keep_the_highest_of_those_left():
     model = shaken(LearnedTokens(**SMALL, **STAGES))
     first, second = ((p.scores.data[:, 0] - p.scores.data[:, 1]) for p in model.score_predictor)
-    _, trace = model.eval()(pictures(2), trace=True)
+    kept = model.eval()(pictures(2)).kept
     left = np.argsort(first)[-11:]
     last = left[np.argsort(second[left])[-6:]]
     for b in range(2):
-        assert trace.kept[0][b].tolist() == sorted(left) and trace.kept[1][b].tolist() == sorted(last)
+        assert kept[0][b].tolist() == sorted(left) and kept[1][b].tolist() == sorted(last)
 
 
 def test_learned_tokens_start_at_the_ratios_and_decide_as_dynamicvit_does():
@@ -159,11 +171,14 @@ def test_pools_are_means():
     assert morton_order(2, 4).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     model = shaken(PooledTokens(**SMALL, prune_before=(0,), keep_ratios=(0.25,)))
     x = np.random.default_rng(0).standard_normal((3, 17, 8))
-    pooled = model.reduce(0, tt.Tensor(x), None, None).data
-    squares = x[:, 1:].reshape(3, 2, 2, 2, 2, 8).mean(axis=(2, 4)).reshape(3, 4, 8)  # 4 x 4 patches, in squares of 2 x 2
-    same(pooled, np.concatenate([x[:, :1], squares], axis=1))
+    tokens = DynamicTokens(tt.Tensor(x), extra=1)
+    model.reduce(0, tokens)
+    # 4 x 4 patches, in squares of 2 x 2
+    squares = x[:, 1:].reshape(3, 2, 2, 2, 2, 8).mean(axis=(2, 4)).reshape(3, 4, 8)
+    same(tokens.x.data, np.concatenate([x[:, :1], squares], axis=1))
     out = model.train()(pictures(3))
-    for i, part in enumerate([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]):  # each position shows its square's token
+    # each position shows its square's token
+    for i, part in enumerate([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]):
         first = [0, 2, 8, 10][part]
         same(out.tokens.data[:, i], out.tokens.data[:, first])
 
@@ -181,6 +196,7 @@ def test_training_with_the_teachers_losses(kind):
     model, first = tiny.train(make)
     again, second = tiny.train(make, threads=1)
     assert first["class"] < 1.1 and first.keys() == {"seconds", "loss", "class", "ratio", "kl", "token"}
-    assert abs(first["loss"] - second["loss"]) < 1e-3 * first["loss"]  # noise and counts are the picture's, not the slice's
+    # noise and counts are the picture's, not the slice's
+    assert abs(first["loss"] - second["loss"]) < 1e-3 * first["loss"]
     assert kind is LearnedTokens or first["ratio"] == 0
     assert kind is not LearnedTokens or np.ptp(model.score_predictor[0].scores.data[:, 0]) > 0.01

@@ -1,4 +1,5 @@
-"""DynamicViT's four losses: their formulas by loops, gradients, images that lose every token, slices of a batch."""
+"""DynamicViT's four losses: their formulas by loops, gradients, images that lose every token, slices of a
+batch."""
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ def outputs_of(decisions):
     logits, tokens = teacher(3, seed=2)
     leaf = lambda array: tt.Tensor(np.asarray(array, float), requires_grad=True)
     decisions = [leaf(d) for d in decisions]
-    return DynamicOutput(leaf(logits), leaf(tokens), decisions, decisions[-1].detach())
+    return DynamicOutput(leaf(logits), leaf(tokens), decisions=decisions, keep=decisions[-1].detach())
 
 
 @pytest.mark.parametrize("token_norm", ["pooled", "image"])
@@ -23,21 +24,23 @@ def test_the_losses_by_their_formulas(token_norm, smoothing):
     last = first & (np.random.default_rng(1).random((3, 16)) < 0.6)
     assert len({*last.sum(axis=1)}) > 1  # pooled and per image differ
     out, targets, (z, f), ratios = outputs_of([first, last]), np.array([1, 4, 0]), teacher(3), (0.7, 0.4)
-    loss, parts = dynamicvit_loss(out, targets, z, f, ratios, weights=(1.5, 3, 0.25, 0.75), token_norm=token_norm,
-                                  smoothing=smoothing)
+    loss, parts = dynamicvit_loss(out, targets, z, f, ratios, weights=(1.5, 3, 0.25, 0.75),
+                                  token_norm=token_norm, smoothing=smoothing)
     log_q, p = np.log(softmax(out.logits.data)), softmax(z)
     wanted = np.full((3, 5), smoothing / 5) + (1 - smoothing) * np.eye(5)[targets]
     squares = ((out.tokens.data - f) ** 2).mean(axis=2)
     by_image = [squares[b][last[b]].mean() for b in range(3)]
     expected = {
         "class": -np.mean([wanted[b] @ log_q[b] for b in range(3)]),
-        "ratio": sum(np.mean([(d[b].mean() - r) ** 2 for b in range(3)]) for d, r in zip((first, last), ratios)),
+        "ratio": sum(np.mean([(d[b].mean() - r) ** 2 for b in range(3)])
+                     for d, r in zip((first, last), ratios)),
         "kl": np.mean([sum(p[b, k] * (np.log(p[b, k]) - log_q[b, k]) for k in range(5)) for b in range(3)]),
         "token": np.mean(by_image) if token_norm == "image" else squares[last].mean(),
     }
     for name, wanted_part in expected.items():
         assert parts[name].item() == pytest.approx(wanted_part, rel=1e-12), name
-    total = 1.5 * expected["class"] + 3 * expected["ratio"] / 2 + 0.25 * expected["kl"] + 0.75 * expected["token"]
+    weights = {"class": 1.5, "ratio": 3 / 2, "kl": 0.25, "token": 0.75}
+    total = sum(weight * expected[name] for name, weight in weights.items())
     assert loss.item() == pytest.approx(total, rel=1e-12)
 
 
@@ -45,7 +48,8 @@ def test_default_weights_are_the_papers():
     out, targets, (z, f) = outputs_of(masks((9, 4))), np.array([1, 4, 0]), teacher(3)
     loss, parts = dynamicvit_loss(out, targets, z, f, (0.7, 0.4))
     of = {name: part.item() for name, part in parts.items()}
-    assert loss.item() == pytest.approx(of["class"] + 2 * of["ratio"] / 2 + 0.5 * of["kl"] + 0.5 * of["token"], rel=1e-12)
+    total = of["class"] + 2 * of["ratio"] / 2 + 0.5 * of["kl"] + 0.5 * of["token"]
+    assert loss.item() == pytest.approx(total, rel=1e-12)
 
 
 @pytest.mark.parametrize("token_norm", ["pooled", "image"])
@@ -53,7 +57,8 @@ def test_gradients_of_the_losses(token_norm):
     out, (z, f) = outputs_of(masks((9, 4))), teacher(3)
 
     def parts(*leaves):
-        return tuple(dynamicvit_loss(out, np.array([1, 4, 0]), z, f, (0.7, 0.4), token_norm=token_norm)[1].values())
+        return tuple(dynamicvit_loss(out, np.array([1, 4, 0]), z, f, (0.7, 0.4),
+                                     token_norm=token_norm)[1].values())
     gradcheck(parts, out.logits, out.tokens, *out.decisions, max_elements=80)
 
 
@@ -67,15 +72,18 @@ def test_without_kept_tokens_the_token_loss_is_zero_and_finite(token_norm, lost)
     loss, parts = dynamicvit_loss(out, np.array([1, 4, 0]), z, f, (0.7, 0.4), token_norm=token_norm)
     squares = ((out.tokens.data - f) ** 2).mean(axis=2)[1:, :4]
     images = 3 if token_norm == "image" else 2  # an image without tokens counts as 0 in the mean over images
-    assert parts["token"].item() == (0 if lost == "all" else pytest.approx(squares.mean(axis=1).sum() / images, rel=1e-12))
+    assert parts["token"].item() == (0 if lost == "all"
+                                     else pytest.approx(squares.mean(axis=1).sum() / images, rel=1e-12))
     loss.backward()
     assert np.isfinite(out.tokens.grad).all() and (out.tokens.grad[last == 0] == 0).all()
     assert lost == "all" or (out.tokens.grad[last == 1] != 0).all()
 
 
 def test_per_image_the_loss_of_a_batch_is_the_mean_over_its_slices():
-    """Why token_norm="image" exists: slices of a cut batch, weighted by their share, give the batch's loss and gradient."""
-    model, images, noise = shaken(DynamicViT(**SMALL | dict(depth=3), **STAGES)), pictures(5), gumbel(batch=5, seed=1)
+    """Why token_norm="image" exists: slices of a cut batch, weighted by their share, give the batch's loss
+    and gradient."""
+    model = shaken(DynamicViT(**SMALL | dict(depth=3), **STAGES))
+    images, noise = pictures(5), gumbel(batch=5, seed=1)
     targets, (z, f) = np.array([0, 3, 1, 4, 2]), teacher(5)
     ends = [p for name, p in model.named_parameters() if name.startswith(("norm", "head", "score_predictor"))]
 

@@ -1,5 +1,7 @@
-"""LookupViT: its equations once more (equations.py), properties that pin each part, every compressed grid, overfitting."""
+"""LookupViT: its equations once more (equations.py), properties that pin each part, every compressed grid,
+overfitting."""
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -14,7 +16,8 @@ from tinytoken.models import LookupBlock, LookupOutput, LookupViT, lookupvit_los
 
 SMALL = small.SMALL | dict(compressed=(2, 2))
 REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
-VARIANTS = [dict(reuse=r, norm=n, classifiers=c) for r, n, c in itertools.product(REUSE, ("qk", "pre"), ("both", "compressed"))]
+VARIANTS = [dict(reuse=r, norm=n, classifiers=c)
+            for r, n, c in itertools.product(REUSE, ("qk", "pre"), ("both", "compressed"))]
 named = lambda options: "-".join(options.values())
 
 
@@ -42,19 +45,20 @@ def test_the_model_is_its_equations(options, size, xp):
     if options["classifiers"] == "both":
         same(out.lookup_logits.numpy(), np.stack(wanted_lookup))
         mean = model.eval()(xp.asarray(images), compressed=size, mean_of_heads=True)
-        same(mean.numpy(), (np.stack(wanted) + np.stack(wanted_lookup)) / 2)
+        same(mean.logits.numpy(), (np.stack(wanted) + np.stack(wanted_lookup)) / 2)
     else:
         assert out.lookup_logits is None and wanted_lookup[0] is None
-    same(model.eval()(xp.asarray(images), compressed=size).numpy(), np.stack(wanted))
+    same(model.eval()(xp.asarray(images), compressed=size).logits.numpy(), np.stack(wanted))
 
 
 def test_the_readings_of_reuse_and_norm_differ():
     outs = {}
     for options in VARIANTS:
         model = LookupViT(**SMALL, **options)
-        for name, p in model.astype("float64").named_parameters():  # the same weights where the names are the same
+        # the same weights where the names are the same
+        for name, p in model.astype("float64").named_parameters():
             p.data[...] = np.random.default_rng(list(name.encode())).standard_normal(p.shape)
-        outs[named(options)] = model.eval()(pictures()).data
+        outs[named(options)] = model.eval()(pictures()).logits.data
     for a, b in itertools.combinations(outs, 2):
         only_the_head = a.split("-")[:2] == b.split("-")[:2]
         assert np.array_equal(outs[a], outs[b]) == only_the_head, (a, b)
@@ -65,7 +69,8 @@ def test_the_readings_of_reuse_and_norm_differ():
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 def test_gradients_of_the_whole_model(options):
     model, images, targets = shaken(LookupViT(**SMALL, **options)).train(), pictures(), np.array([4, 1])
-    used = [p for name, p in model.named_parameters() if options["classifiers"] == "both" or not dead(name, 2)]
+    used = [p for name, p in model.named_parameters()
+            if options["classifiers"] == "both" or not dead(name, 2)]
 
     def outputs(*parameters):
         out = model(images, compressed=(2, 3))
@@ -86,15 +91,16 @@ def test_every_parameter_learns_unless_nothing_reads_it(options):
     for name, p in model.named_parameters():
         unread = options["classifiers"] == "compressed" and dead(name, 2)
         assert (p.grad is None) == unread, name
-        # A constant added to all keys moves no softmax over them, so that bias cannot learn (resoftmax reads the other axis too).
+        # A constant added to all keys moves no softmax over them, so that bias cannot learn (resoftmax reads
+        # the other axis too).
         silent = name.endswith(("gather_k.bias", "gather_norm_k.bias", "infuse_k.bias"))
         assert unread or silent or np.abs(p.grad).max() > 1e-9, name
 
 
 @pytest.mark.parametrize("reuse", ["probs", "renorm", "resoftmax"])
 def test_the_gradient_of_the_attention_is_the_sum_of_its_two_uses(reuse):
-    """A is read by the gather and by the infusion. The gradient of the queries' weights is that through one plus that through the
-    other, and neither is nothing."""
+    """A is read by the gather and by the infusion. The gradient of the queries' weights is that through one
+    plus that through the other, and neither is nothing."""
     lookup, compressed = sets()
     block = shaken(LookupBlock(8, 2, reuse=reuse))
     upstream = np.random.default_rng(9).standard_normal(lookup.shape)
@@ -103,12 +109,14 @@ def test_the_gradient_of_the_attention_is_the_sum_of_its_two_uses(reuse):
         probe = copy.deepcopy(block)
         gather, infuse = probe.gather, probe.infuse
 
-        def cut_gather(lookup, compressed):
-            out, A, logits = gather(lookup, compressed)
+        def cut_gather(lookup, compressed, factors):
+            out, A, logits = gather(lookup, compressed, factors)
             return out.detach() if detach_gather else out, A, logits
-        probe.gather = cut_gather
-        probe.infuse = lambda lookup, compressed, A, logits: (
-            infuse(lookup, compressed, A.detach(), logits.detach()) if detach_infusion else infuse(lookup, compressed, A, logits))
+
+        def cut_infuse(lookup, compressed, A, logits, factors):
+            A, logits = (A.detach(), logits.detach()) if detach_infusion else (A, logits)
+            return infuse(lookup, compressed, A, logits, factors)
+        probe.gather, probe.infuse = cut_gather, cut_infuse
         out, _ = probe(tt.Tensor(lookup), tt.Tensor(compressed))
         return tt.grad((out * upstream).sum(), [probe.gather_q.weight])[0]
     through_gather, through_infusion = gradient(detach_infusion=True), gradient(detach_gather=True)
@@ -124,7 +132,8 @@ def test_the_resize_matrix(grid, size):
     R = tt.ops.resize_matrix(grid, size)
     same(R.sum(axis=1), np.ones(size[0] * size[1]))
     same(R, resize_by_loops(grid, size))
-    assert (R >= 0).all() and (size[0] > grid[0] or (R.sum(axis=0) > 0).all())  # antialiased: every token is read
+    # antialiased: every token is read
+    assert (R >= 0).all() and (size[0] > grid[0] or (R.sum(axis=0) > 0).all())
     if size == grid:
         assert np.array_equal(R, np.eye(size[0] * size[1]))
 
@@ -133,11 +142,13 @@ def test_resizing_patches_and_projecting_commute():
     model, images = shaken(LookupViT(**SMALL)), pictures()
     raw = tt.ops.patchify(images, patch=2)
     small = tt.ops.resize(raw, grid=(4, 4), size=(3, 2))
-    same(model.patch_embed.proj(small).data, tt.ops.resize(model.patch_embed(images), grid=(4, 4), size=(3, 2)).data)
+    same(model.patch_embed.proj(small).data,
+         tt.ops.resize(model.patch_embed(images), grid=(4, 4), size=(3, 2)).data)
 
 
 def test_the_compressed_tokens_are_the_patches_without_lookup_positions():
-    """Resized before positions are added, with a table of their own; on the lookup grid they are the patches themselves."""
+    """Resized before positions are added, with a table of their own; on the lookup grid they are the patches
+    themselves."""
     model, images = shaken(LookupViT(**SMALL | dict(compressed=(4, 4)))), pictures()
     lookup, compressed = model.embed(images, (4, 4))
     patches = model.patch_embed(images).data
@@ -156,7 +167,8 @@ def test_permuting_the_lookup_tokens_permutes_what_comes_out(reuse, norm):
     permuted, refined_again = block(tt.Tensor(lookup[:, order]), tt.Tensor(compressed))
     same(refined_again.data, refined.data)
     same(permuted.data, out.data[:, order])
-    order = np.random.default_rng(6).permutation(4)  # and the order of compressed tokens is nothing to the lookup tokens
+    # and the order of compressed tokens is nothing to the lookup tokens
+    order = np.random.default_rng(6).permutation(4)
     again, permuted = block(tt.Tensor(lookup), tt.Tensor(compressed[:, order]))
     same(again.data, out.data)
     same(permuted.data, refined.data[:, order])
@@ -182,7 +194,8 @@ def test_masses_of_the_attention_and_of_its_readings():
     readings = ("probs", "renorm", "resoftmax")
     received = {reuse: tt.ops.lookup_infuse(A, logits, ones, reuse=reuse).data[..., 0] for reuse in readings}
     same(received["probs"], A.data.sum(axis=2))
-    assert np.ptp(received["probs"]) > 0.01                    # gated by how attended a token is; the others are not
+    # gated by how attended a token is; the others are not
+    assert np.ptp(received["probs"]) > 0.01
     same(received["renorm"], np.ones((2, 2, 16)))
     same(received["resoftmax"], np.ones((2, 2, 16)))
 
@@ -191,52 +204,52 @@ def test_masses_of_the_attention_and_of_its_readings():
 @pytest.mark.parametrize("reuse", REUSE)
 def test_skipping_the_last_tail_leaves_the_compressed_logits_to_the_bit(reuse, dtype):
     model, images = shaken(LookupViT(**SMALL, reuse=reuse)).astype(dtype), pictures(3)
-    skipped = model.eval()(images)
+    skipped = model.eval()(images).logits
     assert skipped.dtype == dtype and np.array_equal(skipped.data, model.train()(images).logits.data)
     for name, p in model.named_parameters():
         if dead(name, 2):
             p.data[...] = np.nan
-    assert np.array_equal(model.eval()(images).data, skipped.data)  # not merely unused: not computed
-    assert np.isnan(model.eval()(images, mean_of_heads=True).data).all()
+    assert np.array_equal(model.eval()(images).logits.data, skipped.data)  # not merely unused: not computed
+    assert np.isnan(model.eval()(images, mean_of_heads=True).logits.data).all()
 
 
 def test_one_set_of_weights_serves_every_compressed_grid():
     model, images = shaken(LookupViT(**SMALL)).eval(), pictures()
     logits = {}
     for size in itertools.product(range(1, 5), repeat=2):
-        out, trace = model(images, compressed=size, trace=True)
-        tokens = size[0] * size[1]
-        assert out.shape == (2, 5) and np.isfinite(out.data).all() and trace.tokens.shape == (2, tokens, 8)
-        assert [A.shape for A in trace.attention] == [(2, 2, tokens, 16)] * 2
-        logits[size] = out.data
+        out = model(images, compressed=size, trace=True)
+        tokens, logits[size] = size[0] * size[1], out.logits.data
+        assert out.logits.shape == (2, 5) and np.isfinite(logits[size]).all()
+        assert out.tokens.shape == (2, tokens, 8)
+        assert [A.shape for A in out.attention] == [(2, 2, tokens, 16)] * 2
     assert all(not np.array_equal(logits[a], logits[b]) for a, b in itertools.combinations(logits, 2))
-    assert np.array_equal(logits[2, 2], model(images).data)  # None is the model's own grid
-    assert np.array_equal(logits[3, 2], model(images, compressed=[3, 2]).data)
-    assert np.array_equal(logits[3, 2], model(images, compressed=tuple(np.array([3, 2]))).data)
+    assert np.array_equal(logits[2, 2], model(images).logits.data)  # None is the model's own grid
+    assert np.array_equal(logits[3, 2], model(images, compressed=[3, 2]).logits.data)
+    assert np.array_equal(logits[3, 2], model(images, compressed=tuple(np.array([3, 2]))).logits.data)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mean_of_heads", [True, False])
-def test_trace(training, mean_of_heads):
+def test_the_output_and_its_trace_which_changes_nothing(training, mean_of_heads):
     model, images = shaken(LookupViT(**SMALL)).train(training), pictures(3)
-    out, trace = model(images, trace=True, mean_of_heads=mean_of_heads)
-    again = model(images, mean_of_heads=mean_of_heads)
-    if training:
-        assert isinstance(out, LookupOutput) and np.array_equal(out.lookup_logits.data, again.lookup_logits.data)
-        out, again = out.logits, again.logits
-    assert np.array_equal(out.data, again.data)
-    assert trace.tokens.shape == (3, 4, 8) and trace.kept == []
-    assert (trace.lookup is None) == (not training and not mean_of_heads)
-    assert trace.lookup is None or trace.lookup.shape == (3, 16, 8)
-    assert [A.shape for A in trace.attention] == [(3, 2, 4, 16)] * 2
-    for A in trace.attention:
+    out, plain = (model(images, trace=trace, mean_of_heads=mean_of_heads) for trace in (True, False))
+    assert type(out) is type(plain) is LookupOutput and plain.attention == []
+    assert np.array_equal(out.logits.data, plain.logits.data)
+    assert np.array_equal(out.tokens.data, plain.tokens.data)
+    for of in (out, plain):
+        assert of.tokens.shape == (3, 4, 8)
+        assert (of.lookup is None) == (of.lookup_logits is None) == (not training and not mean_of_heads)
+        assert of.lookup is None or of.lookup.shape == (3, 16, 8) and of.lookup_logits.shape == (3, 5)
+    assert not training or np.array_equal(out.lookup_logits.data, plain.lookup_logits.data)
+    assert [A.shape for A in out.attention] == [(3, 2, 4, 16)] * 2
+    for A in out.attention:
         assert not A.requires_grad and (A.data >= 0).all()
         np.testing.assert_allclose(A.data.sum(axis=-1), 1, rtol=0, atol=1e-12)
 
 
 def test_images_of_a_batch_do_not_meet():
     model, images = shaken(LookupViT(**SMALL)).eval(), pictures(3)
-    same(model(images).data, np.concatenate([model(images[i:i + 1]).data for i in range(3)]))
+    same(model(images).logits.data, np.concatenate([model(images[i:i + 1]).logits.data for i in range(3)]))
 
 
 # Parameters and losses
@@ -246,7 +259,8 @@ def test_images_of_a_batch_do_not_meet():
     ("probs", 19, 16.5, 6), ("renorm", 19, 16.5, 6), ("resoftmax", 19, 16.5, 6), ("separate", 21, 18.5, 7),
     ("none", 17, 14.5, 5)])
 def test_parameters_of_a_block(dim, heads, reuse, matrices, biases, norms):
-    """19 D^2: q, k, v and W_O of the gather 4, the refining block 12, W_V' and W_O' 2, the light MLP 1 (a ViT block has 12)."""
+    """19 D^2: q, k, v and W_O of the gather 4, the refining block 12, W_V' and W_O' 2, the light MLP 1 (a ViT
+    block has 12)."""
     block = LookupBlock(dim, heads, reuse=reuse)
     assert block.parameter_count() == matrices * dim ** 2 + biases * dim + norms * 2 * dim
 
@@ -254,9 +268,11 @@ def test_parameters_of_a_block(dim, heads, reuse, matrices, biases, norms):
 def test_parameters_of_a_model():
     D, N, M, K = 8, 16, 4, 5
     block = 19 * D ** 2 + 16.5 * D + 6 * 2 * D
-    ends = (2 * 2 * 3 + 1) * D + (N + M) * D + 2 * (2 * D + (D + 1) * K)  # patches, positions, two heads with their norms
+    # patches, positions, two heads with their norms
+    ends = (2 * 2 * 3 + 1) * D + (N + M) * D + 2 * (2 * D + (D + 1) * K)
     assert LookupViT(**SMALL).parameter_count() == 2 * block + ends
-    assert LookupViT(**SMALL, classifiers="compressed").parameter_count() == 2 * block + ends - 2 * D - (D + 1) * K
+    one = LookupViT(**SMALL, classifiers="compressed").parameter_count()
+    assert one == 2 * block + ends - 2 * D - (D + 1) * K
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -265,7 +281,8 @@ def test_the_loss_is_the_sum_of_both_heads(smoothing):
     loss, parts = lookupvit_loss(out, targets, smoothing=smoothing)
     smooth = (1 - smoothing) * np.eye(5)[targets] + smoothing / 5
     wanted = [-(smooth * np.log(softmax(t.data))).sum(axis=1).mean() for t in (out.logits, out.lookup_logits)]
-    assert list(parts) == ["class", "lookup"] and [p.item() for p in parts.values()] == pytest.approx(wanted, rel=1e-12)
+    assert list(parts) == ["class", "lookup"]
+    assert [p.item() for p in parts.values()] == pytest.approx(wanted, rel=1e-12)
     assert loss.item() == pytest.approx(sum(wanted), rel=1e-12)
     loss, parts = lookupvit_loss(LookupOutput(out.logits, None), targets, smoothing=smoothing)
     assert list(parts) == ["class"] and loss.item() == pytest.approx(wanted[0], rel=1e-12)
@@ -273,7 +290,8 @@ def test_the_loss_is_the_sum_of_both_heads(smoothing):
 
 @pytest.mark.parametrize("reuse", REUSE)
 def test_a_tiny_set_can_be_overfitted(reuse):
-    """Eight noise pictures with labels of chance, Adam by hand (Kingma & Ba 2015, algorithm 1): both heads know them all."""
+    """Eight noise pictures with labels of chance, Adam by hand (Kingma & Ba 2015, algorithm 1): both heads
+    know them all."""
     model = LookupViT(**SMALL | dict(dim=16), reuse=reuse).train()
     images, targets = pictures(8).astype("float32"), np.array([0, 1, 2, 3, 4, 0, 1, 2])
     params = model.parameters()
@@ -291,10 +309,11 @@ def test_a_tiny_set_can_be_overfitted(reuse):
 
 
 def test_the_configuration_makes_the_same_model_again():
-    model = LookupViT(**SMALL, reuse="separate", norm="pre", classifiers="compressed", lookup_mlp_ratio=1, mlp_ratio=2)
-    again = LookupViT(**model.config)
+    model = LookupViT(**SMALL, reuse="separate", norm="pre", classifiers="compressed", lookup_mlp_ratio=1,
+                      mlp_ratio=2)
+    again = LookupViT(**dataclasses.asdict(model.config))
     assert again.load_state_dict(model.state_dict()) == ([], [])
-    assert np.array_equal(again.eval()(pictures()).data, model.eval()(pictures()).data)
+    assert np.array_equal(again.eval()(pictures()).logits.data, model.eval()(pictures()).logits.data)
 
 
 # What it refuses
@@ -320,7 +339,8 @@ def test_compressed_grids_that_do_not_fit(grid, text):
 
 
 @pytest.mark.parametrize("options, text", [
-    (dict(reuse="logits"), "LookupViT: reuse 'logits', expected one of probs, renorm, resoftmax, separate, none"),
+    (dict(reuse="logits"),
+     "LookupViT: reuse 'logits', expected one of probs, renorm, resoftmax, separate, none"),
     (dict(norm="post"), "LookupViT: norm 'post', expected qk or pre"),
     (dict(classifiers="lookup"), "LookupViT: classifiers 'lookup', expected both or compressed"),
     (dict(heads=3), "Attention: heads 3 do not divide dim 8"),
@@ -336,7 +356,8 @@ def test_options_that_make_no_model(options, text):
 @pytest.mark.parametrize("images, text", [
     (np.zeros((2, 3, 16, 16)), "images: (2, 3, 16, 16), expected (B, 3, 8, 8)"),
     (np.zeros((2, 4, 8, 8)), "images: (2, 4, 8, 8), expected (B, 3, 8, 8)"),
-    (np.zeros((2, 3, 8, 8), "uint8"), "images: dtype uint8, expected float32: normalise them first (tt.data.normalise)"),
+    (np.zeros((2, 3, 8, 8), "uint8"),
+     "images: dtype uint8, expected float32: normalise them first (tt.data.normalise)"),
 ], ids=["size", "channels", "uint8"])
 def test_images_that_do_not_fit(images, text):
     with refuses(text):

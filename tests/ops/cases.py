@@ -1,8 +1,10 @@
-"""One table: for every op of tinytoken.ops, inputs that are small, odd and generic, and settings for each of its branches.
+"""One table: for every op of tinytoken.ops, inputs that are small, odd and generic, and settings for each of
+its branches.
 
-The tests beside this file run over the table: gradients against finite differences, damaged gradients, float32 against
-float64, and what the engine asks of every op. A new op needs its lines here; without them the suite fails.
-All sizes of an array differ, so that an exchanged axis cannot pass unseen; there are no ties and no kinks near a value.
+The tests beside this file run over the table: gradients against finite differences, damaged gradients,
+float32 against float64, and what the engine asks of every op. A new op needs its lines here; without them the
+suite fails. All sizes of an array differ, so that an exchanged axis cannot pass unseen; there are no ties and
+no kinks near a value.
 """
 import dataclasses
 import math
@@ -65,8 +67,9 @@ def given(values, dtype="float64"):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """inputs: a maker, a number or None per array argument. fixed: the arguments whose gradient finite differences cannot
-    see (hard masks). smooth=False: none can be differenced (a hard sample); the other tests still run it."""
+    """inputs: a maker, a number or None per array argument. fixed: the arguments whose gradient finite
+    differences cannot see (hard masks). smooth=False: none can be differenced (a hard sample); the other
+    tests still run it."""
     name: str
     note: str
     inputs: tuple
@@ -86,7 +89,8 @@ class Case:
         """The inputs, the same at each call; floats as `dtype`."""
         rng = np.random.default_rng(zlib.crc32(self.id.encode()))
         made = [make(rng) if callable(make) else make for make in self.inputs]
-        return [xp.asarray(a.astype(dtype) if a.dtype.kind == "f" else a) if backend.is_array(a) else a for a in made]
+        return [xp.asarray(a.astype(dtype) if a.dtype.kind == "f" else a) if backend.is_array(a) else a
+                for a in made]
 
     def moving(self, arrays):
         """The positions of the arguments that have a gradient to compare."""
@@ -152,7 +156,8 @@ arithmetic = [
     *[case(name, note, (distinct if name == "max" else normal)(2, 3, 4), **settings)
       for name in ("sum", "mean", "max")
       for note, settings in (("all", {}), ("all, keepdims", {"keepdims": True}), ("one axis", {"axis": 1}),
-                             ("last axis, keepdims", {"axis": -1, "keepdims": True}), ("two axes", {"axis": (0, -1)}))],
+                             ("last axis, keepdims", {"axis": -1, "keepdims": True}),
+                             ("two axes", {"axis": (0, -1)}))],
 ]
 activation = [
     case("gelu", "", normal(2, 7, std=2)),
@@ -174,7 +179,8 @@ shape = [
     case("index", "None and ...", normal(2, 3, 4), key=(None, Ellipsis, -1)),
     case("index", "rows, one twice", normal(4, 3), key=np.array([2, 0, 2])),
     case("index", "pairs, one twice", normal(4, 3), key=(np.array([1, 3, 1, 0]), np.array([2, 0, 2, 2]))),
-    case("index", "array and slice", normal(2, 4, 3), key=(slice(None), np.array([[3, 1], [1, 0]]), slice(1, None))),
+    case("index", "array and slice", normal(2, 4, 3),
+         key=(slice(None), np.array([[3, 1], [1, 0]]), slice(1, None))),
     case("index", "a mask", normal(4, 3), key=np.array([True, False, True, True])),
     case("pad", "", normal(2, 3), widths=((1, 0), (0, 2))),
     case("broadcast_to", "", normal(3, 1), shape=(2, 3, 4)),
@@ -203,7 +209,8 @@ norm = [
     case("layer_norm", "one row", normal(5), normal(5), normal(5)),
 ]
 attend = [
-    *[case("split_heads", f"{parts} parts", normal(2, 3, 4 * parts), heads=2, parts=parts) for parts in (1, 2, 3)],
+    *[case("split_heads", f"{parts} parts", normal(2, 3, 4 * parts), heads=2, parts=parts)
+      for parts in (1, 2, 3)],
     case("merge_heads", "", normal(2, 3, 5, 4)),
     case("attention", "", *[normal(*ONE)] * 3),
     case("attention", "three images", *[normal(*THREE)] * 3),
@@ -212,12 +219,14 @@ attend = [
     case("attention", "soft keep", *[normal(*THREE)] * 3, soft_keep(3, 4)),
     case("attention", "soft keep, weights", *[normal(*ONE)] * 3, soft_keep(1, 4), weights=True),
     case("attention", "soft keep, large logits", *[normal(*ONE, std=2.5)] * 3, soft_keep(1, 4)),
-    case("attention", "soft keep, cross", normal(*CROSS_Q), normal(*CROSS_K), normal(*CROSS_K), soft_keep(1, 4),
+    case("attention", "soft keep, cross", normal(*CROSS_Q), normal(*CROSS_K), normal(*CROSS_K),
+         soft_keep(1, 4),
          sees_itself=False),
     case("attention", "soft keep, not itself", *[normal(*ONE)] * 3, soft_keep(1, 4), sees_itself=False),
     case("attention", "hard keep", *[normal(*THREE)] * 3, HARD3, fixed=("keep",)),
     case("attention", "hard keep, weights", *[normal(*ONE)] * 3, HARD, fixed=("keep",), weights=True),
-    case("attention", "hard keep, not itself", *[normal(*THREE)] * 3, HARD3, fixed=("keep",), sees_itself=False),
+    case("attention", "hard keep, not itself", *[normal(*THREE)] * 3, HARD3, fixed=("keep",),
+         sees_itself=False),
     case("attention", "official, soft keep", *[normal(*THREE)] * 3, soft_keep(3, 4), official=True),
     case("attention", "official, hard keep", *[normal(*THREE)] * 3, HARD3, official=True),
     case("attention", "official, weights", *[normal(*ONE)] * 3, soft_keep(1, 4), official=True, weights=True),

@@ -1,5 +1,5 @@
-"""Attention under a mask is attention without the masked tokens; and what else must hold of it, of the official form and of
-LookupViT's two directions."""
+"""Attention under a mask is attention without the masked tokens; and what else must hold of it and of the
+official form."""
 import itertools
 import math
 import pathlib
@@ -29,7 +29,8 @@ def keeps(count, seed=0, shape=(B, T)):
 
 def run(q, k, v, g, keep=None, g_weights=None, xp=np, **settings):
     """(out, dq, dk, dv, dkeep) as NumPy arrays for the upstream gradient g (and g_weights of the weights)."""
-    leaves = [Tensor(xp.asarray(a), requires_grad=True) for a in (q, k, v) + (() if keep is None else (keep,))]
+    leaves = [Tensor(xp.asarray(a), requires_grad=True)
+              for a in (q, k, v) + (() if keep is None else (keep,))]
     out = ops.attention(*leaves, weights=g_weights is not None, **settings)
     if g_weights is None:
         out.backward(xp.asarray(g))
@@ -53,7 +54,8 @@ def attention_by_loops(q, k, v, seen):
         logits = [math.fsum(a * b for a, b in zip(row, key)) / math.sqrt(len(row)) for key in k.tolist()]
         weights = [s * math.exp(a) for s, a in zip(seen[i], logits)]
         total = math.fsum(weights) or 1.0
-        out.append([math.fsum(w * value[c] for w, value in zip(weights, v.tolist())) / total for c in range(v.shape[1])])
+        out.append([math.fsum(w * value[c] for w, value in zip(weights, v.tolist())) / total
+                    for c in range(v.shape[1])])
     return np.array(out)
 
 
@@ -62,7 +64,8 @@ def test_against_loops(sees_itself, xp):
     q, k, v, _ = draw(2)
     rng = np.random.default_rng(1)
     for keep in (None, rng.uniform(size=(B, T)), keeps(3), keeps(0)):
-        out = ops.attention(*map(xp.asarray, (q, k, v)), None if keep is None else xp.asarray(keep), sees_itself=sees_itself)
+        out = ops.attention(*map(xp.asarray, (q, k, v)), None if keep is None else xp.asarray(keep),
+                            sees_itself=sees_itself)
         for b, h in itertools.product(range(B), range(H)):
             seen = np.ones((T, T)) if keep is None else np.tile(keep[b], (T, 1))
             if sees_itself:
@@ -133,7 +136,8 @@ def test_masked_equals_gathered_in_cross_attention(std, count):
 def test_keeping_all_is_the_plain_softmax(std, xp):
     q, k, v, g = draw(std)
     for sees_itself in (True, False):
-        masked, plain = run(q, k, v, g, np.ones((B, T)), xp=xp, sees_itself=sees_itself), run(q, k, v, g, xp=xp)
+        masked = run(q, k, v, g, np.ones((B, T)), xp=xp, sees_itself=sees_itself)
+        plain = run(q, k, v, g, xp=xp)
         np.testing.assert_array_equal(masked[0], plain[0])
         for a, b in zip(masked[1:4], plain[1:]):
             close(a, b)
@@ -179,7 +183,8 @@ def lift(q, k, heights):
 
 
 def test_keep_gradient_at_a_dropped_key_counts_at_most_as_the_strongest_kept_one():
-    """Toward a key that outweighs the kept ones the slope would be e^gap; here it is that of a key as strong as they are."""
+    """Toward a key that outweighs the kept ones the slope would be e^gap; here it is that of a key as strong
+    as they are."""
     rng = np.random.default_rng(0)
     q, k, v, g = rng.standard_normal((4, 1, 1, 4, 3))
     keep = np.array([[1.0, 1, 0, 1]])
@@ -190,7 +195,8 @@ def test_keep_gradient_at_a_dropped_key_counts_at_most_as_the_strongest_kept_one
     for i in range(4):
         kept = [j for j in range(4) if keep[0, j]]
         total = math.fsum(math.exp(logits[i, j] - logits[i, kept].max()) for j in kept)
-        mean = sum(math.exp(logits[i, j] - logits[i, kept].max()) / total * (g[0, 0, i] @ v[0, 0, j]) for j in kept)
+        mean = sum(math.exp(logits[i, j] - logits[i, kept].max()) / total * (g[0, 0, i] @ v[0, 0, j])
+                   for j in kept)
         expected += (g[0, 0, i] @ v[0, 0, 2] - mean) / total  # e^min(gap, 0) = 1
     np.testing.assert_allclose(as_strong, expected, rtol=1e-12)
 
@@ -224,7 +230,8 @@ def test_float32_when_a_dropped_key_towers_over_the_kept(gap, sees_itself, xp):
     else:
         close(out[0][:, kept], run(*(gather(a, keep)[:1] for a in (q, k, v, g)))[0][0], 1e-5)
     u = np.abs(g @ v.swapaxes(-1, -2)).max()
-    assert 1e-3 < np.abs(dkeep[keep == 0]).max() <= 2 * H * T * u  # each of H x T rows: |u - mean u| / (total >= 1)
+    # each of H x T rows: |u - mean u| / (total >= 1)
+    assert 1e-3 < np.abs(dkeep[keep == 0]).max() <= 2 * H * T * u
 
 
 # The official form
@@ -243,17 +250,20 @@ def official_by_loops(q, k, v, keep, eps=1e-6):
 def test_official_form_is_its_formula(std, xp):
     q, k, v, _ = draw(std)
     for keep in (keeps(3), np.random.default_rng(0).uniform(size=(B, T)), np.ones((B, T))):
-        close(to_numpy(ops.attention(*map(xp.asarray, (q, k, v, keep)), official=True).data), official_by_loops(q, k, v, keep))
+        close(to_numpy(ops.attention(*map(xp.asarray, (q, k, v, keep)), official=True).data),
+              official_by_loops(q, k, v, keep))
 
 
 def test_official_form_is_not_removing():
-    """Why it is not the default: at large logits a dropped key that holds the maximum pushes all kept ones down to eps."""
+    """Why it is not the default: at large logits a dropped key that holds the maximum pushes all kept ones
+    down to eps."""
     far = {}
     for std in SPREADS:
         q, k, v, g = draw(std, shape=(16, 3, 33, 4))
         keep = keeps(2, shape=(16, 33))
         gathered = run(*(gather(a, keep) for a in (q, k, v, g)))[0]
-        official, exact = (gather(ops.attention(q, k, v, keep, official=form).data, keep) for form in (True, False))
+        official, exact = (gather(ops.attention(q, k, v, keep, official=form).data, keep)
+                           for form in (True, False))
         close(exact, gathered)
         far[std] = np.abs(official - gathered).max()
     assert far[1] < 1e-4 and far[5] > 1 and far[20] > 1
@@ -261,7 +271,8 @@ def test_official_form_is_not_removing():
 
 def fixture_cases():
     with np.load(FIXTURE) as file:
-        return [{name: file[f"case{i}/{name}"] for name in ("q", "k", "v", "keep", "g", "out", "A", "dq", "dk", "dv", "dkeep")}
+        return [{name: file[f"case{i}/{name}"]
+                 for name in ("q", "k", "v", "keep", "g", "out", "A", "dq", "dk", "dv", "dkeep")}
                 for i in range(int(file["cases"]))]
 
 
@@ -272,97 +283,15 @@ def test_official_form_equals_the_one_made_with_torch(xp):
         found = run(*(c[name] for name in ("q", "k", "v", "g", "keep")), xp=xp, official=True)
         for a, name in zip(found, ("out", "dq", "dk", "dv", "dkeep"), strict=True):
             np.testing.assert_allclose(a, c[name], rtol=0, atol=1e-12 * np.abs(c[name]).max(), err_msg=name)
-        A = ops.attention(*(xp.asarray(c[name]) for name in ("q", "k", "v", "keep")), official=True, weights=True)[1]
+        A = ops.attention(*(xp.asarray(c[name]) for name in ("q", "k", "v", "keep")), official=True,
+                          weights=True)[1]
         np.testing.assert_allclose(to_numpy(A.data), c["A"], rtol=1e-12, atol=1e-15)
 
 
-# LookupViT: one score matrix, two directions
-
-def lookup(seed=0, std=2.0):
-    """q (B, H, M, d), k and v (B, H, N, d), and compressed values (B, H, M, e)."""
-    rng = np.random.default_rng(seed)
-    return (std * rng.standard_normal((B, H, 3, D)), rng.standard_normal((B, H, T, D)), rng.standard_normal((B, H, T, D)),
-            rng.standard_normal((B, H, 3, 5)))
-
-
-def test_gather_is_attention_with_its_logits(xp):
-    q, k, v, _ = (xp.asarray(a) for a in lookup())
-    out, A, logits = ops.lookup_gather(q, k, v)
-    plain_out, plain_A = ops.attention(q, k, v, weights=True)
-    close(to_numpy(out.data), to_numpy(plain_out.data))
-    close(to_numpy(A.data), to_numpy(plain_A.data))
-    close(to_numpy(logits.data), to_numpy(q) @ to_numpy(k).swapaxes(-1, -2) / 2)  # sqrt(4)
-    close(to_numpy(A.data).sum(axis=-1), np.ones((B, H, 3)))
-
-
-def test_masses_of_the_reverse_map(xp):
-    """Values of ones show the mass that each lookup token receives."""
-    q, k, v, _ = (xp.asarray(a) for a in lookup())
-    _, A, logits = ops.lookup_gather(q, k, v)
-    ones = xp.ones((B, H, 3, 1))
-    mass = {reuse: to_numpy(ops.lookup_infuse(A, logits, ones, reuse=reuse).data)[..., 0]
-            for reuse in ("probs", "renorm", "resoftmax")}
-    close(mass["probs"], to_numpy(A.data).sum(axis=2))
-    close(mass["probs"].sum(axis=-1), np.full((B, H), 3.0))  # M, shared by N tokens
-    close(mass["renorm"], np.ones((B, H, T)))
-    close(mass["resoftmax"], np.ones((B, H, T)))
-
-
-def reverse_map(A, logits, reuse):
-    """R^T of the infusion, from ops that are checked elsewhere. Tensors in, Tensor out."""
-    if reuse == "resoftmax":
-        return ops.softmax(logits.swapaxes(-1, -2))
-    turned = A.swapaxes(-1, -2)
-    return turned if reuse == "probs" else turned / turned.sum(axis=-1, keepdims=True)
-
-
-@pytest.mark.parametrize("reuse", ["probs", "renorm", "resoftmax"])
-def test_the_gradient_of_the_scores_is_the_sum_of_both_uses(reuse, xp):
-    """Gather, change the compressed values by what was read, infuse: against the same written with plain ops."""
-    q, k, v, w = lookup()
-    rng = np.random.default_rng(5)
-    g_out, g_back = xp.asarray(rng.standard_normal((B, H, 3, D))), xp.asarray(rng.standard_normal((B, H, T, 5 + D)))
-
-    def loss(leaves, coarse):
-        q, k, v, w = leaves
-        if coarse:
-            out, A, logits = ops.lookup_gather(q, k, v)
-        else:
-            logits = q @ k.swapaxes(-1, -2) / math.sqrt(D)
-            A = ops.softmax(logits)
-            out = A @ v
-        values = ops.concat(w, out * out, axis=-1)
-        back = ops.lookup_infuse(A, logits, values, reuse=reuse) if coarse else reverse_map(A, logits, reuse) @ values
-        return (out * g_out).sum() + (back * g_back).sum(), back
-    results = []
-    for coarse in (True, False):
-        leaves = [Tensor(xp.asarray(a), requires_grad=True) for a in (q, k, v, w)]
-        total, back = loss(leaves, coarse)
-        total.backward()
-        results.append([to_numpy(a) for a in (back.data, *(t.grad for t in leaves))])
-    for a, b in zip(*results):
-        close(a, b)
-
-
-@pytest.mark.parametrize("reuse", ["probs", "renorm", "resoftmax"])
-def test_both_uses_by_finite_differences(reuse):
-    def both(q, k, v, w):
-        out, A, logits = ops.lookup_gather(q, k, v)
-        return out, ops.lookup_infuse(A, logits, ops.concat(w, out * out, axis=-1), reuse=reuse)
-    checking.gradcheck(both, *(a[:1, :2] for a in lookup(std=1.0)), rtol=1e-6)
-
-
-def test_renorm_of_a_column_that_nobody_looks_at_gives_zeros():
-    A = np.zeros((1, 1, 2, 3), "float32")
-    A[..., 0] = 1
-    A, v = Tensor(A, requires_grad=True), Tensor(np.ones((1, 1, 2, 4), "float32"), requires_grad=True)
-    out = ops.lookup_infuse(A, np.zeros((1, 1, 2, 3)), v, reuse="renorm")
-    out.sum().backward()
-    np.testing.assert_array_equal(out.data[0, 0], [[1] * 4, [0] * 4, [0] * 4])
-    assert np.isfinite(A.grad).all() and np.isfinite(v.grad).all()
-
-
 # What is refused
+
+SHAPES = "expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"
+
 
 def z(*shape):
     return np.zeros(shape)
@@ -370,21 +299,16 @@ def z(*shape):
 
 @pytest.mark.parametrize("call, message", [
     (lambda: ops.attention(z(2, 3, 4), z(2, 3, 4), z(2, 3, 4)),
-     "attention: q (2, 3, 4), k (2, 3, 4), v (2, 3, 4): expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"),
+     "attention: q (2, 3, 4), k (2, 3, 4), v (2, 3, 4): " + SHAPES),
     (lambda: ops.attention(z(1, 2, 3, 4), z(1, 2, 3, 5), z(1, 2, 3, 5)),
-     "attention: q (1, 2, 3, 4), k (1, 2, 3, 5), v (1, 2, 3, 5): expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"),
+     "attention: q (1, 2, 3, 4), k (1, 2, 3, 5), v (1, 2, 3, 5): " + SHAPES),
     (lambda: ops.attention(z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 5, 4)),
-     "attention: q (1, 2, 3, 4), k (1, 2, 3, 4), v (1, 2, 5, 4): expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"),
-    (lambda: ops.attention(*[z(1, 2, 3, 4)] * 3, z(1, 4)), "attention: keep (1, 4) for k (1, 2, 3, 4): expected (B, Tk)"),
+     "attention: q (1, 2, 3, 4), k (1, 2, 3, 4), v (1, 2, 5, 4): " + SHAPES),
+    (lambda: ops.attention(*[z(1, 2, 3, 4)] * 3, z(1, 4)),
+     "attention: keep (1, 4) for k (1, 2, 3, 4): expected (B, Tk)"),
     (lambda: ops.attention(z(1, 2, 3, 4), z(1, 2, 5, 4), z(1, 2, 5, 4), z(1, 5)),
      "attention: q (1, 2, 3, 4), k (1, 2, 5, 4), v (1, 2, 5, 4): with keep and sees_itself Tq must equal Tk\n"
      "  likely: sees_itself=False for cross-attention   (lesson 05)"),
-    (lambda: ops.lookup_gather(z(1, 2, 3, 4), z(1, 3, 3, 4), z(1, 3, 3, 4)),
-     "lookup_gather: q (1, 2, 3, 4), k (1, 3, 3, 4), v (1, 3, 3, 4): expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)"),
-    (lambda: ops.lookup_infuse(z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 3, 5), reuse="logits"),
-     "lookup_infuse: reuse 'logits', expected probs, renorm, resoftmax (separate: ops.attention with its own q and k)"),
-    (lambda: ops.lookup_infuse(z(1, 2, 3, 4), z(1, 2, 4, 3), z(1, 2, 3, 5), reuse="probs"),
-     "lookup_infuse: A (1, 2, 3, 4), logits (1, 2, 4, 3), v (1, 2, 3, 5): expected two (B, H, M, N) and (B, H, M, d)"),
 ])
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(InputError) as error:

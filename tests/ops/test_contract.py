@@ -1,5 +1,5 @@
-"""What the engine asks of every op, besides right gradients: it writes into nothing that is not its own, keeps nothing alive,
-and gives the same result however it is called."""
+"""What the engine asks of every op, besides right gradients: it writes into nothing that is not its own,
+keeps nothing alive, and gives the same result however it is called."""
 import gc
 import weakref
 
@@ -23,7 +23,8 @@ def upstream_of(outputs, xp):
 
 
 def run(case, wanted=None, xp=np):
-    """(output arrays, gradients of the wanted inputs): one backward pass for the sum of all outputs times random numbers."""
+    """(output arrays, gradients of the wanted inputs): one backward pass for the sum of all outputs times
+    random numbers."""
     arrays = case.arrays(xp=xp)
     positions = case.moving(arrays)
     wanted = positions if wanted is None else wanted
@@ -43,7 +44,8 @@ def same(a, b):
 
 @every_case
 def test_writes_into_nothing_it_was_given(case):
-    """Inputs, outputs and upstream gradients are write-protected, so that a write would raise; and vjp can be run twice."""
+    """Inputs, outputs and upstream gradients are write-protected, so that a write would raise; and vjp can be
+    run twice."""
     arrays = case.arrays()
     for a in arrays:
         if is_array(a):
@@ -58,13 +60,15 @@ def test_writes_into_nothing_it_was_given(case):
     runs = []
     for _ in range(2):
         entries = vjp(*upstream)
-        runs.append([e() if callable(e) else e for e in (entries if isinstance(entries, tuple) else (entries,))])
+        runs.append([e() if callable(e) else e
+                     for e in (entries if isinstance(entries, tuple) else (entries,))])
     assert all(map(same, *runs))
 
 
 @every_case
 def test_keeps_nothing_alive(case, no_collector):
-    """Everything dies when the last reference to it goes, used by a backward pass or not: there are no reference cycles."""
+    """Everything dies when the last reference to it goes, used by a backward pass or not: there are no
+    reference cycles."""
     run(case)  # fills caches
     gc.collect()
     run(case)
@@ -91,7 +95,8 @@ def test_same_values_however_it_is_called(case, xp):
     arrays = case.arrays(xp=xp)
     positions = case.moving(arrays)
     with no_grad():
-        unrecorded = outputs_of(case.function(arrays)(*[Tensor(arrays[i], requires_grad=True) for i in positions]))
+        unrecorded = outputs_of(case.function(arrays)(*[Tensor(arrays[i], requires_grad=True)
+                                                        for i in positions]))
     calls = [unrecorded, outputs_of(case.function(arrays)(*[arrays[i] for i in positions]))]
     if not case.op.variadic:
         calls.append(outputs_of(case.op(**dict(zip(case.op.arrays, arrays)), **case.settings_for(arrays))))

@@ -1,4 +1,5 @@
-"""Every op in float32 against itself in float64, at the same inputs: values and gradients. Nothing but float32 comes out."""
+"""Every op in float32 against itself in float64, at the same inputs: values and gradients. Nothing but
+float32 comes out."""
 import numpy as np
 import pytest
 
@@ -14,7 +15,8 @@ GRADIENTS = {"gelu": 1e-5}
 
 def run(case, dtype, xp=np):
     """(outputs, gradients), computed in `dtype` from inputs rounded to float32."""
-    arrays = [a.astype(dtype) if is_array(a) and a.dtype.kind == "f" else a for a in case.arrays("float32", xp)]
+    arrays = [a.astype(dtype) if is_array(a) and a.dtype.kind == "f" else a
+              for a in case.arrays("float32", xp)]
     return forward_and_backward(case.function(arrays), [arrays[i] for i in case.moving(arrays)])
 
 
@@ -61,12 +63,15 @@ def normal(*shape, std=1.0):
     (lambda x: ops.layer_norm(x + 100), [normal(4, 65, 96)]),
     (ops.softmax, [normal(64, 65, std=5)]),
     (ops.attention, [normal(2, 3, 65, 32, std=2.2), normal(2, 3, 65, 32, std=2.2), normal(2, 3, 65, 32)]),
-    (lambda q, k, v: ops.attention(q, k, v, np.arange(130).reshape(2, 65) % 3 > 0), [normal(2, 3, 65, 32, std=2.2)] * 3),
+    (lambda q, k, v: ops.attention(q, k, v, np.arange(130).reshape(2, 65) % 3 > 0),
+     [normal(2, 3, 65, 32, std=2.2)] * 3),
     (ops.cross_entropy, [normal(128, 100, std=5), np.full((128, 100), 0.01)]),
-], ids=["linear", "layer_norm", "layer_norm far from zero", "softmax", "attention", "attention, hard keep", "cross_entropy"])
+], ids=["linear", "layer_norm", "layer_norm far from zero", "softmax", "attention", "attention, hard keep",
+        "cross_entropy"])
 def test_at_working_size(function, arrays):
     arrays = [a.astype("float32") for a in arrays]
-    results = forward_and_backward(function, arrays), forward_and_backward(function, [a.astype("float64") for a in arrays])
+    wide = [a.astype("float64") for a in arrays]
+    results = forward_and_backward(function, arrays), forward_and_backward(function, wide)
     for single, double in zip(*results):
         for a, b in zip(single, double, strict=True):
             assert a.dtype == "float32"

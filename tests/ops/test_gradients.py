@@ -1,4 +1,5 @@
-"""Every op's gradients against finite differences, and every op's check against gradients that were damaged on purpose."""
+"""Every op's gradients against finite differences, and every op's check against gradients that were damaged
+on purpose."""
 import copy
 
 import numpy as np
@@ -14,7 +15,8 @@ SMOOTH_IDS = [c.id for c in SMOOTH]
 def check(case, op=None, xp=np):
     arrays = case.arrays(xp=xp)
     positions = case.moving(arrays)
-    return checking.gradcheck(case.function(arrays, op), *[arrays[i] for i in positions], rtol=1e-6, names=case.names(positions))
+    return checking.gradcheck(case.function(arrays, op), *[arrays[i] for i in positions], rtol=1e-6,
+                              names=case.names(positions))
 
 
 def test_every_op_has_a_case_and_every_case_an_op():

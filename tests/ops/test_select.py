@@ -1,4 +1,5 @@
-"""Choosing tokens: ties, order, repeats and wrong places; the Gumbel-softmax and its straight-through gradient."""
+"""Choosing tokens: ties, order, repeats and wrong places; the Gumbel-softmax and its straight-through
+gradient."""
 import math
 
 import numpy as np
@@ -62,7 +63,8 @@ def test_put_tokens_adds_duplicates(xp):
     for b in range(2):
         for row, place in enumerate(index[b]):
             expected[b, place] += x[b, row]
-    np.testing.assert_allclose(to_numpy(ops.put_tokens(xp.asarray(x), xp.asarray(index), length=5).data), expected, rtol=1e-15)
+    np.testing.assert_allclose(to_numpy(ops.put_tokens(xp.asarray(x), xp.asarray(index), length=5).data),
+                               expected, rtol=1e-15)
 
 
 def test_put_is_the_reverse_of_take(xp):
@@ -97,10 +99,14 @@ def test_no_tokens_at_all(xp):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda x: ops.take_tokens(x, np.array([[0, 5], [0, 1]])), "take_tokens: index from 0 to 5, expected 0 to 4"),
-    (lambda x: ops.take_tokens(x, np.array([[0, 1], [-1, 1]])), "take_tokens: index from -1 to 1, expected 0 to 4"),
-    (lambda x: ops.put_tokens(x, np.array([[0, 1, 2, 3, 7]] * 2), length=7), "put_tokens: index from 0 to 7, expected 0 to 6"),
-    (lambda x: ops.put_tokens(x, np.array([[0, 1, 2, 3, -2]] * 2), length=7), "put_tokens: index from -2 to 3, expected 0 to 6"),
+    (lambda x: ops.take_tokens(x, np.array([[0, 5], [0, 1]])),
+     "take_tokens: index from 0 to 5, expected 0 to 4"),
+    (lambda x: ops.take_tokens(x, np.array([[0, 1], [-1, 1]])),
+     "take_tokens: index from -1 to 1, expected 0 to 4"),
+    (lambda x: ops.put_tokens(x, np.array([[0, 1, 2, 3, 7]] * 2), length=7),
+     "put_tokens: index from 0 to 7, expected 0 to 6"),
+    (lambda x: ops.put_tokens(x, np.array([[0, 1, 2, 3, -2]] * 2), length=7),
+     "put_tokens: index from -2 to 3, expected 0 to 6"),
     (lambda x: ops.put_tokens(x, np.array([[0, 1]] * 2), length=7),
      "put_tokens: index (2, 2) for x (2, 5, 3): one place per row expected"),
     (lambda x: ops.take_tokens(x, np.array([0, 1])),
@@ -162,16 +168,19 @@ def test_hard_samples_are_distributed_as_the_softmax(xp):
     draws = 40_000
     for tau in (0.5, 1.0):  # nor does the temperature
         noise = tt_random.gumbel((draws, 4), site="test", step=0, seed=1, xp=xp)
-        hard = ops.gumbel_softmax(xp.broadcast_to(xp.asarray(log_probs, "float32"), (draws, 4)), noise, tau=tau, hard=True)
+        hard = ops.gumbel_softmax(xp.broadcast_to(xp.asarray(log_probs, "float32"), (draws, 4)), noise,
+                                  tau=tau, hard=True)
         shares = to_numpy(hard.data).mean(axis=0)
         deviation = np.sqrt(np.exp(log_probs - 2) * (1 - np.exp(log_probs - 2)) / draws)
         assert (np.abs(shares - np.exp(log_probs - 2)) < 4 * deviation).all()
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda x: ops.gumbel_softmax(x, x[:1]), "gumbel_softmax: log_probs (2, 3), noise (1, 3): equal shapes expected"),
+    (lambda x: ops.gumbel_softmax(x, x[:1]),
+     "gumbel_softmax: log_probs (2, 3), noise (1, 3): equal shapes expected"),
     (lambda x: ops.gumbel_softmax(x, x, tau=0), "gumbel_softmax: tau 0, expected a positive temperature"),
-    (lambda x: ops.gumbel_softmax(x, x, tau=-1.0), "gumbel_softmax: tau -1.0, expected a positive temperature"),
+    (lambda x: ops.gumbel_softmax(x, x, tau=-1.0),
+     "gumbel_softmax: tau -1.0, expected a positive temperature"),
 ])
 def test_gumbel_softmax_refuses(call, message):
     with pytest.raises(InputError) as error:

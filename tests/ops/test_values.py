@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tinytoken import InputError, Tensor, ops
+from tinytoken import Tensor, ops
 from tinytoken.backend import to_numpy
 
 rng = np.random.default_rng(7)
@@ -20,7 +20,8 @@ def close(tensor, expected, tolerance=1e-12):
 
 def by_element(f, *arrays):
     arrays = np.broadcast_arrays(*arrays)
-    return np.array([f(*values) for values in zip(*(a.ravel().tolist() for a in arrays))]).reshape(arrays[0].shape)
+    return np.array([f(*values)
+                     for values in zip(*(a.ravel().tolist() for a in arrays))]).reshape(arrays[0].shape)
 
 
 def softmax_row(row):
@@ -31,8 +32,10 @@ def softmax_row(row):
 # Elementwise
 
 @pytest.mark.parametrize("name, formula", [
-    ("exp", math.exp), ("tanh", math.tanh), ("negative", lambda x: -x), ("relu", lambda x: x if x > 0 else 0.0),
-    ("sigmoid", lambda x: 1 / (1 + math.exp(-x))), ("gelu", lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2)))),
+    ("exp", math.exp), ("tanh", math.tanh), ("negative", lambda x: -x),
+    ("relu", lambda x: x if x > 0 else 0.0),
+    ("sigmoid", lambda x: 1 / (1 + math.exp(-x))),
+    ("gelu", lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2)))),
 ])
 def test_functions_of_one_number(name, formula, xp):
     x = 3 * rng.standard_normal((3, 4))
@@ -80,10 +83,12 @@ def test_reductions(axis, keepdims, xp):
     axes = range(3) if axis is None else [a % 3 for a in (axis if isinstance(axis, tuple) else (axis,))]
     groups = {}
     for place in itertools.product(*map(range, x.shape)):
-        groups.setdefault(tuple(0 if i in axes else p for i, p in enumerate(place)), []).append(float(x[place]))
+        groups.setdefault(tuple(0 if i in axes else p for i, p in enumerate(place)),
+                          []).append(float(x[place]))
     shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
     for name, formula in (("sum", math.fsum), ("mean", lambda v: math.fsum(v) / len(v)), ("max", max)):
-        expected = np.array([formula(groups[place]) for place in itertools.product(*map(range, shape))]).reshape(shape)
+        expected = np.array([formula(groups[place])
+                             for place in itertools.product(*map(range, shape))]).reshape(shape)
         if not keepdims:
             expected = expected.reshape([n for i, n in enumerate(x.shape) if i not in axes])
         close(getattr(ops, name)(xp.asarray(x), axis=axis, keepdims=keepdims), expected)
@@ -105,17 +110,20 @@ def test_relu_has_no_slope_at_zero(xp):
 
 def test_matmul(xp):
     a, b = rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 4, 5))
-    product = [[[math.fsum(a[n, i, k] * b[n, k, j] for k in range(4)) for j in range(5)] for i in range(3)] for n in range(2)]
+    product = [[[math.fsum(a[n, i, k] * b[n, k, j] for k in range(4)) for j in range(5)] for i in range(3)]
+               for n in range(2)]
     close(ops.matmul(xp.asarray(a), xp.asarray(b)), product)
     close(ops.matmul(xp.asarray(a[0]), xp.asarray(b[0])), product[0])
-    with_one = [[[math.fsum(a[n, i, k] * b[0, k, j] for k in range(4)) for j in range(5)] for i in range(3)] for n in range(2)]
+    with_one = [[[math.fsum(a[n, i, k] * b[0, k, j] for k in range(4)) for j in range(5)] for i in range(3)]
+                for n in range(2)]
     close(ops.matmul(xp.asarray(a), xp.asarray(b[0])), with_one)
     close(ops.matmul(xp.asarray(a), xp.asarray(b[:1])), with_one)
 
 
 def test_linear_is_x_times_the_weight_transposed(xp):
     x, weight, bias = rng.standard_normal((2, 3, 4)), rng.standard_normal((5, 4)), rng.standard_normal(5)
-    product = np.array([[[math.fsum(row[k] * weight[o, k] for k in range(4)) for o in range(5)] for row in block] for block in x])
+    product = np.array([[[math.fsum(row[k] * weight[o, k] for k in range(4)) for o in range(5)]
+                         for row in block] for block in x])
     close(ops.linear(xp.asarray(x), xp.asarray(weight), xp.asarray(bias)), product + bias)
     close(ops.linear(xp.asarray(x), xp.asarray(weight)), product)
     close(ops.linear(xp.asarray(x[0, 0]), xp.asarray(weight)), product[0, 0])
@@ -123,7 +131,8 @@ def test_linear_is_x_times_the_weight_transposed(xp):
 
 def test_embedding(xp):
     table = rng.standard_normal((4, 3))
-    close(ops.embedding(xp.asarray(table), xp.asarray([[1, 3], [3, 0]])), [[table[1], table[3]], [table[3], table[0]]])
+    close(ops.embedding(xp.asarray(table), xp.asarray([[1, 3], [3, 0]])),
+          [[table[1], table[3]], [table[3], table[0]]])
 
 
 # Rows
@@ -132,7 +141,8 @@ def test_embedding(xp):
 def test_softmax_and_its_logarithm(axis, xp):
     x = 3 * rng.standard_normal((2, 4, 3))
     rows = np.moveaxis(x, axis, -1)
-    expected = np.moveaxis(np.array([[softmax_row(row) for row in block] for block in rows.tolist()]), -1, axis)
+    expected = np.moveaxis(np.array([[softmax_row(row) for row in block] for block in rows.tolist()]), -1,
+                           axis)
     close(ops.softmax(xp.asarray(x), axis=axis), expected)
     close(ops.log_softmax(xp.asarray(x), axis=axis), np.log(expected))
     close(ops.softmax(xp.asarray(x), axis=axis).sum(axis=axis), np.ones(expected.sum(axis=axis).shape))
@@ -148,7 +158,8 @@ def test_layer_norm(eps, xp):
         return [(a - mean) / math.sqrt(variance + eps) for a in row]
     expected = np.array([[normed(row) for row in block] for block in x.tolist()])
     close(ops.layer_norm(xp.asarray(x), eps=eps), expected)
-    close(ops.layer_norm(xp.asarray(x), xp.asarray(weight), xp.asarray(bias), eps=eps), expected * weight + bias)
+    close(ops.layer_norm(xp.asarray(x), xp.asarray(weight), xp.asarray(bias), eps=eps),
+          expected * weight + bias)
     close(ops.layer_norm(xp.asarray(x), None, xp.asarray(bias), eps=eps), expected + bias)
     out = to_numpy(ops.layer_norm(xp.asarray(x), eps=eps).data)
     np.testing.assert_allclose(out.mean(axis=-1), 0, atol=1e-14)
@@ -200,7 +211,8 @@ def test_patchify_and_linear_are_a_convolution(xp):
 
 # Resizing
 
-@pytest.mark.parametrize("grid, size", [((8, 8), (3, 3)), ((4, 6), (2, 5)), ((3, 2), (7, 5)), ((1, 5), (1, 1)), ((8, 8), (8, 3))])
+@pytest.mark.parametrize("grid, size", [((8, 8), (3, 3)), ((4, 6), (2, 5)), ((3, 2), (7, 5)),
+                                        ((1, 5), (1, 1)), ((8, 8), (8, 3))])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_each_row_of_the_resize_matrix_is_an_average(grid, size, antialias):
     matrix = ops.resize_matrix(grid, size, antialias)
@@ -217,7 +229,8 @@ def test_resize_to_the_same_size_changes_nothing(antialias, xp):
     close(ops.resize(xp.asarray(x), grid=(3, 4), size=(3, 4), antialias=antialias), x, 1e-15)
 
 
-@pytest.mark.parametrize("inputs, outputs, without", [(8, 2, 4), (8, 3, 6), (14, 3, 6), (14, 5, 10), (8, 4, 8), (8, 5, 8)])
+@pytest.mark.parametrize("inputs, outputs, without",
+                         [(8, 2, 4), (8, 3, 6), (14, 3, 6), (14, 5, 10), (8, 4, 8), (8, 5, 8)])
 def test_antialiased_resize_reads_every_token(inputs, outputs, without):
     def rows_read(antialias):
         return (ops.resize_matrix((inputs, 1), (outputs, 1), antialias) > 0).any(axis=0).sum()
@@ -235,7 +248,8 @@ def test_resize_is_bilinear(xp):
         return out / out.sum(axis=1, keepdims=True)
     for grid, size, antialias in (((4, 6), (3, 2), True), ((4, 6), (3, 2), False), ((2, 3), (5, 4), True)):
         x = rng.standard_normal((2, *grid, 3))
-        expected = np.einsum("oh,pw,bhwd->bopd", weights(grid[0], size[0], antialias), weights(grid[1], size[1], antialias), x)
+        expected = np.einsum("oh,pw,bhwd->bopd", weights(grid[0], size[0], antialias),
+                             weights(grid[1], size[1], antialias), x)
         out = ops.resize(xp.asarray(x.reshape(2, -1, 3)), grid=grid, size=size, antialias=antialias)
         close(out, expected.reshape(2, -1, 3))
 
@@ -245,7 +259,8 @@ def test_resize_agrees_with_pillow():
     for (h, w), (m, n) in (((14, 9), (5, 4)), ((8, 8), (3, 3)), ((5, 6), (11, 7))):
         picture = rng.standard_normal((h, w)).astype("float32")
         expected = np.asarray(Image.fromarray(picture).resize((n, m), Image.Resampling.BILINEAR))
-        close(ops.resize(picture.reshape(1, -1, 1), grid=(h, w), size=(m, n)), expected.reshape(1, -1, 1), 1e-6)
+        close(ops.resize(picture.reshape(1, -1, 1), grid=(h, w), size=(m, n)), expected.reshape(1, -1, 1),
+              1e-6)
 
 
 # Losses
@@ -253,7 +268,8 @@ def test_resize_agrees_with_pillow():
 def cross_entropy_by_loops(logits, targets, smoothing):
     total = 0.0
     for row, target in zip(logits.tolist(), targets.tolist()):
-        total -= math.fsum((t * (1 - smoothing) + smoothing / len(row)) * math.log(p) for t, p in zip(target, softmax_row(row)))
+        total -= math.fsum((t * (1 - smoothing) + smoothing / len(row)) * math.log(p)
+                           for t, p in zip(target, softmax_row(row)))
     return total / len(logits)
 
 
@@ -263,7 +279,8 @@ def test_cross_entropy(smoothing, xp):
     one_hot = np.eye(5)[labels]
     hard = ops.cross_entropy(xp.asarray(logits), xp.asarray(labels), smoothing=smoothing)
     close(hard, cross_entropy_by_loops(logits, one_hot, smoothing))
-    assert hard.item() == ops.cross_entropy(xp.asarray(logits), xp.asarray(one_hot), smoothing=smoothing).item()
+    assert hard.item() == ops.cross_entropy(xp.asarray(logits), xp.asarray(one_hot),
+                                            smoothing=smoothing).item()
     soft = rng.dirichlet(np.ones(5), 4)
     found = ops.cross_entropy(xp.asarray(logits), xp.asarray(soft), smoothing=smoothing)
     close(found, cross_entropy_by_loops(logits, soft, smoothing))
@@ -293,63 +310,14 @@ def test_kl_divergence_is_not_negative_and_zero_only_for_equal_distributions(xp)
 
 def test_mse(xp):
     a, b = rng.standard_normal((2, 2, 3, 4))
-    squares = np.array([(x - y) ** 2 for x, y in zip(a.ravel().tolist(), b.ravel().tolist())]).reshape(a.shape)
+    squares = np.array([(x - y) ** 2
+                        for x, y in zip(a.ravel().tolist(), b.ravel().tolist())]).reshape(a.shape)
     close(ops.mse(xp.asarray(a), xp.asarray(b)), math.fsum(squares.ravel()) / 24)
     close(ops.mse(xp.asarray(a), xp.asarray(b), axis=-1), squares.mean(axis=-1))
     close(ops.mse(xp.asarray(a), xp.asarray(b), axis=(1, 2)), squares.mean(axis=(1, 2)))
 
 
-# What is refused, and how it is said
-
-def ones(*shape):
-    return np.ones(shape)
-
-
-@pytest.mark.parametrize("call, message", [
-    (lambda: ops.matmul(ones(8, 16, 4), ones(8, 16, 4)),
-     "matmul: a (8, 16, 4) @ b (8, 16, 4): inner sizes 4 and 16 differ.\n  likely: k.swapaxes(-1, -2)   (lesson 03)"),
-    (lambda: ops.matmul(ones(2, 3), ones(4, 5)), "matmul: a (2, 3) @ b (4, 5): inner sizes 3 and 4 differ."),
-    (lambda: ops.matmul(ones(2, 3), ones(3)), "matmul: a (2, 3) @ b (3,): at least two axes each expected"),
-    (lambda: ops.linear(ones(2, 3), ones(3, 4)),
-     "linear: x (2, 3), weight (3, 4): the last size of x must be the weight's second, (out, in)"),
-    (lambda: ops.linear(ones(2, 3), ones(4, 3), ones(3)), "linear: bias (3,) for weight (4, 3): expected (4,)"),
-    (lambda: ops.embedding(ones(4, 3), np.array([0, 4])), "embedding: rows from 0 to 4 of a table (4, 3)"),
-    (lambda: ops.embedding(ones(4, 3), np.array([-1])), "embedding: rows from -1 to -1 of a table (4, 3)"),
-    (lambda: ops.embedding(ones(4, 3), ones(2)), "embedding: rows of dtype float64, expected integers"),
-    (lambda: ops.layer_norm(ones(2, 3), ones(2)), "layer_norm: weight (2,) for x (2, 3): expected (3,)"),
-    (lambda: ops.layer_norm(ones(2, 3), None, ones(2, 3)), "layer_norm: bias (2, 3) for x (2, 3): expected (3,)"),
-    (lambda: ops.power(ones(2), exponent="2"), "power: exponent '2', expected a number"),
-    (lambda: ops.reshape(ones(2, 3), shape=(4, 2)), "reshape: x (2, 3) has 6 values, which do not fit (4, 2)"),
-    (lambda: ops.reshape(ones(2, 3), shape=(4, -1)), "reshape: x (2, 3) has 6 values, which do not fit (4, -1)"),
-    (lambda: ops.transpose(ones(2, 3), axes=(0, 0)), "transpose: axes (0, 0) for x (2, 3)"),
-    (lambda: ops.concat(ones(2, 3), ones(3, 3), axis=1), "concat: shapes (2, 3), (3, 3) differ outside axis 1"),
-    (lambda: ops.index(ones(2), key=[0]), "index: a list as index: give an array"),
-    (lambda: ops.pad(ones(2, 3), widths=((1, 1),)), "pad: widths ((1, 1),) for x (2, 3): a pair of counts per axis expected"),
-    (lambda: ops.pad(ones(2), widths=((-1, 0),)), "pad: widths ((-1, 0),) for x (2,): a pair of counts per axis expected"),
-    (lambda: ops.patchify(ones(2, 3, 4), patch=2), "patchify: images (2, 3, 4), expected (B, C, H, W)"),
-    (lambda: ops.patchify(ones(2, 3, 4, 5), patch=2),
-     "patchify: images (2, 3, 4, 5): height and width must be multiples of the patch size 2"),
-    (lambda: ops.resize(ones(2, 5, 3), grid=(2, 3), size=(1, 1)), "resize: x (2, 5, 3), expected (B, 6, D) for the grid (2, 3)"),
-    (lambda: ops.resize(ones(2, 6, 3), grid=(2, 3), size=(0, 1)), "resize: grid (2, 3) to (0, 1): at least 1 x 1 expected"),
-    (lambda: ops.split_heads(ones(2, 3, 10), heads=2, parts=3),
-     "split_heads: x (2, 3, 10): the last size must be a multiple of 3 parts x 2 heads"),
-    (lambda: ops.merge_heads(ones(2, 3, 4)), "merge_heads: x (2, 3, 4), expected (B, H, T, d)"),
-    (lambda: ops.cross_entropy(ones(2), np.array([0])), "cross_entropy: logits (2,), expected (B, K)"),
-    (lambda: ops.cross_entropy(ones(2, 3), np.array([0, 3])), "cross_entropy: labels from 0 to 3, expected 0 to 2"),
-    (lambda: ops.cross_entropy(ones(2, 3), np.array([-1, 1])), "cross_entropy: labels from -1 to 1, expected 0 to 2"),
-    (lambda: ops.cross_entropy(ones(2, 3), ones(2)),
-     "cross_entropy: targets (2,) float64, expected (2,) integer labels or (2, 3) probabilities"),
-    (lambda: ops.cross_entropy(ones(2, 3), np.array([0, 1]), smoothing=1.0),
-     "cross_entropy: smoothing 1.0, expected 0 <= smoothing < 1"),
-    (lambda: ops.kl_divergence(ones(2, 3), ones(3, 2)),
-     "kl_divergence: logits (2, 3), teacher_logits (3, 2): two of one shape (B, K) expected"),
-    (lambda: ops.mse(ones(2, 3), ones(2, 1)), "mse: x (2, 3), target (2, 1): equal shapes expected"),
-])
-def test_wrong_arguments_are_named(call, message):
-    with pytest.raises(InputError) as error:
-        call()
-    assert str(error.value) == message
-
+# Single numbers and whole ones
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gelu_of_a_single_number(dtype):
@@ -377,19 +345,6 @@ def test_the_gradient_of_a_zeroth_power_is_zero_even_at_zero():
 def test_indexing_whole_numbers_keeps_them_whole():
     labels = Tensor(np.arange(5))
     assert labels[1:3].dtype == labels.dtype and np.array_equal(labels[1:3], [1, 2])
-
-
-@pytest.mark.parametrize("call, text", [
-    (lambda x: x + np.ones(4), "add: (3,), (4,): operands could not be broadcast together"),
-    (lambda x: x.sum(axis=2), "sum: (3,): axis 2 is out of bounds"),
-    (lambda x: x[5], "index: (3,): index 5 is out of bounds"),
-    (lambda x: ops.broadcast_to(x, shape=(2,)), "broadcast_to: (3,): operands could not be broadcast together"),
-    (lambda x: ops.swapaxes(x, 0, 1), "swapaxes: axes 0 and 1 of x (3,)"),
-])
-def test_what_numpy_refuses_is_refused_in_our_form(call, text):
-    with pytest.raises(InputError) as error:
-        call(Tensor(np.ones(3)))
-    assert str(error.value).startswith(text)
 
 
 def test_an_op_takes_bare_numbers():

@@ -88,7 +88,8 @@ def attention_unused_output_forgotten(out, q, k, v, keep, weights):
 
 def masked(q, k, v, keep, g):
     """(A, gradient of the scores, gradient of K) of attention under a keep mask."""
-    A, of_scores = _masked_softmax(q @ T(k) / math.sqrt(q.shape[-1]), _seen(keep, (q.shape[2], k.shape[2]), True))
+    A, of_scores = _masked_softmax(q @ T(k) / math.sqrt(q.shape[-1]),
+                                   _seen(keep, (q.shape[2], k.shape[2]), True))
     return A, *of_scores(g @ T(v))
 
 
@@ -175,7 +176,8 @@ def split_heads_garbage_for_unused(out, x, heads, parts):
 @plant(ops.lookup_gather, QKV, "zeros")
 def gather_attention_upstream_lost(out, q, k, v):
     right = ops.lookup_gather.function(q, k, v)[1]
-    return lambda g, g_A, g_logits: right(g, None, g_logits if g_logits is not None else np.zeros_like(out[2]))
+    return lambda g, g_A, g_logits: right(g, None,
+                                          g_logits if g_logits is not None else np.zeros_like(out[2]))
 
 
 @plant(ops.lookup_gather, QKV, "zeros")

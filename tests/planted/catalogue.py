@@ -1,4 +1,5 @@
-"""How a mistake is planted: the op's own forward pass, under another name, with a vjp that a student might write."""
+"""How a mistake is planted: the op's own forward pass, under another name, with a vjp that a student might
+write."""
 import dataclasses
 import functools
 import inspect
@@ -12,8 +13,8 @@ CATALOGUE, STRAIGHT_THROUGH = [], []
 
 @dataclasses.dataclass
 class Planted:
-    """`wrong` and `right`: the two ops. inputs(rng): a tuple of tiny arrays. kind: what gradcheck should call it, or None if
-    no simple reading fits."""
+    """`wrong` and `right`: the two ops. inputs(rng): a tuple of tiny arrays. kind: what gradcheck should call
+    it, or None if no simple reading fits."""
     name: str
     wrong: object
     right: object
@@ -27,7 +28,8 @@ class Planted:
 
 
 def plant(right, inputs, kind=None, into=CATALOGUE, **settings):
-    """Decorator of wrong(output, *arrays, **the settings it names) -> vjp: plants it in place of right's own vjp."""
+    """Decorator of wrong(output, *arrays, **the settings it names) -> vjp: plants it in place of right's own
+    vjp."""
     def decorate(wrong):
         names = inspect.signature(wrong).parameters
 

@@ -87,12 +87,14 @@ def layer_norm_statistics_constant(*arrays):
 
 @plant(ops.layer_norm, NORM)
 def layer_norm_forgets_scale(*arrays):
-    return norm_with(lambda normed, scale, u, along: u - u.mean(axis=-1, keepdims=True) - normed * along)(*arrays)
+    vjp_of = norm_with(lambda normed, scale, u, along: u - u.mean(axis=-1, keepdims=True) - normed * along)
+    return vjp_of(*arrays)
 
 
 @plant(ops.layer_norm, NORM)
 def layer_norm_forgets_weight(out, x, weight, bias):
-    of_x = norm_with(lambda normed, scale, u, along: scale * (u - u.mean(axis=-1, keepdims=True) - normed * along))
+    of_x = norm_with(lambda normed, scale, u, along: scale
+                     * (u - u.mean(axis=-1, keepdims=True) - normed * along))
     return of_x(out, x, 1, bias)
 
 

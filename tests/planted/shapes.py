@@ -8,7 +8,8 @@ from .catalogue import normal, plant
 
 @op
 def scale_images(x, factor):
-    """x (B, N, D) times one factor (B,) per image: a broadcast that NumPy's rules do not line up, undone by the op itself."""
+    """x (B, N, D) times one factor (B,) per image: a broadcast that NumPy's rules do not line up, undone by
+    the op itself."""
     spread = factor[:, None, None]
     return x * spread, lambda g: (g * spread, (g * x).sum(axis=(1, 2)))
 
@@ -20,7 +21,8 @@ def scale_images_forgets_unbroadcast(out, x, factor):
 
 @plant(scale_images, normal((3, 2, 3), (3,)), "not summed")
 def scale_images_unbroadcast_by_accident(out, x, factor):
-    return lambda g: (g * factor[:, None, None], g * x)  # B = D: the engine sums over the first two axes, since that fits
+    # B = D: the engine sums over the first two axes, since that fits
+    return lambda g: (g * factor[:, None, None], g * x)
 
 
 @plant(scale_images, normal((2, 3, 2), (2,)), "not summed")

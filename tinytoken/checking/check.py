@@ -18,13 +18,14 @@ from .differences import Slopes, element_line, random_line
 
 SAME = 1e-10  # two calls agree to this share of the largest value: a threaded BLAS may add in another order
 JACOBIAN = 2_000_000  # numbers that a diagnosis may ask for
-STREAM = 0x67726164  # a stream of our own: inputs drawn from default_rng(seed) must not come back as the upstream gradient
+# a stream of our own: inputs drawn from default_rng(seed) must not come back as the upstream gradient
+STREAM = 0x67726164
 
 
 @dataclasses.dataclass
 class Checked:
-    """One input: how many of its elements were compared, their largest slope, and the largest |analytic - numeric| beside
-    what was allowed for it."""
+    """One input: how many of its elements were compared, their largest slope, and the largest |analytic -
+    numeric| beside what was allowed for it."""
     name: str
     shape: tuple
     elements: int
@@ -34,14 +35,15 @@ class Checked:
     allowed: float = 0.0
 
     def __str__(self):
-        return (f"{self.name} {self.shape}: {self.elements} of {self.size} elements, largest error {self.error:.1e}, "
+        return (f"{self.name} {self.shape}: {self.elements} of {self.size} elements, largest error "
+                f"{self.error:.1e}, "
                 f"allowed {self.allowed:.1e}" + ("" if self.slope else "; the outputs do not change with it"))
 
 
 @dataclasses.dataclass
 class Report:
-    """What a gradcheck that found nothing wrong looked at. outputs: their shapes. directions: how many random directions over
-    all inputs, taken if not every element was compared."""
+    """What a gradcheck that found nothing wrong looked at. outputs: their shapes. directions: how many random
+    directions over all inputs, taken if not every element was compared."""
     name: str
     inputs: list
     outputs: list
@@ -56,21 +58,25 @@ class Report:
 
 
 def gradcheck(fn, *inputs, wrt=None, eps=1e-6, rtol=1e-6, atol=1e-8, max_elements=512, seed=0, names=None):
-    """Compare the gradients of fn(*inputs) with central differences. Returns a Report, or raises GradientError saying which
-    input is wrong, where, by how much, and what kind of mistake fits (in a word: its attribute `kind`).
+    """Compare the gradients of fn(*inputs) with central differences. Returns a Report, or raises
+    GradientError saying which input is wrong, where, by how much, and what kind of mistake fits (in a word:
+    its attribute `kind`).
 
-    fn: gets Tensors, returns one or a tuple of them. inputs: float64 arrays or Tensors; integer ones and None are passed on
-    unchecked. A Tensor (a model's Parameter) is perturbed in place and put back, so fn may ignore its arguments:
-    gradcheck(lambda *p: loss(), *model.parameters()). wrt: positions or names of the inputs to check (None: all floats).
-    Passes if |analytic - numeric| <= atol + rtol max |numeric|, the maximum over the input. More than max_elements elements
-    in all: a seeded sample of that many, and two random directions. names: of the inputs, for the messages.
+    fn: gets Tensors, returns one or a tuple of them. inputs: float64 arrays or Tensors; integer ones and None
+    are passed on unchecked. A Tensor (a model's Parameter) is perturbed in place and put back, so fn may
+    ignore its arguments: gradcheck(lambda *p: loss(), *model.parameters()). wrt: positions or names of the
+    inputs to check (None: all floats). Passes if |analytic - numeric| <= atol + rtol max |numeric|, the
+    maximum over the input. More than max_elements elements in all: a seeded sample of that many, and two
+    random directions. names: of the inputs, for the messages.
 
-    A hard sample has no slope: check the soft path, then that the gradient of the hard output equals the soft one's.
+    A hard sample has no slope: check the soft path, then that the gradient of the hard output equals the soft
+    one's.
     """
     expect(inputs, "gradcheck", "no inputs to check")
     expect(eps > 0 and rtol >= 0 and atol >= 0 and max_elements >= 1, "gradcheck",
            lambda: f"eps {eps}, rtol {rtol}, atol {atol}, max_elements {max_elements}: expected positive ones")
-    tensors = [x if x is None or isinstance(x, Tensor) else Tensor(x.copy() if is_array(x) else np.array(x)) for x in inputs]
+    tensors = [x if x is None or isinstance(x, Tensor) else Tensor(x.copy() if is_array(x) else np.array(x))
+               for x in inputs]
     names = _names(fn, len(tensors), names)
     wrt = _positions(wrt, tensors, names)
     with _borrowed([t for t in tensors if t is not None], [tensors[i] for i in wrt]):
@@ -79,7 +85,8 @@ def gradcheck(fn, *inputs, wrt=None, eps=1e-6, rtol=1e-6, atol=1e-8, max_element
 
 def _names(fn, count, given):
     """The inputs' names: as given, as an op or function calls them, or 'input 0', 'input 1', ..."""
-    expect(given is None or len(given) == count, "gradcheck", lambda: f"{len(given)} names for {count} inputs")
+    expect(given is None or len(given) == count, "gradcheck",
+           lambda: f"{len(given)} names for {count} inputs")
     if given is not None:
         return list(given)
     try:
@@ -95,15 +102,19 @@ def _positions(wrt, tensors, names):
     floats = [i for i, t in enumerate(tensors) if t is not None and t.dtype.kind == "f"]
     for w in wrt or ():
         known = w in names if isinstance(w, str) else isinstance(w, int) and 0 <= w < len(tensors)
-        expect(known, "gradcheck", lambda: f"wrt {w!r}, expected positions 0 to {len(tensors) - 1} or names ({', '.join(names)})")
+        expect(known, "gradcheck",
+               lambda: f"wrt {w!r}, expected positions 0 to {len(tensors) - 1} or names ({', '.join(names)})")
     chosen = floats if wrt is None else [names.index(w) if isinstance(w, str) else w for w in wrt]
     chosen = [i for i in chosen if i in floats]
     expect(chosen, "gradcheck", "no float input to check: integers and None have no gradient")
     for i in floats:
         if tensors[i].dtype != np.float64:
-            raise _error("dtype", f"gradcheck: {names[i]} {tensors[i].shape} is {tensors[i].dtype}, expected float64: finite "
-                         "differences need its digits. Cast it: x.astype('float64'), a model's p.data = p.data.astype('float64')")
-    expect(len({id(tensors[i]) for i in chosen}) == len(chosen), "gradcheck", "one Tensor is given twice: give it once")
+            raise _error("dtype", f"gradcheck: {names[i]} {tensors[i].shape} is {tensors[i].dtype}, expected "
+                                  f"float64: finite "
+                         "differences need its digits. Cast it: x.astype('float64'), a model's p.data = "
+                         "p.data.astype('float64')")
+    expect(len({id(tensors[i]) for i in chosen}) == len(chosen), "gradcheck",
+           "one Tensor is given twice: give it once")
     return chosen
 
 
@@ -139,17 +150,20 @@ def _same(a, b):
     if _equal(a, b):
         return True
     a, b = to_numpy(a), to_numpy(b)
-    return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=SAME * np.abs(np.nan_to_num(a)).max(), equal_nan=True)
+    return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=SAME * np.abs(np.nan_to_num(a)).max(),
+                                              equal_nan=True)
 
 
 @op
 def _root(*outputs, upstream):
-    """The end of the graph: hands each output the upstream gradient it is checked with. Its value is never read."""
+    """The end of the graph: hands each output the upstream gradient it is checked with. Its value is never
+    read."""
     return array_module(*outputs).zeros(()), lambda g: upstream
 
 
 class _Check:
-    """One function at one point. `wanted` are the tensors to check; `which` lists the outputs that have an upstream gradient."""
+    """One function at one point. `wanted` are the tensors to check; `which` lists the outputs that have an
+    upstream gradient."""
 
     def __init__(self, fn, tensors, names, wrt, tolerances, seed):
         self.fn, self.tensors, self.all_names, self.seed = fn, tensors, names, seed
@@ -161,13 +175,15 @@ class _Check:
     def run(self, max_elements):
         outputs = self.forward()
         self.label, self.shapes = _label(self.fn, outputs), [o.shape for o in outputs]
-        # Never ones: the sum of a softmax does not depend on its input, nor that of moved tokens on where they went.
+        # Never ones: the sum of a softmax does not depend on its input, nor that of moved tokens on where
+        # they went.
         self.upstream = [to_device(np.asarray(self.rng.standard_normal(o.shape)), o.device) for o in outputs]
         every = list(range(len(outputs)))
         gradients = self.reproducible(every)
         self.slopes = Slopes(self.values, self.upstream)
         self.positions = self.sample(max_elements)
-        self.numeric = [np.array([self.slopes.central(self.line(i, p)) for p in self.positions[i]]).reshape(-1, len(outputs))
+        self.numeric = [np.array([self.slopes.central(self.line(i, p))
+                                  for p in self.positions[i]]).reshape(-1, len(outputs))
                         for i in range(len(self.wanted))]
         self.checked = [Checked(name, t.shape, len(n), t.size, float(np.abs(n).max(initial=0)))
                         for name, t, n in zip(self.names, self.wanted, self.numeric)]
@@ -184,7 +200,8 @@ class _Check:
     # Running the function
 
     def forward(self):
-        """The outputs as a list; that they are finite float64 Tensors, and that the inputs were left alone."""
+        """The outputs as a list; that they are finite float64 Tensors, and that the inputs were left
+        alone."""
         try:
             outputs = self.fn(*self.tensors)
         except GradientError as error:
@@ -194,15 +211,18 @@ class _Check:
             if not isinstance(o, Tensor):
                 raise self.failure("type", f"output {i} is a {type(o).__name__}, expected a Tensor")
             if o.dtype != np.float64:
-                raise self.failure("dtype", f"output {i} is {o.dtype}, expected float64 like the inputs: cast what it is made of "
+                raise self.failure("dtype", f"output {i} is {o.dtype}, expected float64 like the inputs: "
+                                            f"cast what it is made of "
                                    "(weights, masks, constants) with .astype('float64')")
             if not np.isfinite(to_numpy(o.data)).all():
-                raise self.failure("not finite", f"output {i} {o.shape} has NaN or infinite values at this point")
+                raise self.failure("not finite", f"output {i} {o.shape} has NaN or infinite values at this "
+                                                 f"point")
         self.inputs_unchanged("the forward pass")
         return outputs
 
     def values(self):
-        """The outputs' arrays at the inputs as they are now; copies, since an output may be a view of an input."""
+        """The outputs' arrays at the inputs as they are now; copies, since an output may be a view of an
+        input."""
         with no_grad():
             outputs = self.fn(*self.tensors)
         return [o.data.copy() for o in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
@@ -218,11 +238,13 @@ class _Check:
         except GradientError as error:
             raise self.refused(error) from error
         except Exception as error:
-            raise self.failure("raised", f"the backward pass{self.alone(which)} raised {type(error).__name__}: {error}\n"
+            raise self.failure("raised", f"the backward pass{self.alone(which)} raised "
+                                         f"{type(error).__name__}: {error}\n"
                                f"  reading: {read_crash(error)}") from error
         self.inputs_unchanged("the backward pass")
         if not all(map(_equal, given, upstream)):
-            raise self.failure("writes", "its vjp writes into the upstream gradient it is given, which others still need")
+            raise self.failure("writes", "its vjp writes into the upstream gradient it is given, which "
+                                         "others still need")
         if not all(_equal(o.data, v) for o, v in zip(outputs, values)):
             raise self.failure("writes", "its vjp writes into the output of the forward pass")
         return values, gradients
@@ -230,21 +252,25 @@ class _Check:
     def inputs_unchanged(self, when):
         for name, t, start in zip(self.all_names, self.tensors, self.start):
             if t is not None and not _equal(t.data, start):
-                raise self.failure("writes", f"{when} writes into {name} {t.shape}: an op never writes into its inputs")
+                raise self.failure("writes", f"{when} writes into {name} {t.shape}: an op never writes into "
+                                             f"its inputs")
 
     def reproducible(self, which):
         """The gradients, if a second call gives the same."""
         (values, gradients), (values_again, gradients_again) = self.analytic(which), self.analytic(which)
         if not all(map(_same, values, values_again)):
-            raise self.failure("not deterministic", "a second call gives another output. Noise must be an argument")
+            raise self.failure("not deterministic",
+                               "a second call gives another output. Noise must be an argument")
         if not all(map(_same, gradients, gradients_again)):
-            raise self.failure("not deterministic", "a second call gives the same output and another gradient")
+            raise self.failure("not deterministic",
+                               "a second call gives the same output and another gradient")
         return gradients
 
     # Comparing
 
     def sample(self, max_elements):
-        """Flat positions to compare, per input: all while they are few, else max_elements shared out, small inputs first."""
+        """Flat positions to compare, per input: all while they are few, else max_elements shared out, small
+        inputs first."""
         left, positions = max_elements, [None] * len(self.wanted)
         for rank, i in enumerate(sorted(range(len(self.wanted)), key=lambda i: self.wanted[i].size)):
             size = self.wanted[i].size
@@ -287,28 +313,35 @@ class _Check:
         spread = math.sqrt(sum(((g * d) ** 2).sum() for g, d in zip(gradients, direction)))
 
         def differs(chosen):
-            line = random_line([self.wanted[i].data for i in chosen], [direction[i] for i in chosen], self.eps)
+            line = random_line([self.wanted[i].data for i in chosen], [direction[i] for i in chosen],
+                               self.eps)
             a, n = sum(parts[i] for i in chosen), float(self.slopes.central(line)[which].sum())
             allowed = self.atol + self.rtol * max(spread, abs(n))
             n = self.slopes.settle(a, n, allowed, line, which)
-            return None if abs(a - n) <= allowed else (a, n, allowed, self.slopes.excuse(line, abs(a - n), which))
+            return None if abs(a - n) <= allowed else (a, n, allowed,
+                                                       self.slopes.excuse(line, abs(a - n), which))
         every = range(len(self.wanted))
         found = differs(every)
         if not found:
             return
-        guilty, found = next(((self.names[i], part) for i in every if (part := differs([i]))), ("all inputs together", found))
+        guilty, found = next(((self.names[i], part) for i in every if (part := differs([i]))),
+                             ("all inputs together", found))
         a, n, allowed, excuse = found
-        kind, reading = excuse or (None, "no element of the sample differs; raise max_elements to find those that do")
+        kind, reading = excuse or (None, "no element of the sample differs; raise max_elements to find those "
+                                         "that do")
         verdict = "cannot be checked" if excuse else "is wrong"
-        raise self.failure(kind, f"the gradient of {guilty} {verdict} along a random direction: analytic {a:.9g}, "
+        raise self.failure(kind, f"the gradient of {guilty} {verdict} along a random direction: analytic "
+                                 f"{a:.9g}, "
                            f"numeric {n:.9g} (allowed difference {allowed:.1e})\n  reading: {reading}")
 
     def zero_upstream(self, which):
         for name, gradient in zip(self.names, self.analytic(which, factor=0.0)[1]):
             bad = np.count_nonzero(to_numpy(gradient))
             if bad:
-                raise self.failure("upstream not used", f"the gradient of {name} {gradient.shape} is not zero with zeros "
-                                   f"upstream, at {bad} of {gradient.size} elements: each of its terms has the upstream gradient "
+                raise self.failure("upstream not used",
+                                   f"the gradient of {name} {gradient.shape} is not zero with zeros "
+                                   f"upstream, at {bad} of {gradient.size} elements: each of its terms has "
+                                   f"the upstream gradient "
                                    "as a factor")
 
     # Failing
@@ -330,11 +363,13 @@ class _Check:
         worst = int(gaps.argmax())
         position, shape = self.positions[i][worst], self.wanted[i].shape
         place = [int(k) for k in np.unravel_index(position, shape)]
-        excuse = self.slopes.excuse(self.line(i, position), gaps[worst], which) if np.isfinite(gaps[worst]) else None
+        excuse = self.slopes.excuse(self.line(i, position), gaps[worst],
+                                    which) if np.isfinite(gaps[worst]) else None
         kind, reading = excuse or read(self.evidence(i, a, n, allowed, which))
         verdict = f"{'cannot be checked' if excuse else 'is wrong'}{self.alone(which)}: {wrong.sum()} of {len(a)} elements differ"
         lines = [f"the gradient of {self.names[i]} {shape} {verdict}",
-                 f"worst at {place}: analytic {a[worst]:.9g}, numeric {n[worst]:.9g} (allowed difference {allowed:.1e})",
+                 f"worst at {place}: analytic {a[worst]:.9g}, numeric {n[worst]:.9g} (allowed difference "
+                 f"{allowed:.1e})",
                  f"reading: {reading}"]
         return self.failure(kind, "\n  ".join(lines + [f"also wrong: {', '.join(also)}"] * bool(also)))
 

@@ -1,7 +1,8 @@
-"""What kind of mistake is it? Reads a wrong gradient beside the numeric one. Every reading is a guess that fits the numbers.
+"""What kind of mistake is it? Reads a wrong gradient beside the numeric one. Every reading is a guess that
+fits the numbers.
 
-A reading looks at the Evidence and returns (kind, text) or None; `read` takes the first that fits. To add one, write it and
-put it into READINGS.
+A reading looks at the Evidence and returns (kind, text) or None; `read` takes the first that fits. To add
+one, write it and put it into READINGS.
 """
 import dataclasses
 import itertools
@@ -13,8 +14,9 @@ import numpy as np
 
 @dataclasses.dataclass
 class Evidence:
-    """One input whose gradient is wrong. `analytic`, `numeric` and `at_zero` (the analytic gradient with zeros upstream) hold
-    the elements compared, flat. `full`: that is all of them. `allowed`: the difference that would have passed."""
+    """One input whose gradient is wrong. `analytic`, `numeric` and `at_zero` (the analytic gradient with
+    zeros upstream) hold the elements compared, flat. `full`: that is all of them. `allowed`: the difference
+    that would have passed."""
     shape: tuple
     analytic: np.ndarray
     numeric: np.ndarray
@@ -57,7 +59,8 @@ def zeros(e):
 
 def flat(e):
     if np.abs(e.numeric).max() <= e.allowed:
-        return "flat", ("the output does not change with this input, so its gradient should be zero. A hard or rounded value? "
+        return "flat", ("the output does not change with this input, so its gradient should be zero. A hard "
+                        "or rounded value? "
                         "Check the soft path by differences, then that the hard output has its gradient")
 
 
@@ -88,7 +91,8 @@ def _factor_names(c, sizes):
     forms = {"{}": 1, "1/{}": -1, "sqrt({})": 0.5, "1/sqrt({})": -0.5}
     fits = [f"{text.format(size)} ({what})" for text, power in forms.items() for size, what in sizes.items()
             if math.isclose(c, size ** power, rel_tol=1e-4)]
-    return fits[:3] or [text.format(2) for text, power in forms.items() if math.isclose(c, 2 ** power, rel_tol=1e-4)]
+    return fits[:3] or [text.format(2) for text, power in forms.items()
+                        if math.isclose(c, 2 ** power, rel_tol=1e-4)]
 
 
 def swapped(e):
@@ -103,7 +107,8 @@ def transposed(e):
     for axes in itertools.permutations(range(len(e.shape))):
         moved = e.analytic.reshape([e.shape[i] for i in axes]).transpose(np.argsort(axes))
         if e.near(moved.reshape(-1), e.numeric):
-            return "transposed", (f"transposed: analytic has the numeric values with the axes in the order {axes} (a transpose "
+            return "transposed", (f"transposed: analytic has the numeric values with the axes in the order "
+                                  f"{axes} (a transpose "
                                   "missing, or a reshape in place of one?)")
 
 
@@ -125,13 +130,15 @@ def _same_rows(e, a, n):
 
 
 def not_summed(e):
-    """An input that was repeated along an axis gets the sum over it; or one place of it only, or the sum over other axes."""
+    """An input that was repeated along an axis gets the sum over it; or one place of it only, or the sum over
+    other axes."""
     for output, c in enumerate(e.contributions() or ()):
         for axis in range(1, c.ndim):
             slices = np.moveaxis(c, axis, -1).reshape(len(c), -1, c.shape[axis]).sum(axis=1)
             for place in range(c.shape[axis]) if c.shape[axis] > 1 else ():
                 if e.near(slices[:, place], e.analytic):
-                    return "not summed", (f"not summed over a broadcast axis: only place {place} of axis {axis - 1} of output "
+                    return "not summed", (f"not summed over a broadcast axis: only place {place} of axis "
+                                          f"{axis - 1} of output "
                                           f"{output} is in it")
             everything = c.sum(axis=(0, *(i for i in range(1, c.ndim) if i != axis)))
             if math.prod(e.shape) == max(e.shape, default=0) and e.near(everything, e.analytic):
@@ -147,7 +154,8 @@ def duplicates(e):
         part = part[np.abs(part) > e.allowed]
         if len(part) < 2 or np.abs(part - a).min() > 10 * e.allowed:
             return None
-    return "duplicates", ("duplicates not added: an element that is used more than once has the gradient of one use. "
+    return "duplicates", ("duplicates not added: an element that is used more than once has the gradient of "
+                          "one use. "
                           "`out[rows] = g` and `out[rows] += g` overwrite; use scatter_add")
 
 
@@ -158,7 +166,8 @@ def offset(e):
             return "offset", f"off by the same number all along axis {axis}: a mean or a sum over it is missing, or one too many"
 
 
-READINGS = (not_finite, zeros, sign, swapped, flat, upstream_not_used, factor, transposed, permuted, not_summed, duplicates,
+READINGS = (not_finite, zeros, sign, swapped, flat, upstream_not_used, factor, transposed, permuted,
+            not_summed, duplicates,
             offset)
 
 

@@ -1,7 +1,7 @@
 """Slopes by finite differences: the numbers that gradcheck holds a gradient against.
 
-The outputs are subtracted element by element, and the small differences contracted with the upstream gradient afterwards:
-they keep the digits that the difference of two large sums would lose.
+The outputs are subtracted element by element, and the small differences contracted with the upstream gradient
+afterwards: they keep the digits that the difference of two large sums would lose.
 """
 import numpy as np
 
@@ -9,8 +9,8 @@ from ..backend import device_of, to_device, to_numpy
 
 
 def element_line(array, position, eps):
-    """The line along one element of `array` (its flat position): (go, h). go(t) sets it to x + t, in place, and returns the t
-    that rounding made of it; go(0) puts it back. h is the step to take, eps max(1, |x|)."""
+    """The line along one element of `array` (its flat position): (go, h). go(t) sets it to x + t, in place,
+    and returns the t that rounding made of it; go(0) puts it back. h is the step to take, eps max(1, |x|)."""
     index = np.unravel_index(position, array.shape)
     start = float(array[index])
 
@@ -32,15 +32,16 @@ def random_line(arrays, direction, eps):
 
 
 class Slopes:
-    """Slopes of a function's outputs, each contracted with its upstream gradient. values() gives the outputs' arrays at the
-    inputs as they are now, `upstream` an array per output. `which` lists the outputs that count."""
+    """Slopes of a function's outputs, each contracted with its upstream gradient. values() gives the outputs'
+    arrays at the inputs as they are now, `upstream` an array per output. `which` lists the outputs that
+    count."""
 
     def __init__(self, values, upstream):
         self.values, self.upstream = values, upstream
 
     def products(self, line, high, low):
-        """Per output, upstream * (f(x + high) - f(x + low)) / (high - low), elementwise. Not finite where a step leaves the
-        function's domain: then the caller says so, and no warning does."""
+        """Per output, upstream * (f(x + high) - f(x + low)) / (high - low), elementwise. Not finite where a
+        step leaves the function's domain: then the caller says so, and no warning does."""
         go = line[0]
         with np.errstate(all="ignore"):
             top, above = go(high), self.values()
@@ -59,7 +60,8 @@ class Slopes:
         return float(sum(products[i].sum() for i in which))
 
     def rounding(self, which):
-        """What rounding the outputs may do to a difference of them; over the step, what it may do to a slope."""
+        """What rounding the outputs may do to a difference of them; over the step, what it may do to a
+        slope."""
         values = self.values()
         return 2.0 ** -52 * sum(float(abs(self.upstream[i] * values[i]).sum()) for i in which)
 
@@ -70,31 +72,36 @@ class Slopes:
             new = [float(self.central(line, 2.0 ** k)[which].sum())]
             for j, old in enumerate(row):
                 new.append(new[j] + (new[j] - old) / (4 ** (j + 1) - 1))
-                estimate = max(abs(new[j + 1] - new[j]), abs(new[j + 1] - old)) + rounding / (line[1] * 2.0 ** k)
+                estimate = max(abs(new[j + 1] - new[j]),
+                               abs(new[j + 1] - old)) + rounding / (line[1] * 2.0 ** k)
                 if estimate < error:  # NaN, from a step that was too large, is not
                     best, error = new[j + 1], estimate
             row = new
         return best, error
 
     def settle(self, analytic, numeric, allowed, line, which):
-        """The numeric slope to judge by. A plain difference that disagrees is measured again by extrapolation, since it loses its
-        digits where a slope bends sharply or is small beside its outputs; the better value counts if it is sure of itself."""
+        """The numeric slope to judge by. A plain difference that disagrees is measured again by
+        extrapolation, since it loses its digits where a slope bends sharply or is small beside its outputs;
+        the better value counts if it is sure of itself."""
         if abs(analytic - numeric) <= allowed:
             return numeric
         value, error = self.extrapolated(line, which)
         return value if error <= allowed else numeric
 
     def excuse(self, line, gap, which):
-        """(kind, sentence) if a gap of this size may be nobody's mistake, else None. No slope: the steps h/2, h and 2h disagree,
-        or the slopes to the left and right do and stay apart as the step shrinks."""
+        """(kind, sentence) if a gap of this size may be nobody's mistake, else None. No slope: the steps h/2,
+        h and 2h disagree, or the slopes to the left and right do and stay apart as the step shrinks."""
         if gap <= self.rounding(which) / line[1]:
             return "rounding", "the difference drowns in rounding: the outputs are large beside their slopes. Take a larger eps"
         central = [float(self.central(line, scale)[which].sum()) for scale in (0.5, 1, 2)]
-        (left, right), (closer_left, closer_right) = ([self.sided(line, s * side, which) for side in (-1, 1)] for s in (1, 0.5))
+        (left, right), (closer_left, closer_right) = ([self.sided(line, s * side, which) for side in (-1, 1)]
+                                                      for s in (1, 0.5))
         apart, closer = abs(right - left), abs(closer_right - closer_left)
         if np.ptp(central) <= 0.1 * gap and not closer > max(0.75 * apart, 0.1 * gap):
             return None
         steps = ", ".join(f"{c:.4g}" for c in central)
-        return "not differentiable", (f"not differentiable here: steps of eps/2, eps and 2 eps give {steps}; to the left "
-                                      f"{left:.4g}, to the right {right:.4g}. Move the input off the kink (a tie, a hard "
+        return "not differentiable", (f"not differentiable here: steps of eps/2, eps and 2 eps give {steps}; "
+                                      f"to the left "
+                                      f"{left:.4g}, to the right {right:.4g}. Move the input off the kink (a "
+                                      f"tie, a hard "
                                       "decision), or take a smaller eps")

@@ -1,4 +1,5 @@
-"""An assignment: what its folder holds, which exercise a name belongs to, and the cases of its tests, read without running them.
+"""An assignment: what its folder holds, which exercise a name belongs to, and the cases of its tests, read
+without running them.
 
     a1_autograd/
         a1_autograd.py     a percent script with the solutions; the one file that is handed in
@@ -41,8 +42,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """name "a1_autograd". imports: modules that a submission may import; tinytoken: dotted names of the package that it may use.
-    seconds: for the tests of one exercise."""
+    """name "a1_autograd". imports: modules that a submission may import; tinytoken: dotted names of the
+    package that it may use. seconds: for the tests of one exercise."""
     folder: pathlib.Path
     name: str
     title: str
@@ -60,22 +61,25 @@ class Assignment:
         """All cases of the tests, in the order of their exercises."""
         found = [case for path in sorted((self.folder / "tests").glob("*.py")) for case in _cases(path)]
         numbers, names = [exercise.number for exercise in self.exercises], [case.name for case in found]
-        expect(len(set(names)) == len(names), "assignment", f"two cases of one name in {self.name}: {sorted(names)}")
+        expect(len(set(names)) == len(names), "assignment",
+               f"two cases of one name in {self.name}: {sorted(names)}")
         for case in found:
-            expect(case.number in numbers, "assignment", f"{case.file.name}: {case.name} is of exercise {case.number!r}, "
+            expect(case.number in numbers, "assignment",
+                   f"{case.file.name}: {case.name} is of exercise {case.number!r}, "
                    f"expected one of {', '.join(numbers)}")
         return sorted(found, key=lambda case: numbers.index(case.number))
 
 
 def folders():
-    """Where assignments are looked for: lessons/assignments of the checkout that this package lies in, or, where it was installed
-    without one, as students have it, the current folder."""
+    """Where assignments are looked for: lessons/assignments of the checkout that this package lies in, or,
+    where it was installed without one, as students have it, the current folder."""
     checkout = pathlib.Path(__file__).parents[2] / "lessons" / "assignments"
     return [checkout if checkout.is_dir() else pathlib.Path()]
 
 
 def find(name, places=None):
-    """The assignment called `name`, "a1" for short -> Assignment. places: folders to look in, or a student's copy itself."""
+    """The assignment called `name`, "a1" for short -> Assignment. places: folders to look in, or a student's
+    copy itself."""
     known = []
     for place in places or folders():
         for path in sorted([*place.glob("*/assignment.toml"), *place.glob("assignment.toml")]):
@@ -88,12 +92,15 @@ def find(name, places=None):
 
 
 def load(folder):
-    """The assignment in `folder` -> Assignment. InputError for a file that is missing or says something impossible."""
+    """The assignment in `folder` -> Assignment. InputError for a file that is missing or says something
+    impossible."""
     path = folder / "assignment.toml"
     try:
         said = tomllib.loads(path.read_text())
-        exercises = tuple(Exercise(e["number"], e["title"], tuple(e["names"]), e["lesson"]) for e in said["exercise"])
-        assignment = Assignment(folder, said["name"], said["title"], tuple(said["imports"]), tuple(said["tinytoken"]),
+        exercises = tuple(Exercise(e["number"], e["title"], tuple(e["names"]), e["lesson"])
+                          for e in said["exercise"])
+        assignment = Assignment(folder, said["name"], said["title"], tuple(said["imports"]),
+                                tuple(said["tinytoken"]),
                                 float(said["seconds"]), exercises)
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"cannot use {path}: {type(error).__name__} {error}") from error
@@ -121,5 +128,6 @@ def _cases(path):
         case = Case(node.name, path, said["number"], float(ast.literal_eval(marks[0].args[0])),
                     said.get("visibility", "visible"), said.get("hint", ""))
         expect(case.visibility in VISIBILITIES, "assignment",
-               f"{path}: {node.name} has visibility {case.visibility!r}, expected one of {', '.join(VISIBILITIES)}")
+               f"{path}: {node.name} has visibility {case.visibility!r}, expected one of "
+               f"{', '.join(VISIBILITIES)}")
         yield case

@@ -28,17 +28,23 @@ cd /autograder/source
 
 
 def results(report, hidden=False, leaderboard=()):
-    """The report as Gradescope's results.json -> a dictionary. hidden: say hidden cases too, with their visibility. Any hidden case
-    hides the student's total at Gradescope, so without it they are left out. leaderboard: [(name, value, "asc" or "desc")], which end is better."""
+    """The report as Gradescope's results.json -> a dictionary. hidden: say hidden cases too, with their
+    visibility. Any hidden case hides the student's total at Gradescope, so without it they are left out.
+    leaderboard: [(name, value, "asc" or "desc")], which end is better."""
     rows = [row for row in report.rows if hidden or row.visibility == "visible"]
-    tests = [{"score": row.points, "max_score": row.max_points, "status": "passed" if row.points == row.max_points else "failed",
-              "name": row.name, "number": row.number, "output": row.output, "visibility": row.visibility, "tags": [row.number]}
+    tests = [{"score": row.points, "max_score": row.max_points, "status": "passed"
+              if row.points == row.max_points else "failed",
+              "name": row.name, "number": row.number, "output": row.output, "visibility": row.visibility,
+              "tags": [row.number]}
              for row in rows]
-    said = {"score": sum(row.points for row in rows), "execution_time": round(report.seconds, 2), "visibility": "visible",
-            "output": report.problem or f"{sum(row.points for row in rows):g} of {sum(row.max_points for row in rows):g} points",
+    said = {"score": sum(row.points for row in rows), "execution_time": round(report.seconds, 2),
+            "visibility": "visible",
+            "output": report.problem
+            or f"{sum(row.points for row in rows):g} of {sum(row.max_points for row in rows):g} points",
             "tests": tests}
     if leaderboard:
-        said["leaderboard"] = [{"name": name, "value": value, "order": order} for name, value, order in leaderboard]
+        said["leaderboard"] = [{"name": name, "value": value, "order": order} for name, value,
+                               order in leaderboard]
     return said
 
 
@@ -49,10 +55,12 @@ def write_results(report, path, **options):
 
 
 def autograder_zip(assignment, out, hidden=False):
-    """Write the zip that Gradescope takes -> its path: setup.sh, run_autograder, the package, and the assignment without its
-    solutions and planted mistakes. hidden: hidden cases are told and counted there as well."""
+    """Write the zip that Gradescope takes -> its path: setup.sh, run_autograder, the package, and the
+    assignment without its solutions and planted mistakes. hidden: hidden cases are told and counted there as
+    well."""
     out, package = pathlib.Path(out), pathlib.Path(__file__).parents[1]
-    files = {"setup.sh": SETUP, "run_autograder": RUN.format(name=assignment.name, options="--hidden" if hidden else "")}
+    files = {"setup.sh": SETUP,
+             "run_autograder": RUN.format(name=assignment.name, options="--hidden" if hidden else "")}
     for path in sorted(package.rglob("*.py")):
         files[f"tinytoken/{path.relative_to(package)}"] = path.read_text()
     for path in [*(assignment.folder / name for name in ("assignment.toml", "references.py", "training.py")),

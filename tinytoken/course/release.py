@@ -1,4 +1,5 @@
-"""A student's copy of an assignment: solutions cut out, hidden tests left out, and a check that nothing has leaked."""
+"""A student's copy of an assignment: solutions cut out, hidden tests left out, and a check that nothing has
+leaked."""
 import ast
 import pathlib
 import re
@@ -11,12 +12,13 @@ LEAK = 12  # a solution's line of so many characters may not be in a student's c
 
 
 def regions(text, where="the script"):
-    """The solutions in a text: (first line, last line), markers included, counted from 0. InputError for a marker without its
-    partner, one inside another, or nothing between."""
+    """The solutions in a text: (first line, last line), markers included, counted from 0. InputError for a
+    marker without its partner, one inside another, or nothing between."""
     found, begun = [], None
     for number, line in enumerate(text.splitlines()):
         if BEGIN in line:
-            expect(begun is None, where, f"line {number + 1}: a solution begins inside the one of line {(begun or 0) + 1}")
+            expect(begun is None, where,
+                   f"line {number + 1}: a solution begins inside the one of line {(begun or 0) + 1}")
             begun = number
         elif END in line:
             expect(begun is not None, where, f"line {number + 1}: a solution ends that has not begun")
@@ -28,7 +30,8 @@ def regions(text, where="the script"):
 
 
 def without_solutions(assignment, text):
-    """The text with `raise NotImplementedError` in place of each solution. A text without solutions stays as it is."""
+    """The text with `raise NotImplementedError` in place of each solution. A text without solutions stays as
+    it is."""
     lines, tree = text.splitlines(), ast.parse(text)
     for first, last in reversed(regions(text, assignment.script)):
         exercise = _exercise_of(assignment, tree, first + 1)
@@ -47,14 +50,16 @@ def _exercise_of(assignment, tree, line):
     for exercise in assignment.exercises:
         if holds and holds[0].name in exercise.names:
             return exercise
-    raise InputError(f"{assignment.script}: the solution at line {line} is in no function or class of an exercise")
+    raise InputError(f"{assignment.script}: the solution at line {line} is in no function or class of an "
+                     f"exercise")
 
 
 def write_copy(assignment, out, notebook=False):
-    """Write the student's copy into the new or empty folder `out`, or over an earlier copy of the same assignment -> the paths
-    written. Nothing is written if something would leak."""
+    """Write the student's copy into the new or empty folder `out`, or over an earlier copy of the same
+    assignment -> the paths written. Nothing is written if something would leak."""
     out, source = pathlib.Path(out), (assignment.folder / assignment.script).read_text()
-    expect(regions(source, assignment.script), "stub", f"{assignment.script} has no solutions: it is a student's copy already")
+    expect(regions(source, assignment.script), "stub",
+           f"{assignment.script} has no solutions: it is a student's copy already")
     files = {assignment.script: without_solutions(assignment, source)}
     for name in ("assignment.toml", "references.py", "training.py", "README.md"):
         if (assignment.folder / name).exists():
@@ -63,8 +68,10 @@ def write_copy(assignment, out, notebook=False):
     for path in sorted((assignment.folder / "tests").glob("*.py")):
         files[f"tests/{path.name}"] = without_functions(path.read_text(), hidden)
     expect(not (problems := leaks(assignment, files)), "stub", f"not released: {'; '.join(problems)}")
-    strangers = [path.name for path in out.glob("*") if path.name not in ("tests", *files, f"{assignment.name}.ipynb")]
-    expect(not strangers, "stub", f"{out} holds other files ({', '.join(sorted(strangers))}): give a new folder")
+    strangers = [path.name for path in out.glob("*")
+                 if path.name not in ("tests", *files, f"{assignment.name}.ipynb")]
+    expect(not strangers, "stub",
+           f"{out} holds other files ({', '.join(sorted(strangers))}): give a new folder")
     for name, text in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(out / name, "w") as file:
@@ -96,15 +103,18 @@ def leaks(assignment, files):
     secret = {lines[number].strip() for number in solved} - given
     wrong = assignment.folder / "mistakes.py"
     secret |= {line.strip() for line in wrong.read_text().splitlines()} - given if wrong.exists() else set()
-    secret = {line for line in secret if len(line) >= LEAK and not line.startswith(("#", '"""', "import ", "from "))}
+    secret = {line for line in secret if len(line) >= LEAK
+              and not line.startswith(("#", '"""', "import ", "from "))}
     hidden = [case.name for case in assignment.cases() if case.visibility != "visible"]
     found = []
     for name, text in files.items():
         held = {line.strip() for line in text.splitlines()}
-        found += [f"{name} holds a line of a solution or planted mistake: {line!r}" for line in sorted(held & secret)]
+        found += [f"{name} holds a line of a solution or planted mistake: {line!r}"
+                  for line in sorted(held & secret)]
         found += [f"{name} holds the marker {marker!r}" for marker in (BEGIN, END) if marker in text]
         found += [f"{name} holds the hidden test {case}" for case in hidden if f"def {case}(" in text]
-        if name.endswith((".pyc", ".npz", ".so")) or name.startswith((".git", "__pycache__")) or "mistakes" in name:
+        if name.endswith((".pyc", ".npz",
+                          ".so")) or name.startswith((".git", "__pycache__")) or "mistakes" in name:
             found.append(f"{name} is no file for students")
     return found
 

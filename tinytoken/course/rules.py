@@ -1,27 +1,35 @@
-"""What a submission may contain: read off its syntax before any of it runs, and held to once more while it runs.
+"""What a submission may contain: read off its syntax before any of it runs, and held to once more while it
+runs.
 
-An exercise needs arithmetic, arrays and functions of its own. It needs no files, no processes, no code made from text and nothing
-of how Python itself is made: with those it could read the tests or change what checks it. This keeps honest mistakes and simple
-tricks out. It is no prison: whoever grades strangers' code does it in a container.
+An exercise needs arithmetic, arrays and functions of its own. It needs no files, no processes, no code made
+from text and nothing of how Python itself is made: with those it could read the tests or change what checks
+it. This keeps honest mistakes and simple tricks out. It is no prison: whoever grades strangers' code does it
+in a container.
 """
 import ast
 import builtins
 
 # Of the builtins, what reads or makes files, code, or names that are only known at run time.
-FORBIDDEN = {"open", "exec", "eval", "compile", "__import__", "globals", "locals", "vars", "setattr", "delattr", "getattr", "input",
-             "breakpoint", "memoryview", "help", "exit", "quit", "copyright", "credits", "license", "dir", "__builtins__",
+FORBIDDEN = {"open", "exec", "eval", "compile", "__import__", "globals", "locals", "vars", "setattr",
+             "delattr", "getattr", "input",
+             "breakpoint", "memoryview", "help", "exit", "quit", "copyright", "credits", "license", "dir",
+             "__builtins__",
              "__loader__", "__spec__"}
 # Attributes that lead from a value to files, memory, other modules or the interpreter.
-OUTSIDE = {"os", "sys", "subprocess", "ctypes", "ctypeslib", "testing", "lib", "f2py", "distutils", "core", "_core", "load", "save",
-           "savez", "savez_compressed", "savetxt", "loadtxt", "genfromtxt", "fromfile", "tofile", "dump", "dumps", "memmap",
+OUTSIDE = {"os", "sys", "subprocess", "ctypes", "ctypeslib", "testing", "lib", "f2py", "distutils", "core",
+           "_core", "load", "save",
+           "savez", "savez_compressed", "savetxt", "loadtxt", "genfromtxt", "fromfile", "tofile", "dump",
+           "dumps", "memmap",
            "DataSource", "format_map", "setflags", "data_as"}
 FRAMES = ("__", "tb_", "gi_", "cr_", "ag_", "f_", "co_")  # how names of the interpreter's own begin
-DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem__", "__add__", "__mul__", "__neg__"}
+DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem__", "__add__", "__mul__",
+           "__neg__"}
 
 
 def breaches(source, assignment):
-    """Why a submission is refused, or some of its exercises: {exercise number: ["line 3: ...", ...]}, and None for what is in no
-    exercise's function and so concerns the whole file. Empty if there is nothing. A SyntaxError concerns the whole file."""
+    """Why a submission is refused, or some of its exercises: {exercise number: ["line 3: ...", ...]}, and
+    None for what is in no exercise's function and so concerns the whole file. Empty if there is nothing. A
+    SyntaxError concerns the whole file."""
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
@@ -30,13 +38,16 @@ def breaches(source, assignment):
         return {None: [f"the file cannot be read: {error}"]}
     solves = {name: exercise.number for exercise in assignment.exercises for name in exercise.names}
     taken = [statement for statement in tree.body if is_taken(statement)]
-    modules = {name: dotted for statement in taken for node in ast.walk(statement) for name, dotted, _ in _imported(node)}
+    modules = {name: dotted for statement in taken for node in ast.walk(statement) for name, dotted,
+               _ in _imported(node)}
     found = {}
     for reasons_of in (_import_reasons, _reasons):
         for statement in taken:
-            reasons = {(node.lineno, reason) for node in ast.walk(statement) for reason in reasons_of(node, modules, assignment)}
+            reasons = {(node.lineno, reason) for node in ast.walk(statement)
+                       for reason in reasons_of(node, modules, assignment)}
             for line, reason in sorted(reasons):
-                found.setdefault(solves.get(getattr(statement, "name", None)), []).append(f"line {line}: {reason}")
+                found.setdefault(solves.get(getattr(statement, "name", None)),
+                                 []).append(f"line {line}: {reason}")
     return found
 
 
@@ -56,12 +67,15 @@ def _import_reasons(node, modules, assignment):
 
 
 def is_taken(node, others=()):
-    """Whether a statement at the top of a submission is run by the grader: imports, functions, classes, small functions and
-    constants with a name, but nothing that bears one of the names `others`. Training and printing is not."""
+    """Whether a statement at the top of a submission is run by the grader: imports, functions, classes, small
+    functions and constants with a name, but nothing that bears one of the names `others`. Training and
+    printing is not."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return node.name not in others
-    if isinstance(node, ast.Assign) and all(isinstance(target, (ast.Name, ast.Tuple)) for target in node.targets):
-        if any(name.id in others for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)):
+    if isinstance(node, ast.Assign) and all(isinstance(target, (ast.Name, ast.Tuple))
+                                            for target in node.targets):
+        if any(name.id in others for name in ast.walk(node) if isinstance(name, ast.Name)
+               and isinstance(name.ctx, ast.Store)):
             return False
         if isinstance(node.value, ast.Lambda):
             return True
@@ -121,9 +135,12 @@ def _chain(node):
 
 
 def safe_builtins(assignment):
-    """The builtins that a submission runs with: without the forbidden ones, and with an import that knows the rules."""
-    # NumPy imports parts of itself late, in the name of whoever called it: so the first part of the name decides here.
-    roots = {name.split(".")[0] for name in assignment.imports} | ({"tinytoken"} if assignment.tinytoken else set())
+    """The builtins that a submission runs with: without the forbidden ones, and with an import that knows the
+    rules."""
+    # NumPy imports parts of itself late, in the name of whoever called it: so the first part of the name
+    # decides here.
+    roots = {name.split(".")[0] for name in assignment.imports} | ({"tinytoken"} if assignment.tinytoken
+                                                                   else set())
 
     def guarded(name, globals=None, locals=None, fromlist=(), level=0):
         if name.split(".")[0] not in roots or level:

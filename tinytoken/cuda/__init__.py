@@ -1,5 +1,6 @@
-"""Faster implementations for CuPy arrays: kernels, products by cuBLASLt, captured steps. Deletable: without this folder the plain
-functions run. Imported at the first use of a CUDA device; each file registers what it implements (backend.implementation).
+"""Faster implementations for CuPy arrays: kernels, products by cuBLASLt, captured steps. Deletable: without
+this folder the plain functions run. Imported at the first use of a CUDA device; each file registers what it
+implements (backend.implementation).
 
 sources/ holds the kernels, a family per file; launcher.py checks and runs them.
 """

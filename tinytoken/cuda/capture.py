@@ -1,9 +1,9 @@
-"""A training step, or a forward pass, as one CUDA graph. The models here are small, so a GPU waits for the host to launch the next
-kernel; a graph is launched once, with all its kernels.
+"""A training step, or a forward pass, as one CUDA graph. The models here are small, so a GPU waits for the
+host to launch the next kernel; a graph is launched once, with all its kernels.
 
-A graph repeats what was captured: the same kernels on the same addresses with the same numbers. So whatever changes from step to
-step lies in device memory: what it is given is copied there before each launch. Its temporaries live in a memory pool of its own, which
-nothing else uses.
+A graph repeats what was captured: the same kernels on the same addresses with the same numbers. So whatever
+changes from step to step lies in device memory: what it is given is copied there before each launch. Its
+temporaries live in a memory pool of its own, which nothing else uses.
 """
 import gc
 import warnings
@@ -12,18 +12,19 @@ import numpy as np
 
 from ..backend import implementation, module_for
 from ..errors import InputError
-from ..train.infer import repeated
+from ..train.inference import repeated
 from ..train.step import stepper
 from . import launcher, registered
 from .weights import Weights
 
-WARM_UP = 2  # ordinary steps before the capture: they compile the kernels, time the products and fill the pool
+WARM_UP = 2  # ordinary steps before the capture: they compile kernels, time products and fill the pool
 
 
 class Captured:
-    """captured(arrays) -> what function(arrays) gives, one array. The first calls are ordinary ones; then the call is captured, and
-    from there on replayed, with the same bits. Where that fails, or for arrays of other shapes, calls go on being ordinary ones,
-    after one warning that says why. Weights that do not change are rounded once (weights.Weights)."""
+    """captured(arrays) -> what function(arrays) gives, one array. The first calls are ordinary ones; then the
+    call is captured, and from there on replayed, with the same bits. Where that fails, or for arrays of other
+    shapes, calls go on being ordinary ones, after one warning that says why. Weights that do not change are
+    rounded once (weights.Weights)."""
 
     def __init__(self, function, what="a call"):
         cupy = module_for("cuda")
@@ -75,31 +76,32 @@ class Captured:
             self.graph = graph
             return
         self.failed = True
-        warnings.warn(f"{self.what} could not be captured ({type(error).__name__}: {error}): every kernel is launched by itself",
-                      stacklevel=4)
+        warnings.warn(f"{self.what} could not be captured ({type(error).__name__}: {error}): every kernel is "
+                      "launched by itself", stacklevel=4)
 
 
 @implementation(repeated)
 def captured(function, xp, what):
-    """train.infer.repeated: the function, captured."""
+    """train.inference.repeated: the function, captured."""
     return Captured(function, what)
 
 
 @implementation(stepper)
 class CapturedSteps:
-    """train.step.stepper: take(step) -> (loss, parts, norm), a whole training step captured, from the pictures on; steps come one
-    after another. Whatever differs between them follows from the step's number, which lies in device memory and is counted on there:
-    the crop, the noise, and AdamW's rates, a row of a table each. The host hands over the numbers of the batch's pictures, and
-    nothing else.
+    """train.step.stepper: take(step) -> (loss, parts, norm), a whole training step captured, from the
+    pictures on; steps come one after another. Whatever differs between them follows from the step's number,
+    which lies in device memory and is counted on there: the crop, the noise, and AdamW's rates, a row of a
+    table each. The host hands over the numbers of the batch's pictures, and nothing else.
 
-    What cannot be drawn by a number in device memory (batches that are no data.Batches, noise that looks at the number) is drawn
-    outside of the graph. work.rates: of all steps, of which optimizer.steps are done."""
+    What cannot be drawn by a number in device memory (batches that are no data.Batches, noise that looks at
+    the number) is drawn outside of the graph. work.rates: of all steps, of which optimizer.steps are done."""
 
     def __init__(self, work):
         xp, optimizer = module_for("cuda"), work.optimizer
         self.work, self.parts, self.done = work, (), optimizer.steps
         self.clock = xp.full(1, work.offset + self.done, "uint32")
-        rows = [registered.rates_of(optimizer, lr, t) for t, lr in enumerate(work.rates[self.done:], self.done + 1)]
+        rates = enumerate(work.rates[self.done:], self.done + 1)
+        rows = [registered.rates_of(optimizer, lr, t) for t, lr in rates]
         self.rates = xp.asarray(np.array(rows, "float32"))
         self.batches_inside, self.draws_inside = hasattr(work.batches, "make"), self._drawn_there()
         self.draws = ()  # names of what is drawn outside

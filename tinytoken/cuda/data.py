@@ -1,5 +1,5 @@
-"""Random bits, and batches from pictures that lie on the device, by one kernel each. The bits and the pixels of the plain forms. A step's
-number may lie in device memory (random.bits).
+"""Random bits, and batches from pictures that lie on the device, by one kernel each. The bits and the pixels
+of the plain forms. A step's number may lie in device memory (random.bits).
 """
 import math
 import zlib
@@ -16,7 +16,8 @@ def random_bits(shape, *, site, step, seed, xp):
     """random.bits."""
     out, size = xp.empty(shape, "uint32"), math.prod(shape)
     if size:
-        launcher.launch("random_bits", *cover(-(-size // 4)), out, size, site, *number_of(step), *halves(seed))
+        launcher.launch("random_bits", *cover(-(-size // 4)), out, size, site, *number_of(step),
+                        *halves(seed))
     return out
 
 
@@ -27,8 +28,9 @@ def gather_pictures(self, chosen, step):
     out = launcher.empty(images, len(chosen), *images.shape[1:])
     scale, offset = batches.line(self.mean, self.std)
     crop, flip = (zlib.crc32((batches.SITE + site).encode()) for site in ("crop", "flip"))
-    launcher.launch("gather_pictures", len(chosen), 256, contiguous(images), contiguous(chosen), out, *images.shape[2:], self.pad,
-                    self.flip, crop, flip, *number_of(step), *halves(self.seed), *scale, *offset, shared=4 * 3)
+    launcher.launch("gather_pictures", len(chosen), 256, contiguous(images), contiguous(chosen), out,
+                    *images.shape[2:], self.pad, self.flip, crop, flip, *number_of(step), *halves(self.seed),
+                    *scale, *offset, shared=4 * 3)
     return out
 
 
@@ -49,8 +51,9 @@ def mix_pictures(images, labels, classes, ways, site, *, step, seed):
     images, out = contiguous(images), launcher.empty_like(images)
     launcher.launch("mix_pictures", len(images), 256, images, shares, boxes, drawn, out, *images.shape[1:])
     targets = launcher.empty(images, len(images), classes)
-    launcher.launch("mix_labels", *cover(targets.size), contiguous(labels.astype("int64", copy=False)), shares, boxes, drawn, targets,
-                    *targets.shape, *images.shape[2:])
+    labels = contiguous(labels.astype("int64", copy=False))
+    launcher.launch("mix_labels", *cover(targets.size), labels, shares, boxes, drawn, targets, *targets.shape,
+                    *images.shape[2:])
     return out, targets
 
 

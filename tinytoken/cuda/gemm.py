@@ -1,8 +1,9 @@
-"""Products of matrices by cuBLASLt, called through ctypes: CuPy's own matmul cannot be captured in a CUDA graph. Matrices are
-float32, or bf16, which NumPy does not know: its bits lie in uint16 arrays.
+"""Products of matrices by cuBLASLt, called through ctypes: CuPy's own matmul cannot be captured in a CUDA
+graph. Matrices are float32, or bf16, which NumPy does not know: its bits lie in uint16 arrays.
 
-cuBLASLt thinks in columns. A row-major (R, C) array is a column-major (C, R) matrix without being touched, and out = a b is, in columns,
-out^T = b^T a^T. So b is handed over first, transposed if the caller wants it transposed, and nothing is ever copied.
+cuBLASLt thinks in columns. A row-major (R, C) array is a column-major (C, R) matrix without being touched,
+and out = a b is, in columns, out^T = b^T a^T. So b is handed over first, transposed if the caller wants it
+transposed, and nothing is ever copied.
 """
 import ctypes
 import functools
@@ -17,10 +18,12 @@ from . import launcher
 # cublasLt.h: attributes and values
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER = 3, 4, 7, 8  # of a product
 ROWS, COLS, LD = 2, 3, 4  # of a matrix
-WORKSPACE_LIMIT, ALIGNMENTS = 1, (5, 6, 7, 8)  # of a preference; of the first and second factor, what is added, the result
+# of a preference; of the first and second factor, what is added, the result
+WORKSPACE_LIMIT, ALIGNMENTS = 1, (5, 6, 7, 8)
 FLOAT32, TRANSPOSED, ADD_BIAS = 0, 1, 4
 TYPES = {"float32": FLOAT32, "uint16": 14}  # of matrices: 14 is bf16
-PRECISIONS = {"fp32": 68, "tf32": 77, "bf16": 75}  # what float32 factors may be rounded to; sums are float32 always
+# what float32 factors may be rounded to; sums are float32 always
+PRECISIONS = {"fp32": 68, "tf32": 77, "bf16": 75}
 WORKSPACE = 32 << 20  # bytes; what the makers advise on Hopper
 CANDIDATES = 8  # algorithms that are timed at the first use of a shape
 
@@ -52,7 +55,8 @@ def current_precision():
 
 class Result(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t: an algorithm that can do a product."""
-    _fields_ = [("algorithm", ctypes.c_uint64 * 8), ("workspace", ctypes.c_size_t), ("state", ctypes.c_int), ("waves", ctypes.c_float),
+    _fields_ = [("algorithm", ctypes.c_uint64 * 8), ("workspace", ctypes.c_size_t), ("state", ctypes.c_int),
+                ("waves", ctypes.c_float),
                 ("reserved", ctypes.c_int * 4)]
 
 
@@ -74,7 +78,8 @@ def call(name, *arguments):
 
 
 def set_attribute(kind, thing, attribute, value):
-    call(f"cublasLt{kind}SetAttribute", thing, attribute, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)))
+    call(f"cublasLt{kind}SetAttribute", thing, attribute, ctypes.byref(value),
+         ctypes.c_size_t(ctypes.sizeof(value)))
 
 
 def made(kind, *arguments):
@@ -84,8 +89,8 @@ def made(kind, *arguments):
 
 
 class Plan:
-    """The descriptors of out (M, N) = op(a) op(b) [+ bias (N,)] [+ add (M, N)], and, after the first runs, an algorithm for each
-    alignment of the arrays. factors, result: dtypes; bias has the result's."""
+    """The descriptors of out (M, N) = op(a) op(b) [+ bias (N,)] [+ add (M, N)], and, after the first runs, an
+    algorithm for each alignment of the arrays. factors, result: dtypes; bias has the result's."""
 
     def __init__(self, M, N, K, ta, tb, with_bias, with_add, factors, result, precision):
         self.sizes, self.with_add, self.algorithms = (M, N, K), with_add, {}
@@ -103,29 +108,35 @@ class Plan:
             set_attribute("MatmulDesc", self.product, BIAS_POINTER, ctypes.c_void_p(bias))
 
     def arguments(self, a, b, out, add, algorithm, workspace, stream):
-        """Of cublasLtMatmul, after the handle. a, b, out, add (None: nothing is added), workspace: addresses."""
-        one, share = ctypes.byref(ctypes.c_float(1.0)), ctypes.byref(ctypes.c_float(1.0 if self.with_add else 0.0))
+        """Of cublasLtMatmul, after the handle. a, b, out, add (None: nothing is added), workspace:
+        addresses."""
+        one, share = (ctypes.byref(ctypes.c_float(value)) for value in (1.0, 1.0 if self.with_add else 0.0))
         p = ctypes.c_void_p
-        return (self.product, one, p(b), self.first, p(a), self.second, share, p(add if self.with_add else out), self.out, p(out), self.out,
+        return (self.product, one, p(b), self.first, p(a), self.second, share,
+                p(add if self.with_add else out), self.out, p(out), self.out,
                 ctypes.byref(algorithm), p(workspace), ctypes.c_size_t(WORKSPACE), p(stream))
 
     def candidates(self, handle, alignment):
-        """Algorithms that the library proposes for arrays at multiples of `alignment` bytes, best guess first."""
+        """Algorithms that the library proposes for arrays at multiples of `alignment` bytes, best guess
+        first."""
         preference, found, count = made("MatmulPreference"), (Result * CANDIDATES)(), ctypes.c_int()
         set_attribute("MatmulPreference", preference, WORKSPACE_LIMIT, ctypes.c_size_t(WORKSPACE))
         for attribute in ALIGNMENTS:
             set_attribute("MatmulPreference", preference, attribute, ctypes.c_uint32(alignment))
-        call("cublasLtMatmulAlgoGetHeuristic", handle, self.product, self.first, self.second, self.out, self.out, preference, CANDIDATES,
-             found, ctypes.byref(count))
+        call("cublasLtMatmulAlgoGetHeuristic", handle, self.product, self.first, self.second, self.out,
+             self.out, preference, CANDIDATES, found, ctypes.byref(count))
         call("cublasLtMatmulPreferenceDestroy", preference)
-        expect(count.value, "product", lambda: f"cuBLASLt knows no algorithm for sizes M, N, K = {self.sizes}")
+        expect(count.value, "product",
+               lambda: f"cuBLASLt knows no algorithm for sizes M, N, K = {self.sizes}")
         return [one.algorithm for one in found[:count.value] if one.state == 0]
 
 
 def matrix(rows, columns, transposed, dtype):
-    """The layout of a column-major factor that acts as (rows, columns): stored the other way round if transposed."""
+    """The layout of a column-major factor that acts as (rows, columns): stored the other way round if
+    transposed."""
     rows, columns = (columns, rows) if transposed else (rows, columns)
-    return made("MatrixLayout", TYPES[dtype], ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows))
+    return made("MatrixLayout", TYPES[dtype], ctypes.c_uint64(rows), ctypes.c_uint64(columns),
+                ctypes.c_int64(rows))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -142,19 +153,23 @@ def device_state():
 
 
 def on_device(chosen, a, b, out, bias, add):
-    """Run a plan on the current stream. The first run of a plan times the candidates, which a capture cannot: warm up before."""
+    """Run a plan on the current stream. The first run of a plan times the candidates, which a capture cannot:
+    warm up before."""
     cupy, (handle, workspace) = module_for("cuda"), device_state()
     stream = cupy.cuda.get_current_stream()
     chosen.point_at(None if bias is None else bias.data.ptr)
     run = lambda algorithm, into: call("cublasLtMatmul", handle, *chosen.arguments(
-        a.data.ptr, b.data.ptr, into.data.ptr, None if add is None else add.data.ptr, algorithm, workspace.ptr, stream.ptr))
+        a.data.ptr, b.data.ptr, into.data.ptr, None if add is None else add.data.ptr, algorithm,
+        workspace.ptr, stream.ptr))
     alignment = common_alignment(*(array.data.ptr for array in (a, b, out, add) if array is not None))
     if alignment not in chosen.algorithms:
         if stream.is_capturing():
-            raise InputError(f"product: sizes M, N, K = {chosen.sizes} are new within a capture; run the step before")
+            raise InputError(f"product: sizes M, N, K = {chosen.sizes} are new within a capture; "
+                             "run the step before")
         scratch = cupy.empty_like(out)  # `out` may be what is added to: each run would add again
-        chosen.algorithms[alignment] = min(chosen.candidates(handle, common_alignment(alignment, scratch.data.ptr)),
-                                           key=lambda algorithm: _milliseconds(cupy, run, algorithm, scratch))
+        candidates = chosen.candidates(handle, common_alignment(alignment, scratch.data.ptr))
+        took = lambda algorithm: _milliseconds(cupy, run, algorithm, scratch)
+        chosen.algorithms[alignment] = min(candidates, key=took)
     run(chosen.algorithms[alignment], out)
 
 
@@ -187,17 +202,21 @@ def running_on(runner):
 
 
 def product(a, b, *, ta=False, tb=False, bias=None, add=None, out=None, dtype="float32"):
-    """op(a) op(b) [+ bias] [+ add] -> (M, N) of `dtype`, op being the transpose where ta or tb is set. All are contiguous; a and b
-    both float32 or both bf16 (uint16), bias (N,) and add (M, N) of the result's dtype. out: where to write (default: a new
-    array); it may be `add` itself. bf16 factors are multiplied as they are; float32 ones are rounded as `precision` says."""
+    """op(a) op(b) [+ bias] [+ add] -> (M, N) of `dtype`, op being the transpose where ta or tb is set. All
+    are contiguous; a and b both float32 or both bf16 (uint16), bias (N,) and add (M, N) of the result's
+    dtype. out: where to write (default: a new array); it may be `add` itself. bf16 factors are multiplied as
+    they are; float32 ones are rounded as `precision` says."""
     (M, K), (inner, N) = a.shape[::-1] if ta else a.shape, b.shape[::-1] if tb else b.shape
-    expect(K == inner and min(M, N, K) > 0 and all(x is None or x.shape == shape for x, shape in ((bias, (N,)), (add, (M, N)), (out, (M, N)))),
+    more = (("bias", bias, (N,)), ("add", add, (M, N)), ("out", out, (M, N)))
+    expect(K == inner and min(M, N, K) > 0 and all(x is None or x.shape == shape for _, x, shape in more),
            "product", lambda: f"a {a.shape}{' transposed' * ta}, b {b.shape}{' transposed' * tb}, "
-           + ", ".join(f"{name} {getattr(x, 'shape', None)}" for name, x in (("bias", bias), ("add", add), ("out", out))))
+           + ", ".join(f"{name} {getattr(x, 'shape', None)}" for name, x, _ in more))
     given = [(a, a.dtype), (b, a.dtype), (bias, dtype), (add, dtype), (out, dtype)]
-    expect(a.dtype.name in TYPES and all(x is None or x.dtype == wanted and x.flags.c_contiguous for x, wanted in given), "product",
+    expect(a.dtype.name in TYPES
+           and all(x is None or x.dtype == wanted and x.flags.c_contiguous for x, wanted in given), "product",
            "contiguous matrices expected, factors both float32 or both bf16, the rest of the result's dtype")
     out = launcher.empty(a, M, N, dtype=dtype) if out is None else out
     rounding = current_precision() if a.dtype == "float32" else "fp32"
-    now.run(plan(M, N, K, ta, tb, bias is not None, add is not None, a.dtype.name, dtype, rounding), a, b, out, bias, add)
+    chosen = plan(M, N, K, ta, tb, bias is not None, add is not None, a.dtype.name, dtype, rounding)
+    now.run(chosen, a, b, out, bias, add)
     return out

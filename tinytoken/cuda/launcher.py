@@ -1,5 +1,6 @@
-"""Kernels by name, and their launch. A kernel's declaration in `sources/` is the one place that says what it takes; each argument is
-checked against it and given its width, so a Python number never arrives as 64 bits where the kernel reads 32.
+"""Kernels by name, and their launch. A kernel's declaration in `sources/` is the one place that says what it
+takes; each argument is checked against it and given its width, so a Python number never arrives as 64 bits
+where the kernel reads 32.
 """
 import dataclasses
 import functools
@@ -15,15 +16,17 @@ from ..errors import InputError, expect
 SOURCES = pathlib.Path(__file__).parent / "sources"
 DECLARATION = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
 # bf16 lies in uint16 arrays, which kernels read one or, as bf16x2, two at a time
-DTYPES = {"float": "float32", "int": "int32", "long long": "int64", "unsigned": "uint32", "unsigned char": "uint8",
+DTYPES = {"float": "float32", "int": "int32", "long long": "int64", "unsigned": "uint32",
+          "unsigned char": "uint8",
           "bf16": "uint16", "bf16x2": "uint16"}
-CONSTANTS = {"HEAD_DIM": (16, 32, 64)}  # numbers that a source is compiled for, and the ones it is tested with
+# numbers that a source is compiled for, and the ones it is tested with
+CONSTANTS = {"HEAD_DIM": (16, 32, 64)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel's name, its source file without .cu, its parameters: (name, dtype, whether an array, whether written), and the
-    constants that the source is compiled for: (name, number)."""
+    """A kernel's name, its source file without .cu, its parameters: (name, dtype, whether an array, whether
+    written), and the constants that the source is compiled for: (name, number)."""
     name: str
     family: str
     parameters: tuple
@@ -31,7 +34,8 @@ class Kernel:
 
     @functools.cached_property
     def strided(self):
-        """Arrays that it is told how to walk, by a stride of the tokens (q, q_t) or the length of a row (parts, pitch)."""
+        """Arrays that it is told how to walk, by a stride of the tokens (q, q_t) or the length of a row
+        (parts, pitch)."""
         names = {name for name, *_ in self.parameters}
         return {name for name in names if f"{name}_t" in names} | ({"parts"} if "pitch" in names else set())
 
@@ -53,20 +57,26 @@ def _parameter(text):
 
 @functools.cache
 def source(family, constants=(), device=True):
-    """The text of a family with what all kernels share before it, and, for the device, what only a device understands."""
+    """The text of a family with what all kernels share before it, and, for the device, what only a device
+    understands."""
     shared = [SOURCES / name for name in (("device.cuh",) if device else ()) + ("common.cuh", f"{family}.cu")]
-    return "".join(f"#define {name} {value}\n" for name, value in constants) + "".join(path.read_text() for path in shared)
+    defined = "".join(f"#define {name} {value}\n" for name, value in constants)
+    return defined + "".join(path.read_text() for path in shared)
 
 
 def launch(name, blocks, threads, *arguments, shared=0, constants=()):
-    """Run a kernel on `blocks` blocks of `threads` threads, with `shared` bytes of shared memory of each. Arrays must be contiguous
-    and of the declared dtype, None stands for a null pointer, numbers get the declared width. Raises InputError otherwise."""
+    """Run a kernel on `blocks` blocks of `threads` threads, with `shared` bytes of shared memory of each.
+    Arrays must be contiguous and of the declared dtype, None stands for a null pointer, numbers get the
+    declared width. Raises InputError otherwise."""
     kernel = kernels()[name]
     if constants:
         kernel = dataclasses.replace(kernel, constants=constants)
-    expect(len(arguments) == len(kernel.parameters), name, lambda: f"{len(arguments)} arguments, expected {len(kernel.parameters)}")
-    expect(0 < blocks < 2**31 and threads % 32 == 0 and 0 < threads <= 1024, name, lambda: f"a grid of {blocks} x {threads}")
-    now.run(kernel, blocks, threads, [_argument(kernel, value, *p) for value, p in zip(arguments, kernel.parameters)], shared)
+    expect(len(arguments) == len(kernel.parameters), name,
+           lambda: f"{len(arguments)} arguments, expected {len(kernel.parameters)}")
+    expect(0 < blocks < 2**31 and threads % 32 == 0 and 0 < threads <= 1024, name,
+           lambda: f"a grid of {blocks} x {threads}")
+    now.run(kernel, blocks, threads,
+            [_argument(kernel, value, *p) for value, p in zip(arguments, kernel.parameters)], shared)
 
 
 def _argument(kernel, value, name, dtype, array, _):
@@ -76,7 +86,8 @@ def _argument(kernel, value, name, dtype, array, _):
         return None
     expect(is_array(value) and value.dtype == dtype, kernel.name,
            lambda: f"{name} is {getattr(value, 'dtype', type(value))}, expected {dtype}")
-    expect(value.flags.c_contiguous or name in kernel.strided, kernel.name, lambda: f"{name} {value.shape} is not contiguous")
+    expect(value.flags.c_contiguous or name in kernel.strided, kernel.name,
+           lambda: f"{name} {value.shape} is not contiguous")
     return value
 
 
@@ -85,7 +96,8 @@ def on_device(kernel, blocks, threads, arguments, shared):
     compiled = _compiled(kernel)
     if shared > 48 * 1024:
         compiled.max_dynamic_shared_size_bytes = shared
-    compiled((blocks,), (threads,), tuple(np.uintp(0) if a is None else a for a in arguments), shared_mem=shared)
+    compiled((blocks,), (threads,), tuple(np.uintp(0) if a is None else a for a in arguments),
+             shared_mem=shared)
 
 
 @functools.cache
@@ -108,7 +120,8 @@ now = types.SimpleNamespace(run=on_device)
 
 
 def running_on(runner):
-    """Context -> runner: launches go to runner(kernel, blocks, threads, arguments, shared) instead of the device."""
+    """Context -> runner: launches go to runner(kernel, blocks, threads, arguments, shared) instead of the
+    device."""
     return swapped(now, "run", runner)
 
 

@@ -16,14 +16,16 @@ now = Now()
 
 
 class Weights:
-    """The parameters in flat storage: in bf16 one kernel rounds all weights of a step. Other weights, a teacher's say, are taken for
-    constant and rounded once. Outside of a step each weight is rounded whenever it is wanted.
+    """The parameters in flat storage: in bf16 one kernel rounds all weights of a step. Other weights, a
+    teacher's say, are taken for constant and rounded once. Outside of a step each weight is rounded whenever
+    it is wanted.
 
-    Gradients that are sums over rows, of vectors, are added at the end of a step: `parts` has a column for each number of them."""
+    Gradients that are sums over rows, of vectors, are added at the end of a step: `parts` has a column for
+    each number of them."""
 
     def __init__(self, flat=None):
         self.flat, self.rounded, self.copies, self.others = flat, None, {}, {}
-        self.columns, self.regions, self.filled, self.stale = {}, [], set(), set()
+        self.columns, self.regions, self.filled, self.written = {}, [], set(), set()
         if flat is None:
             return
         self._lay_columns()
@@ -32,8 +34,11 @@ class Weights:
             self.copies = dict(zip(map(id, flat.views), flat.cut(self.rounded)))
 
     def _lay_columns(self):
-        """A region of columns for each segment's vectors, from the first to the last; what else lies between stays zero."""
-        vectors = [(start, stop, id(view)) for view, (start, stop, shape) in zip(self.flat.views, self.flat.bounds) if len(shape) == 1]
+        """A region of columns for each segment's vectors, from the first to the last; what else lies between
+        stays zero."""
+        vectors = [(start, stop, id(view))
+                   for view, (start, stop, shape) in zip(self.flat.views, self.flat.bounds)
+                   if len(shape) == 1]
         width = 0
         for first, last, *_ in self.flat.segments:
             inside = [vector for vector in vectors if first <= vector[0] < last]
@@ -48,27 +53,38 @@ class Weights:
     def in_use(self):
         """Context: round the weights as they are now, and use them; at its end add up the sums over rows."""
         if self.rounded is not None:
-            launcher.launch("bf16_round", *cover(self.rounded.size // 2), self.flat.data, self.rounded, self.rounded.size // 2)
+            launcher.launch("bf16_round", *cover(self.rounded.size // 2), self.flat.data, self.rounded,
+                            self.rounded.size // 2)
         self.filled = set()
         with swapped(now, "weights", self):
             yield
             self._add_up()
 
     def columns_of(self, arrays):
-        """Where the partial sums of these parameters' gradients go, or None: some have no column, or a sum is in it already."""
+        """Where the partial sums of these parameters' gradients go, or None: some have no column, or a sum is
+        in it already."""
         keys = [id(array) for array in arrays]
         if not all(key in self.columns and key not in self.filled for key in keys):
             return None
-        self.filled.update(keys)
+        self.written.update(keys)
         return [self.columns[key] for key in keys]
+
+    def left_for_the_end(self, array, place):
+        """Whether the sum in a parameter's column is added at the step's end: it is, if the gradient is to be
+        added to its place in flat storage. One that goes elsewhere, of a step within the step, is added up at
+        once."""
+        if not array_module(place).may_share_memory(place, self.flat.grad):
+            return False
+        self.filled.add(id(array))
+        return True
 
     def _add_up(self):
         if not self.filled:
             return
-        if self.stale - self.filled:  # summed in the pass before, and not in this one
-            for view in (view for view in self.flat.views if id(view) in self.stale - self.filled):
+        for view in self.flat.views:
+            if id(view) in self.written - self.filled:  # in the pass before, or not for this gradient
                 self.parts[:, self.columns[id(view)]:][:, :view.size] = 0
-        self.stale = set(self.filled)
+        self.written = set(self.filled)
         for column, begin, end in self.regions:
             sums.add_up(self.parts[:, column:], [self.flat.grad[begin:end]], add=True)
 
@@ -81,12 +97,14 @@ def rounded(array):
     if id(array) in known.copies:
         return known.copies[id(array)]
     if id(array) not in known.others:
-        known.others[id(array)] = array, rounded_alone(array)  # the array is kept, so that no other gets its id
+        # the array is kept, so that no other gets its id
+        known.others[id(array)] = array, rounded_alone(array)
     return known.others[id(array)][1]
 
 
 def rounded_alone(array):
     array = contiguous(array)
     out = launcher.empty(array, *array.shape, dtype="uint16")
-    launcher.launch("bf16_round", *cover(array.size // 2), array, out, array.size // 2)  # sizes are even, see mixed.residual
+    # sizes are even, see mixed.covers_stream
+    launcher.launch("bf16_round", *cover(array.size // 2), array, out, array.size // 2)
     return out

@@ -1,4 +1,5 @@
-"""Batches for training: shuffled, cropped, flipped and normalised, from pictures that stay where they are as uint8.
+"""Batches for training: shuffled, cropped, flipped and normalised, from pictures that stay where they are as
+uint8.
 
 The same code serves NumPy and CuPy: on a GPU the whole set lies in its memory, and all of this happens there.
 """
@@ -13,46 +14,60 @@ SITE = "tinytoken.data.batches."
 
 
 class Batches:
-    """batches(step) -> (images (batch_size, 3, H, W) float32, labels (batch_size, ...)): a pure function of (seed, step).
+    """batches(step) -> (images (batch_size, 3, H, W) float32, labels (batch_size, ...)): a pure function of
+    (seed, step).
 
-    An epoch goes through the set once, in a new order; a last, incomplete batch is dropped. `len` is the steps in an epoch.
+    An epoch goes through the set once, in a new order; a last, incomplete batch is dropped. `len` is the
+    steps in an epoch.
 
     pad: each picture is moved by up to this many pixels each way; what comes in at the border is zero after
         normalisation, the mean colour (the usual crop with padding).
     flip: half of the pictures are mirrored left to right.
     erase: the share of pictures in which a rectangle gets the mean colour (mix.erase).
-    mixup, cutmix: alpha of the Beta distribution by which pictures are mixed in pairs (mix.mixup, mix.cutmix); 0 mixes none,
-        and with both each batch gets one of them, either with probability 1/2. The labels then are probabilities
-        (batch_size, classes), float32. classes: how many there are (default: the largest label + 1).
-    mean, std: per channel, in units of [0, 1]; by default those of `images`. Give the training set's to a test set.
-    labels: class numbers (B,); or any arrays, one per image, for a task that knows what they are. Those of the picture's
-        size are maps of its pixels, which would have to move with it: with pad or flip they are refused.
-    Raises InputError for images that are not uint8 (B, 3, H, W), another number of labels, or a batch larger than the set.
+    mixup, cutmix: alpha of the Beta distribution by which pictures are mixed in pairs (mix.mixup,
+        mix.cutmix); 0 mixes none, and with both each batch gets one of them, either with probability 1/2.
+        The labels then are probabilities (batch_size, classes), float32.
+    classes: how many there are (default: the largest label + 1).
+    mean, std: per channel, in units of [0, 1]; by default those of `images`. Give the training set's to a
+        test set.
+    labels: class numbers (B,); or any arrays, one per image, for a task that knows what they are. Those of
+        the picture's size are maps of its pixels, which would have to move along: pad or flip refuse them.
+
+    Raises InputError for images that are not uint8 (B, 3, H, W), another number of labels, or a batch that
+    is larger than the set.
     """
 
-    def __init__(self, images, labels, batch_size, *, seed=0, pad=0, flip=False, mean=None, std=None, erase=0.0, mixup=0.0,
-                 cutmix=0.0, classes=None):
+    def __init__(self, images, labels, batch_size, *, seed=0, pad=0, flip=False, mean=None, std=None,
+                 erase=0.0, mixup=0.0, cutmix=0.0, classes=None):
         _check_images("Batches", images)
         classes_known = labels.ndim == 1 and labels.dtype.kind in "iu"
         expect(labels.ndim >= 1 and len(labels) == len(images), "Batches",
-               f"{shape_of('labels', labels)} {labels.dtype} for {len(images)} images, expected ({len(images)},) integers, "
+               f"{shape_of('labels', labels)} {labels.dtype} for {len(images)} images, expected "
+               f"({len(images)},) integers, "
                f"or one array per image")
         expect(classes_known or not (mixup or cutmix), "Batches",
-               f"mixup or cutmix with {shape_of('labels', labels)} {labels.dtype}, expected class numbers ({len(images)},)")
+               f"mixup or cutmix with {shape_of('labels', labels)} {labels.dtype}, expected class numbers "
+               f"({len(images)},)")
         expect(not (pad or flip) or labels.shape[1:][-2:] != images.shape[2:], "Batches",
-               f"pad or flip with {shape_of('labels', labels)}, maps of the pictures: they would not move along")
-        expect(1 <= batch_size <= len(images), "Batches", f"batch size {batch_size}, expected 1 to the set's {len(images)}")
-        expect(0 <= pad < min(images.shape[2:]), "Batches", f"pad is {pad}, expected 0 to {min(images.shape[2:]) - 1}")
+               f"pad or flip with {shape_of('labels', labels)}, maps of the pictures: they would not move "
+               f"along")
+        expect(1 <= batch_size <= len(images), "Batches",
+               f"batch size {batch_size}, expected 1 to the set's {len(images)}")
+        expect(0 <= pad < min(images.shape[2:]), "Batches",
+               f"pad is {pad}, expected 0 to {min(images.shape[2:]) - 1}")
         expect(0 <= erase <= 1 and min(mixup, cutmix) >= 0, "Batches",
-               f"erase {erase}, mixup {mixup}, cutmix {cutmix}: a share from 0 to 1 and two numbers not below 0 expected")
+               f"erase {erase}, mixup {mixup}, cutmix {cutmix}: a share from 0 to 1 and two numbers not "
+               f"below 0 expected")
         if mean is None or std is None:
             mean, std = channel_statistics(images)
-        self.erase, self.ways = erase, {way: alpha for way, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha}
+        self.erase, self.ways = erase, {way: alpha for way, alpha in (("mixup", mixup), ("cutmix", cutmix))
+                                        if alpha}
         self.classes = int(labels.max()) + 1 if classes is None and classes_known else classes
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.pad, self.flip, self.mean, self.std = pad, flip, mean, std
         self.steps_per_epoch = len(images) // batch_size
-        self._order = (None, None)  # the epoch drawn last, and its order: drawing it at each step would cost more than the step
+        # the epoch drawn last, and its order: drawing it at each step would cost more than the step
+        self._order = (None, None)
 
     def __len__(self):
         return self.steps_per_epoch
@@ -73,7 +88,8 @@ class Batches:
             images = mix.erase(images, self.erase, step=step, seed=self.seed)
         if not self.ways:
             return images, self.labels[chosen]
-        return mix.mixed(images, self.labels[chosen], self.classes, self.ways, SITE + "way", step=step, seed=self.seed)
+        return mix.mixed(images, self.labels[chosen], self.classes, self.ways, SITE + "way", step=step,
+                         seed=self.seed)
 
     def pictures(self, chosen, step):
         """The chosen pictures, moved and mirrored, normalised."""
@@ -90,15 +106,18 @@ class Batches:
         return order
 
     def _moved(self, chosen, step):
-        """The chosen pictures, moved and mirrored, by one gather: source row and column of every pixel of every picture."""
+        """The chosen pictures, moved and mirrored, by one gather: source row and column of every pixel of
+        every picture."""
         xp, (height, width) = array_module(self.images), self.images.shape[2:]
         draw = dict(step=step, seed=self.seed, xp=xp)
-        shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site=SITE + "crop", **draw) - self.pad
+        shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site=SITE + "crop",
+                                **draw) - self.pad
         rows, columns = xp.arange(height) + shift[:, 0], xp.arange(width) + shift[:, 1]
         if self.flip:
             mirrored = random.integers((self.batch_size, 1), 2, site=SITE + "flip", **draw) == 1
             columns = xp.where(mirrored, columns[:, ::-1], columns)
-        inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
+        inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0)
+                                                                      & (columns < width))[:, None, None, :]
         rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
         picked = self.images[chosen[:, None, None, None], xp.arange(3)[:, None, None],
                              rows[:, None, :, None], columns[:, None, None, :]]
@@ -106,7 +125,8 @@ class Batches:
 
 
 def normalise(images, mean, std):
-    """uint8 (B, 3, H, W) -> float32, (images / 255 - mean) / std per channel. mean and std: three floats in units of [0, 1]."""
+    """uint8 (B, 3, H, W) -> float32, (images / 255 - mean) / std per channel. mean and std: three floats in
+    units of [0, 1]."""
     _check_images("normalise", images)
     expect(len(mean) == len(std) == 3 and min(std) > 0, "normalise",
            f"mean {mean} and std {std}, expected three of each, std above 0")
@@ -119,7 +139,8 @@ def normalise(images, mean, std):
 
 @functools.lru_cache(maxsize=32)
 def _line(mean, std, xp):
-    """Scale and offset (3, 1, 1) of `normalise` on the device, made once: a copy to it in every step would hold the step up."""
+    """Scale and offset (3, 1, 1) of `normalise` on the device, made once: a copy to it in every step would
+    hold the step up."""
     return tuple(xp.asarray(three, dtype="float32")[:, None, None] for three in line(mean, std))
 
 
@@ -129,7 +150,8 @@ def line(mean, std):
 
 
 def channel_statistics(images):
-    """Mean and standard deviation of each channel of uint8 (B, 3, H, W), in units of [0, 1]: two tuples of three floats."""
+    """Mean and standard deviation of each channel of uint8 (B, 3, H, W), in units of [0, 1]: two tuples of
+    three floats."""
     _check_images("channel_statistics", images)
     xp = array_module(images)
     counts = xp.zeros((3, 256), "int64")  # exact, and no float copy of the set

@@ -1,8 +1,10 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the binary archives of https://www.cs.toronto.edu/~kriz/cifar.html.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the binary archives of
+https://www.cs.toronto.edu/~kriz/cifar.html.
 
-A binary file is a row of records and nothing else: one label byte (CIFAR-100: the coarse label, then the fine one), then
-1,024 bytes each of red, green and blue, row by row. So a file is checked by its size and its labels; nothing is unpickled.
-An archive is read in memory, and only the members named here: nothing is unpacked, so no member can be written anywhere.
+A binary file is a row of records and nothing else: one label byte (CIFAR-100: the coarse label, then the fine
+one), then 1,024 bytes each of red, green and blue, row by row. So a file is checked by its size and its
+labels; nothing is unpickled. An archive is read in memory, and only the members named here: nothing is
+unpacked, so no member can be written anywhere.
 """
 import gzip
 import hashlib
@@ -14,6 +16,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -28,7 +31,8 @@ TIMEOUT = 60  # seconds without a byte before a download is given up
 
 @dataclass(frozen=True)
 class Layout:
-    """What one of the two data sets consists of. `train` and `test` map a file's name to its number of records."""
+    """What one of the two data sets consists of. `train` and `test` map a file's name to its number of
+    records."""
     title: str
     folder: str
     archive: str
@@ -47,7 +51,8 @@ class Layout:
 LAYOUTS = {
     "cifar10": Layout(
         "CIFAR-10", "cifar-10-batches-bin", "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530",
-        {f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}, {"test_batch.bin": 10_000}, 1, "batches.meta.txt",
+        {f"data_batch_{i}.bin": 10_000 for i in range(1, 6)}, {"test_batch.bin": 10_000}, 1,
+        "batches.meta.txt",
         tuple("airplane automobile bird cat deer dog frog horse ship truck".split())),
     "cifar100": Layout(
         "CIFAR-100", "cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8",
@@ -64,21 +69,22 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Pictures:
-    """A labelled set of B photographs: images (B, 3, H, W) uint8, labels (B,) int64, an index into `names`. Photographs stay
-    what they are when moved or mirrored."""
+    """A labelled set of B photographs: images (B, 3, H, W) uint8, labels (B,) int64, an index into `names`.
+    Photographs stay what they are when moved or mirrored."""
     images: np.ndarray
     labels: np.ndarray
     names: tuple
-    moves = {"pad": 4, "flip": True}
+    moves: ClassVar[dict] = {"pad": 4, "flip": True}
 
     def __len__(self):
         return len(self.images)
 
 
 def load_cifar(path, kind="cifar10"):
-    """Read CIFAR from `path` -> (train, test), two Pictures. `path` is the folder of .bin files, the .tar.gz archive, or a
-    folder that holds one of the two under its official name. kind: "cifar10" or "cifar100" (the 100 fine labels).
-    Raises InputError, naming the file, where one is missing, not of the official size, or has a label out of range."""
+    """Read CIFAR from `path` -> (train, test), two Pictures. `path` is the folder of .bin files, the .tar.gz
+    archive, or a folder that holds one of the two under its official name. kind: "cifar10" or "cifar100" (the
+    100 fine labels). Raises InputError, naming the file, where one is missing, not of the official size, or
+    has a label out of range."""
     layout = _layout(kind)
     source = _locate(path, layout)
     expect(source is not None, "load_cifar", f"no {layout.title} in {path}; {_how_to_get(kind)}")
@@ -92,9 +98,9 @@ def load_cifar(path, kind="cifar10"):
 
 
 def find_data(name_or_dir=None):
-    """Where the pictures are -> (path, kind) for `load_cifar`. name_or_dir: "cifar10", "cifar100", a folder or an archive;
-    None takes the environment variable TINYTOKEN_DATA. A name is looked for in TINYTOKEN_DATA, or else in ./data.
-    Raises InputError, which says how to get the data, where there is none."""
+    """Where the pictures are -> (path, kind) for `load_cifar`. name_or_dir: "cifar10", "cifar100", a folder
+    or an archive; None takes the environment variable TINYTOKEN_DATA. A name is looked for in TINYTOKEN_DATA,
+    or else in ./data. Raises InputError, which says how to get the data, where there is none."""
     setting = os.environ.get("TINYTOKEN_DATA")
     given = setting if name_or_dir is None else name_or_dir
     expect(given, "find_data", f"no data given; {_how_to_get('cifar10')}")
@@ -104,16 +110,18 @@ def find_data(name_or_dir=None):
     found = [(source, kind) for kind in kinds if (source := _locate(place, LAYOUTS[kind]))]
     titles = " or ".join(LAYOUTS[kind].title for kind in kinds)
     expect(found, "find_data", f"no {titles} in {place}; {_how_to_get(kinds[0])}")
-    expect(len(found) == 1, "find_data", f"{place} holds both {' and '.join(LAYOUTS[kind].title for kind in kinds)}; "
+    expect(len(found) == 1, "find_data",
+           f"{place} holds both {' and '.join(LAYOUTS[kind].title for kind in kinds)}; "
            f"give one of {', '.join(str(source) for source, _ in found)}")
     return found[0]
 
 
 def download_cifar(dest, kind="cifar10", url=None, checksum=None):
-    """Download the official archive into the folder `dest` -> its path. url and checksum (an MD5 in hex) are the official
-    ones unless given. It is written to a temporary file, which takes the archive's name once the checksum agrees, so
-    nothing half-written is left; an archive that is already there with the right checksum is not fetched again.
-    Raises InputError where the server cannot be read, the folder cannot be written, or the checksum differs."""
+    """Download the official archive into the folder `dest` -> its path. url and checksum (an MD5 in hex) are
+    the official ones unless given. It is written to a temporary file, which takes the archive's name once the
+    checksum agrees, so nothing half-written is left; an archive that is already there with the right checksum
+    is not fetched again. Raises InputError where the server cannot be read, the folder cannot be written, or
+    the checksum differs."""
     layout = _layout(kind)
     url, checksum = url or layout.url, checksum or layout.md5
     target, part = Path(dest) / layout.archive, None
@@ -121,10 +129,12 @@ def download_cifar(dest, kind="cifar10", url=None, checksum=None):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file() and _md5(target) == checksum:
             return target
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=layout.archive, suffix=".part", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=layout.archive, suffix=".part",
+                                         delete=False) as file:
             part = Path(file.name)
             found = _fetch(url, file)
-        expect(found == checksum, "download_cifar", f"{url} has MD5 {found}, expected {checksum}: damaged, or another file")
+        expect(found == checksum, "download_cifar",
+               f"{url} has MD5 {found}, expected {checksum}: damaged, or another file")
         part.replace(target)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, InputError):
@@ -161,7 +171,8 @@ def _layout(kind):
 
 def _how_to_get(kind):
     return (f"download it (about 170 MB) with\n  python -c \"from tinytoken.data import download_cifar; "
-            f"download_cifar('{DEFAULT_FOLDER}', '{kind}')\"\n  or name a folder that has {LAYOUTS[kind].folder}/ or "
+            f"download_cifar('{DEFAULT_FOLDER}', '{kind}')\"\n  or name a folder that has "
+            f"{LAYOUTS[kind].folder}/ or "
             f"{LAYOUTS[kind].archive}: --data DIR or TINYTOKEN_DATA=DIR")
 
 
@@ -177,11 +188,13 @@ def _locate(path, layout):
 
 
 def _sizes(layout):
-    return {name: records * (layout.label_bytes + PIXELS) for name, records in (layout.train | layout.test).items()}
+    return {name: records * (layout.label_bytes + PIXELS) for name,
+            records in (layout.train | layout.test).items()}
 
 
 def _check_size(where, found, expected):
-    expect(found == expected, where, f"{found:,} bytes, expected {expected:,}: truncated, or not a CIFAR file")
+    expect(found == expected, where,
+           f"{found:,} bytes, expected {expected:,}: truncated, or not a CIFAR file")
 
 
 def _from_folder(folder, layout):
@@ -202,10 +215,12 @@ def _from_archive(archive, layout):
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 if name := known.get(member.name):
-                    expect(member.isreg(), archive, f"its member {member.name} is a link or a folder, expected a plain file")
+                    expect(member.isreg(), archive,
+                           f"its member {member.name} is a link or a folder, expected a plain file")
                     _check_size(f"{archive}: {member.name}", member.size, sizes.get(name, member.size))
                     files[name] = tar.extractfile(member).read()
-            while stream.read(1 << 20):  # the checksum of the whole stands at its end, and is compared when that is read
+            # the checksum of the whole stands at its end, and is compared when that is read
+            while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise InputError(f"{archive}: {archive.stat().st_size:,} bytes that are not a whole .tar.gz ({error})") from error
@@ -224,7 +239,8 @@ def _parse(files, source, split, layout, names):
         images[part] = table[:, layout.label_bytes:].reshape(records, 3, 32, 32)
         labels[part] = table[:, layout.label_bytes - 1]
         wrong = np.flatnonzero(labels[part] >= len(names))
-        expect(not len(wrong), f"{source}: {name}", lambda: f"record {wrong[0]} has label {labels[part][wrong[0]]}, "
+        expect(not len(wrong), f"{source}: {name}",
+               lambda: f"record {wrong[0]} has label {labels[part][wrong[0]]}, "
                f"expected 0 to {len(names) - 1}")
         start += records
     return Pictures(images, labels, names)

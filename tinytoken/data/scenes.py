@@ -1,16 +1,19 @@
-"""Pictures made on the spot from a seed, with everything known about them: masks, boxes, instances, patch shares.
+"""Pictures made on the spot from a seed, with everything known about them: masks, boxes, instances, patch
+shares.
 
-A scene is smooth noise, 6 to 12 strokes and blobs of clutter, and 1 to 3 objects in front. The label is the shape of the
-objects. All objects of one picture share it, so the label is true of each of them, and a model may look at any.
-Nothing but shape tells the classes apart: colours of objects and clutter come from one palette by one rule, and the
-place, size, turn, number and area of the objects are drawn without looking at the class. (What a fine histogram of
-colours still knows of the class, about 20 % right where chance is 10, is the length of the outlines, whose pixels are mixed.)
+A scene is smooth noise, 6 to 12 strokes and blobs of clutter, and 1 to 3 objects in front. The label is the
+shape of the objects. All objects of one picture share it, so the label is true of each of them, and a model
+may look at any. Nothing but shape tells the classes apart: colours of objects and clutter come from one
+palette by one rule, and the place, size, turn, number and area of the objects are drawn without looking at
+the class. (What a fine histogram of colours still knows of the class, about 20 % right where chance is 10, is
+the length of the outlines, whose pixels are mixed.)
 
-Image i is a pure function of (seed, split, i): a longer set begins with the shorter one, and `size` only changes the
-resolution at which the same scene is drawn. Inside, lengths are in units of the picture's side.
+Image i is a pure function of (seed, split, i): a longer set begins with the shorter one, and `size` only
+changes the resolution at which the same scene is drawn. Inside, lengths are in units of the picture's side.
 """
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -20,9 +23,11 @@ from ..errors import expect
 from .sets import dataset
 
 SPLITS = ("train", "val", "test")
-# How hard the scenes are. Tuned once, for the ViT alone: dim 96, depth 6, 500 steps of 64 reach 89 % on new ones (chance 10).
+# How hard the scenes are. Tuned once, for the ViT alone: dim 96, depth 6, 500 steps of 64 reach 89 % on new
+# ones (chance 10).
 CLUTTER = (6, 12)  # strokes and blobs in a picture, both ends included
-RADII = ((0.25, 0.30), (0.22, 0.26), (0.19, 0.21))  # of the circle around each object, in pictures of 1, 2, 3 objects
+# of the circle around each object, in pictures of 1, 2, 3 objects
+RADII = ((0.25, 0.30), (0.22, 0.26), (0.19, 0.21))
 TURN = math.pi / 9  # objects are turned by up to this angle, either way
 LEVEL = (20, 50)  # mean brightness of the background, of 255
 NOISE = ((4, 20), (8, 10))  # its smooth noise: cells across the picture, and strength
@@ -33,8 +38,9 @@ PALETTE = np.array([[225, 60, 55], [240, 145, 40], [235, 215, 65], [85, 180, 75]
 CHUNK = 256  # scenes drawn at a time: bounds memory and fits the cache. Another chunk makes other pictures.
 
 
-# The ten shapes: signed distance (nearly; negative inside) from the edge of a shape within the unit circle. All have the
-# area of the largest triangle in that circle, 1.299, so that the amount of object says nothing about the class.
+# The ten shapes: signed distance (nearly; negative inside) from the edge of a shape within the unit circle.
+# All have the area of the largest triangle in that circle, 1.299, so that the amount of object says nothing
+# about the class.
 
 def disc(x, y):
     return np.hypot(x, y) - 0.643
@@ -81,7 +87,8 @@ def dots(x, y):
 def lattice(x, y):
     """Two bars across two bars, on the diagonals: upright it is too easily taken for a cross."""
     u, v = np.abs(x + y) * math.sqrt(0.5), np.abs(x - y) * math.sqrt(0.5)
-    return np.minimum(np.maximum(np.abs(u - 0.38) - 0.1315, v - 0.75), np.maximum(np.abs(v - 0.38) - 0.1315, u - 0.75))
+    return np.minimum(np.maximum(np.abs(u - 0.38) - 0.1315, v - 0.75),
+                      np.maximum(np.abs(v - 0.38) - 0.1315, u - 0.75))
 
 
 SHAPES = (disc, ring, square, triangle, cross, star, crescent, bars, dots, lattice)
@@ -92,16 +99,16 @@ NAMES = tuple(shape.__name__ for shape in SHAPES)
 class Scenes:
     """A set of B scenes. `masks` and `object_share` follow from `instances`, pixel by pixel and exactly.
 
-    images (B, 3, H, W) uint8; labels (B,) int64, an index into `names`; instances (B, H, W) uint8, 0 for background and
-    clutter, else the object's number 1, 2, 3; boxes (B, 3, 4) int64, object k + 1's (left, top, right, bottom) in pixels,
-    right and bottom excluded, all zero where there is no such object.
+    images (B, 3, H, W) uint8; labels (B,) int64, an index into `names`; instances (B, H, W) uint8, 0 for
+    background and clutter, else the object's number 1, 2, 3; boxes (B, 3, 4) int64, object k + 1's (left,
+    top, right, bottom) in pixels, right and bottom excluded, all zero where there is no such object.
     """
     images: np.ndarray
     labels: np.ndarray
     instances: np.ndarray
     boxes: np.ndarray
     names: tuple = NAMES
-    moves = {}  # they are drawn everywhere already
+    moves: ClassVar[dict] = {}  # they are drawn everywhere already
 
     def __len__(self):
         return len(self.images)
@@ -112,7 +119,8 @@ class Scenes:
         return self.instances > 0
 
     def object_share(self, patch_size):
-        """(B, N) float32: the share of each patch's pixels that are object, patches row by row as ViT orders them."""
+        """(B, N) float32: the share of each patch's pixels that are object, patches row by row as ViT orders
+        them."""
         B, side, _ = self.instances.shape
         expect(patch_size >= 1 and side % patch_size == 0, "object_share",
                f"patch size {patch_size} does not divide the picture's {side} pixels")
@@ -122,11 +130,13 @@ class Scenes:
 
 
 def make_scenes(count, *, seed=0, split="train", size=32):
-    """Draw `count` scenes of size x size pixels (see the top of this file) -> Scenes. 10,000 of 32 x 32 take seconds.
-    Raises InputError for a count below 1, an unknown split, or a size outside 16 to 256."""
+    """Draw `count` scenes of size x size pixels (see the top of this file) -> Scenes. 10,000 of 32 x 32 take
+    seconds. Raises InputError for a count below 1, an unknown split, or a size outside 16 to 256."""
     whole = (int, np.integer)
-    expect(isinstance(count, whole) and count >= 1, "make_scenes", f"count is {count!r}, expected an int of at least 1")
-    expect(isinstance(size, whole) and 16 <= size <= 256, "make_scenes", f"size is {size!r}, expected an int from 16 to 256")
+    expect(isinstance(count, whole) and count >= 1, "make_scenes",
+           f"count is {count!r}, expected an int of at least 1")
+    expect(isinstance(size, whole) and 16 <= size <= 256, "make_scenes",
+           f"size is {size!r}, expected an int from 16 to 256")
     expect(split in SPLITS, "make_scenes", f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     images, labels = np.empty((count, 3, size, size), "uint8"), np.empty(count, "int64")
     instances, boxes = np.empty((count, size, size), "uint8"), np.empty((count, len(RADII), 4), "int64")
@@ -146,7 +156,8 @@ def make_scenes(count, *, seed=0, split="train", size=32):
 
 
 class _Draws:
-    """Random numbers for one chunk of `rows` scenes. Each row's numbers are the same whether the chunk is full or not."""
+    """Random numbers for one chunk of `rows` scenes. Each row's numbers are the same whether the chunk is
+    full or not."""
 
     def __init__(self, rows, seed, split, chunk):
         self.rows, self.split, self.stream = rows, split, dict(seed=seed, step=chunk)
@@ -156,7 +167,8 @@ class _Draws:
         return low + (high - low) * random.uniform((self.rows, *shape), site=site, **self.stream)
 
     def integers(self, what, shape, high):
-        return random.integers((self.rows, *shape), high, site=f"tinytoken.data.scenes.{self.split}.{what}", **self.stream)
+        return random.integers((self.rows, *shape), high, site=f"tinytoken.data.scenes.{self.split}.{what}",
+                               **self.stream)
 
     def colours(self, what, shape):
         """Colours of the one palette, (rows, *shape, 3) float32 in 0 to 255."""
@@ -165,7 +177,8 @@ class _Draws:
 
 
 def _background(draw, size):
-    """Smooth noise (rows, 3, size, size): random values on a 4 x 4 and an 8 x 8 grid, smoothly interpolated."""
+    """Smooth noise (rows, 3, size, size): random values on a 4 x 4 and an 8 x 8 grid, smoothly
+    interpolated."""
     picture = draw.uniform("noise.level", (1, 1, 1), *LEVEL)
     for cells, strength in NOISE:
         at = (np.arange(size) + 0.5) / size * cells
@@ -177,7 +190,8 @@ def _background(draw, size):
 
 
 def _frame(size, centre, angle):
-    """Pixel centres in frames moved to `centre` (rows, 2) and turned by `angle` (rows,): x and y, each (rows, size, size)."""
+    """Pixel centres in frames moved to `centre` (rows, 2) and turned by `angle` (rows,): x and y, each (rows,
+    size, size)."""
     pixel = ((np.arange(size) + 0.5) / size).astype("float32")
     across, down = pixel - centre[:, :1], pixel - centre[:, 1:]
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -187,8 +201,9 @@ def _frame(size, centre, angle):
 
 
 def _paint(picture, distance, colour):
-    """Lay `colour` (rows, 3) over the picture where distance < 0, and return the coverage (rows, size, size), which rises
-    from 0 to 1 across one pixel at the edge. Works in place, `distance` is used up: this is where the time goes."""
+    """Lay `colour` (rows, 3) over the picture where distance < 0, and return the coverage (rows, size, size),
+    which rises from 0 to 1 across one pixel at the edge. Works in place, `distance` is used up: this is where
+    the time goes."""
     coverage = distance
     coverage *= -picture.shape[-1]
     coverage += 0.5
@@ -203,7 +218,8 @@ def _paint_clutter(draw, picture):
     """6 to 12 capsules, half of them long and thin (strokes), half short and thick (blobs)."""
     low, high = CLUTTER
     number = low + draw.integers("clutter.number", (), high - low + 1)
-    centre, angle = draw.uniform("clutter.centre", (high, 2)), draw.uniform("clutter.angle", (high,), 0, math.pi)
+    centre, angle = draw.uniform("clutter.centre", (high, 2)), draw.uniform("clutter.angle", (high,), 0,
+                                                                            math.pi)
     stroke = draw.uniform("clutter.kind", (high,)) < 0.5
     length = np.where(stroke, 0.2, 0.05).astype("float32") * draw.uniform("clutter.length", (high,))
     radius = np.where(stroke, 0.014, 0.03).astype("float32") * draw.uniform("clutter.radius", (high,), 1, 2)
@@ -217,7 +233,8 @@ def _paint_clutter(draw, picture):
 
 
 def _paint_objects(draw, picture, shapes):
-    """Draw each scene's objects; shapes (rows, 3) are indices into SHAPES -> instances (rows, size, size) uint8."""
+    """Draw each scene's objects; shapes (rows, 3) are indices into SHAPES -> instances (rows, size, size)
+    uint8."""
     centre, radius, present = _place(draw)
     angle = draw.uniform("object.angle", (len(RADII),), -TURN, TURN)
     colour = draw.colours("object", (len(RADII),))
@@ -235,8 +252,9 @@ def _paint_objects(draw, picture, shapes):
 
 
 def _place(draw):
-    """Places for 1 to 3 objects -> centre (rows, 3, 2), radius (rows, 3), present (rows, 3). The circles around the objects
-    lie inside the picture and do not overlap: TRIES arrangements are drawn, and the first with the most objects is taken."""
+    """Places for 1 to 3 objects -> centre (rows, 3, 2), radius (rows, 3), present (rows, 3). The circles
+    around the objects lie inside the picture and do not overlap: TRIES arrangements are drawn, and the first
+    with the most objects is taken."""
     most = len(RADII)
     wanted = 1 + draw.integers("object.number", (), most)
     low, high = np.array(RADII, "float32")[wanted - 1, :, None].swapaxes(0, 1)
@@ -260,12 +278,13 @@ def _boxes(instances):
         for axis in (0, 1):  # across, then down
             line = mask.any(axis=1 + axis)
             boxes[:, k, axis] = line.argmax(axis=1)
-            boxes[:, k, axis + 2] = np.where(line.any(axis=1), line.shape[1] - line[:, ::-1].argmax(axis=1), 0)
+            boxes[:, k, axis + 2] = np.where(line.any(axis=1), line.shape[1] - line[:, ::-1].argmax(axis=1),
+                                             0)
     return boxes
 
 
 @dataset("scenes")
-def scenes(place, *, train, test, seed, size):
+def both_splits(place, *, train, test, seed, size):
     """Made on the spot."""
     return (make_scenes(train, seed=seed, split="train", size=size),
             make_scenes(test, seed=seed, split="test", size=size))

@@ -1,16 +1,20 @@
-"""Data sets by name or folder: what `--data` may say. A set is a function that a file of this folder registers."""
+"""Data sets by name or folder: what `--data` may say. A set is a function that a file of this folder
+registers."""
+import os
 import pathlib
+from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, expect
 from ..registry import Registry
 
 
 class DataSets(Registry):
     """{name: load(place, *, train, test, seed, size) -> (training pictures, test pictures)}.
 
-    place: the folder or file that was asked for, None where the name was. train, test: how many pictures, of a set that is
-    made; size: the side of a picture in pixels, where the set can choose it. Pictures have images (B, 3, H, W) uint8, labels
-    (B, ...), the classes' names, and moves: what may be done to a picture without changing its label (options of Batches)."""
+    place: the folder or file that was asked for, None where the name was. train, test: how many pictures, of
+    a set that is made; size: the side of a picture in pixels, where the set can choose it. Pictures have
+    images (B, 3, H, W) uint8, labels (B, ...), the classes' names, and moves: what may be done to a picture
+    without changing its label (options of Batches)."""
 
     def __init__(self):
         super().__init__("data")
@@ -28,10 +32,13 @@ class DataSets(Registry):
 dataset = DataSets()
 
 
-def load_pictures(name_or_dir, *, train=16000, test=2000, seed=0, size=32):
-    """(training, test) pictures of a registered set, or of a folder or archive that one of them recognises. InputError says
-    what may be asked for."""
+def load_pictures(name_or_dir: str | os.PathLike, *, train: int = 16000, test: int = 2000, seed: int = 0,
+                  size: int = 32) -> tuple[Any, Any]:
+    """(training, test) pictures of a registered set, or of a folder or archive that one of them recognises.
+    InputError says what may be asked for."""
     name = str(name_or_dir)
+    choices = f"expected one of {', '.join(dataset)}, or a folder of one of these kinds"
+    expect(name, "data", f"no name; {choices}")
     request = dict(train=train, test=test, seed=seed, size=size)
     if name in dataset:
         return dataset[name](None, **request)
@@ -40,4 +47,4 @@ def load_pictures(name_or_dir, *, train=16000, test=2000, seed=0, size=32):
         if recognises(path):
             return load(path, **request)
     what = "holds no data set that is known here" if path.exists() else "does not exist"
-    raise InputError(f"data: {name} {what}; expected one of {', '.join(dataset)}, or a folder of one of these kinds")
+    raise InputError(f"data: {name} {what}; {choices}")

@@ -4,5 +4,6 @@ from .stats import difference, interval_text, spread_text
 from .timing import images_per_second, machine
 from .trial import Trial, kept_on_object
 
-__all__ = ["Arm", "Recipe", "Trial", "difference", "images_per_second", "interval_text", "kept_on_object", "machine",
+__all__ = ["Arm", "Recipe", "Trial", "difference", "images_per_second", "interval_text", "kept_on_object",
+           "machine",
            "spread_text"]

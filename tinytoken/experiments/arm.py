@@ -1,12 +1,14 @@
-"""An arm of an experiment: a recipe for one model, as data. What all arms of an experiment have in common is a Recipe."""
+"""An arm of an experiment: a recipe for one model, as data. What all arms of an experiment have in common is
+a Recipe."""
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the arms of an experiment share: pictures, sizes, optimiser, seed. steps: of a whole training; lr: its learning
-    rate, further_lr: of steps that go on from it. train_pictures, test_pictures: of data that are made; size: the side of a
-    picture in pixels, where the data can choose it. prune_before, keep_ratios, compressed: of the methods that have them."""
+    """What the arms of an experiment share: pictures, sizes, optimiser, seed. steps: of a whole training; lr:
+    its learning rate, further_lr: of steps that go on from it. train_pictures, test_pictures: of data that
+    are made; size: the side of a picture in pixels, where the data can choose it. prune_before, keep_ratios,
+    compressed: of the methods that have them."""
     data: str = "scenes"
     steps: int = 500
     batch: int = 64
@@ -43,13 +45,14 @@ class Recipe:
 class Arm:
     """A recipe for one model.
 
-    model: its registered name, or its class. config: options of its own, or other sizes than the Recipe's. task: a registered
-    name or a class; None: the model's own. settings: of the task, {"weights": ...}.
-    steps, lr: of this arm alone. start: the arm whose weights it starts from. A training in two parts is two arms. offset:
-    the number of its first step, on which batches and draws depend; None: after the start's. teacher: the arm that teaches it, where the task wants one; None: its start.
-    new_lr_scale: learning rate of the parameters that the start does not have, relative to the others'.
-    fit: further options of train.fit, {"average": ...}. pictures: as many to train on, 0: as many as all. beside: the arms
-    that it is compared with. phase: what its files are called; None: its name."""
+    model: its registered name, or its class. config: options of its own, or other sizes than the Recipe's.
+    task: a registered name or a class; None: the model's own. settings: of the task, {"weights": ...}. steps,
+    lr: of this arm alone. start: the arm whose weights it starts from. A training in two parts is two arms.
+    offset: the number of its first step, on which batches and draws depend; None: after the start's. teacher:
+    the arm that teaches it, where the task wants one; None: its start. new_lr_scale: learning rate of the
+    parameters that the start does not have, relative to the others'. fit: further options of train.fit,
+    {"average": ...}. pictures: as many to train on, 0: as many as all. beside: the arms that it is compared
+    with. phase: what its files are called; None: its name."""
     model: str | type
     config: dict = dataclasses.field(default_factory=dict)
     task: str | type | None = None

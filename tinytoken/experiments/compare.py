@@ -1,9 +1,10 @@
-"""The main job: a ViT, a DynamicViT and a LookupViT trained side by side, a table of what they cost and reach, a picture of what
-they looked at.
+"""The main job: a ViT, a DynamicViT and a LookupViT trained side by side, a table of what they cost and
+reach, a picture of what they looked at.
 
-All get the same number of steps of the same optimiser, in two parts: three quarters of the steps, then the last quarter with a
-smaller learning rate. DynamicViT has no first part of its own. It starts from the ViT's, which is also its teacher, and
-learns in the last quarter what to drop, while ViT and LookupViT simply go on: nobody wins by training longer.
+All get the same number of steps of the same optimiser, in two parts: three quarters of the steps, then the
+last quarter with a smaller learning rate. DynamicViT has no first part of its own. It starts from the ViT's,
+which is also its teacher, and learns in the last quarter what to drop, while ViT and LookupViT simply go on:
+nobody wins by training longer.
 """
 import dataclasses
 import pathlib
@@ -25,19 +26,22 @@ SHOWN = {"ViT": "vit", "DynamicViT": "dynamicvit", "LookupViT": "lookupvit"}  # 
 
 def arms(recipe):
     """The arms {phase: Arm}, in the order of their training."""
-    first, further = dict(steps=recipe.steps - recipe.further, lr=recipe.lr), dict(steps=recipe.further, lr=recipe.further_lr)
+    first, further = dict(steps=recipe.steps - recipe.further, lr=recipe.lr), dict(steps=recipe.further,
+                                                                                   lr=recipe.further_lr)
     pruned = dict(prune_before=recipe.prune_before, keep_ratios=recipe.keep_ratios)
     grid = dict(compressed=recipe.compressed)
     return {"vit-start": Arm("vit", **first),
             "vit": Arm("vit", start="vit-start", **further),
-            "dynamicvit": Arm("dynamicvit", pruned, start="vit-start", new_lr_scale=recipe.predictor_lr_scale, **further),
+            "dynamicvit": Arm("dynamicvit", pruned, start="vit-start",
+                              new_lr_scale=recipe.predictor_lr_scale, **further),
             "lookupvit-start": Arm("lookupvit", grid, **first),
             "lookupvit": Arm("lookupvit", grid, start="lookupvit-start", **further)}
 
 
 def run(recipe, out, device="auto", every=200, threads=None, bar=True):
-    """Run the comparison: writes the checkpoints, history.jsonl, table.json and tokens.png into the folder `out` -> (table, a
-    line that says where the picture is). What an interrupted run has finished there is not done again."""
+    """Run the comparison: writes the checkpoints, history.jsonl, table.json and tokens.png into the folder
+    `out` -> (table, a line that says where the picture is). What an interrupted run has finished there is not
+    done again."""
     began, out, device = time.perf_counter(), pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
     expect(threads is None or threads >= 1, "compare", f"{threads} threads, expected at least 1")
@@ -49,7 +53,8 @@ def run(recipe, out, device="auto", every=200, threads=None, bar=True):
     trained = {name: trial.train(phase)[0] for name, phase in SHOWN.items()}
     table = measure(trial, trained)
     table |= {"training": training,
-              "this_call": {"seconds": round(time.perf_counter() - began, 1), "peak_memory_mb": peak_memory()}}
+              "this_call": {"seconds": round(time.perf_counter() - began, 1),
+                            "peak_memory_mb": peak_memory()}}
     write_json(out / "table.json", table)
     return table, draw(trial, trained, out / "tokens.png")
 
@@ -64,10 +69,12 @@ def measure(trial, trained):
     for name, (model, call) in ways.items():
         row = trial.measure(model, None, **call)
         del row["trained"]
-        rows.append({"model": name, **row, "images_per_second": {str(size): speeds[size][name] for size in speeds}})
+        rows.append({"model": name, **row,
+                     "images_per_second": {str(size): speeds[size][name] for size in speeds}})
     return {"rows": rows, "test_pictures": len(trial.test.images), "recipe": dataclasses.asdict(trial.recipe),
             "machine": machine(trial.device),
-            "kept_on_object": kept_on_object(trained["DynamicViT"], trial.test, trial.prepare, trial.recipe.patch)}
+            "kept_on_object": kept_on_object(trained["DynamicViT"], trial.test, trial.prepare,
+                                             trial.recipe.patch)}
 
 
 def draw(trial, trained, path, count=6):

@@ -5,8 +5,8 @@ from .stats import spread_text
 
 
 def table_text(*tables):
-    """The table as Markdown. Of several, which differ in their seeds: mean and standard deviation of the accuracies, and the rest
-    of the first."""
+    """The table as Markdown. Of several, which differ in their seeds: mean and standard deviation of the
+    accuracies, and the rest of the first."""
     table = tables[0]
     lines = ["| model | accuracy | M MACs | of ViT's | parameters | images/s, batch 1 | images/s, batch 128 |",
              "|---|---|---|---|---|---|---|"]
@@ -15,7 +15,8 @@ def table_text(*tables):
         lines.append(f"| {row['model']} | {spread_text(reached)} % | {row['macs'] / 1e6:.2f} "
                      f"| {row['macs'] / table['rows'][0]['macs']:.2f} | {row['parameters']:,} "
                      f"| {speed['1'][0]:.0f} | {speed['128'][0]:.0f} |")
-    lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, counted by the engine; "
+    lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, counted by "
+                  f"the engine; "
                   "images/s are medians."]
     if table["kept_on_object"]:
         stages = ", ".join(f"{100 * statistics.mean(shares):.1f} %"
@@ -30,15 +31,19 @@ def conditions_text(*tables):
     """What the numbers of table_text were measured with: recipe, seeds, machine."""
     recipe, on = tables[0]["recipe"], tables[0]["machine"]
     seeds = [t["recipe"]["seed"] for t in tables]
-    minutes = {name: sum(part["seconds"] for phase, part in tables[0]["training"].items() if phase.startswith(name)) / 60
+    minutes = {name: sum(part["seconds"] for phase, part in tables[0]["training"].items()
+                         if phase.startswith(name)) / 60
                for name in ("vit", "dynamicvit", "lookupvit")}
     taught = tables[0]["training"]["vit-start"]["seconds"] / 60
     settings = " ".join(f"{k}={v}" for k, v in on["environment"].items()) or "no BLAS variables set"
     seeds = (f"One seed, {seeds[0]}" if len(seeds) == 1 else
-             f"Seeds {', '.join(map(str, seeds))}: accuracies are mean and standard deviation, speeds and times those of the "
+             f"Seeds {', '.join(map(str, seeds))}: accuracies are mean and standard deviation, speeds and "
+             f"times those of the "
              "first")
-    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, the last {recipe['steps'] // 4:,} "
-            f"at learning rate {recipe['further_lr']} after {recipe['lr']}; dim {recipe['dim']}, depth {recipe['depth']}, "
+    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, the last "
+            f"{recipe['steps'] // 4:,} "
+            f"at learning rate {recipe['further_lr']} after {recipe['lr']}; dim {recipe['dim']}, depth "
+            f"{recipe['depth']}, "
             f"{recipe['heads']} heads, patch {recipe['patch']}. {seeds}. "
             f"Training: ViT {minutes['vit']:.1f} min, DynamicViT {minutes['dynamicvit']:.1f} min "
             f"after the ViT's first {taught:.1f}, LookupViT {minutes['lookupvit']:.1f} min. "

@@ -11,8 +11,8 @@ from ..train import infer
 
 
 def images_per_second(ways, images, threads=None, rounds=9):
-    """{name: [median, lowest, highest]} over interleaved rounds, so that whatever else the machine does meets all alike.
-    ways: {name: (model, further arguments of its call)}."""
+    """{name: [median, lowest, highest]} over interleaved rounds, so that whatever else the machine does meets
+    all alike. ways: {name: (model, further arguments of its call)}."""
     rates = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, (model, call) in ways.items():
@@ -29,8 +29,10 @@ def machine(device):
     lines = info.read_text().splitlines() if info.exists() else []
     processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {"processor": processors[0] if processors else platform.processor() or platform.machine(),
-            "cpus": backend.cpu_count(), "blas": backend.blas_description(), "environment": backend.blas_environment(),
-            "python": platform.python_version(), "numpy": np.__version__, "system": platform.platform(), "device": device}
+            "cpus": backend.cpu_count(), "blas": backend.blas_description(),
+            "environment": backend.blas_environment(),
+            "python": platform.python_version(), "numpy": np.__version__, "system": platform.platform(),
+            "device": device}
 
 
 def peak_memory():

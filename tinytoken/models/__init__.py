@@ -1,4 +1,5 @@
-"""One file per paper. Every file of this folder is imported, so a new model needs no line here: @model registers it."""
+"""One file per paper. Every file of this folder is imported, so a new model needs no line here: @model
+registers it."""
 import importlib
 import pkgutil
 

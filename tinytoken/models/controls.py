@@ -1,11 +1,14 @@
-"""Controls for DynamicViT: models that drop as many tokens in the same places, but choose them by a simpler rule. What DynamicViT
-reaches beyond the best of them is what looking at the picture, and learning where to look, is worth.
+"""Controls for DynamicViT: models that drop as many tokens in the same places, but choose them by a simpler
+rule. What DynamicViT reaches beyond the best of them is what looking at the picture, and learning where to
+look, is worth.
 
-RandomTokens: any. ClassAttention: those that the class token attends to most. CentreTokens: the nearest to the middle of the
-picture. LearnedTokens: a set that is learned, the same for every picture. PooledTokens: none is dropped, neighbours are averaged.
+RandomTokens: any. ClassAttention: those that the class token attends to most. CentreTokens: the nearest to
+the middle of the picture. LearnedTokens: a set that is learned, the same for every picture. PooledTokens:
+none is dropped, neighbours are averaged.
 
-All are called as DynamicViT is, and tasks.Distil trains them. LearnedTokens decides as DynamicViT does, with all four losses. The
-others keep exact counts in training too, so that no ratio is left to reach: weights=(1, 0, 0.5, 0.5).
+All are called as DynamicViT is, and tasks.Distil trains them. LearnedTokens decides as DynamicViT does, with
+all four losses. The others keep exact counts in training too, so that no ratio is left to reach: weights=(1,
+0, 0.5, 0.5).
 """
 import zlib
 
@@ -16,14 +19,15 @@ from ..backend import array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor
 from .base import model
-from .dynamicvit import DynamicTokens, DynamicViT
+from .dynamicvit import DynamicTokens, DynamicViT, per_stage
 
 
 class Control(DynamicViT):
-    """DynamicViT's places and counts without its predictors; a subclass says which tokens stay. Tokens are gathered in train
-    mode, too: the choice needs no gradient, and for a hard choice masking is removing.
+    """DynamicViT's places and counts without its predictors; a subclass says which tokens stay. Tokens are
+    gathered in train mode, too: the choice needs no gradient, and for a hard choice masking is removing.
 
-    images -> DynamicOutput; in train mode its `tokens` are zero where a patch is gone. noise: as of DynamicViT.
+    images -> DynamicOutput; in train mode its `tokens` are zero where a patch is gone. noise: as of
+    DynamicViT.
     """
     needs_attention = False  # of the blocks before
 
@@ -32,9 +36,11 @@ class Control(DynamicViT):
         self.score_predictor = []
 
     def forward(self, images, noise=None, trace=False, paths=None):
-        noise = [noise[:, s] for s in range(noise.shape[1])] if hasattr(noise, "shape") else noise
-        tokens = self.start(images, trace or self.needs_attention, paths, DynamicTokens, noise=noise)
-        return self.read(self.encode(tokens))
+        tokens = self.start(images, trace or self.needs_attention, paths, DynamicTokens,
+                            noise=per_stage(noise))
+        out = self.read(self.encode(tokens))
+        out.attention = out.attention if trace else []  # what was needed is not what was asked for
+        return out
 
     def before_block(self, i, tokens):
         if i in self.prune_before:
@@ -58,15 +64,17 @@ class Control(DynamicViT):
     def put_back(self, out):
         """What training needs: the choices as masks, and the tokens put back to where they came from."""
         ones = array_module(out.logits.data).ones
-        out.decisions = [ops.put_tokens(ones((*kept.shape, 1), out.logits.dtype), kept, length=self.num_patches)[:, :, 0]
+        out.decisions = [ops.put_tokens(ones((*kept.shape, 1), out.logits.dtype), kept,
+                                        length=self.num_patches)[:, :, 0]
                          for kept in out.kept]
-        out.tokens, out.keep = ops.put_tokens(out.tokens, out.kept[-1], length=self.num_patches), out.decisions[-1]
+        out.tokens, out.keep = ops.put_tokens(out.tokens, out.kept[-1],
+                                              length=self.num_patches), out.decisions[-1]
 
 
 @model("randomtokens")
 class RandomTokens(Control):
-    """Other tokens for each picture, drawn evenly. Without noise the draw is a function of the batch's pictures: inference
-    gives the same twice."""
+    """Other tokens for each picture, drawn evenly. Without noise the draw is a function of the batch's
+    pictures: inference gives the same twice."""
 
     def scores(self, stage, tokens):
         xp = array_module(tokens.x.data)
@@ -82,7 +90,8 @@ class ClassAttention(Control):
     needs_attention = True
 
     def build(self, c):
-        expect(c.prune_before[0] > 0, "ClassAttention", "prune_before 0: there is no block before it that attends")
+        expect(c.prune_before[0] > 0, "ClassAttention",
+               "prune_before 0: there is no block before it that attends")
         super().build(c)
 
     def scores(self, stage, tokens):
@@ -112,8 +121,9 @@ class PositionScores(nn.Module):
 
 @model("learnedtokens")
 class LearnedTokens(DynamicViT):
-    """A DynamicViT whose predictors cannot see the picture: each position has learned scores of its own. At inference the highest
-    stay, the same set for every picture. The scores are few and start equal: give them a large learning rate."""
+    """A DynamicViT whose predictors cannot see the picture: each position has learned scores of its own. At
+    inference the highest stay, the same set for every picture. The scores are few and start equal: give them
+    a large learning rate."""
 
     def build(self, c):
         super().build(c)
@@ -139,9 +149,10 @@ class LearnedTokens(DynamicViT):
 
 @model("pooledtokens")
 class PooledTokens(Control):
-    """No patch is dropped: each token that goes on is the mean of an equal part of the tokens before. The parts are stretches of
-    a curve that stays among neighbours (Morton's order), so that 64 -> 16 averages squares of 2 x 2; a token on the border of
-    two parts is shared. In the output of train mode every position has its part's token, and is kept."""
+    """No patch is dropped: each token that goes on is the mean of an equal part of the tokens before. The
+    parts are stretches of a curve that stays among neighbours (Morton's order), so that 64 -> 16 averages
+    squares of 2 x 2; a token on the border of two parts is shared. In the output of train mode every position
+    has its part's token, and is kept."""
 
     def build(self, c):
         super().build(c)
@@ -159,12 +170,14 @@ class PooledTokens(Control):
         xp, shape = array_module(logits.data), (len(logits), self.num_patches)
         share = np.linalg.multi_dot(self.pools[::-1]) if len(self.pools) > 1 else self.pools[0]
         back = xp.asarray(share.T * (self.num_patches / len(share)))  # (N, k), rows sum to one
-        out.decisions = [Tensor(xp.full(shape, count / self.num_patches, logits.dtype)) for count in self.counts]
+        out.decisions = [Tensor(xp.full(shape, count / self.num_patches, logits.dtype))
+                         for count in self.counts]
         out.tokens, out.keep = ops.matmul(back, out.tokens), Tensor(xp.ones(shape, logits.dtype))
 
 
 def means_of_parts(n, k):
-    """(k, n): row j averages over the j-th of k equal parts of n places; a place on the border counts by its share."""
+    """(k, n): row j averages over the j-th of k equal parts of n places; a place on the border counts by its
+    share."""
     edge = np.arange(k + 1)[:, None] * (n / k)
     place = np.arange(n)
     overlap = np.minimum(edge[1:], place + 1) - np.maximum(edge[:-1], place)
@@ -172,7 +185,8 @@ def means_of_parts(n, k):
 
 
 def morton_order(rows, columns):
-    """The cells of a grid, numbered row by row, in Morton's order: by their row's and column's bits, interleaved."""
+    """The cells of a grid, numbered row by row, in Morton's order: by their row's and column's bits,
+    interleaved."""
     row, column = np.divmod(np.arange(rows * columns), columns)
     code = sum(((row >> bit & 1) << 2 * bit + 1) + ((column >> bit & 1) << 2 * bit) for bit in range(16))
     return np.argsort(code, kind="stable")

@@ -1,17 +1,20 @@
-"""DynamicViT (Rao et al. 2021, arXiv 2106.02034): score tokens, choose with Gumbel-softmax, train by masking, infer by removing.
+"""DynamicViT (Rao et al. 2021, arXiv 2106.02034): score tokens, choose with Gumbel-softmax, train by masking,
+infer by removing.
 
-Between some blocks a predictor scores the patch tokens. In training each score becomes a random 0/1 decision with a gradient
-(Gumbel-softmax, straight-through); dropped tokens stay in the tensor and a mask hides them from the others' attention. At
-inference the int(N * ratio) best tokens are gathered and the rest is gone. The masked softmax is exact (ops.attention), so
-that for the same decisions both give the same class logits. Column 0 of a predictor's output is "keep", as in the official code.
+Between some blocks a predictor scores the patch tokens. In training each score becomes a random 0/1 decision
+with a gradient (Gumbel-softmax, straight-through); dropped tokens stay in the tensor and a mask hides them
+from the others' attention. At inference the int(N * ratio) best tokens are gathered and the rest is gone. The
+masked softmax is exact (ops.attention), so that for the same decisions both give the same class logits.
+Column 0 of a predictor's output is "keep", as in the official code.
 """
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 from .. import nn, ops, random
-from ..backend import array_module, to_numpy
+from ..backend import Array, array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor
 from .base import Output, Sizes, model, weighted_sum
@@ -20,9 +23,9 @@ from .vit import Tokens, ViT
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DynamicViTConfig(Sizes):
-    """prune_before: the blocks before which tokens are dropped; keep_ratios: the share of the N patches that is left after
-    each, 0 < ratio <= 1, not rising. official: the official code's masked softmax in training, from the first block on (with
-    ones before the first predictor)."""
+    """prune_before: the blocks before which tokens are dropped; keep_ratios: the share of the N patches that
+    is left after each, 0 < ratio <= 1, not rising. official: the official code's masked softmax in training,
+    from the first block on (with ones before the first predictor)."""
     qkv_bias: bool = True
     prune_before: tuple[int, ...] = (1, 3, 5)
     keep_ratios: tuple[float, ...] = (0.7, 0.49, 0.343)
@@ -32,12 +35,15 @@ class DynamicViTConfig(Sizes):
     def __post_init__(self):
         places, ratios = self.prune_before, self.keep_ratios
         for name, values in (("prune_before", places), ("keep_ratios", ratios)):
-            expect(isinstance(values, (tuple, list)), self.where, f"{name} {values!r}, expected one per stage: a tuple or list")
-        expect(len(places) == len(ratios) > 0, self.where, f"{len(places)} places to prune and {len(ratios)} keep ratios")
+            expect(isinstance(values, (tuple, list)), self.where,
+                   f"{name} {values!r}, expected one per stage: a tuple or list")
+        expect(len(places) == len(ratios) > 0, self.where,
+               f"{len(places)} places to prune and {len(ratios)} keep ratios")
         expect(all(isinstance(i, (int, np.integer)) for i in places) and list(places) == sorted(set(places))
                and 0 <= places[0] and places[-1] < self.depth, self.where,
                f"prune_before {tuple(places)}, expected rising block numbers from 0 to {self.depth - 1}")
-        expect(all(0 < r <= 1 for r in ratios), self.where, f"keep_ratios {tuple(ratios)}, expected 0 < ratio <= 1")
+        expect(all(0 < r <= 1 for r in ratios), self.where,
+               f"keep_ratios {tuple(ratios)}, expected 0 < ratio <= 1")
         expect(list(ratios) == sorted(ratios, reverse=True), self.where,
                f"keep_ratios {tuple(ratios)} rise; they are of the original number of tokens, so they cannot")
         expect(self.dim % 4 == 0, self.where,
@@ -47,10 +53,11 @@ class DynamicViTConfig(Sizes):
 
 @dataclasses.dataclass
 class DynamicOutput(Output):
-    """kept[s], in eval mode: the numbers (B, k) of the patches kept by stage s, ascending. decisions[s], in train mode:
-    (B, N), each times the earlier ones; keep (B, N): the last of them, detached; `tokens` are then all N."""
-    kept: list = dataclasses.field(default_factory=list)
-    decisions: list = dataclasses.field(default_factory=list)
+    """kept[s], in eval mode: the numbers (B, k) of the patches kept by stage s, ascending. decisions[s], in
+    train mode: (B, N), each times the earlier ones; keep (B, N): the last of them, detached; `tokens` are
+    then all N."""
+    kept: list[Array] = dataclasses.field(default_factory=list)
+    decisions: list[Tensor] = dataclasses.field(default_factory=list)
     keep: Tensor | None = None
 
 
@@ -65,12 +72,14 @@ class DynamicTokens(Tokens):
 
 
 class Predictor(nn.Module):
-    """The prediction module (section 3.2): half the channels stay local, half become their mean over the kept tokens.
-    x (B, n, dim), keep (B, n) or None for all -> log-probabilities (B, n, 2), column 0 = keep. Names as in the official code."""
+    """The prediction module (section 3.2): half the channels stay local, half become their mean over the kept
+    tokens. x (B, n, dim), keep (B, n) or None for all -> log-probabilities (B, n, 2), column 0 = keep. Names
+    as in the official code."""
 
     def __init__(self, dim):
         self.in_conv = [nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, dim)]
-        self.out_conv = [nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)]
+        self.out_conv = [nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(),
+                         nn.Linear(dim // 4, 2)]
 
     def forward(self, x, keep=None):
         for layer in self.in_conv:
@@ -92,9 +101,10 @@ class Predictor(nn.Module):
 
 @model("dynamicvit")
 class DynamicViT(ViT):
-    """A ViT with a class token that drops tokens before the blocks `prune_before`, down to int(N * keep_ratios[s]) of the N
-    patches after stage s. images (B, channels, H, W) -> DynamicOutput; in train mode by masking, in eval mode by removing."""
-    Config = DynamicViTConfig
+    """A ViT with a class token that drops tokens before the blocks `prune_before`, down to int(N *
+    keep_ratios[s]) of the N patches after stage s. images (B, channels, H, W) -> DynamicOutput; in train mode
+    by masking, in eval mode by removing."""
+    Config: type[Sizes] = DynamicViTConfig
     task = "distil"
     loss_weights = (1, 2, 0.5, 0.5)  # of class, ratio, kl, token
 
@@ -103,31 +113,34 @@ class DynamicViT(ViT):
         self.score_predictor = [Predictor(c.dim) for _ in c.prune_before]
         super().build(c)
         self.counts = [int(self.num_patches * ratio) for ratio in c.keep_ratios]
-        expect(self.counts[-1] > 0, "DynamicViT", f"keep ratio {c.keep_ratios[-1]} of {self.num_patches} tokens keeps none")
+        expect(self.counts[-1] > 0, "DynamicViT",
+               f"keep ratio {c.keep_ratios[-1]} of {self.num_patches} tokens keeps none")
         self._start_at_ratios()
 
     def _start_at_ratios(self):
-        """Bias the untrained predictors to the ratios that they are to reach. The official ones start at one half per stage,
-        which costs a short fine-tuning most of its steps."""
+        """Bias the untrained predictors to the ratios that they are to reach. The official ones start at one
+        half per stage, which costs a short fine-tuning most of its steps."""
         before = 1.0
         for predictor, ratio in zip(self.score_predictor, self.keep_ratios):
             keep = min(ratio / before, 0.99)
             predictor.out_conv[-1].bias.data[...] = math.log(keep), math.log(1 - keep)
             before = ratio
 
-    def forward(self, images, noise=None, hard=True, keep=None, trace=False, paths=None):
-        """noise: Gumbel draws that are added to the log-probabilities, (B, N, 2) per stage or (B, S, N, 2) for all; None draws
-        them. hard=False: decisions stay soft. paths: as of ViT. All three belong to train mode. keep: per stage, a mask
-        (B, N) that replaces the decision; it holds by masking in train mode and by gathering in eval mode, where every image
-        must keep the same number."""
+    def forward(self, images: Tensor | Array, noise: Array | list | None = None, hard: bool = True,
+                keep: list | None = None, trace: bool = False, paths: Array | None = None) -> DynamicOutput:
+        """noise: Gumbel draws that are added to the log-probabilities, (B, N, 2) per stage or (B, S, N, 2)
+        for all; None draws them. hard=False: decisions stay soft. paths: as of ViT. All three belong to train
+        mode. keep: per stage, a mask (B, N) that replaces the decision; it holds by masking in train mode and
+        by gathering in eval mode, where every image must keep the same number."""
+        draws = per_stage(noise)
+        for name, arrays in (("noise", draws), ("keep", keep)):
+            expect(arrays is None or len(arrays) == len(self.prune_before), "DynamicViT",
+                   f"{len(arrays or ())} arrays of {name} for {len(self.prune_before)} stages")
         expect(self.training or noise is None and hard and paths is None, "DynamicViT",
-               "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is drawn: call .train() first")
-        if noise is not None and hasattr(noise, "shape"):
-            noise = [noise[:, s] for s in range(noise.shape[1])]
-        for name, given in (("noise", noise), ("keep", keep)):
-            expect(given is None or len(given) == len(self.prune_before), "DynamicViT",
-                   lambda: f"{len(given)} arrays of {name} for {len(self.prune_before)} stages")
-        tokens = self.start(images, trace, paths, DynamicTokens, official=self.official, noise=noise, hard=hard, forced=keep)
+               "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is "
+               "drawn: call .train() first")
+        tokens = self.start(images, trace, paths, DynamicTokens, official=self.official, noise=draws,
+                            hard=hard, forced=keep)
         if self.training and self.official:
             tokens.keep = Tensor(array_module(tokens.x.data).ones(tokens.x.shape[:2], tokens.x.dtype))
         return self.read(self.encode(tokens))
@@ -144,7 +157,8 @@ class DynamicViT(ViT):
         else:
             decision = _mask(tokens.forced[stage], tokens.x, self.num_patches)
         tokens.decisions.append(decision if previous is None else decision * previous)
-        ones = array_module(tokens.x.data).ones((len(tokens.x), 1), tokens.x.dtype)  # the class token is always kept
+        # the class token is always kept
+        ones = array_module(tokens.x.data).ones((len(tokens.x), 1), tokens.x.dtype)
         tokens.keep = ops.concat(ones, tokens.decisions[-1], axis=1)
 
     def decide(self, stage, tokens, previous):
@@ -158,7 +172,8 @@ class DynamicViT(ViT):
 
     def draw(self, stage, size, step=None, seed=None, xp=np):
         """Gumbel draws (size, N, 2) of one stage."""
-        return random.gumbel((size, self.num_patches, 2), site=f"score_predictor.{stage}", step=step, seed=seed, xp=xp)
+        return random.gumbel((size, self.num_patches, 2), site=f"score_predictor.{stage}", step=step,
+                             seed=seed, xp=xp)
 
     def noise(self, size, step, seed, xp=np):
         draws = [self.draw(stage, size, step, seed, xp) for stage in range(len(self.prune_before))]
@@ -182,7 +197,8 @@ class DynamicViT(ViT):
         """The paper's four losses, see `dynamicvit_loss`; without a teacher class and ratio alone."""
         weights = weights or self.loss_weights
         taught = (None, None) if teacher is None else (teacher.logits, teacher.tokens)
-        return dynamicvit_loss(out, targets, *taught, self.keep_ratios, weights=weights, token_norm=token_norm,
+        return dynamicvit_loss(out, targets, *taught, self.keep_ratios, weights=weights,
+                               token_norm=token_norm,
                                smoothing=smoothing)
 
     def show(self, out):
@@ -191,35 +207,46 @@ class DynamicViT(ViT):
         return list(zip(names, masks))
 
 
+def per_stage(noise: Any) -> list | None:
+    """Draws as a list with an array per stage, from that or from one array (B, S, N, 2)."""
+    return [noise[:, s] for s in range(noise.shape[1])] if hasattr(noise, "shape") else noise
+
+
 def _mask(keep, x, patches):
     """A forced decision as a Tensor (B, N) of the model's dtype."""
     expected = (len(x), patches)
-    expect(tuple(keep.shape) == expected, "DynamicViT", lambda: f"keep {tuple(keep.shape)}, expected (B, N) = {expected}")
+    expect(tuple(keep.shape) == expected, "DynamicViT",
+           lambda: f"keep {tuple(keep.shape)}, expected (B, N) = {expected}")
     return keep if isinstance(keep, Tensor) else Tensor(keep.astype(x.dtype))
 
 
 def _places(mask):
-    """The places of the ones in each row, ascending. Every row must have as many, or there is no array to gather into."""
+    """The places of the ones in each row, ascending. Every row must have as many, or there is no array to
+    gather into."""
     counts = {int(n) for n in (mask > 0.5).sum(axis=1)}
     expect(len(counts) == 1, "DynamicViT",
-           lambda: f"forced decisions keep {min(counts)} to {max(counts)} tokens: in eval mode every image must keep as many")
+           lambda: f"forced decisions keep {min(counts)} to {max(counts)} tokens: in eval mode every image "
+                   f"must keep as many")
     return ops.top_k(mask, counts.pop())
 
 
 def dynamicvit_loss(out, targets, teacher_logits, teacher_tokens, keep_ratios, *, weights=(1, 2, 0.5, 0.5),
                     token_norm="pooled", smoothing=0.0):
-    """The four losses of the paper -> (loss, parts). out: a DynamicOutput of train mode; teacher_logits (B, K) and
-    teacher_tokens (B, N, D) from the dense network, detached, or None and no such part; weights of (class, ratio, kl,
-    token), the ratio's divided by the number of stages.
+    """The four losses of the paper -> (loss, parts). out: a DynamicOutput of train mode; teacher_logits (B,
+    K) and teacher_tokens (B, N, D) from the dense network, detached, or None and no such part; weights of
+    (class, ratio, kl, token), the ratio's divided by the number of stages.
 
-    class: cross-entropy. ratio: sum over stages of mean_b (mean_n D - r)^2 (eq. 15, per image as in the code). kl: KL(teacher ||
-    student). token: mean squared difference over the tokens that the last decision keeps; token_norm="pooled" averages over all
-    kept tokens of the batch (official), "image" over each image's and then over images, which a batch may be cut for.
+    class: cross-entropy. ratio: sum over stages of mean_b (mean_n D - r)^2 (eq. 15, per image as in the
+    code). kl: KL(teacher || student). token: mean squared difference over the tokens that the last decision
+    keeps; token_norm="pooled" averages over all kept tokens of the batch (official), "image" over each
+    image's and then over images, which a batch may be cut for.
     """
     expect(len(keep_ratios) == len(out.decisions), "dynamicvit_loss",
            f"{len(keep_ratios)} keep ratios for {len(out.decisions)} stages")
-    expect(token_norm in ("pooled", "image"), "dynamicvit_loss", f"token_norm {token_norm!r}, expected pooled or image")
-    expect(len(weights) == 4, "dynamicvit_loss", f"{len(weights)} weights, expected 4: class, ratio, kl, token")
+    expect(token_norm in ("pooled", "image"), "dynamicvit_loss",
+           f"token_norm {token_norm!r}, expected pooled or image")
+    expect(len(weights) == 4, "dynamicvit_loss",
+           f"{len(weights)} weights, expected 4: class, ratio, kl, token")
     ratio = 0
     for decision, wanted in zip(out.decisions, keep_ratios):
         ratio = ratio + ((decision.mean(axis=1) - wanted) ** 2).mean()

@@ -1,9 +1,11 @@
-"""ToMe, token merging (Bolya et al. 2023, arXiv 2210.09461): no token is dropped, the most alike are averaged.
+"""ToMe, token merging (Bolya et al. 2023, arXiv 2210.09461): no token is dropped, the most alike are
+averaged.
 
-In every block, between attention and MLP, r tokens merge into others. Which ones is found by bipartite soft matching: the
-tokens are dealt alternately into two sets; each token of the first is joined to the one of the second whose key is most like
-its own (cosine); the r strongest joins are made. A token remembers how many patches it stands for, and attention counts it as
-often. Nothing is learned, so a trained ViT's weights serve as they are, and training with merging goes on from them.
+In every block, between attention and MLP, r tokens merge into others. Which ones is found by bipartite soft
+matching: the tokens are dealt alternately into two sets; each token of the first is joined to the one of the
+second whose key is most like its own (cosine); the r strongest joins are made. A token remembers how many
+patches it stands for, and attention counts it as often. Nothing is learned, so a trained ViT's weights serve
+as they are, and training with merging goes on from them.
 """
 import dataclasses
 
@@ -12,41 +14,44 @@ import numpy as np
 from .. import nn, ops
 from ..backend import array_module, to_numpy
 from ..errors import expect
-from .base import Output, model
+from .base import Output, Sizes, model
 from .vit import Tokens, ViT, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToMeConfig(ViTConfig):
-    """r: how many tokens each block merges away, one number for all or one per block; at most half of the tokens that may
-    merge go in one block, and the class token stays."""
+    """r: how many tokens each block merges away, one number for all or one per block; at most half of the
+    tokens that may merge go in one block, and the class token stays."""
     r: int | tuple[int, ...] = 8
 
     def __post_init__(self):
         super().__post_init__()
         each = self.r if isinstance(self.r, tuple) else (self.r,) * self.depth
-        expect(len(each) == self.depth and all(isinstance(n, (int, np.integer)) and n >= 0 for n in each), self.where,
+        expect(len(each) == self.depth and all(isinstance(n, (int, np.integer)) and n >= 0 for n in each),
+               self.where,
                f"r {self.r!r}, expected a whole number that is not negative, or one per block ({self.depth})")
 
 
 @dataclasses.dataclass
 class MergedOutput(Output):
-    """tokens (B, n, D): those that are left. size (B, n): how many patches each stands for; together all N. source (B, N):
-    for each patch, the place of its token among them."""
+    """tokens (B, n, D): those that are left. size (B, n): how many patches each stands for; together all N.
+    source (B, N): for each patch, the place of its token among them."""
     size: object = None
     source: object = None
 
 
 @dataclasses.dataclass
 class MergedTokens(Tokens):
-    """source (B, N): for each patch, the place in x of the token that it has become part of; None before any merge."""
+    """source (B, N): for each patch, the place in x of the token that it has become part of; None before any
+    merge."""
     source: object = None
 
 
 @model("tome")
 class ToMe(ViT):
-    """A ViT that merges r tokens in each block. images (B, channels, H, W) -> MergedOutput. r = 0 is the ViT."""
-    Config = ToMeConfig
+    """A ViT that merges r tokens in each block. images (B, channels, H, W) -> MergedOutput. r = 0 is the
+    ViT."""
+    Config: type[Sizes] = ToMeConfig
 
     def start(self, images, trace=False, paths=None):
         return super().start(images, trace, paths, MergedTokens)
@@ -84,7 +89,8 @@ class ToMe(ViT):
         out, xp = super().read(tokens), array_module(tokens.x.data)
         shape = (len(tokens.x), self.num_patches)
         size = xp.ones(shape, tokens.x.dtype) if tokens.size is None else tokens.size[:, tokens.extra:]
-        source = xp.broadcast_to(xp.arange(shape[1]), shape) if tokens.source is None else tokens.source - tokens.extra
+        source = xp.broadcast_to(xp.arange(shape[1]),
+                                 shape) if tokens.source is None else tokens.source - tokens.extra
         return MergedOutput(**vars(out), size=size, source=source)
 
     def show(self, out):
@@ -94,9 +100,9 @@ class ToMe(ViT):
 
 
 def matching(keys, r, extra):
-    """Bipartite soft matching (section 3, appendix D). keys (B, T, d); r >= 1 tokens merge, but not the first, if extra is 1
-    and it is the class token -> (B, T): the new place of each token, of T - r: the first set's that are left, then the
-    second set."""
+    """Bipartite soft matching (section 3, appendix D). keys (B, T, d); r >= 1 tokens merge, but not the
+    first, if extra is 1 and it is the class token -> (B, T): the new place of each token, of T - r: the first
+    set's that are left, then the second set."""
     xp = array_module(keys)
     unit = keys / xp.sqrt((keys * keys).sum(axis=2, keepdims=True))
     first, second = unit[:, 0::2], unit[:, 1::2]

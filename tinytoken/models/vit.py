@@ -1,35 +1,37 @@
 """The Vision Transformer (Dosovitskiy et al. 2021): patches, positions, blocks, one head. Names follow timm.
 
-Its loop over blocks is that of every model whose tokens are one column: a method that prunes or merges tokens overrides
-`before_block`, or `run_block` if it works between the two branches of a block.
+Its loop over blocks is that of every model whose tokens are one column: a method that prunes or merges tokens
+overrides `before_block`, or `run_block` if it works between the two branches of a block.
 """
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
 from .. import nn, ops
-from ..backend import array_module
+from ..backend import Array, array_module
 from ..tensor import Tensor
 from .base import Model, Output, Sizes, model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(Sizes):
-    """pool: "token" reads the class token, as timm's default and DynamicViT have it; "mean" has none and averages the normed
-    tokens."""
+    """pool: "token" reads the class token, as timm's default and DynamicViT have it; "mean" has none and
+    averages the normed tokens."""
     qkv_bias: bool = True
     pool: str = "token"
-    choices = {"pool": ("token", "mean")}
+    choices: ClassVar = {"pool": ("token", "mean")}
 
 
 @dataclasses.dataclass
 class Tokens:
     """The state that goes from block to block.
 
-    x (B, T, D): the tokens; the first `extra` of them, the class token, are no patches. keep (B, T): the mask of the
-    attention, None for all; official: its official form. size (B, T): how many patches each token stands for, None for one
-    each. attention: a list that gets the weights, or None. paths (B, depth, branches): factors of the residual branches, or
-    None. taken (B, n): `index` once tokens have been taken."""
+    x (B, T, D): the tokens; the first `extra` of them, the class token, are no patches. keep (B, T): the mask
+    of the attention, None for all; official: its official form. size (B, T): how many patches each token
+    stands for, None for one each. attention: a list that gets the weights, or None. paths (B, depth,
+    branches): factors of the residual branches, or None. taken (B, n): `index` once tokens have been
+    taken."""
     x: Tensor
     extra: int = 0
     keep: object = None
@@ -65,7 +67,7 @@ class Tokens:
 @model("vit")
 class ViT(Model):
     """A ViT. images (B, channels, H, W) -> Output."""
-    Config = ViTConfig
+    Config: type[Sizes] = ViTConfig
 
     def build(self, c):
         self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels)
@@ -88,9 +90,9 @@ class ViT(Model):
             x = ops.concat(ops.broadcast_to(self.cls_token, shape=(len(x), 1, x.shape[2])), x, axis=1)
         return x + self.pos_embed
 
-    def forward(self, images, trace=False, paths=None):
-        """trace: keep the attention's weights. paths: factors (B, depth, 2) of the residual branches, for training
-        (tasks.drop_paths)."""
+    def forward(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None) -> Output:
+        """trace: keep the attention's weights. paths: factors (B, depth, 2) of the residual branches, for
+        training (tasks.drop_paths)."""
         return self.read(self.encode(self.start(images, trace, paths)))
 
     def start(self, images, trace=False, paths=None, state=Tokens, **fields):
@@ -110,7 +112,8 @@ class ViT(Model):
 
     def run_block(self, i, tokens):
         """Block i."""
-        tokens.x = self.blocks[i](tokens.x, nn.column(tokens.paths, i), keep=tokens.keep, official=tokens.official,
+        tokens.x = self.blocks[i](tokens.x, nn.column(tokens.paths, i), keep=tokens.keep,
+                                  official=tokens.official,
                                   attention=tokens.attention)
 
     def read(self, tokens):

@@ -6,40 +6,47 @@ import numpy as np
 from .. import random
 from ..backend import array_module
 from .layers import Linear, Projection
+from .module import Module, Parameter
 
 
-def xavier(weight, name, parts=1, scale=1.0):
-    """Glorot & Bengio 2010, eq. 16: uniform in +-sqrt(6 / (in + out)) x scale. weight (out, in) or, for patches, (out, C, p, p);
-    a packed one (qkv) counts as `parts`."""
+def xavier(weight: Parameter, name: str, parts: int = 1, scale: float = 1.0) -> None:
+    """Glorot & Bengio 2010, eq. 16: uniform in +-sqrt(6 / (in + out)) x scale. weight (out, in) or, for
+    patches, (out, C, p, p); a packed one (qkv) counts as `parts`."""
     out, inputs = len(weight), math.prod(weight.shape[1:])
     bound = scale * math.sqrt(6 / (inputs + out // parts))
-    weight.data[...] = (2 * random.uniform(weight.shape, site=name, step=0, xp=array_module(weight.data)) - 1) * bound
+    weight.data[...] = (2 * random.uniform(weight.shape, site=name, step=0, xp=array_module(weight.data))
+                        - 1) * bound
 
 
-def normal(parameter, name, std):
+def normal(parameter: Parameter, name: str, std: float) -> None:
     """Normal draws of standard deviation `std`."""
-    parameter.data[...] = random.normal(parameter.shape, site=name, step=0, xp=array_module(parameter.data)) * std
+    parameter.data[...] = random.normal(parameter.shape, site=name, step=0,
+                                        xp=array_module(parameter.data)) * std
 
 
 BRANCH_ENDS = ("attn.proj", "mlp.fc2", "gather_proj", "infuse_proj")
 
 
-def initialise(model, residual_scale=0.3):
-    """Xavier for every linear layer and the patch embedding, each from a site of its own name and the default key: a model's
-    weights depend on `manual_seed` and on nothing that was made before. The layers that end a residual branch start small."""
+def initialise(model: Module, residual_scale: float = 0.3) -> None:
+    """Xavier for every linear layer and the patch embedding, each from a site of its own name and the default
+    key: a model's weights depend on `manual_seed` and on nothing that was made before. The layers that end a
+    residual branch start small."""
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Projection)):
-            xavier(module.weight, f"{name}.weight", module.parts, residual_scale if name.endswith(BRANCH_ENDS) else 1.0)
+            xavier(module.weight, f"{name}.weight", module.parts, residual_scale
+                   if name.endswith(BRANCH_ENDS) else 1.0)
 
 
-def sincos_positions(grid, dim):
-    """(h w, dim) float32: the 2-D sine-cosine table, a quarter of the channels each for sin and cos of row and of column."""
+def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
+    """(h w, dim) float32: the 2-D sine-cosine table, a quarter of the channels each for sin and cos of row
+    and of column."""
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-    rows, columns = (place.reshape(-1, 1) * frequencies for place in np.mgrid[:grid[0], :grid[1]].astype("float64"))
+    rows, columns = (place.reshape(-1, 1) * frequencies
+                     for place in np.mgrid[:grid[0], :grid[1]].astype("float64"))
     table = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], axis=1)
     return np.pad(table, ((0, 0), (0, dim - table.shape[1]))).astype("float32")
 
 
-def start_positions(grid, dim):
+def start_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
     """The position table that models start from, (h w, dim): the sine-cosine table x 0.7, then learned."""
     return sincos_positions(grid, dim) * 0.7

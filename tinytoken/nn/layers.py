@@ -1,4 +1,6 @@
 """The layers of a transformer. Class and parameter names follow timm."""
+from typing import Any
+
 import numpy as np
 
 from .. import ops
@@ -8,9 +10,10 @@ from .module import Module, Parameter
 
 
 class Linear(Module):
-    """x W^T + b. x (..., in_features) -> (..., out_features); weight (out, in). parts: how many matrices it packs."""
+    """x W^T + b. x (..., in_features) -> (..., out_features); weight (out, in). parts: how many matrices it
+    packs."""
 
-    def __init__(self, in_features, out_features, bias=True, parts=1):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: int = 1) -> None:
         self.parts = parts
         self.weight = Parameter(np.zeros((out_features, in_features), "float32"), decay=True)
         self.bias = Parameter(np.zeros(out_features, "float32")) if bias else None
@@ -22,7 +25,7 @@ class Linear(Module):
 class LayerNorm(Module):
     """Layer norm over the last axis. x (..., dim) -> (..., dim)."""
 
-    def __init__(self, dim, eps=1e-6):
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
         self.eps = eps
         self.weight, self.bias = Parameter(np.ones(dim, "float32")), Parameter(np.zeros(dim, "float32"))
 
@@ -40,7 +43,7 @@ class GELU(Module):
 class MLP(Module):
     """Linear, GELU, Linear. x (..., dim) -> (..., dim)."""
 
-    def __init__(self, dim, hidden):
+    def __init__(self, dim: int, hidden: int) -> None:
         self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
     def forward(self, x):
@@ -48,10 +51,10 @@ class MLP(Module):
 
 
 class Attention(Module):
-    """Multi-head self-attention. x (B, T, dim) -> (B, T, dim). It is `attend(*project(x))`, which a method that needs the
-    queries, keys or values calls itself."""
+    """Multi-head self-attention. x (B, T, dim) -> (B, T, dim). It is `attend(*project(x))`, which a method
+    that needs the queries, keys or values calls itself."""
 
-    def __init__(self, dim, heads, qkv_bias=True):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True) -> None:
         expect(dim % heads == 0, "Attention", f"heads {heads} do not divide dim {dim}")
         self.heads = heads
         self.qkv, self.proj = Linear(dim, 3 * dim, bias=qkv_bias, parts=3), Linear(dim, dim)
@@ -59,23 +62,25 @@ class Attention(Module):
     def forward(self, x, **options):
         return self.attend(*self.project(x), **options)
 
-    def project(self, x):
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, dim) -> queries, keys and values, each (B, H, T, d)."""
         return ops.split_heads(self.qkv(x), heads=self.heads, parts=3)
 
     def attend(self, q, k, v, keep=None, *, sees_itself=True, official=False, attention=None):
-        """Queries, keys and values -> (B, T, dim). keep, sees_itself, official: as of ops.attention. attention: a list that
-        gets the weights (B, H, T, T)."""
-        out = ops.attention(q, k, v, keep, sees_itself=sees_itself, official=official, weights=attention is not None)
+        """Queries, keys and values -> (B, T, dim). keep, sees_itself, official: as of ops.attention.
+        attention: a list that gets the weights (B, H, T, T)."""
+        out = ops.attention(q, k, v, keep, sees_itself=sees_itself, official=official,
+                            weights=attention is not None)
         if attention is not None:
             out, weights = out
             attention.append(weights.detach())
         return self.proj(ops.merge_heads(out))
 
 
-# Residual branches. What a branch adds may be scaled per image: a factor of 0 drops it (drop path: Huang et al. 2016).
+# Residual branches. What a branch adds may be scaled per image: a factor of 0 drops it (drop path: Huang et
+# al. 2016).
 
-def scaled(out, factors):
+def scaled(out: Tensor, factors: Any) -> Tensor:
     """out (B, T, D) times factors (B,), where there are any."""
     return out if factors is None else out * factors[:, None, None]
 
@@ -98,11 +103,12 @@ def mlp_branch(x, norm, mlp, factors=None):
 
 
 class Block(Module):
-    """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x). x (B, T, dim) -> (B, T, dim).
-    paths (B, 2): factors of the two branches; options: of Attention.attend."""
+    """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x). x (B, T, dim) -> (B, T,
+    dim). paths (B, 2): factors of the two branches; options: of Attention.attend."""
     branches = 2
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, qkv_bias=True, eps=1e-6):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True,
+                 eps: float = 1e-6) -> None:
         self.norm1, self.attn = LayerNorm(dim, eps), Attention(dim, heads, qkv_bias)
         self.norm2, self.mlp = LayerNorm(dim, eps), MLP(dim, round(dim * mlp_ratio))
 
@@ -124,11 +130,11 @@ class Projection(Module):
 
 
 class PatchEmbed(Module):
-    """Pictures to tokens. images (B, C, H, W) float -> (B, N, dim), row by row, N = (H / patch_size)(W / patch_size).
-    image_size: H = W, or (H, W). Refuses pictures of another size or channel count, and integer pixels. Arrays are cast to
-    the weights' dtype."""
+    """Pictures to tokens. images (B, C, H, W) float -> (B, N, dim), row by row, N = (H / patch_size)(W /
+    patch_size). image_size: H = W, or (H, W). Refuses pictures of another size or channel count, and integer
+    pixels. Arrays are cast to the weights' dtype."""
 
-    def __init__(self, image_size, patch_size, dim, channels=3):
+    def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int, channels: int = 3) -> None:
         height, width = both_sides(image_size)
         expect(height % patch_size == 0 and width % patch_size == 0, "PatchEmbed",
                f"patch_size {patch_size} does not divide image_size {image_size}")
@@ -147,6 +153,6 @@ class PatchEmbed(Module):
         return self.proj(ops.patchify(images, patch=self.patch_size))
 
 
-def both_sides(size):
+def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of an image_size: one number for a square, or the two."""
-    return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    return (size[0], size[1]) if isinstance(size, (tuple, list)) else (size, size)

@@ -1,20 +1,23 @@
 """Modules: parameters and buffers by name, training and inference mode, state dicts."""
 import warnings
+from collections.abc import Iterator, Mapping
+from typing import Self
 
 import numpy as np
 
-from ..backend import device_of, to_device, to_numpy
+from ..backend import Array, device_of, to_device, to_numpy
 from ..cost import running_modules
 from ..errors import expect
 from ..tensor import Tensor
 
 
 class Parameter(Tensor):
-    """A leaf Tensor that a model learns. decay: weight decay applies (matrices of linear layers). lr_scale: its learning rate
-    relative to the others'. Parameters of equal (lr_scale, decay) are neighbours in flat storage."""
+    """A leaf Tensor that a model learns. decay: weight decay applies (matrices of linear layers). lr_scale:
+    its learning rate relative to the others'. Parameters of equal (lr_scale, decay) are neighbours in flat
+    storage."""
     __slots__ = ("decay", "lr_scale", "flat")
 
-    def __init__(self, array, decay=False):
+    def __init__(self, array: Array, decay: bool = False) -> None:
         super().__init__(array, requires_grad=True)
         self.decay, self.lr_scale, self.flat = decay, 1.0, None
 
@@ -25,10 +28,11 @@ class Parameter(Tensor):
 
 
 class Buffer:
-    """An array of a module's state that is not learned, a running mean say: it has no gradient and is no optimiser's, and it
-    is saved, loaded and moved with the parameters. Float arrays are cast with them, too."""
+    """An array of a module's state that is not learned, a running mean say: it has no gradient and is no
+    optimiser's, and it is saved, loaded and moved with the parameters. Float arrays are cast with them,
+    too."""
 
-    def __init__(self, array):
+    def __init__(self, array: Array) -> None:
         self.data = array
 
     shape = property(lambda self: self.data.shape)
@@ -39,8 +43,8 @@ class Buffer:
 
 
 class Module:
-    """Something with parameters. Parameters, buffers, modules and lists of modules among its attributes have names, in the
-    order in which they were set. Subclasses write forward(); calling the module runs it."""
+    """Something with parameters. Parameters, buffers, modules and lists of modules among its attributes have
+    names, in the order in which they were set. Subclasses write forward(); calling the module runs it."""
     training = True
 
     def __call__(self, *args, **kwargs):
@@ -51,7 +55,7 @@ class Module:
         finally:
             stack.pop()
 
-    def children(self):
+    def children(self) -> Iterator[tuple[str, "Module"]]:
         """(name, module) of the modules directly inside."""
         for name, value in vars(self).items():
             if isinstance(value, Module):
@@ -59,17 +63,17 @@ class Module:
             elif isinstance(value, list) and value and isinstance(value[0], Module):
                 yield from ((f"{name}.{i}", module) for i, module in enumerate(value))
 
-    def named_modules(self, prefix=""):
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
         """(dotted name, module) of this module ('') and all inside."""
         yield prefix, self
         for name, child in self.children():
             yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
-    def named_parameters(self):
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(dotted name, Parameter) of all parameters."""
         return self._named(Parameter)
 
-    def named_buffers(self):
+    def named_buffers(self) -> Iterator[tuple[str, Buffer]]:
         """(dotted name, Buffer) of all buffers."""
         return self._named(Buffer)
 
@@ -79,37 +83,37 @@ class Module:
                 if isinstance(value, kinds):
                     yield (f"{prefix}.{name}" if prefix else name), value
 
-    def parameters(self):
+    def parameters(self) -> list[Parameter]:
         """All parameters, in the order of their names."""
         return [p for _, p in self.named_parameters()]
 
-    def parameter_count(self):
+    def parameter_count(self) -> int:
         """How many numbers the model learns."""
         return sum(p.size for p in self.parameters())
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         """Set training mode (eval(): inference) here and inside. Returns self."""
         for _, module in self.named_modules():
             module.training = mode
         return self
 
-    def eval(self):
+    def eval(self) -> Self:
         """Inference mode. Returns self."""
         return self.train(False)
 
-    def requires_grad_(self, wanted=True):
+    def requires_grad_(self, wanted: bool = True) -> Self:
         """Freeze (False) or unfreeze all parameters. Returns self."""
         for p in self.parameters():
             p.requires_grad = wanted
         return self
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Fill every gradient with zeros."""
         for p in self.parameters():
             if p.grad is not None:
                 p.grad[...] = 0
 
-    def astype(self, dtype):
+    def astype(self, dtype: str | np.dtype) -> Self:
         """Cast all parameters, and float buffers, to float32 or float64. Voids flat storage. Returns self."""
         for p in self.parameters():
             p.data, p.grad = p.data.astype(dtype), None
@@ -118,9 +122,9 @@ class Module:
                 buffer.data = buffer.data.astype(dtype)
         return self
 
-    def to(self, device):
-        """Move all parameters and buffers to 'cpu' or 'cuda'; those that are there stay as they are. Returns self.
-        A move voids flat storage."""
+    def to(self, device: str) -> Self:
+        """Move all parameters and buffers to 'cpu' or 'cuda'; those that are there stay as they are. Returns
+        self. A move voids flat storage."""
         for p in self.parameters():
             if p.device != device:
                 p.data, p.grad = to_device(p.data, device), None
@@ -132,22 +136,25 @@ class Module:
     def dtype(self):
         return next(p.dtype for p in self.parameters())
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, np.ndarray]:
         """{name: array} of parameters and buffers, copies in host memory."""
         return {name: np.array(to_numpy(p.data)) for name, p in self._named((Parameter, Buffer))}
 
-    def load_state_dict(self, state, strict=True):
-        """Copy arrays in by name -> (missing, unexpected) names. strict: both must be empty. Shapes must agree always.
+    def load_state_dict(self, state: Mapping[str, np.ndarray], strict: bool = True) -> tuple[list[str], list[str]]:
+        """Copy arrays in by name -> (missing, unexpected) names. strict: both must be empty. Shapes must
+        agree always.
 
-        float32 and float64 keep their width (float64 weights make a float64 model); float16 and bfloat16 become float32, with
-        a warning; mixed widths raise InputError. Nothing is changed if anything is refused.
+        float32 and float64 keep their width (float64 weights make a float64 model); float16 and bfloat16
+        become float32, with a warning; mixed widths raise InputError. Nothing is changed if anything is
+        refused.
         """
         own = dict(self._named((Parameter, Buffer)))
         missing, unexpected = [n for n in own if n not in state], [n for n in state if n not in own]
         expect(not strict or not (missing or unexpected), "load_state_dict",
                lambda: f"missing {_some(missing)}; unexpected {_some(unexpected)}")
-        arrays = _one_width({name: np.asarray(state[name]) for name in own if name in state})
-        wrong = [f"{n} {arrays[n].shape}, expected {own[n].shape}" for n in arrays if arrays[n].shape != own[n].shape]
+        arrays = _one_width({name: np.asarray(state[name]) for name in own if name in state}, own)
+        wrong = [f"{n} {arrays[n].shape}, expected {own[n].shape}" for n in arrays
+                 if arrays[n].shape != own[n].shape]
         expect(not wrong, "load_state_dict", lambda: f"other shapes: {_some(wrong)}")
         width = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), self.dtype)
         if width != self.dtype:
@@ -156,7 +163,7 @@ class Module:
             own[name].data[...] = to_device(array, device_of(own[name].data))
         return missing, unexpected
 
-    def summary(self):
+    def summary(self) -> str:
         """A table of the modules that own parameters: name, class, shapes, how many numbers."""
         rows = []
         for name, module in self.named_modules():
@@ -171,16 +178,23 @@ class Module:
 
 
 def _some(names, limit=6):
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") if names else "none"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit
+                                       else "") if names else "none"
 
 
-def _one_width(arrays):
-    """The arrays with all floats in one width, narrow ones made float32. Integers stay."""
+def _one_width(arrays, own):
+    """The arrays with all floats in one width, narrow ones made float32. own: what they are for; buffers of
+    integers take their own dtype alone."""
+    whole = [n for n in arrays if own[n].dtype.kind != "f"]
+    wrong = [f"{n} {arrays[n].dtype}, expected {own[n].dtype}" for n in whole
+             if arrays[n].dtype != own[n].dtype]
+    expect(not wrong, "load_state_dict", lambda: f"other dtypes: {_some(wrong)}")
     narrow = [n for n, a in arrays.items() if a.dtype.name in ("float16", "bfloat16")]
     if narrow:
-        warnings.warn(f"load_state_dict: {len(narrow)} arrays of dtype {arrays[narrow[0]].dtype} become float32", stacklevel=3)
+        warnings.warn(f"load_state_dict: {len(narrow)} arrays of dtype {arrays[narrow[0]].dtype} become "
+                      f"float32", stacklevel=3)
         arrays = {n: a.astype("float32") if n in narrow else a for n, a in arrays.items()}
-    widths = {a.dtype.name for a in arrays.values() if a.dtype.kind not in "iu"}
+    widths = {a.dtype.name for n, a in arrays.items() if n not in whole}
     expect(widths <= {"float32"} or widths <= {"float64"}, "load_state_dict",
            lambda: f"dtypes {', '.join(sorted(widths))}, expected all float32 or all float64")
     return arrays

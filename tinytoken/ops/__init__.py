@@ -1,4 +1,5 @@
-"""The ops, and the operators of Tensor made of them. One file per family; an op is one function, its vjp inside it."""
+"""The ops, and the operators of Tensor made of them. One file per family; an op is one function, its vjp
+inside it."""
 from ..tensor import Tensor
 from .activation import gelu, relu, sigmoid, tanh
 from .arithmetic import add, divide, exp, log, max, mean, multiply, negative, power, sqrt, subtract, sum

@@ -1,4 +1,5 @@
-"""Elementwise arithmetic and reductions. Shapes broadcast by NumPy's rules; the engine undoes it in the gradients."""
+"""Elementwise arithmetic and reductions. Shapes broadcast by NumPy's rules; the engine undoes it in the
+gradients."""
 from ..backend import array_module
 from ..errors import expect
 from ..tensor import op

@@ -9,10 +9,11 @@ from .norm import log_softmax_of
 
 @op
 def cross_entropy(logits, targets: Index, *, smoothing=0.0):
-    """Mean over the batch of -sum_k t_k log softmax(logits)_k. logits (B, K); targets (B,) labels or (B, K) probabilities.
-    smoothing s replaces t by (1 - s) t + s / K (Szegedy et al. 2016, section 7)."""
+    """Mean over the batch of -sum_k t_k log softmax(logits)_k. logits (B, K); targets (B,) labels or (B, K)
+    probabilities. smoothing s replaces t by (1 - s) t + s / K (Szegedy et al. 2016, section 7)."""
     xp = array_module(logits)
-    expect(logits.ndim == 2 and logits.size, "cross_entropy", lambda: f"{shape_of('logits', logits)}, expected (B, K)")
+    expect(logits.ndim == 2 and logits.size, "cross_entropy",
+           lambda: f"{shape_of('logits', logits)}, expected (B, K)")
     expect(0 <= smoothing < 1, "cross_entropy", lambda: f"smoothing {smoothing}, expected 0 <= smoothing < 1")
     batch, classes = logits.shape
     soft = targets.shape == logits.shape
@@ -32,17 +33,20 @@ def cross_entropy(logits, targets: Index, *, smoothing=0.0):
 
 
 def check_labels(where, labels, batch, classes):
-    """Labels must be integers (batch,) from 0 to classes - 1. On a GPU the range is not read: that would wait for it."""
+    """Labels must be integers (batch,) from 0 to classes - 1. On a GPU the range is not read: that would wait
+    for it."""
     expect(labels.dtype.kind in "iu" and labels.shape == (batch,), where,
            lambda: f"{shape_of('targets', labels)} {labels.dtype}, "
                    f"expected ({batch},) integer labels or ({batch}, {classes}) probabilities")
     in_range = array_module(labels) is not np or 0 <= labels.min() and labels.max() < classes
-    expect(in_range, where, lambda: f"labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
+    expect(in_range, where,
+           lambda: f"labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
 
 
 @op
 def kl_divergence(logits, teacher_logits):
-    """Mean over the batch of KL(softmax(teacher) || softmax(student)), both (B, K): sum_k p_k (log p_k - log q_k)."""
+    """Mean over the batch of KL(softmax(teacher) || softmax(student)), both (B, K): sum_k p_k (log p_k - log
+    q_k)."""
     expect(logits.shape == teacher_logits.shape and logits.ndim == 2, "kl_divergence",
            lambda: f"{shape_of('logits', logits)}, {shape_of('teacher_logits', teacher_logits)}: "
                    "two of one shape (B, K) expected")
@@ -60,7 +64,8 @@ def kl_divergence(logits, teacher_logits):
 @op
 def mse(x, target, *, axis=None):
     """Mean of (x - target)^2 over `axis` (int, tuple, or None for all). Equal shapes."""
-    expect(x.shape == target.shape, "mse", lambda: f"{shape_of('x', x)}, {shape_of('target', target)}: equal shapes expected")
+    expect(x.shape == target.shape, "mse",
+           lambda: f"{shape_of('x', x)}, {shape_of('target', target)}: equal shapes expected")
     gap = x - target
     out = (gap * gap).mean(axis=axis)
 

@@ -46,8 +46,8 @@ def log_softmax_of(x, axis=-1):
 
 @op
 def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. x (..., D), weight and bias (D,) or None.
-    Ba, Kiros & Hinton 2016; eps is 1e-6 in timm's ViT, 1e-5 in DynamicViT's predictor."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. x (..., D), weight and bias (D,) or
+    None. Ba, Kiros & Hinton 2016; eps is 1e-6 in timm's ViT, 1e-5 in DynamicViT's predictor."""
     size = x.shape[-1]
     for name, p in (("weight", weight), ("bias", bias)):
         expect(p is None or p.shape == (size,), "layer_norm",

@@ -11,7 +11,8 @@ def reshape(x, *, shape):
     """The values of x in another shape; one entry may be -1."""
     known = math.prod(n for n in shape if n != -1)
     fits = x.size == known if -1 not in shape else known and x.size % known == 0
-    expect(fits, "reshape", lambda: f"{shape_of('x', x)} has {x.size} values, which do not fit {tuple(shape)}")
+    expect(fits, "reshape",
+           lambda: f"{shape_of('x', x)} has {x.size} values, which do not fit {tuple(shape)}")
     return x.reshape(shape), lambda g: g.reshape(x.shape)
 
 
@@ -19,7 +20,8 @@ def reshape(x, *, shape):
 def transpose(x, *, axes=None):
     """Axes in another order (None: reversed)."""
     axes = tuple(range(x.ndim))[::-1] if axes is None else tuple(axes)
-    expect(sorted(a % x.ndim for a in axes) == list(range(x.ndim)), "transpose", lambda: f"axes {axes} for {shape_of('x', x)}")
+    expect(sorted(a % x.ndim for a in axes) == list(range(x.ndim)), "transpose",
+           lambda: f"axes {axes} for {shape_of('x', x)}")
     back = sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim)
     return x.transpose(axes), lambda g: g.transpose(back)
 
@@ -27,7 +29,8 @@ def transpose(x, *, axes=None):
 def swapaxes(x, a, b):
     """x with axes a and b exchanged."""
     axes = list(range(x.ndim))
-    expect(-x.ndim <= min(a, b) and max(a, b) < x.ndim, "swapaxes", lambda: f"axes {a} and {b} of {shape_of('x', x)}")
+    expect(-x.ndim <= min(a, b) and max(a, b) < x.ndim, "swapaxes",
+           lambda: f"axes {a} and {b} of {shape_of('x', x)}")
     axes[a], axes[b] = axes[b], axes[a]
     return transpose(x, axes=axes)
 
@@ -37,7 +40,8 @@ def concat(*xs, axis=0):
     """Arrays joined along `axis`; their other sizes must agree."""
     xp = array_module(*xs)
     others = {x.shape[:axis % x.ndim] + x.shape[axis % x.ndim + 1:] for x in xs}
-    expect(len(others) == 1, "concat", lambda: f"shapes {', '.join(str(x.shape) for x in xs)} differ outside axis {axis}")
+    expect(len(others) == 1, "concat",
+           lambda: f"shapes {', '.join(str(x.shape) for x in xs)} differ outside axis {axis}")
     cuts = [sum(x.shape[axis] for x in xs[:i]) for i in range(len(xs) + 1)]
 
     def vjp(g):
@@ -48,7 +52,8 @@ def concat(*xs, axis=0):
 
 @op
 def index(x, *, key):
-    """x[key] with numbers, slices, None, ... and integer or boolean arrays. Rows taken more than once add up in the gradient."""
+    """x[key] with numbers, slices, None, ... and integer or boolean arrays. Rows taken more than once add up
+    in the gradient."""
     parts = key if isinstance(key, tuple) else (key,)
     expect(not any(isinstance(part, list) for part in parts), "index", "a list as index: give an array")
     repeats = any(is_array(part) and part.dtype.kind in "iu" for part in parts)
@@ -66,8 +71,10 @@ def index(x, *, key):
 
 def getitem(x, key):
     """x[key] as Tensor.__getitem__ gets it: Tensors in the key become their arrays."""
-    raw = tuple(part.data if isinstance(part, Tensor) else part for part in (key if isinstance(key, tuple) else (key,)))
-    return index(x, key=raw) if x.dtype.kind == "f" else Tensor(x.data[raw])  # an op would cast whole numbers to floats
+    raw = tuple(part.data if isinstance(part, Tensor) else part
+                for part in (key if isinstance(key, tuple) else (key,)))
+    # an op would cast whole numbers to floats
+    return index(x, key=raw) if x.dtype.kind == "f" else Tensor(x.data[raw])
 
 
 @op

@@ -1,5 +1,7 @@
 """Classification."""
-from ..backend import to_numpy
+import numpy as np
+
+from ..backend import Array, to_numpy
 from .base import Task, task
 
 
@@ -15,6 +17,6 @@ class Classify(Task):
         return {"accuracy": accuracy(answers, labels)}
 
 
-def accuracy(logits, labels):
+def accuracy(logits: np.ndarray, labels: Array) -> float:
     """The share of images whose largest logit is their label's."""
     return float((logits.argmax(axis=1) == to_numpy(labels)).mean())

@@ -1,4 +1,5 @@
-"""Checkpoints: one .npz with arrays and a JSON header. No pickle, and written as a whole (files.replacing)."""
+"""Checkpoints: one .npz with arrays and a JSON header. No pickle, and written as a whole
+(files.replacing)."""
 import dataclasses
 import json
 import pathlib
@@ -16,7 +17,8 @@ FORMAT = "tinytoken checkpoint 1"
 
 
 def save(path, model, optimizer=None, **header):
-    """Write the model's class, config and weights, the optimiser's moments if given, and whatever JSON `header` adds."""
+    """Write the model's class, config and weights, the optimiser's moments if given, and whatever JSON
+    `header` adds."""
     header |= {"format": FORMAT, **description(model)}
     arrays = {f"model/{name}": array for name, array in model.state_dict().items()}
     if optimizer is not None:
@@ -27,19 +29,22 @@ def save(path, model, optimizer=None, **header):
 
 
 def load(path):
-    """(header, {group: {name: array}}) of a checkpoint. InputError says what is wrong with a file that is not one."""
+    """(header, {group: {name: array}}) of a checkpoint. InputError says what is wrong with a file that is not
+    one."""
     path = pathlib.Path(path)
     expect(path.exists(), "checkpoint", f"{path} does not exist")
     groups = {"model": {}, "optimizer": {}}
     try:
         with open(path, "rb") as file:
-            expect(zipfile.is_zipfile(file), "checkpoint", f"{path} is not a whole .npz file: truncated, or not a checkpoint")
+            expect(zipfile.is_zipfile(file), "checkpoint",
+                   f"{path} is not a whole .npz file: truncated, or not a checkpoint")
             file.seek(0)
             with np.load(file, allow_pickle=False) as box:
                 header = json.loads(str(box["header"])) if "header" in box.files else {}
                 expect(header.get("format") == FORMAT, "checkpoint",
                        f"{path} is not a {FORMAT!r} (its header says {header.get('format')!r})")
-                expect({"model", "config"} <= header.keys(), "checkpoint", f"{path} does not say its model and config")
+                expect({"model", "config"} <= header.keys(), "checkpoint",
+                       f"{path} does not say its model and config")
                 for name in box.files:
                     if name != "header":
                         group, _, rest = name.partition("/")
@@ -52,8 +57,8 @@ def load(path):
 
 
 def description(model):
-    """What a header says of a model: its class and config, as JSON. A model without a config (a task's head on another, say)
-    has none to compare."""
+    """What a header says of a model: its class and config, as JSON. A model without a config (a task's head
+    on another, say) has none to compare."""
     config = getattr(model, "config", None)
     return {"model": type(model).__name__, "config": as_json(dataclasses.asdict(config)) if config else {}}
 
@@ -62,7 +67,8 @@ def load_model(path):
     """The model that a checkpoint holds -> (model, header)."""
     header, groups = load(path)
     name = header["model"].lower()
-    expect(name in names(), "checkpoint", f"{path} holds a {header['model']!r}, expected one of {', '.join(names())}")
+    expect(name in names(), "checkpoint",
+           f"{path} holds a {header['model']!r}, expected one of {', '.join(names())}")
     try:
         model = create(name, **header["config"])
     except InputError as error:  # an option that this version does not know
@@ -72,11 +78,12 @@ def load_model(path):
 
 
 def restore(path, model, optimizer=None):
-    """Load a checkpoint into a model (and optimiser) made as the saved one was -> header. A checkpoint of another class or size
-    of model is refused, and nothing is changed."""
+    """Load a checkpoint into a model (and optimiser) made as the saved one was -> header. A checkpoint of
+    another class or size of model is refused, and nothing is changed."""
     header, groups = load(path)
     there, expected = {"model": header["model"], "config": header["config"]}, description(model)
-    expect(same_model(there, expected), "checkpoint", f"{path} holds {_call(**there)}, expected {_call(**expected)}")
+    expect(same_model(there, expected), "checkpoint",
+           f"{path} holds {_call(**there)}, expected {_call(**expected)}")
     if optimizer is not None:
         expect(groups["optimizer"], "checkpoint",
                f"{path} holds no optimiser moments: it is a finished model, not a run to go on with")
@@ -86,7 +93,8 @@ def restore(path, model, optimizer=None):
 
 
 def same_model(there, expected):
-    """Whether two descriptions are of one model. An option that a checkpoint does not name, since it is newer, has its default."""
+    """Whether two descriptions are of one model. An option that a checkpoint does not name, since it is
+    newer, has its default."""
     return there["model"] == expected["model"] and with_defaults(there) == with_defaults(expected)
 
 

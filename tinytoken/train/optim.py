@@ -7,24 +7,28 @@ from .. import nn
 from ..backend import array_module, blas_threads, faster
 from ..errors import expect
 
-BLOCK = 32768  # elements of a pass over the flat buffers: few enough that all its temporaries stay in the cache
+# elements of a pass over the flat buffers: few enough that all its temporaries stay in the cache
+BLOCK = 32768
 
 
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the flat storage of `params`.
 
-    lr times each parameter's lr_scale is its learning rate; weight_decay goes to parameters with decay set (matrices of linear
-    layers). clip: the largest global gradient norm, or None. step(lr) applies what is in the gradients; they are not cleared.
-    average: None, or a in the running mean of the weights, mean <- a mean + (1 - a) weights after each step, with a at most
-    (1 + step) / (10 + step), so that it forgets where it started (Polyak & Juditsky 1992; the form usual for networks).
+    lr times each parameter's lr_scale is its learning rate; weight_decay goes to parameters with decay set
+    (matrices of linear layers). clip: the largest global gradient norm, or None. step(lr) applies what is in
+    the gradients; they are not cleared. average: None, or a in the running mean of the weights, mean <- a
+    mean + (1 - a) weights after each step, with a at most (1 + step) / (10 + step), so that it forgets where
+    it started (Polyak & Juditsky 1992; the form usual for networks).
     """
 
-    def __init__(self, params, lr=1e-3, *, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip=None, average=None):
+    def __init__(self, params, lr=1e-3, *, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip=None,
+                 average=None):
         expect(lr >= 0 and weight_decay >= 0 and eps > 0 and all(0 <= b < 1 for b in betas), "AdamW",
                f"lr {lr}, weight_decay {weight_decay}, betas {betas}, eps {eps}: "
                "not negative, eps positive, betas below 1 expected")
         expect(clip is None or clip > 0, "AdamW", f"clip {clip}, expected a positive norm or None")
-        expect(average is None or 0 <= average < 1, "AdamW", f"average {average}, expected 0 <= average < 1 or None")
+        expect(average is None or 0 <= average < 1, "AdamW",
+               f"average {average}, expected 0 <= average < 1 or None")
         self.params = list(params)
         self.flat = nn.flatten(self.params)
         self.lr, self.weight_decay, self.betas, self.eps, self.clip = lr, weight_decay, betas, eps, clip
@@ -34,9 +38,10 @@ class AdamW:
         self.average, self.mean = average, None if average is None else self.flat.data.copy()
 
     def step(self, lr=None):
-        """One update with learning rate lr (default: the optimiser's). Returns the gradient's norm before clipping,
-        a 0-d array."""
-        expect(self.flat.holds(self.params), "AdamW", "a parameter's array, group or place changed since the optimiser was made "
+        """One update with learning rate lr (default: the optimiser's). Returns the gradient's norm before
+        clipping, a 0-d array."""
+        expect(self.flat.holds(self.params), "AdamW",
+               "a parameter's array, group or place changed since the optimiser was made "
                "(another dtype or device, a copy, another optimiser): make a new optimiser")
         lr = self.lr if lr is None else lr
         flat, fast = self.flat, faster(AdamW.step, array_module(self.flat.data), self, lr)
@@ -59,7 +64,8 @@ class AdamW:
         return norm
 
     def corrections(self, t):
-        """1 - beta^t at step t, from 1, for both betas: what the moments, which begin at 0, are too small by."""
+        """1 - beta^t at step t, from 1, for both betas: what the moments, which begin at 0, are too small
+        by."""
         return [1 - beta ** t for beta in self.betas]
 
     def mean_share(self, t):
@@ -96,7 +102,8 @@ class AdamW:
     def load_state(self, arrays, steps):
         """Continue from what state() gave."""
         moments, _ = self.state()
-        expect(arrays.keys() == moments.keys(), "AdamW", f"arrays {', '.join(arrays)}, expected {', '.join(moments)}")
+        expect(arrays.keys() == moments.keys(), "AdamW",
+               f"arrays {', '.join(arrays)}, expected {', '.join(moments)}")
         for name, mine in moments.items():
             given = arrays[name]
             expect(given.shape == mine.shape and given.dtype == mine.dtype, "AdamW",
@@ -107,8 +114,8 @@ class AdamW:
 
 
 def clip_norm(flat_grad, largest):
-    """Scale the flat gradient down in place to at most the Euclidean norm `largest`; returns the norm before, a 0-d array on
-    the gradient's device (it is not read here)."""
+    """Scale the flat gradient down in place to at most the Euclidean norm `largest`; returns the norm before,
+    a 0-d array on the gradient's device (it is not read here)."""
     xp = array_module(flat_grad)
     norm = xp.sqrt(flat_grad @ flat_grad)
     flat_grad *= xp.minimum(largest / (norm + 1e-12), 1.0)
@@ -116,8 +123,8 @@ def clip_norm(flat_grad, largest):
 
 
 def warmup_cosine(step, steps, warmup=0.1):
-    """The share of the peak learning rate at `step` of `steps`: linear from 0 over the first `warmup` share of the steps (the
-    first step is not 0), then half a cosine down to 0 at the end."""
+    """The share of the peak learning rate at `step` of `steps`: linear from 0 over the first `warmup` share
+    of the steps (the first step is not 0), then half a cosine down to 0 at the end."""
     rise = max(1, round(steps * warmup))
     if step < rise:
         return (step + 1) / rise

@@ -10,14 +10,15 @@ from ..tensor import Tensor, grad
 
 
 def loss_and_grads(loss_fn, params, batch, micro=16, threads=None, draws=None):
-    """Loss and gradients of a batch -> (loss, parts), floats; the gradients are left in .grad (flat storage), overwritten. On CuPy
-    0-d arrays: reading them would wait for the GPU.
+    """Loss and gradients of a batch -> (loss, parts), floats; the gradients are left in .grad (flat storage),
+    overwritten. On CuPy 0-d arrays: reading them would wait for the GPU.
 
-    batch: a tuple of arrays, cut along axis 0 into micro-batches of `micro` images; draws: {name: array} of what was drawn for
-    it, cut likewise. loss_fn(*slice, **draws) is a mean over the slice's images, a Tensor or (Tensor, parts): it is weighted
-    by the slice's share. threads: Python threads that share the micro-batches, by number (thread i takes i, i + threads, ...),
-    each with a gradient buffer of its own, added up in a fixed order: the same thread count gives the same bits. None: the
-    CPUs of this process. BLAS is held to one thread inside. On CuPy the batch is one slice on one thread.
+    batch: a tuple of arrays, cut along axis 0 into micro-batches of `micro` images; draws: {name: array} of
+    what was drawn for it, cut likewise. loss_fn(*slice, **draws) is a mean over the slice's images, a Tensor
+    or (Tensor, parts): it is weighted by the slice's share. threads: Python threads that share the
+    micro-batches, by number (thread i takes i, i + threads, ...), each with a gradient buffer of its own,
+    added up in a fixed order: the same thread count gives the same bits. None: the CPUs of this process. BLAS
+    is held to one thread inside. On CuPy the batch is one slice on one thread.
     """
     params, draws = list(params), draws or {}
     flat = nn.flatten(params)
@@ -35,7 +36,8 @@ def loss_and_grads(loss_fn, params, batch, micro=16, threads=None, draws=None):
         views, results = flat.cut(buffer), []
         for cut in cuts[number::threads]:
             share = (cut.stop - cut.start) / size
-            out = loss_fn(*(array[cut] for array in batch), **{name: array[cut] for name, array in draws.items()})
+            out = loss_fn(*(array[cut] for array in batch),
+                          **{name: array[cut] for name, array in draws.items()})
             loss, parts = out if isinstance(out, tuple) else (out, {})
             expect(isinstance(loss, Tensor) and loss.shape == (), "loss_and_grads",
                    "loss_fn must return a scalar Tensor, or one and its parts")
@@ -63,8 +65,8 @@ def _batch_size(batch):
 
 
 def share_out(function, items, threads=None):
-    """[function(item) for item in items] on threads, BLAS held to one thread each. The first exception is raised when all have
-    ended: nothing goes on writing into arrays that the caller uses again."""
+    """[function(item) for item in items] on threads, BLAS held to one thread each. The first exception is
+    raised when all have ended: nothing goes on writing into arrays that the caller uses again."""
     prepare_cpu()
     threads = min(threads or cpu_count(), max(1, len(items)))
     with blas_threads(1):
@@ -80,7 +82,7 @@ def share_out(function, items, threads=None):
                 concurrent.futures.wait(futures)
 
 
-_pools = {}
+_pools: dict = {}
 
 
 def _pool(threads):

@@ -9,8 +9,8 @@ from . import checkpoint
 
 
 class Run:
-    """The files of a training run: history.jsonl, one line per logged step of any phase, and a checkpoint per phase, written
-    every `every` steps."""
+    """The files of a training run: history.jsonl, one line per logged step of any phase, and a checkpoint per
+    phase, written every `every` steps."""
 
     def __init__(self, folder, every=200):
         expect(every >= 1, "Run", f"a checkpoint every {every} steps, expected at least 1")
@@ -31,8 +31,8 @@ class Run:
             raise InputError(f"cannot write {self.history}: {error.strerror}") from error
 
     def forget(self, phase, step):
-        """Drop the history of `phase` from `step` on: what an interrupted run logged after its last checkpoint, and a last line
-        cut off by a crash."""
+        """Drop the history of `phase` from `step` on: what an interrupted run logged after its last
+        checkpoint, and a last line cut off by a crash."""
         if self.history.exists():
             lines = self.history.read_text().splitlines()
             kept = [line for line in lines if _earlier(line, phase, step)]
@@ -41,8 +41,9 @@ class Run:
                     file.writelines(line + "\n" for line in kept)
 
     def resume(self, phase, model, optimizer, header):
-        """Load the checkpoint of a phase, if there is one -> (step to go on from, the report so far, losses since the last
-        logged step). One that does not say what `header` says, recipe and all, is another run's, and refused."""
+        """Load the checkpoint of a phase, if there is one -> (step to go on from, the report so far, losses
+        since the last logged step). One that does not say what `header` says, recipe and all, is another
+        run's, and refused."""
         path, state = self.checkpoint(phase), fresh()
         if path.exists():
             there, _ = checkpoint.load(path)

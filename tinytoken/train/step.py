@@ -7,15 +7,15 @@ import numpy as np
 from ..backend import array_module, faster, out_of_memory, to_numpy
 from ..cost import recorded_macs
 from ..errors import InputError, expect
-from .infer import slice_size
+from .inference import slice_size
 from .optim import AdamW
 from .parallel import loss_and_grads
 
 
 @dataclasses.dataclass
 class Work:
-    """What the steps of a run are made of. task, batches, micro, threads, seed, offset: of `fit`. rates: the learning rate
-    of each step. advice: how a message about a loss that is no number ends."""
+    """What the steps of a run are made of. task, batches, micro, threads, seed, offset: of `fit`. rates: the
+    learning rate of each step. advice: how a message about a loss that is no number ends."""
     task: object
     batches: object
     optimizer: AdamW
@@ -35,15 +35,17 @@ class Work:
         return self.task.noise(size, step, self.seed, self.xp)
 
     def gradients(self, arrays, draws, micro, threads=None):
-        """`loss_and_grads` of a batch. Where it does not fit into memory, InputError with the largest that does: by
-        halving, tried."""
+        """`loss_and_grads` of a batch. Where it does not fit into memory, InputError with the largest that
+        does: by halving, tried."""
         size, reason, params = len(arrays[0]), None, self.optimizer.params
         while size:
             try:
-                part = tuple(array[:size] for array in arrays), {name: draw[:size] for name, draw in draws.items()}
+                part = tuple(array[:size] for array in arrays), {name: draw[:size] for name,
+                                                                 draw in draws.items()}
                 found = loss_and_grads(self.task, params, part[0], min(micro, size), threads, part[1])
                 expect(reason is None, "fit",
-                       f"a batch of {len(arrays[0])} images does not fit into memory, one of {size} does ({reason})")
+                       f"a batch of {len(arrays[0])} images does not fit into memory, one of {size} does "
+                       f"({reason})")
                 return found
             except Exception as error:
                 if not out_of_memory(error):
@@ -72,14 +74,15 @@ def stepper(work):
                 micro = slice_size(len(arrays[0]), work.threads, count)
         loss, parts = work.gradients(arrays, draws, micro, work.threads)
         on_host = isinstance(loss, float)  # else nobody looks yet
-        expect(not on_host or math.isfinite(loss), "fit", lambda: f"the loss is {loss} at step {step} {work.advice}")
+        expect(not on_host or math.isfinite(loss), "fit",
+               lambda: f"the loss is {loss} at step {step} {work.advice}")
         return loss, parts, work.optimizer.step(work.rates[step])
     return take
 
 
 class Losses:
-    """The losses of the steps since the last logged one. On a GPU nobody looks at one before it is needed: a look waits for
-    all work before it. advice: as of Work."""
+    """The losses of the steps since the last logged one. On a GPU nobody looks at one before it is needed: a
+    look waits for all work before it. advice: as of Work."""
 
     def __init__(self, recent, advice):
         self.recent, self.advice, self.unread = recent, advice, []
@@ -88,14 +91,17 @@ class Losses:
         self.unread.append((step, {"loss": loss, **parts}, norm))
 
     def read(self):
-        """Make the unread ones numbers: one copy from the device. InputError for a loss or norm that is not finite."""
+        """Make the unread ones numbers: one copy from the device. InputError for a loss or norm that is not
+        finite."""
         xp = array_module(self.unread[0][2])
         scalars = [xp.asarray(value) for _, losses, norm in self.unread for value in (*losses.values(), norm)]
         values = iter(to_numpy(xp.stack(scalars)).tolist())
         for step, losses, _ in self.unread:
             row, norm = {name: next(values) for name in losses}, next(values)
-            expect(math.isfinite(row["loss"]), "fit", lambda: f"the loss is {row['loss']} at step {step} {self.advice}")
-            expect(math.isfinite(norm), "fit", lambda: f"the gradient's norm is {norm} at step {step} {self.advice}")
+            expect(math.isfinite(row["loss"]), "fit",
+                   lambda: f"the loss is {row['loss']} at step {step} {self.advice}")
+            expect(math.isfinite(norm), "fit",
+                   lambda: f"the gradient's norm is {norm} at step {step} {self.advice}")
             self.recent.append(row)
         self.unread.clear()
 

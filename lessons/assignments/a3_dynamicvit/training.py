@@ -2,8 +2,8 @@
 import numpy as np
 
 import tinytoken as tt
-from tinytoken import compare
 from tinytoken.data import Batches, make_scenes, normalise
+from tinytoken.experiments import kept_on_object
 from tinytoken.models import DynamicViT, ViT
 from tinytoken.train import Classify, Distil, accuracy, fit, infer
 
@@ -35,7 +35,7 @@ def run(student, steps=(200, 100), pictures=(6000, 1000)):
         tt.ops.take_tokens = removed
         prepare = lambda images: normalise(images, batches.mean, batches.std)
         right = [100 * accuracy(infer(model, test.images, prepare, threads=1), test.labels) for model in (vit, dynamic)]
-        kept = compare.kept_on_object(dynamic, test, prepare, 4)
+        kept = kept_on_object(dynamic, test, prepare, 4)
         counted = tt.macs(dynamic, prepare(test.images[:1])).total
     finally:
         tt.ops.gumbel_softmax, tt.ops.take_tokens = theirs

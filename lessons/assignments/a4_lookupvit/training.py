@@ -11,7 +11,7 @@ from tinytoken.train import Classify, accuracy, fit, infer
 
 class AnyGrid(Classify):
     def noise(self, size, step, seed, xp):
-        return (np.full(size, np.random.default_rng((seed, step)).integers(2, 6)),)
+        return {"side": np.full(size, np.random.default_rng((seed, step)).integers(2, 6))}
 
     def __call__(self, images, labels, side):
         return lookupvit_loss(self.model(images, compressed=(int(side[0]),) * 2), labels)

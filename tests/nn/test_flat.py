@@ -18,16 +18,20 @@ def test_flatten_lays_parameters_and_gradients_into_views_by_group():
     loss_of(model).backward()
     gradients = {name: p.grad.copy() for name, p in model.named_parameters()}
     flat = nn.flatten(params)
-    assert flat.data.shape == flat.grad.shape == (sum(-(-p.size // 64) * 64 for p in params),) and flat.data.dtype == np.float32
+    assert flat.data.shape == flat.grad.shape == (sum(-(-p.size // 64) * 64 for p in params),)
+    assert flat.data.dtype == np.float32
     assert [s[2:] for s in flat.segments] == [(0.1, False), (0.1, True), (1.0, False), (1.0, True)]
-    assert flat.segments[0][0] == 0 and all(0 <= b[0] - a[1] < 64 for a, b in zip(flat.segments, flat.segments[1:]))
-    address = lambda view, buffer: (view.__array_interface__["data"][0] - buffer.__array_interface__["data"][0]) // 4
+    assert flat.segments[0][0] == 0
+    assert all(0 <= b[0] - a[1] < 64 for a, b in zip(flat.segments, flat.segments[1:]))
+    address = lambda view, buffer: (view.__array_interface__["data"][0]
+                                    - buffer.__array_interface__["data"][0]) // 4
     covered = np.zeros(flat.data.size, int)
     for name, p in model.named_parameters():
         assert np.array_equal(p.data, before[name]) and np.array_equal(p.grad, gradients[name])
         start = address(p.data, flat.data)
         assert p.data.flags.c_contiguous and address(p.grad, flat.grad) == start and start % 64 == 0
-        assert [s[2:] for s in flat.segments if s[0] <= start and start + p.size <= s[1]] == [(p.lr_scale, p.decay)]
+        around = [s[2:] for s in flat.segments if s[0] <= start and start + p.size <= s[1]]
+        assert around == [(p.lr_scale, p.decay)]
         covered[start:start + p.size] += 1
     gaps = covered == 0
     assert covered.max() == 1 and gaps.any() and not flat.data[gaps].any() and not flat.grad[gaps].any()
@@ -47,9 +51,11 @@ def test_cut_reads_a_buffer_as_the_parameters():
     flat = nn.flatten(model.parameters())
     moments = np.arange(float(flat.data.size))
     views = flat.cut(moments)
-    assert [v.shape for v in views] == [p.shape for p in model.parameters()] and all(np.shares_memory(v, moments) for v in views)
+    assert [v.shape for v in views] == [p.shape for p in model.parameters()]
+    assert all(np.shares_memory(v, moments) for v in views)
     numbers = np.concatenate([v.ravel() for v in views])
-    assert len(set(numbers)) == len(numbers) == model.parameter_count() and all(v.ravel()[0] % 64 == 0 for v in views)
+    assert len(set(numbers)) == len(numbers) == model.parameter_count()
+    assert all(v.ravel()[0] % 64 == 0 for v in views)
     assert all(np.array_equal(v, p.data) for v, p in zip(flat.cut(flat.data), model.parameters()))
 
 
@@ -107,7 +113,8 @@ def test_a_deep_copy_shares_nothing(make):
     assert not flat.holds(twin.parameters()) and flat.holds(model.parameters())
     assert [n for n, _ in twin.named_parameters()] == list(before)
     for p, q in zip(model.parameters(), twin.parameters()):
-        assert not np.shares_memory(p.data, q.data) and q.flat is None and q.grad is None and type(q) is nn.Parameter
+        assert not np.shares_memory(p.data, q.data) and q.flat is None and q.grad is None
+        assert type(q) is nn.Parameter
         assert (p.lr_scale, p.decay, p.requires_grad) == (q.lr_scale, q.decay, q.requires_grad)
         q.data += 1
     assert all(np.array_equal(p.data, before[name]) for name, p in model.named_parameters())

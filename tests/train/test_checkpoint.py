@@ -1,8 +1,5 @@
-"""Checkpoints: whole or not at all, whatever happens while they are written; refused by name where they cannot be used."""
-import errno
+"""Checkpoints: what is read back is what was saved, and what cannot be used is refused by name."""
 import json
-import os
-import stat
 import zipfile
 
 import numpy as np
@@ -10,98 +7,10 @@ import pytest
 
 import tinytoken as tt
 from small import each_model, refuses
-from tiny import SIZES, bits, dynamicvit, python, vit
-from tinytoken import checkpoint
+from tiny import SIZES, PowerCut, at_step, bits, dynamicvit, power_cut, train, vit
+from tinytoken import models, nn
 from tinytoken.models import LookupViT, ViT
-from tinytoken.optim import AdamW
-
-
-def left_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-# Written whole
-
-def fails(name, code):
-    def raise_it(*_, **__):
-        raise OSError(code, os.strerror(code))
-    return lambda monkeypatch: monkeypatch.setattr(os, name, raise_it)
-
-
-FAILURES = {"disk full at the flush": (fails("fsync", errno.ENOSPC), "No space left on device"),
-            "read-only at the rename": (fails("replace", errno.EROFS), "Read-only file system")}
-
-
-@pytest.mark.parametrize("fail, reason", FAILURES.values(), ids=FAILURES)
-def test_a_failing_write_leaves_the_old_file_and_nothing_else(fail, reason, tmp_path, monkeypatch):
-    path = tmp_path / "model.npz"
-    checkpoint.save(path, vit()[0], step=1)
-    old = path.read_bytes()
-    fail(monkeypatch)
-    with refuses(f"cannot write {path}: {reason}"):
-        checkpoint.save(path, dynamicvit()[0], step=2)
-    with refuses(f"cannot write {tmp_path / 'other.json'}: {reason}"):
-        checkpoint.write_json(tmp_path / "other.json", {})
-    assert path.read_bytes() == old and left_in(tmp_path) == ["model.npz"]
-
-
-FULL_DISK = """
-import resource, sys, tinytoken as tt
-model = tt.models.ViT(8, 4, 64, 2, 2)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    tt.checkpoint.save(sys.argv[1], model)
-except tt.InputError as error:
-    print(error)
-"""
-
-
-def test_a_disk_that_fills_up_in_the_middle_of_a_checkpoint(tmp_path):
-    """Really: the system refuses to let a file grow beyond 100 kB."""
-    path = tmp_path / "model.npz"
-    checkpoint.save(path, vit()[0])
-    old = path.read_bytes()
-    out, err = python("-c", FULL_DISK, path).communicate(timeout=60)
-    assert (out, err) == (f"cannot write {path}: File too large\n", "")
-    assert path.read_bytes() == old and left_in(tmp_path) == ["model.npz"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_replacing_passes_on_what_is_no_fault_of_the_disk(error, tmp_path):
-    with pytest.raises(error), checkpoint.replacing(tmp_path / "a.txt", "w") as file:
-        file.write("half")
-        raise error
-    assert left_in(tmp_path) == []
-
-
-def test_replacing_makes_folders_and_an_ordinary_file(tmp_path):
-    path = tmp_path / "a" / "b" / "c.json"
-    checkpoint.write_json(path, {"x": [1, 2.5]})
-    checkpoint.write_json(path, {"x": [1, None]})
-    assert json.loads(path.read_text()) == {"x": [1, None]} and path.read_text().endswith("}\n")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644 and left_in(path.parent) == ["c.json"]
-
-
-def test_the_new_file_is_not_seen_before_it_is_whole(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with checkpoint.replacing(path, "w") as file:
-        file.write("new")
-        file.flush()
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-
-
-@pytest.mark.parametrize("place", ["file/model.npz", "file/deep/model.npz", "folder", "/proc/tinytoken/model.npz"])
-def test_a_place_that_cannot_be_written(place, tmp_path):
-    """Permissions are not asked: root, who may run the tests, has all of them."""
-    (tmp_path / "file").write_text("no folder")
-    (tmp_path / "folder").mkdir()
-    path = tmp_path / place
-    reasons = "File exists|Not a directory|Is a directory|No such file or directory"
-    with pytest.raises(tt.InputError, match=rf"^cannot write {path}: ({reasons})$"):
-        checkpoint.save(path, vit()[0])
-    assert left_in(tmp_path) == ["file", "folder"] and left_in(tmp_path / "folder") == []
+from tinytoken.train import AdamW, Run, checkpoint
 
 
 # Read back
@@ -115,10 +24,83 @@ def test_load_model_gives_the_same_logits(make, tmp_path):
         checkpoint.save(tmp_path / "m.npz", model, classes=["a", "b"], mean=(0.1, 0.2, 0.3))
         again, header = checkpoint.load_model(tmp_path / "m.npz")
         assert type(again) is type(model) and again.config == model.config and again.dtype == dtype
-        assert header["classes"] == ["a", "b"] and header["mean"] == [0.1, 0.2, 0.3] and header["model"] == type(model).__name__
+        assert header["classes"] == ["a", "b"] and header["mean"] == [0.1, 0.2, 0.3]
+        assert header["model"] == type(model).__name__
         images = np.random.default_rng(1).standard_normal((3, 3, 8, 8)).astype(dtype)
-        assert model.eval()(images).data.tobytes() == again.eval()(images).data.tobytes()
+        assert model.eval()(images).logits.data.tobytes() == again.eval()(images).logits.data.tobytes()
         assert bits(again) == bits(model)
+
+
+def without(path, *options, **changes):
+    """The checkpoint as a version that did not know these options would have left it."""
+    header, groups = checkpoint.load(path)
+    header["config"] = {name: value for name, value in header["config"].items()
+                        if name not in options} | changes
+    write_header(path, header, **{f"{group}/{name}": array for group, arrays in groups.items()
+                                  for name, array in arrays.items()})
+
+
+def test_an_option_that_a_checkpoint_does_not_name_has_its_default(tmp_path):
+    """What is newer than the checkpoint: it is loaded, gone on with, and refused where the option is
+    another."""
+    path, model = tmp_path / "m.npz", vit()[0]
+    optimizer = AdamW(model.parameters())
+    checkpoint.save(path, model, optimizer, step=3)
+    without(path, "pool", "channels")
+    again, _ = checkpoint.load_model(path)
+    assert bits(again) == bits(model) and again.config == model.config
+    twin, _ = vit()
+    twin.head.bias.data += 1
+    checkpoint.restore(path, twin, AdamW(twin.parameters()))
+    assert bits(twin) == bits(model)
+    other = ViT(**SIZES, pool="mean")
+    with pytest.raises(tt.InputError, match=r"holds ViT\(image_size=8, .*\), expected ViT\(.*pool=mean\)$"):
+        checkpoint.restore(path, other)
+    without(path, depth=2)  # and what it does name has to agree
+    with pytest.raises(tt.InputError, match=r"holds ViT\(.*depth=2.*\), expected ViT\(.*depth=1.*\)$"):
+        checkpoint.restore(path, twin)
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_a_newer_option(tmp_path):
+    with pytest.raises(PowerCut):
+        train(at_step(dynamicvit, 7, power_cut), Run(tmp_path, every=4))
+    without(tmp_path / "train.npz", "official", "mlp_ratio")
+    model, _ = train(dynamicvit, Run(tmp_path, every=4))
+    assert bits(model) == bits(train(dynamicvit)[0])
+
+
+def test_a_rectangle_comes_back(tmp_path):
+    model = LookupViT(**SIZES | {"image_size": (8, 12)}, compressed=(2, 3))
+    checkpoint.save(tmp_path / "m.npz", model)
+    again, header = checkpoint.load_model(tmp_path / "m.npz")
+    assert again.config == model.config and again.config.image_size == (8, 12) and bits(again) == bits(model)
+    assert header["config"]["image_size"] == [8, 12] and header["config"]["compressed"] == [2, 3]
+    checkpoint.restore(tmp_path / "m.npz", model)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_registered_model_is_saved_and_loaded(name, tmp_path):
+    model = models.create(name, **SIZES | {"depth": 6, "image_size": 16})
+    checkpoint.save(tmp_path / "m.npz", model, step=1)
+    again, header = checkpoint.load_model(tmp_path / "m.npz")
+    assert type(again) is type(model) and again.config == model.config and bits(again) == bits(model)
+    checkpoint.restore(tmp_path / "m.npz", model)
+
+
+def test_a_module_that_has_no_config_is_kept_by_its_class(tmp_path):
+    """A task's head on another model, say: there is nothing to make it from, and nothing else to compare."""
+    class Head(nn.Module):
+        def __init__(self, model):
+            self.model, self.head = model, nn.Linear(8, 2)
+    checkpoint.save(tmp_path / "m.npz", Head(vit()[0]))
+    other = Head(ViT(**SIZES))
+    other.head.weight.data += 1
+    checkpoint.restore(tmp_path / "m.npz", other)
+    assert (other.head.weight.data == 0).all()
+    with pytest.raises(tt.InputError, match=r"holds a 'Head', expected one of vit, "):
+        checkpoint.load_model(tmp_path / "m.npz")
+    with pytest.raises(tt.InputError, match=r"holds Head\(\), expected Linear\(\)$"):
+        checkpoint.restore(tmp_path / "m.npz", nn.Linear(8, 2))
 
 
 def test_sizes_that_are_numpy_numbers(tmp_path):
@@ -180,17 +162,22 @@ FOREIGN = {
                     r"is not a 'tinytoken checkpoint 1' \(its header says None\)"),
     "another format": (lambda path, data: write_header(path, GOOD | {"format": "tinytoken checkpoint 9"}),
                        r"is not a 'tinytoken checkpoint 1' \(its header says 'tinytoken checkpoint 9'\)"),
-    "no model": (lambda path, data: write_header(path, {"format": checkpoint.FORMAT}), "does not say its model and config"),
-    "a list": (lambda path, data: write_header(path, [1]), r"is not a readable checkpoint \(AttributeError: .*"),
-    "not JSON": (lambda path, data: np.savez(path, header=np.array("{")), r"is not a readable checkpoint \(JSONDecodeError: .*"),
+    "no model": (lambda path, data: write_header(path, {"format": checkpoint.FORMAT}),
+                 "does not say its model and config"),
+    "a list": (lambda path, data: write_header(path, [1]),
+               r"is not a readable checkpoint \(AttributeError: .*"),
+    "not JSON": (lambda path, data: np.savez(path, header=np.array("{")),
+                 r"is not a readable checkpoint \(JSONDecodeError: .*"),
     "pickled": (lambda path, data: np.savez(path, header=np.array([{}], dtype=object)),
-                r"is not a readable checkpoint \(ValueError: Object arrays cannot be loaded when allow_pickle=False\)"),
+                r"is not a readable checkpoint \(ValueError: Object arrays cannot be loaded when "
+                r"allow_pickle=False\)"),
     "other arrays": (lambda path, data: write_header(path, GOOD, **{"other/x": np.ones(2)}),
                      r"is not a readable checkpoint \(KeyError: 'other'\)"),
     "another model": (lambda path, data: write_header(path, GOOD | {"model": "ResNet"}),
-                      "holds a 'ResNet', expected one of ViT, DynamicViT, LookupViT"),
+                      f"holds a 'ResNet', expected one of {', '.join(models.names())}"),
     "an option of tomorrow": (lambda path, data: write_header(path, GOOD | {"config": {"registers": 4}}),
-                              "does not describe a ViT: .* unexpected keyword argument 'registers'"),
+                              r"does not describe a ViT: ViT: got an unexpected keyword argument "
+                              r"'registers'; it takes .*"),
 }
 
 
@@ -204,12 +191,14 @@ def test_a_file_that_is_no_checkpoint(write, text, saved):
 def test_a_missing_file_and_a_folder(tmp_path):
     with refuses(f"checkpoint: {tmp_path / 'none.npz'} does not exist"):
         checkpoint.load(tmp_path / "none.npz")
-    with pytest.raises(tt.InputError, match=rf"^checkpoint: {tmp_path} is not a readable checkpoint \(IsADirectoryError"):
+    with pytest.raises(tt.InputError,
+                       match=rf"^checkpoint: {tmp_path} is not a readable checkpoint \(IsADirectoryError"):
         checkpoint.load(tmp_path)
 
 
 def test_any_byte_of_a_checkpoint_may_be_wrong(saved):
-    """150 files with a few bytes changed, most in the directory at the end: each is read in full, or refused as an InputError."""
+    """150 files with a few bytes changed, most in the directory at the end: each is read in full, or refused
+    as an InputError."""
     data, rng, read = saved.read_bytes(), np.random.default_rng(0), 0
     for i in range(150):
         bad = bytearray(data)
@@ -229,7 +218,8 @@ def test_restore_refuses_another_model_and_changes_nothing(saved):
               r"ViT\(.*dim=12.*\)": ViT(**SIZES | {"dim": 12})}
     for text, other in others.items():
         optimizer, before = AdamW(other.parameters()), bits(other)
-        with pytest.raises(tt.InputError, match=rf"^checkpoint: {saved} holds ViT\(.*dim=8.*\), expected {text}$"):
+        with pytest.raises(tt.InputError,
+                           match=rf"^checkpoint: {saved} holds ViT\(.*dim=8.*\), expected {text}$"):
             checkpoint.restore(saved, other, optimizer)
         assert bits(other) == before and optimizer.steps == 0
 
@@ -238,14 +228,16 @@ def test_restore_refuses_another_kind_of_the_same_size(tmp_path):
     class Twin(ViT):
         pass
     checkpoint.save(tmp_path / "m.npz", Twin(**SIZES))
-    with pytest.raises(tt.InputError, match=r"holds Twin\(image_size=8, .*\), expected ViT\(image_size=8, .*\)$"):
+    with pytest.raises(tt.InputError,
+                       match=r"holds Twin\(image_size=8, .*\), expected ViT\(image_size=8, .*\)$"):
         checkpoint.restore(tmp_path / "m.npz", ViT(**SIZES))
 
 
 def test_restore_refuses_a_finished_model_where_moments_are_wanted(saved):
     model = ViT(**SIZES)
     before = bits(model)
-    with refuses(f"checkpoint: {saved} holds no optimiser moments: it is a finished model, not a run to go on with"):
+    with refuses(f"checkpoint: {saved} holds no optimiser moments: it is a finished model, not a run to go "
+                 f"on with"):
         checkpoint.restore(saved, model, AdamW(model.parameters()))
     assert bits(model) == before
     assert checkpoint.restore(saved, model)["step"] == 2 and bits(model) == bits(vit()[0])
@@ -256,7 +248,8 @@ def test_restore_refuses_moments_of_another_dtype_and_changes_nothing(tmp_path):
     checkpoint.save(tmp_path / "m.npz", model, AdamW(model.parameters()))
     double = ViT(**SIZES).astype("float64")
     before = bits(double)
-    with pytest.raises(tt.InputError, match=r"^AdamW: moments m \(\d+,\) float32, expected \(\d+,\) float64$"):
+    with pytest.raises(tt.InputError,
+                       match=r"^AdamW: moments m \(\d+,\) float32, expected \(\d+,\) float64$"):
         checkpoint.restore(tmp_path / "m.npz", double, AdamW(double.parameters()))
     assert bits(double) == before
 

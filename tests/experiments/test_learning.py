@@ -1,13 +1,15 @@
-"""The main job at a small size, from pictures to table: the models learn, and what they drop and keep makes sense."""
+"""The main job at a small size, from pictures to table: the models learn, and what they drop and keep makes
+sense."""
 import numpy as np
 import pytest
 
-from tinytoken import compare
+from tinytoken.experiments import Recipe, compare
 
 
 @pytest.mark.slow
 def test_all_three_models_learn_the_scenes(tmp_path):
-    recipe = compare.Recipe(steps=480, batch=32, dim=48, depth=4, prune_before=(1, 2, 3), train_pictures=4000, test_pictures=500)
+    recipe = Recipe(steps=480, batch=32, dim=48, depth=4, prune_before=(1, 2, 3), train_pictures=4000,
+                    test_pictures=500)
     table, _ = compare.run(recipe, tmp_path, device="cpu", bar=False)
     reached = {row["model"]: row["accuracy"] for row in table["rows"]}
     macs = {row["model"]: row["macs"] for row in table["rows"]}
@@ -15,4 +17,5 @@ def test_all_three_models_learn_the_scenes(tmp_path):
     assert reached["DynamicViT"] > reached["ViT"] - 0.1
     assert macs["DynamicViT"] < 0.7 * macs["ViT"] and macs["LookupViT"] < 0.6 * macs["ViT"]
     kept = table["kept_on_object"]
-    assert np.all(np.diff([kept["all"], *kept["stages"]]) > 0), "more object than chance, and than in the stage before"
+    more = np.diff([kept["all"], *kept["stages"]])
+    assert np.all(more > 0), "more object than chance, and than in the stage before"

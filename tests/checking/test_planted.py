@@ -1,4 +1,5 @@
-"""gradcheck catches every planted mistake, calls it by its kind, and raises no false alarm on the right ops."""
+"""gradcheck catches every planted mistake, calls it by its kind, and raises no false alarm on the right
+ops."""
 import functools
 
 import numpy as np
@@ -9,17 +10,20 @@ from tinytoken import GradientError, ops
 from tinytoken.checking import gradcheck
 
 ALL = {p.name: p for p in CATALOGUE}
-RIGHT = {(p.right.name, str(p.settings), len(p.inputs(np.random.default_rng(0)))): p for p in CATALOGUE + STRAIGHT_THROUGH}
+RIGHT = {(p.right.name, str(p.settings), len(p.inputs(np.random.default_rng(0)))): p
+         for p in CATALOGUE + STRAIGHT_THROUGH}
 
 
 def check(planted, function, seed=0, **settings):
-    return gradcheck(planted.call(function), *planted.inputs(np.random.default_rng(seed)), seed=seed, **settings)
+    return gradcheck(planted.call(function), *planted.inputs(np.random.default_rng(seed)), seed=seed,
+                     **settings)
 
 
 def test_the_catalogue_covers_every_family():
     assert len(CATALOGUE) == len(ALL) >= 40
     families = {p.right.module for p in CATALOGUE}
-    assert {f"tinytoken.ops.{f}" for f in "arithmetic shape dense norm activation attend select grid loss".split()} <= families
+    assert {f"tinytoken.ops.{f}"
+            for f in "arithmetic shape dense norm activation attend select grid loss".split()} <= families
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -42,16 +46,19 @@ def test_every_mistake_is_caught_for_other_seeds(seed):
 def test_no_false_alarm_on_100_seeds_of_the_right_ops(seeds):
     for planted in RIGHT.values():
         for seed in seeds:
-            check(planted, planted.right, seed, max_elements=512 if seed < 10 else 6)  # the others by sample and direction
+            # the others by sample and direction
+            check(planted, planted.right, seed, max_elements=512 if seed < 10 else 6)
 
 
 def straight_through(planted, function, seed=0):
-    """The check of a hard sample: its soft path by differences, then the same gradient from the hard output, exactly."""
+    """The check of a hard sample: its soft path by differences, then the same gradient from the hard output,
+    exactly."""
     inputs = planted.inputs(np.random.default_rng(seed))
     gradcheck(planted.call(function), *inputs)
     upstream = np.random.default_rng(seed + 1).standard_normal(inputs[0].shape)
     soft, hard = (gradients(function, inputs, upstream, **planted.settings, hard=h) for h in (False, True))
-    assert all(np.array_equal(s, h) for s, h in zip(soft, hard)), "the hard output's gradient is not the soft one's"
+    assert all(np.array_equal(s, h)
+               for s, h in zip(soft, hard)), "the hard output's gradient is not the soft one's"
 
 
 def test_straight_through_has_the_soft_gradient_exactly():

@@ -1,0 +1,224 @@
+"""Every option of every model, in every precision, with the kernels in place against the plain ops: a
+training step's loss and gradients, and what the model answers. Whatever is offered is listed here, or the
+first tests fail: a model, an option, a choice of an option, an argument of a call."""
+import dataclasses
+import functools
+import inspect
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+import tinytoken as tt
+from tinytoken.backend import module_for, products_in, to_device, to_numpy
+from tinytoken.cuda.gemm import PRECISIONS
+from tinytoken.cuda.weights import Weights
+from tinytoken.models import Sizes, ViT, lookupvit, model
+from tinytoken.tasks import task as tasks
+from tinytoken.train import loss_and_grads
+
+MODELS = {name: kind for name, kind in model.items() if kind.__module__.startswith("tinytoken.")}
+SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2, num_classes=3)  # 16 patches
+
+# The options that a model has, of these, are what it is tried with first ...
+FIRST = {"prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r": 2}
+# ... and then each of these, if it has all of its options. drop_path is the task's.
+LOOKUP = [dict(zip(("reuse", "norm", "classifiers"), values))
+          for values in itertools.product(lookupvit.REUSE, ("qk", "pre"), ("both", "compressed"))]
+CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"qkv_bias": False},
+           {"pool": "mean"}, {"official": True},
+           {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4)},
+           {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4), "official": True},
+           {"compressed": (1, 1)}, {"compressed": (3, 2)}, {"compressed": (4, 4)}, {"lookup_mlp_ratio": 1.0},
+           {"r": 0}, {"r": (3, 0)}, {"r": 8}, *LOOKUP]
+# Arguments of a model's call, by the modes in which they are tried; the task gives the others.
+EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"}]
+TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)}]
+BY_TASK = {"noise", "paths"}
+
+
+def options(kind):
+    """{name: field} of what its configuration has beside the sizes of all models."""
+    common = {field.name for field in dataclasses.fields(Sizes)} - {"image_size", "channels"}
+    return {field.name: field for field in dataclasses.fields(kind.Config) if field.name not in common}
+
+
+def cases(name):
+    """The changes that a model is tried with."""
+    known = {field.name for field in dataclasses.fields(MODELS[name].Config)} | {"drop_path"}
+    return [change for change in CHANGES if change.keys() <= known]
+
+
+def by_default(name, change, precision):
+    """Whether a case is in the default run: in bf16, of every configuration the first model, and of LOOKUP a
+    half with all pairs of reuse and norm; of the rest what comes first."""
+    config = MODELS[name].Config
+    first = name == next(other for other, kind in MODELS.items() if kind.Config is config)
+    half = change not in LOOKUP or sum(LOOKUP.index(change) // n for n in (1, 2, 4)) % 2 == 0
+    return not change or precision == "bf16" and first and half
+
+
+def label(name, change):
+    return " ".join([name, *(f"{option}={value}" for option, value in change.items())]).replace(" ", "-")
+
+
+def configured(name, change):
+    """Its configuration."""
+    mine = {option: value for option, value in FIRST.items() if option in options(MODELS[name])}
+    return SIZES | mine | {option: value for option, value in change.items() if option != "drop_path"}
+
+
+# Nothing is left out
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_option_is_tried_with_every_choice(name):
+    tried = values_of(name, cases(name))
+    assert {option for option, values in tried.items() if len(values) < 2} == set(), "list them in CHANGES"
+    for option, field in options(MODELS[name]).items():
+        if field.type is str:
+            with pytest.raises(tt.InputError) as refused:
+                tt.models.create(name, **configured(name, {option: "?"}))
+            assert tried[option] == choices(str(refused.value)), f"{option}: list all in CHANGES"
+
+
+def values_of(name, changes):
+    """{option: its values} in these cases of a model, as text."""
+    return {option: {str(configured(name, change).get(option, field.default)) for change in changes}
+            for option, field in options(MODELS[name]).items()}
+
+
+def test_the_default_run_has_every_choice_in_bf16():
+    for config in {kind.Config for kind in MODELS.values()}:
+        name = next(name for name, kind in MODELS.items() if kind.Config is config)
+        often = [change for change in cases(name) if by_default(name, change, "bf16")]
+        assert values_of(name, often) == values_of(name, cases(name))
+
+
+def choices(message):
+    """What a message says is expected."""
+    return set(re.split(", | or ", re.search(r"expected (?:one of )?(.*)", message)[1]))
+
+
+def test_choices_are_read_off_the_message():
+    assert choices("ViT: pool '?', expected token or mean") == {"token", "mean"}
+    assert choices("LookupViT: reuse '?', expected one of a, b, c") == {"a", "b", "c"}
+
+
+def test_every_change_is_of_some_model():
+    assert [change for change in CHANGES if not any(change in cases(name) for name in MODELS)] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_argument_of_a_call_is_tried(name):
+    tried = BY_TASK | {argument for call in EVAL_CALLS + TRAIN_CALLS for argument in call}
+    assert arguments(MODELS[name]) <= tried, "list them in EVAL_CALLS or TRAIN_CALLS"
+
+
+def arguments(kind):
+    """The arguments of its call beside the pictures: what it hands on (**options), the class above takes."""
+    found = set()
+    for owner in kind.__mro__:
+        if "forward" in vars(owner):
+            parameters = inspect.signature(owner.forward).parameters.values()
+            found |= {p.name for p in parameters if p.kind != p.VAR_KEYWORD}
+            if all(p.kind != p.VAR_KEYWORD for p in parameters):
+                break
+    return found - {"self", "images"}
+
+
+# What is tried
+
+def made(name, change, seed=0):
+    """(task, batch, draws), on the device."""
+    tt.manual_seed(seed)
+    config = configured(name, change)
+    network = tt.models.create(name, **config).to("cuda")
+    kind, rng = tasks.pick(network.task), np.random.default_rng(1)
+    sizes = {option: config[option] for option in (*SIZES, "channels") if option in config}
+    teacher = (ViT(**sizes).to("cuda"),) if kind.taught else ()
+    task = kind(network, *teacher, smoothing=0.1, drop_path=change.get("drop_path", 0.0))
+    height, width = tt.nn.both_sides(config["image_size"])
+    images = rng.standard_normal((3, network.config.channels, height, width)).astype("float32")
+    batch = [to_device(array, "cuda") for array in (images, rng.integers(0, 3, 3))]
+    return task, batch, task.noise(3, 0, 0, module_for("cuda"))
+
+
+def trained(name, change, precision):
+    """A training step's loss and gradients {name: array}, as `fit` computes them: see cuda.capture."""
+    task, batch, draws = made(name, change)
+    params = task.model.train().parameters()
+    with products_in(precision, "cuda"), Weights(tt.nn.flatten(params)).in_use():
+        loss, _ = loss_and_grads(task, params, batch, draws=draws)
+    return float(loss), {n: to_numpy(p.grad) for n, p in task.model.named_parameters()}
+
+
+def answered(name, change, precision):
+    """{mode and call: logits} of all calls, and of those with trace=True the weights."""
+    task, (images, _), draws = made(name, change)
+    network, found = task.model, {}
+    for training, calls in ((False, EVAL_CALLS), (True, TRAIN_CALLS)):
+        for call in calls:
+            if not call.keys() <= arguments(type(network)) or refused(network, call):
+                continue
+            call = call | {argument: halves(network) for argument, value in call.items() if value == "half"}
+            # in eval mode the draw of RandomTokens depends on every bit
+            drawn = draws if training or name == "randomtokens" else {}
+            with products_in(precision, "cuda"), tt.no_grad():
+                out = network.train(training)(images, **drawn, **call)
+            where = ("train" if training else "eval", *call)
+            found |= {(*where, "logits"): out.logits.numpy()} | {
+                (*where, i): weights.numpy() for i, weights in enumerate(out.attention)}
+    return found
+
+
+def refused(network, call):
+    """Whether this model has no such call: two heads' mean of one head, a larger grid than the pictures'."""
+    grid = network.patch_embed.grid
+    return ("mean_of_heads" in call and network.config.classifiers != "both"
+            or "compressed" in call and not all(n <= most for n, most in zip(call["compressed"], grid)))
+
+
+def halves(network):
+    """Forced decisions, a mask per stage: as many patches are kept in every image, and not the same."""
+    rng, shape = np.random.default_rng(2), (3, network.num_patches)
+    places = to_device(rng.permuted(np.broadcast_to(np.arange(shape[1]), shape), axis=1), "cuda")
+    return [places < count for count in network.counts]
+
+
+LOSS = {"fp32": 2e-5, "tf32": 2e-3, "bf16": 0.01}  # relative gaps that are allowed
+LARGEST = {"fp32": 1e-4, "tf32": 0.02, "bf16": 0.05}  # of the largest gradient of a layer, or of the logits
+
+
+@functools.cache
+def plain(function, name, number):
+    with tt.plain():
+        return function(name, cases(name)[number], "fp32")
+
+
+CASES = [pytest.param(name, number, precision, id=label(name, change) + f"-{precision}",
+                      marks=[] if by_default(name, change, precision) else pytest.mark.slow)
+         for name in MODELS for number, change in enumerate(cases(name)) for precision in PRECISIONS]
+
+
+@pytest.mark.parametrize("name, number, precision", CASES)
+def test_a_step_is_near_the_plain_one(name, number, precision, there):
+    loss, gradients = trained(name, cases(name)[number], precision)
+    assert any(kernel.startswith("bf16_") for kernel, *_ in there) == (precision == "bf16")
+    expected, plain_gradients = plain(trained, name, number)
+    assert loss == pytest.approx(expected, rel=LOSS[precision]) and gradients.keys() == plain_gradients.keys()
+    layer, largest = lambda parameter: parameter.rpartition(".")[0], {}
+    for n, g in plain_gradients.items():  # a bias of keys has none: no softmax sees what they have in common
+        largest[layer(n)] = max(largest.get(layer(n), 1e-5), np.abs(g).max())
+    for n, g in gradients.items():
+        tolerance = LARGEST[precision] * largest[layer(n)]
+        np.testing.assert_allclose(g, plain_gradients[n], rtol=0, atol=tolerance, err_msg=n)
+
+
+@pytest.mark.parametrize("name, number, precision", CASES)
+def test_answers_are_near_the_plain_ones(name, number, precision, there):
+    found, expected = answered(name, cases(name)[number], precision), plain(answered, name, number)
+    assert found.keys() == expected.keys() and ("eval", "trace", 1) in found
+    for what, one in expected.items():
+        tolerance = LARGEST[precision] * np.abs(one).max()
+        np.testing.assert_allclose(found[what], one, rtol=0, atol=tolerance, err_msg=str(what))

@@ -1,0 +1,32 @@
+"""Means, spreads and intervals, as numbers and as text."""
+import numpy as np
+import pytest
+
+from tinytoken.experiments import difference, interval_text, spread_text
+
+
+def test_difference_is_paired_with_students_interval():
+    rng = np.random.default_rng(0)
+    right = [rng.random(1000) < 0.8 for _ in range(3)]
+    worse = [a & (rng.random(1000) < share) for a, share in zip(right, (0.99, 0.98, 0.97))]
+    gaps = [100 * (b.mean() - a.mean()) for a, b in zip(right, worse)]
+    middle, low, high = difference(worse, right)
+    assert middle == pytest.approx(np.mean(gaps)) and high - middle == pytest.approx(middle - low)
+    assert high - middle == pytest.approx(4.303 * np.std(gaps, ddof=1) / 3 ** 0.5, rel=1e-3)
+    middle, low, high = difference(worse[:1], right)  # as many seeds as both have: over the pictures then
+    share = -gaps[0] / 100
+    assert middle == pytest.approx(gaps[0])
+    assert high - middle == pytest.approx(1.96 * 100 * (share * (1 - share) / 1000) ** 0.5)
+
+
+@pytest.mark.parametrize("values, form, text", [
+    ([3.0], ".1f", "3.0"), ([1.0, 2.0, 3.0], "+.1f", "+2.0 ± 1.0"), ([0.25, 0.5], ".3f", "0.375 ± 0.177"),
+    ([1.0, None, 3.0], ".1f", "2.0 ± 1.4 (2 of 3)"), ([None, 4.0], ".1f", "4.0 (1 of 2)"),
+    ([None, None], ".1f", "not known")])
+def test_mean_and_spread_as_text(values, form, text):
+    assert spread_text(values, form) == text
+
+
+def test_a_difference_and_its_interval_as_text():
+    assert interval_text(-1.1, -1.92, 0.29) == "-1.1 [-1.9, +0.3]"
+    assert interval_text(0.0, 0.0, 0.0) == "+0.0 [+0.0, +0.0]"

@@ -1,0 +1,137 @@
+"""lessons/report.py writes the measured parts of the pages from the committed JSON; what it lacks it says."""
+import json
+import pathlib
+import shutil
+
+import pytest
+
+import tinytoken as tt
+from lessons import report
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "lessons" / "results"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the pages, the lessons and their results."""
+    other = shutil.ignore_patterns("*.png", "__pycache__", "assignments")
+    shutil.copytree(ROOT / "lessons", tmp_path / "lessons", ignore=other)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def test_it_rewrites_what_was_typed_and_nothing_else(checkout):
+    pages = {checkout / page: (ROOT / page).read_text() for page in report.PAGES}
+    for path, text in pages.items():
+        typed = text.replace("| ViT |", "| ViT, improved |")
+        assert typed != text
+        path.write_text(typed)
+    assert report.write(checkout) == list(report.PAGES)
+    assert all(path.read_text() == text for path, text in pages.items())
+    assert report.write(checkout) == []
+
+
+@pytest.mark.parametrize("page", report.PAGES)
+def test_what_it_cannot_know_is_refused_and_no_page_is_written(page, checkout):
+    before = {name: "<!-- measured: scenes -->\ntyped\n<!-- /measured -->" for name in report.PAGES}
+
+    def refused(message, **texts):
+        for name, text in (before | texts).items():
+            (checkout / name).write_text(text)
+        with pytest.raises(tt.InputError, match=message):
+            report.write(checkout)
+        assert all((checkout / name).read_text() == text for name, text in (before | texts).items())
+    refused("unknown part 'wishes'", **{page: "<!-- measured: wishes -->\n<!-- /measured -->"})
+    (checkout / "lessons" / "results" / "scenes_1500_steps.json").write_text("{")
+    refused("scenes_1500_steps.json", **{page: "<!-- measured: longer -->\n<!-- /measured -->"})
+    (checkout / "lessons" / "results" / "scenes_1500_steps.json").unlink()
+    refused("scenes_1500_steps.json", **{page: "<!-- measured: longer -->\n<!-- /measured -->"})
+    (checkout / page).unlink()
+    with pytest.raises(tt.InputError, match=page):
+        report.write(checkout)
+
+
+def test_the_script_says_what_it_did(checkout, capsys):
+    for path in (checkout / "lessons" / "results").glob("[0-9]*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"headline": f"{path.stem} says so."}))
+    report.main(checkout)
+    assert "lessons/RESULTS.md" in capsys.readouterr().out
+    text = (checkout / "lessons" / "RESULTS.md").read_text()
+    assert "\n7. [DynamicViT](07_dynamicvit.py): 07_dynamicvit says so.\n" in text
+    report.main(checkout)
+    assert capsys.readouterr().out == "as the results say: README.md, lessons/RESULTS.md\n"
+    shutil.rmtree(checkout / "lessons" / "results")
+    with pytest.raises(SystemExit, match="error: report: no compare_scenes_seed"):
+        report.main(checkout)
+
+
+def test_lessons_without_a_headline_are_named(checkout):
+    path = checkout / "lessons" / "results" / "07_dynamicvit.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in saved.items() if name != "headline"}))
+    with pytest.raises(SystemExit, match="no headline in the committed results of .*07_dynamicvit.py"):
+        report.main(checkout)
+    text = report.parts["lessons"](path.parent)
+    assert "no headline; `python lessons/07_dynamicvit.py --out lessons/results`" in text
+
+
+def test_every_lesson_has_a_headline():
+    assert [script.name for script, text in report.headlines(RESULTS).items() if not text] == []
+
+
+def test_seeds_of_different_recipes_are_not_averaged(tmp_path):
+    table = json.loads((RESULTS / "compare_scenes_seed0.json").read_text())
+    for seed, steps in ((0, 500), (1, 499)):
+        table["recipe"] |= {"seed": seed, "steps": steps}
+        (tmp_path / f"compare_scenes_seed{seed}.json").write_text(json.dumps(table))
+    for name in ("scenes", "scenes_full"):
+        with pytest.raises(tt.InputError, match="differ in more than their seed"):
+            report.parts[name](tmp_path)
+
+
+def test_the_short_table_is_that_of_the_full_one():
+    def table(name):
+        return [line for line in report.parts[name](RESULTS).splitlines() if line.startswith("|")]
+    assert table("scenes") == table("scenes_full") != []
+
+
+def test_ratios_are_taken_inside_a_round():
+    ms = {"tinytoken": [100, 200, 300, 400, 500], "torch": [100] * 5, "jax": [500, 400, 300, 200, 100]}
+    ratios = ["3.00 [2.00, 4.00]", "1.00 [0.50, 2.00]", ""]
+    assert report.times_text(ms, ["torch", "jax", "mygrad"]) == ["300.0", *ratios]
+
+
+def test_arms_are_compared_seed_by_seed():
+    def row(accuracy, **more):
+        return {"accuracy": accuracy, "macs": 2e6} | more
+
+    kept = {"on_object": {"all": 0.1, "stages": [0.15, 0.2]}, "ratios": [0.7, 0.5], "targets": [0.7, 0.49]}
+    rows = {"ViT, further": [row(0.90), row(0.80)], "ours": [row(0.91, **kept), row(0.84, **kept)],
+            "once": [row(0.85)]}
+    recipe = {"first_steps": 1000, "further_steps": 10, "batch": 64, "further_lr": 0.1, "test_pictures": 2000}
+    saved = {"machine": {"processor": "P", "cpus": 2, "numpy": "2", "blas": "B"},
+             "results": {"rows": rows, "seeds": [0, 1], "starts": [row(0.5), row(0.7)], "recipe": recipe}}
+    lines = report.arms_text(saved).splitlines()
+    assert lines[2] == "| ViT, further | 2 | 85.0 ± 7.1 % |  | 2.0 |  |  |"
+    kept = "0.700 (0.700), 0.500 (0.490)"
+    assert lines[3] == f"| ours | 2 | 87.5 ± 4.9 % | +2.5 ± 2.1 | 2.0 | 1.50, 2.00 | {kept} |"
+    assert lines[4] == "| once | 1 | 85.0 % | -5.0 | 2.0 |  |  |"
+    assert "1,000 steps (60.0 ± 14.1 %)" in lines[6] and "seeds 0, 1." in lines[6]
+    rows["once"][0]["all_tokens"] = 0.875
+    assert report.arms_text(saved).splitlines()[4] == "| once | 1 | 85.0 % | -5.0 | 87.5 % | 2.0 |  |  |"
+
+
+def test_claims():
+    claims = [{"claim": "a", "measured": 1.5, "bound": [1, None], "holds": True},
+              {"claim": "b", "measured": 0.75, "bound": [None, 0.5], "holds": False}]
+    assert report.claims_text(claims) == "- holds: a: 1.5 (above 1)\n- **fails**: b: 0.75 (at most 0.5)"
+
+
+def test_machines_of_a_run_that_was_made_on_several():
+    def machine(cpus):
+        return {"processor": "P", "cpus": cpus, "numpy": "2", "blas": "B"}
+    saved = {"machine": machine(8)}
+    assert report.machine_text(saved) == "Machine: P, 8 CPUs, NumPy 2, B."
+    saved["machines_of_parts"] = [machine(1), machine(2), machine(1)]
+    assert report.machine_text(saved) == "Machines: P, 1 CPU, NumPy 2, B; P, 2 CPUs, NumPy 2, B."

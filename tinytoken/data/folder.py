@@ -1,0 +1,252 @@
+"""A folder of images by class, the way most collections of photographs are kept.
+
+    DIR/train/CLASS/*.png and DIR/test/CLASS/*.png (or DIR/val/CLASS/*.png, where there is no test)
+    DIR/CLASS/*.png, of which the seed sends one in five of each class, at least one, to the test part
+
+The classes are called what their folders are called, in sorted order. Which files are pictures goes by the
+endings of their names. Left out is what is hidden, has another ending or lies deeper, and a picture that
+cannot be read; one line on stderr counts them. A class of which nothing is left is an error.
+"""
+import concurrent.futures
+import pathlib
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import random
+from ..backend import cpu_count
+from ..errors import InputError, expect
+from .cifar import Pictures
+from .sets import dataset
+
+WRITTEN = ".tokens.png"  # the ending of what `predict` writes beside a picture
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SITE = "tinytoken.data.folder."
+TEST_SHARE = 5  # one in so many, where the folder has no test part of its own
+BACKGROUND = "white"  # what shows where a picture is transparent
+CHUNK = 32  # pictures that a thread reads before it takes the next ones: Ctrl-C waits for no more than these
+EXPECTED = "expected DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or DIR/CLASS/*.png"
+
+
+# One picture
+
+def read_image(path, size, where="imagefolder"):
+    """The picture at `path` -> (3, H, W) uint8. size: (H, W); where: who asks, for messages.
+
+    It is turned upright (EXIF), 16-bit grey is scaled to 8 bits, transparent parts are laid on white, the
+    largest central part of the shape H : W is cut out (for a square model, the central square) and scaled
+    with bilinear weights, which average where it shrinks. Of an animation it is the first picture. InputError
+    for what pillow cannot read."""
+    Image, ImageOps = _pillow(where)
+    try:
+        with Image.open(path) as image:
+            image = _rgb(ImageOps.exif_transpose(image), Image)
+            return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file: OSError, SyntaxError, ValueError, struct.error, ...
+        raise InputError(f"{where}: {path} is not a picture that pillow can read ({error})") from error
+
+
+def _pillow(where):
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise InputError(f"{where} reads pictures with pillow, which is not installed: "
+                         "pip install 'tinytoken-vit[plot]'") from None
+    return Image, ImageOps
+
+
+def _rgb(image, Image):
+    """A picture of any of pillow's modes as RGB."""
+    if image.mode[0] in "IF":  # pillow itself would cut these off at 255
+        image = Image.fromarray(_eight_bits(np.asarray(image), image.info.get("transparency")))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(grey, transparent):
+    """16-bit grey (H, W) as 8 bits: 65535 becomes 255. It comes in wider integers too; of floats, and of what
+    does not fit, nobody can know which value is white. transparent: the one value that is (or None)."""
+    if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("grey of more than 16 bits: which value is white?")
+    scaled = np.rint(grey / 257).astype("uint8")
+    return scaled if transparent is None else np.where(grey == transparent, np.uint8(255), scaled)
+
+
+# What a folder holds
+
+class Folder:
+    """What is in a folder, sorted by name: folders, pictures and others, all paths; hidden: how many more."""
+
+    def __init__(self, path):
+        try:
+            entries = sorted(path.iterdir(), key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(f"{path}: the folder cannot be read ({error.strerror or error})") from error
+        self.folders, self.pictures, self.others, self.hidden = [], [], [], 0
+        for entry in entries:
+            if entry.name.startswith("."):
+                self.hidden += 1
+            elif entry.is_dir():
+                self.folders.append(entry)
+            else:
+                (self.pictures if _is_picture(entry) else self.others).append(entry)
+
+
+def _is_picture(path):
+    """Whether a file is to be read. A link to nowhere is, and counted as broken; a pipe would hang."""
+    named = path.suffix.lower() in ENDINGS and not path.name.endswith(WRITTEN)
+    return named and (path.is_file() or not path.exists())
+
+
+def _by_class(path):
+    """Whether the folder has folders of pictures in it."""
+    return path.is_dir() and any(Folder(folder).pictures for folder in Folder(path).folders)
+
+
+def _recognised(path):
+    """Whether the path is a folder of pictures: by class, or loose, which load_images refuses, saying why."""
+    if not path.is_dir():
+        return False
+    here = Folder(path)
+    return bool(here.pictures) or _by_class(path) or any(_by_class(folder) for folder in here.folders)
+
+
+def _classes(path, left_out):
+    """{class: its pictures}, both in sorted order."""
+    here, above = Folder(path), (path.resolve(), *path.resolve().parents)
+    left_out.add(here, here.pictures)
+    expect(here.folders, path, f"no folders for the classes in it; {EXPECTED}")
+    expect(len(here.folders) > 1, path, lambda: f"one class only, {here.folders[0].name}; expected more")
+    classes = {}
+    for folder in here.folders:
+        expect(folder.resolve() not in above, folder,
+               "a link to a folder above it, expected pictures of a class")
+        inside = Folder(folder)
+        left_out.add(inside, inside.folders)
+        expect(inside.pictures, folder, lambda: f"no pictures in it{_only(inside.folders)}; {EXPECTED}")
+        classes[folder.name] = inside.pictures
+    return classes
+
+
+def _parts(path, left_out, seed):
+    """({class: its pictures} of the training part, the same of the test part)."""
+    expect(path.is_dir(), path, f"{'not a folder' if path.exists() else 'does not exist'}; {EXPECTED}")
+    if not _by_class(path / "train"):
+        return _split(path, _classes(path, left_out), seed)
+    places = [path / "train", *(path / name for name in ("test", "val") if _by_class(path / name))][:2]
+    expect(len(places) == 2, path, f"pictures by class in train/, but not in test/ or val/; with "
+           f"{path / 'train'} for the folder, one in {TEST_SHARE} of each class would be the test part")
+    parts = [_classes(place, left_out) for place in places]
+    classes = set().union(*parts)
+    lacks = [f"{place.name}/ lacks {_some(sorted(classes - part.keys()), 9)}"
+             for place, part in zip(places, parts) if classes - part.keys()]
+    expect(not lacks, path, f"the parts differ in their classes: {'; '.join(lacks)}")
+    return parts
+
+
+def _split(path, classes, seed):
+    """{class: pictures} -> the same of the training part, and of the test part. The draw of a class knows its
+    name and how many pictures it has, nothing else."""
+    train, test = {}, {}
+    for name, files in classes.items():
+        expect(len(files) > 1, path / name, "one picture only; expected at least one for each part")
+        order = random.permutation(len(files), site=f"{SITE}test.{name}", step=0, seed=seed)
+        share = max(1, len(files) // TEST_SHARE)
+        test[name], train[name] = ([files[k] for k in chosen] for chosen in (order[:share], order[share:]))
+    return train, test
+
+
+# Many pictures
+
+class LeftOut:
+    """What is not taken of the folder `path`, to be said in one line. broken: [(file, why it is broken)]."""
+
+    def __init__(self, path):
+        self.path, self.hidden, self.others, self.broken = path, 0, [], []
+
+    def add(self, folder, misplaced):
+        self.hidden += folder.hidden
+        self.others += folder.others + misplaced
+
+    def names(self, paths):
+        return _some([path.relative_to(self.path) for path in paths])
+
+    def say(self, pictures):
+        """pictures: how many there were, the broken ones among them."""
+        texts = []
+        if self.broken:
+            files, reasons = zip(*self.broken)
+            texts.append(f"{len(files):,} of {pictures:,} pictures, which cannot be read "
+                         f"({self.names(files)}; of the first: {reasons[0]})")
+        if self.others:
+            texts.append(f"{len(self.others):,} that are no pictures of a class ({self.names(self.others)})")
+        if self.hidden:
+            texts.append(f"{self.hidden:,} hidden")
+        if texts:
+            print(" ".join(f"{self.path}: left out: {', '.join(texts)}".split()), file=sys.stderr)
+
+
+def _some(names, most=3):
+    """The first names."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def _only(folders):
+    return f", only folders ({_some([folder.name for folder in folders])})" if folders else ""
+
+
+def load_images(path, size=(32, 32), seed=0):
+    """Read a folder of images by class (see the top of this file) -> (train, test), two Pictures. size: their
+    (H, W); seed: of the split, where there is one. Their order is mixed, the same for every seed. Raises
+    InputError, naming the folder, for another layout, parts that differ in their classes, fewer than two
+    classes, or one of which no picture can be read."""
+    path = pathlib.Path(path)
+    left_out = LeftOut(path)
+    parts = _parts(path, left_out, seed)
+    _pillow("imagefolder")  # refuses here, not once for each picture
+    sets = [_read(classes, size, left_out) for classes in parts]
+    left_out.say(sum(len(files) for classes in parts for files in classes.values()))
+    for part, classes, pictures in zip(("training", "test"), parts, sets):
+        counts = np.bincount(pictures.labels, minlength=len(classes))
+        for files, count in zip(classes.values(), counts):
+            expect(count, files[0].parent, lambda: f"of its {len(files)} pictures for the {part} part none "
+                   f"can be read ({dict(left_out.broken)[files[0]]})")
+    return tuple(sets)
+
+
+def _read(classes, size, left_out):
+    """{class: files} -> Pictures, in a mixed order: the first hundred are not of one class."""
+    files = [file for those in classes.values() for file in those]
+    labels = np.repeat(np.arange(len(classes), dtype="int64"), [len(those) for those in classes.values()])
+    order = random.permutation(len(files), site=SITE + "order", step=0, seed=0)
+    images, reasons = np.empty((len(files), 3, *size), "uint8"), {}
+    bar = tqdm(total=len(files), desc="reading pictures", unit="picture", delay=2, leave=False)
+
+    def read(start):
+        for k in range(start, min(start + CHUNK, len(files))):
+            try:
+                images[k] = read_image(files[order[k]], size)
+            except InputError as error:
+                reasons[k] = str(error.__cause__)
+            bar.update()
+    # pillow decodes without holding the GIL
+    with bar, concurrent.futures.ThreadPoolExecutor(cpu_count()) as pool:
+        list(pool.map(read, range(0, len(files), CHUNK)))
+    left_out.broken += sorted((files[order[k]], reason) for k, reason in reasons.items())
+    labels = labels[order]
+    if reasons:
+        images, labels = (np.delete(array, list(reasons), axis=0) for array in (images, labels))
+    return Pictures(images, labels, tuple(classes))
+
+
+@dataset("imagefolder", recognises=_recognised)
+def imagefolder(place, *, seed, size, **_):
+    """A folder of images by class."""
+    expect(place is not None, "imagefolder", f"a sort of folder, not one: say which, --data DIR; {EXPECTED}")
+    return load_images(place, (size, size), seed)
