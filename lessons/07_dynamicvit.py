@@ -1,12 +1,14 @@
 # %% [markdown]
 # # Lesson 07: DynamicViT
-# You will be able to teach a trained ViT to drop tokens, say what each part of the recipe does, and test the choice it learned.
+# You will be able to teach a trained ViT to drop tokens, say what each part of the recipe does, and test the
+# choice it learned.
 #
-# A ViT works as hard on an empty patch as on the object. DynamicViT (Rao et al. 2021) removes patches on the way: in three
-# places a small network, the **predictor**, scores the patches that are left, and only the best go on. Two of its parts you have
-# built: a mask under which attention is the same as if the tokens were gone (lesson 05), and a random 0/1 decision that passes a
-# gradient on (lesson 06). This lesson adds the predictor and the losses, trains the whole, and then doubts it: would other
-# tokens, as many of them, have done as well?
+# A ViT works as hard on an empty patch as on the object. DynamicViT (Rao et al. 2021) removes patches on the
+# way: in three places a small network, the **predictor**, scores the patches that are left, and only the best
+# go on. Two of its parts you have built: a mask under which attention is the same as if the tokens were gone
+# (lesson 05), and a random 0/1 decision that passes a gradient on (lesson 06). This lesson adds the predictor
+# and the losses, trains the whole, and then doubts it: would other tokens, as many of them, have done as
+# well?
 
 # %%
 import dataclasses
@@ -28,16 +30,17 @@ rng = np.random.default_rng(here.seed)
 
 # %% [markdown]
 # ## The predictor by hand
-# The predictor reads the patch tokens x (B, N, D), B pictures of N patches and D channels, and the mask `keep` (B, N) of those
-# that are still there. Whether a patch matters depends on the patch and on the rest of the picture, so it looks at both:
+# The predictor reads the patch tokens x (B, N, D), B pictures of N patches and D channels, and the mask
+# `keep` (B, N) of those that are still there. Whether a patch matters depends on the patch and on the rest of
+# the picture, so it looks at both:
 #
 #     z      = GELU(LayerNorm(x) W^T + b)                    (B, N, D)     then cut into halves of D/2 channels
 #     local  = first half                                    (B, N, D/2)   the patch itself
 #     shared = sum_n keep_n (second half)_n / sum_n keep_n   (B, 1, D/2)   the mean over the patches that are left
 #     output = log softmax(MLP([local, shared]))             (B, N, 2)     widths D -> D/2 -> D/4 -> 2
 #
-# Column 0 is log p(keep), column 1 log p(drop). In training dropped tokens stay in the array. With the mask in the mean, the
-# predictor sees there what it will see at inference, where they are gone.
+# Column 0 is log p(keep), column 1 log p(drop). In training dropped tokens stay in the array. With the mask
+# in the mean, the predictor sees there what it will see at inference, where they are gone.
 
 
 # %%
@@ -75,15 +78,16 @@ assert np.abs(predictor(x[:1, left]).data[0] - masked[0, left]).max() < 1e-12
 tt.gradcheck(lambda x, keep: predictor(x, keep), x, rng.random((2, 6)))
 
 # %% [markdown]
-# With a Gumbel draw log p becomes a decision of exactly 0 or 1 (lesson 06), and each stage's is multiplied by the one before:
-# what is gone stays gone. From there to the end the decision is the mask of every attention. At inference nothing is drawn: of
-# the N patches the int(N r) with the highest scores stay, r being the stage's **keep ratio**, and the others are removed. With a
-# base ratio rho the three stages keep rho, rho^2 and rho^3 of the original patches.
+# With a Gumbel draw log p becomes a decision of exactly 0 or 1 (lesson 06), and each stage's is multiplied by
+# the one before: what is gone stays gone. From there to the end the decision is the mask of every attention.
+# At inference nothing is drawn: of the N patches the int(N r) with the highest scores stay, r being the
+# stage's **keep ratio**, and the others are removed. With a base ratio rho the three stages keep rho, rho^2
+# and rho^3 of the original patches.
 #
 # ## The four losses by hand
-# The network is fine-tuned from a trained ViT, and that ViT, unchanged, is its **teacher**. For S stages with decisions D_s (B,
-# N) and targets r_s, class logits z (B, K), labels y, patch tokens f (B, N, D) after the last norm, and z' and f' of the
-# teacher:
+# The network is fine-tuned from a trained ViT, and that ViT, unchanged, is its **teacher**. For S stages with
+# decisions D_s (B, N) and targets r_s, class logits z (B, K), labels y, patch tokens f (B, N, D) after the
+# last norm, and z' and f' of the teacher:
 #
 #     L_class = - mean_b log softmax(z)_{b, y_b}                                 right answers
 #     L_KL    = mean_b sum_k p'_bk (log p'_bk - log p_bk), p = softmax(z)        the teacher's answers
@@ -91,7 +95,8 @@ tt.gradcheck(lambda x, keep: predictor(x, keep), x, rng.random((2, 6)))
 #     L_ratio = sum_s mean_b (mean_n D_s,bn - r_s)^2                             as many tokens as asked for
 #     L       = L_class + 2 L_ratio / S + 0.5 L_KL + 0.5 L_token
 #
-# Nothing says which tokens to drop. L_ratio says how many, and the other losses make it costly to drop the wrong ones.
+# Nothing says which tokens to drop. L_ratio says how many, and the other losses make it costly to drop the
+# wrong ones.
 
 
 # %%
@@ -117,20 +122,24 @@ wanted = (labels, seen.logits.detach(), seen.tokens.detach(), dynamic.keep_ratio
 out = dynamic.train()(pictures, noise=noise)
 loss, parts = models.dynamicvit_loss(out, *wanted, token_norm="image")
 decisions = [D.data for D in out.decisions]
-by_hand = losses_by_hand(out.logits.data, out.tokens.data, decisions, labels, seen.logits.data, seen.tokens.data,
+by_hand = losses_by_hand(out.logits.data, out.tokens.data, decisions, labels, seen.logits.data,
+                         seen.tokens.data,
                          dynamic.keep_ratios)
 for name, part in parts.items():
     print(f"L_{name:<6} by hand {by_hand[name]:.6f}, the package's {part.item():.6f}")
     assert abs(part.item() - by_hand[name]) < 1e-12
-assert abs(loss.item() - by_hand["class"] - 2 * by_hand["ratio"] / 3 - 0.5 * by_hand["kl"] - 0.5 * by_hand["token"]) < 1e-12
-assert all((later <= earlier).all() for earlier, later in zip(decisions, decisions[1:]))  # what is gone stays gone
+assert abs(loss.item() - by_hand["class"] - 2 * by_hand["ratio"] / 3 - 0.5 * by_hand["kl"] - 0.5
+           * by_hand["token"]) < 1e-12
+# what is gone stays gone
+assert all((later <= earlier).all() for earlier, later in zip(decisions, decisions[1:]))
 
 # %% [markdown]
-# (`token_norm="image"` takes the mean per picture first, so that a batch can be cut into slices for several cores. The official
-# code pools the kept tokens of a batch.)
+# (`token_norm="image"` takes the mean per picture first, so that a batch can be cut into slices for several
+# cores. The official code pools the kept tokens of a batch.)
 #
-# Which loss teaches the predictors? Only L_ratio contains the decisions. The others reach them through the attention masks, to
-# which lesson 05 gave a gradient even where a token is dropped. The norm of each loss's gradient on each predictor:
+# Which loss teaches the predictors? Only L_ratio contains the decisions. The others reach them through the
+# attention masks, to which lesson 05 gave a gradient even where a token is dropped. The norm of each loss's
+# gradient on each predictor:
 
 # %%
 for name in by_hand:
@@ -143,30 +152,32 @@ for name in by_hand:
 
 # %% [markdown]
 # ## The arms of the experiment
-# An **arm** is one way to go on from the trained ViT. All arms of a seed start from the same weights and get as many further
-# steps of the same optimiser, with the same pictures in the same order. "ViT, further" simply goes on, so that nobody is better
-# for having trained longer. The arms that drop tokens have the ViT that they start from as their teacher.
+# An **arm** is one way to go on from the trained ViT. All arms of a seed start from the same weights and get
+# as many further steps of the same optimiser, with the same pictures in the same order. "ViT, further" simply
+# goes on, so that nobody is better for having trained longer. The arms that drop tokens have the ViT that
+# they start from as their teacher.
 #
-# At rho = .5 DynamicViT meets its **controls**, which keep as many tokens in the same places and differ in the choice alone
-# (`tinytoken/models/controls.py`): random tokens; those that the class token attends to most; a fixed set around the centre; a
-# fixed set that is learned, by predictors that see the position and no picture; and no choice, but means of neighbours. They
-# keep exact counts and need no L_ratio, but for the learned set, which decides as DynamicViT does. Ablations at the same ratio
-# leave out the teacher's two losses, leave out L_ratio, or take the official code's mask, which is not the same as removing
-# (lesson 05).
+# At rho = .5 DynamicViT meets its **controls**, which keep as many tokens in the same places and differ in
+# the choice alone (`tinytoken/models/controls.py`): random tokens; those that the class token attends to
+# most; a fixed set around the centre; a fixed set that is learned, by predictors that see the position and no
+# picture; and no choice, but means of neighbours. They keep exact counts and need no L_ratio, but for the
+# learned set, which decides as DynamicViT does. Ablations at the same ratio leave out the teacher's two
+# losses, leave out L_ratio, or take the official code's mask, which is not the same as removing (lesson 05).
 #
-# **ToMe** (Bolya et al. 2023; `tinytoken/models/tome.py`) is another method for the same end. It drops nothing: in each block it
-# averages the tokens whose keys are most alike. It learns no choice, so it gets the losses of class and KL alone, and merges as
-# few tokens as make it no dearer than DynamicViT.
+# **ToMe** (Bolya et al. 2023; `tinytoken/models/tome.py`) is another method for the same end. It drops
+# nothing: in each block it averages the tokens whose keys are most alike. It learns no choice, so it gets the
+# losses of class and KL alone, and merges as few tokens as make it no dearer than DynamicViT.
 #
-# The last pair follows LV-ViT: a second head classifies every patch token. Its answers z_n take the place of the tokens in
-# L_token = mean over kept n of KL(softmax z'_n, softmax z_n), and at inference the logits are those of the class head + 0.5
-# max_n z_n. This pair's ViT first learns its second head, in as many steps as an arm gets. (In LV-ViT an annotating network
-# labels each patch; here each patch gets the picture's label.)
+# The last pair follows LV-ViT: a second head classifies every patch token. Its answers z_n take the place of
+# the tokens in L_token = mean over kept n of KL(softmax z'_n, softmax z_n), and at inference the logits are
+# those of the class head + 0.5 max_n z_n. This pair's ViT first learns its second head, in as many steps as
+# an arm gets. (In LV-ViT an annotating network labels each patch; here each patch gets the picture's label.)
 
 
 # %%
 class TokenHead:
-    """To stand before ViT or DynamicViT among the bases: the second head. In train mode the logits are the class head's alone."""
+    """To stand before ViT or DynamicViT among the bases: the second head. In train mode the logits are the
+    class head's alone."""
 
     def build(self, config):
         super().build(config)
@@ -197,7 +208,8 @@ class ClassifyTokens(Classify):
 
 
 class DistilTokens(Distil):
-    """DynamicViT's losses, with the token heads' KL for L_token. The teacher is run in train mode, where its heads are apart."""
+    """DynamicViT's losses, with the token heads' KL for L_token. The teacher is run in train mode, where its
+    heads are apart."""
 
     def __call__(self, images, labels, **draws):
         with tt.no_grad():
@@ -211,8 +223,10 @@ class DistilTokens(Distil):
         return loss + 0.5 * token, parts | {"token": token}
 
 
-FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15620, 2343))  # CIFAR: 20 and 3 epochs
-RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
+# CIFAR: 20 and 3 epochs
+FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15620, 2343))
+RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
+                test_pictures=here.pick(128, 2000, 10000),
                 **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2)), {}, {}))
 START, TOKEN_START = f"ViT {FIRST}", "token heads, start"
 VIT, D7, D5, TOME = "ViT, further", "DynamicViT .7", "DynamicViT .5", "ToMe, MACs of .7"
@@ -236,11 +250,13 @@ def merges(rho):
     picture = np.zeros((1, 3, 32, 32), "float32")
     macs = lambda name, **config: tt.macs(models.create(name, **RECIPE.sizes, **config), picture).total
     most = macs("dynamicvit", prune_before=RECIPE.prune_before, keep_ratios=ratios(rho))
-    schedules = ([n // RECIPE.depth + (i < n % RECIPE.depth) for i in range(RECIPE.depth)] for n in range(1000))
+    schedules = ([n // RECIPE.depth + (i < n % RECIPE.depth) for i in range(RECIPE.depth)]
+                 for n in range(1000))
     return dict(r=next(r for r in schedules if macs("tome", r=r) <= most))
 
 
-CONTROLS = {"random tokens": "randomtokens", "class attention": "classattention", "fixed centre": "centretokens",
+CONTROLS = {"random tokens": "randomtokens", "class attention": "classattention",
+            "fixed centre": "centretokens",
             "fixed, learned": "learnedtokens", "average pooling": "pooledtokens"}
 HEADLINE = {VIT: arm("vit"), D7: arm("dynamicvit", 0.7), D5: arm("dynamicvit", 0.5)} | {
     f"{name} .5": arm(model, 0.5, EXACT) for name, model in CONTROLS.items()} | {
@@ -258,16 +274,19 @@ ARMS = HEADLINE | {
     "token heads, ViT": arm(TokenViT, task=ClassifyTokens, start=TOKEN_START),
     "token heads, DynamicViT .7": arm(TokenDynamicViT, 0.7, task=DistilTokens, start=TOKEN_START),
 }
-# On photographs L_ratio as it is weighs too little to reach the ratios: there two arms give it five times the weight.
+# On photographs L_ratio as it is weighs too little to reach the ratios: there two arms give it five times the
+# weight.
 HEAVIER = {f"DynamicViT .{k}, ratio weight 10": arm("dynamicvit", k / 10, (1, 10, 0.5, 0.5)) for k in (7, 5)}
-STARTS = {START: Arm("vit", steps=FIRST, lr=RECIPE.lr), TOKEN_START: arm(TokenViT, task=ClassifyTokens, new_lr_scale=1.0)}
+STARTS = {START: Arm("vit", steps=FIRST, lr=RECIPE.lr),
+          TOKEN_START: arm(TokenViT, task=ClassifyTokens, new_lr_scale=1.0)}
 
 # %% [markdown]
 # ## Training
-# The pictures are scenes: one to three objects of one shape among clutter of the same colours, ten shapes to tell apart. They
-# are drawn here, so it is known which part of each patch is object. The learning rate is smaller in the further steps; the
-# predictors, which are new, get three times that. They start with a bias that keeps about as many tokens as they are asked for.
-# The learned set's scores, two numbers for each position, need larger steps: a hundred times the learning rate.
+# The pictures are scenes: one to three objects of one shape among clutter of the same colours, ten shapes to
+# tell apart. They are drawn here, so it is known which part of each patch is object. The learning rate is
+# smaller in the further steps; the predictors, which are new, get three times that. They start with a bias
+# that keeps about as many tokens as they are asked for. The learned set's scores, two numbers for each
+# position, need larger steps: a hundred times the learning rate.
 
 
 # %%
@@ -277,26 +296,31 @@ def measure(trial, model, report):
     if hasattr(model, "keep_ratios"):
         row |= {"targets": model.keep_ratios, "counts": model.counts,
                 "on_object": kept_on_object(model, trial.test, trial.prepare, RECIPE.patch),
-                "all_tokens": accuracy(trial.answers(trial.new("vit", model)), trial.test.labels)}  # its weights, nothing removed
+                # its weights, nothing removed
+                "all_tokens": accuracy(trial.answers(trial.new("vit", model)), trial.test.labels)}
     if getattr(model, "score_predictor", None):
         last = (trial.batches(step)[0] for step in range(FIRST + FURTHER - min(20, FURTHER), FIRST + FURTHER))
-        row["ratios"] = decide(model, last, drawn=True)[1].mean(axis=(0, 2)).tolist()  # reached by the end of training
+        # reached by the end of training
+        row["ratios"] = decide(model, last, drawn=True)[1].mean(axis=(0, 2)).tolist()
         ranked = infer(model, images, trial.prepare).argmax(axis=1)
         for way in ("threshold", "drawn"):
             parts = (trial.prepare(images[a:a + 100]) for a in range(0, len(images), 100))
             answers, decisions = decide(model, parts, drawn=way == "drawn")
             left = decisions[:, -1].sum(axis=1)
-            row[way] = {"accuracy": float((answers == labels).mean()), "another_class": float((answers != ranked).mean()),
+            row[way] = {"accuracy": float((answers == labels).mean()),
+                        "another_class": float((answers != ranked).mean()),
                         "left": [float(left.mean()), int(left.min()), int(left.max())]}
     return row
 
 
 def decide(model, batches, drawn):
-    """Decisions as in training, drawn or by the larger log p -> (answers (B,), decisions (B, S, N)) for all pictures."""
+    """Decisions as in training, drawn or by the larger log p -> (answers (B,), decisions (B, S, N)) for all
+    pictures."""
     answers, decisions = [], []
     for number, images in enumerate(batches):
         shape = (len(model.keep_ratios), len(images), model.num_patches, 2)
-        noise = random.gumbel(shape, site="lesson", step=number, seed=0) if drawn else np.zeros(shape, "float32")
+        noise = random.gumbel(shape, site="lesson", step=number,
+                              seed=0) if drawn else np.zeros(shape, "float32")
         with tt.no_grad():
             out = model.train()(images, noise=list(backend.to_device(noise, here.device)))
         answers.append(backend.to_numpy(out.logits.data).argmax(axis=1))
@@ -311,88 +335,106 @@ def trial_of(seed):
 
 
 def train(name, seed):
-    """Train an arm -> what is noted of it; of DynamicViT .7 also what it keeps of six pictures, and calls them."""
+    """Train an arm -> what is noted of it; of DynamicViT .7 also what it keeps of six pictures, and calls
+    them."""
     trial = trial_of(seed)
     model, report = trial.train(name)
     row = trial.measure(model, report) if name == START else measure(trial, model, report)
     if (name, seed) == (D7, seeds[0]):
         with tt.no_grad():
             out = model(trial.prepare(trial.test.images[:6]))
-        row |= {"kept": [backend.to_numpy(kept).tolist() for kept in out.kept], "called": out.logits.numpy().argmax(axis=1).tolist()}
+        row |= {"kept": [backend.to_numpy(kept).tolist() for kept in out.kept],
+                "called": out.logits.numpy().argmax(axis=1).tolist()}
     return row
 
 
-chosen = here.pick(list(ARMS), [VIT, D7, TOME, "random tokens .7"], list(ARMS if here.data == "scenes" else HEADLINE | HEAVIER))
+chosen = here.pick(list(ARMS), [VIT, D7, TOME, "random tokens .7"],
+                   list(ARMS if here.data == "scenes" else HEADLINE | HEAVIER))
 seeds, SETTINGS = here.seeds, dataclasses.asdict(RECIPE) | {"first_steps": FIRST, "further_steps": FURTHER}
 wanted = [(name, seed) for seed in seeds for name in (START, *(chosen if seed == seeds[0] else HEADLINE))]
-done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed) for name, seed in wanted}, SETTINGS)
-rows = {name: [done[f"seed{seed} {name}"] for seed in seeds if (name, seed) in wanted] for name in (START, *chosen)}
+done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed) for name, seed in wanted},
+                 SETTINGS)
+rows = {name: [done[f"seed{seed} {name}"] for seed in seeds if (name, seed) in wanted]
+        for name in (START, *chosen)}
 starts, looks = rows.pop(START), {what: rows[D7][0].pop(what) for what in ("kept", "called")}
 
 # %% [markdown]
 # ## What was measured
-# A line for each arm. "- ViT" is the accuracy less that of "ViT, further" with the same seed, in points; ± is the standard
-# deviation over seeds. "object" is, for each stage, the share of object in the patches that it keeps, over the share in all
-# patches: chance gives 1. "all" is the accuracy, in %, of a plain ViT with the arm's weights: what training for removal has cost,
-# without the removal. "kept in training" is the share of tokens that the drawn decisions of each stage kept in the last steps.
+# A line for each arm. "- ViT" is the accuracy less that of "ViT, further" with the same seed, in points; ± is
+# the standard deviation over seeds. "object" is, for each stage, the share of object in the patches that it
+# keeps, over the share in all patches: chance gives 1. "all" is the accuracy, in %, of a plain ViT with the
+# arm's weights: what training for removal has cost, without the removal. "kept in training" is the share of
+# tokens that the drawn decisions of each stage kept in the last steps.
 
 
 # %%
 def points(name, than=None):
     """100 x accuracy by seed, less that of the arm `than`."""
-    return [100 * (row["accuracy"] - (other["accuracy"] if than else 0)) for row, other in zip(rows[name], rows[than or name])]
+    return [100 * (row["accuracy"] - (other["accuracy"] if than else 0)) for row,
+            other in zip(rows[name], rows[than or name])]
 
 
 def object_share(name):
-    """By stage, over chance, mean over seeds. Empty where nothing is dropped, or nobody knows where the objects are."""
+    """By stage, over chance, mean over seeds. Empty where nothing is dropped, or nobody knows where the
+    objects are."""
     known = [row["on_object"] for row in rows[name] if row.get("on_object")]
-    return [statistics.mean(values) for values in zip(*([share / k["all"] for share in k["stages"]] for k in known))]
+    return [statistics.mean(values)
+            for values in zip(*([share / k["all"] for share in k["stages"]] for k in known))]
 
 
 for seed, start in zip(seeds, starts):
-    print(f"seed {seed}: all start from {100 * start['accuracy']:.1f} %, a ViT after {FIRST:,} steps of {RECIPE.batch} pictures, "
+    print(f"seed {seed}: all start from {100 * start['accuracy']:.1f} %, a ViT after {FIRST:,} steps of "
+          f"{RECIPE.batch} pictures, "
           f"{start['trained']['seconds']:.0f} s")
-print(f"{'arm':<30}{'accuracy, %':>12}{'- ViT':>12}{'M MACs':>8}{'object':>16}{'all':>12}   kept in training (target)")
+print(f"{'arm':<30}{'accuracy, %':>12}{'- ViT':>12}{'M MACs':>8}{'object':>16}{'all':>12}   kept in training "
+      f"(target)")
 for name in chosen:
     row, shares = rows[name][0], " ".join(f"{share:.2f}" for share in object_share(name))
-    kept = ", ".join(f"{reached:.3f} ({target:.3f})" for reached, target in zip(row.get("ratios", []), row.get("targets", [])))
+    kept = ", ".join(f"{reached:.3f} ({target:.3f})" for reached,
+                     target in zip(row.get("ratios", []), row.get("targets", [])))
     whole = [100 * r["all_tokens"] for r in rows[name] if "all_tokens" in r]
     print(f"{name:<30}{spread_text(points(name)):>12}{spread_text(points(name, VIT), '+.1f'):>12}"
           f"{row['macs'] / 1e6:>8.2f}{shares:>16}"
           f"{spread_text(whole) if whole else '':>12}   {kept}")
 
 # %% [markdown]
-# What to look for, with the figures of the full run on scenes (3 seeds, one for what is not a control; 1,050 and 350 steps;
-# `lessons/results/07_dynamicvit_full.json`). At .7 DynamicViT loses nothing to the ViT, and at .5 it loses 0.2 points, where the
-# best control, the fixed centre, loses 4.2. The class token's attention does worse than that, and differs most from seed to seed:
-# where a network looks in a block is not what it needs in the next ones. The learned set did not get near its ratios (0.58 in
-# place of 0.50 at the first stage), so it trained with more tokens than it is left with at inference. DynamicViT at .5 missed them
-# by less, but did miss them (0.17 in place of 0.125 at the last); at .7 it reached them. Without L_ratio nothing is dropped in
-# training at all, and inference, which drops all the same, falls to 59 %: the other losses alone never ask for fewer tokens.
-# Leaving out the teacher, or taking the official mask, costs 0.3 and 0.7 points against the same seed: as much as two seeds differ.
+# What to look for, with the figures of the full run on scenes (3 seeds, one for what is not a control; 1,050
+# and 350 steps; `lessons/results/07_dynamicvit_full.json`). At .7 DynamicViT loses nothing to the ViT, and at
+# .5 it loses 0.2 points, where the best control, the fixed centre, loses 4.2. The class token's attention
+# does worse than that, and differs most from seed to seed: where a network looks in a block is not what it
+# needs in the next ones. The learned set did not get near its ratios (0.58 in place of 0.50 at the first
+# stage), so it trained with more tokens than it is left with at inference. DynamicViT at .5 missed them by
+# less, but did miss them (0.17 in place of 0.125 at the last); at .7 it reached them. Without L_ratio nothing
+# is dropped in training at all, and inference, which drops all the same, falls to 59 %: the other losses
+# alone never ask for fewer tokens. Leaving out the teacher, or taking the official mask, costs 0.3 and 0.7
+# points against the same seed: as much as two seeds differ.
 #
-# On CIFAR-10 (one seed; 20 epochs and 3; `07_dynamicvit_full_cifar10.json`) the headline does not show: .7 loses 2.0 points, and at .5
-# three controls are better. The ratios are not reached (0.77, 0.56, 0.36 in place of 0.70, 0.49, 0.34), since L_ratio at its weight
-# of 2 gives way to the other losses. At a weight of 10 they are (0.72, 0.51, 0.34), and the loss is 1.5 points. Of these the
-# weights themselves have lost 0.9 ("all" above: they get 76.8 % with nothing removed, the ViT 77.7 %), and the removal 0.6. At .5 the
-# removal costs 4 points and more, and pooling, which drops nothing, wins. Presumably that is the pictures: a scene has an object in
-# a place of its own among clutter, a photograph has it in the middle, and most of its patches tell something. A choice by the
-# picture then has little to win over a fixed one.
+# On CIFAR-10 (one seed; 20 epochs and 3; `07_dynamicvit_full_cifar10.json`) the headline does not show: .7
+# loses 2.0 points, and at .5 three controls are better. The ratios are not reached (0.77, 0.56, 0.36 in place
+# of 0.70, 0.49, 0.34), since L_ratio at its weight of 2 gives way to the other losses. At a weight of 10 they
+# are (0.72, 0.51, 0.34), and the loss is 1.5 points. Of these the weights themselves have lost 0.9 ("all"
+# above: they get 76.8 % with nothing removed, the ViT 77.7 %), and the removal 0.6. At .5 the removal costs 4
+# points and more, and pooling, which drops nothing, wins. Presumably that is the pictures: a scene has an
+# object in a place of its own among clutter, a photograph has it in the middle, and most of its patches tell
+# something. A choice by the picture then has little to win over a fixed one.
 
 # %% [markdown]
-# Training draws, inference ranks. The same weights on the same test pictures, decided in two other ways: each token stays whose
-# log p(keep) is the larger ("threshold"), or decisions are drawn as in training. Both leave another number of tokens in each
-# picture. "Another class" is the share of pictures that are classified otherwise than at inference.
+# Training draws, inference ranks. The same weights on the same test pictures, decided in two other ways: each
+# token stays whose log p(keep) is the larger ("threshold"), or decisions are drawn as in training. Both leave
+# another number of tokens in each picture. "Another class" is the share of pictures that are classified
+# otherwise than at inference.
 
 # %%
 for name in chosen:
     for way in ("threshold", "drawn") if "threshold" in rows[name][0] else ():
         found, (mean, least, most) = rows[name][0][way], rows[name][0][way]["left"]
-        print(f"{name:<30}{way:<10}accuracy {100 * found['accuracy']:.1f} %, another class {100 * found['another_class']:.1f} %, "
+        print(f"{name:<30}{way:<10}accuracy {100 * found['accuracy']:.1f} %, another class "
+              f"{100 * found['another_class']:.1f} %, "
               f"tokens left {mean:.1f} ({least} to {most}), at inference {rows[name][0]['counts'][-1]}")
 
 # %% [markdown]
-# Multiply-adds are not time: scoring, gathering and small products cost something too, and one picture alone does not repay it.
+# Multiply-adds are not time: scoring, gathering and small products cost something too, and one picture alone
+# does not repay it.
 
 # %%
 shown = trial_of(seeds[0])
@@ -400,7 +442,8 @@ timed = [name for name in chosen if name in (VIT, TOME, *(f"DynamicViT .{k}" for
 ways = {name: (shown.new(ARMS[name].model, **ARMS[name].config), {}) for name in timed}
 speeds = {size: images_per_second(ways, shown.prepare(shown.test.images[:size])) for size in (1, 128)}
 for name in ways:
-    print(f"{name:<30}" + "".join(f"batch {size}: {rates[name][0]:.0f} pictures/s ({rates[name][0] / rates[VIT][0]:.2f} x)   "
+    print(f"{name:<30}" + "".join(f"batch {size}: {rates[name][0]:.0f} pictures/s "
+                                  f"({rates[name][0] / rates[VIT][0]:.2f} x)   "
                                   for size, rates in speeds.items()))
 
 # %% [markdown]
@@ -408,17 +451,20 @@ for name in ways:
 
 # %%
 lost = -statistics.mean(points(D7, VIT))
-here.claim("DynamicViT .7: % of the ViT's MACs saved", 100 * (1 - rows[D7][0]["macs"] / rows[VIT][0]["macs"]), 30, 39)
+here.claim("DynamicViT .7: % of the ViT's MACs saved",
+           100 * (1 - rows[D7][0]["macs"] / rows[VIT][0]["macs"]), 30, 39)
 here.claim("DynamicViT .7: points lost to the ViT with as many further steps", lost, high=1)
 here.claim("the same: the paper's aim", lost, high=0.5)
 here.claim("DynamicViT .7: largest distance between a ratio reached in training and its target",
       max(abs(a - b) for row in rows[D7] for a, b in zip(row["ratios"], row["targets"])), high=0.02)
 if object_share(D7):
-    here.claim("DynamicViT .7: object share of the tokens kept last, over chance", object_share(D7)[-1], low=2)
+    here.claim("DynamicViT .7: object share of the tokens kept last, over chance", object_share(D7)[-1],
+               low=2)
 for name in (f"{control} .5" for control in CONTROLS if D5 in chosen):
     here.claim(f"DynamicViT .5: points above {name}", statistics.mean(points(D5, name)), low=0)
 here.claim("DynamicViT .7: points above ToMe of its multiply-adds", statistics.mean(points(D7, TOME)), low=0)
-here.says(f"DynamicViT .7 saves {100 * (1 - rows[D7][0]['macs'] / rows[VIT][0]['macs']):.0f} % of the multiply-adds and lies "
+here.says(f"DynamicViT .7 saves {100 * (1 - rows[D7][0]['macs'] / rows[VIT][0]['macs']):.0f} % of the "
+          f"multiply-adds and lies "
           f"{-lost:+.1f} points from a ViT of as many steps ({FIRST:,} and {FURTHER}), ToMe at its cost "
           f"{statistics.mean(points(TOME, VIT)):+.1f} ({len(seeds)} seed{'s' * (len(seeds) > 1)}).")
 
@@ -442,7 +488,8 @@ def draw_arms(figure):
         axis.plot(points(name), [i] * len(rows[name]), "o", color=colour, alpha=0.7)
     axis.axvline(statistics.mean(points(VIT)), color="#999999", linestyle="--", zorder=0)
     labels = [f"{name} ({rows[name][0]['macs'] / 1e6:.0f} M)" for name in chosen[::-1]]
-    axis.set(yticks=range(len(chosen)), yticklabels=labels, ylim=(-0.6, len(chosen) - 0.4), title="Accuracy and MACs",
+    axis.set(yticks=range(len(chosen)), yticklabels=labels, ylim=(-0.6, len(chosen) - 0.4),
+             title="Accuracy and MACs",
              xlabel=f"test accuracy, %, a dot per seed (dashed: {VIT})")
 
 
@@ -452,15 +499,18 @@ here.measured(rows=rows, starts=starts, images_per_second=speeds, seeds=seeds, r
 
 # %% [markdown]
 # ## Exercises
-# 1. N = 64 and rho = 0.6: how many tokens does each stage leave? A block of n tokens costs 12 n D^2 + 2 n^2 D multiply-adds, a
-#    predictor 1.625 n D^2 + n D / 2. Compute what six blocks save, do not forget the class token, and check it with `tt.macs`.
-# 2. The official predictors start without a bias toward keeping. Set `out_conv[-1].bias.data[...] = 0` of each before training: which
-#    ratios are reached in as many steps? And with 10 for the weight of L_ratio?
-# 3. Write a control: a subclass of `controls.Control` whose `scores` are the norms of the tokens. Give it an arm. Are the tokens
-#    of large norm the object's?
-# 4. Prune before blocks 3, 4 and 5 (`prune_before`). What does it cost, what does it save, and where are the kept tokens?
-# 5. One picture alone may keep as many tokens as it likes. Take the threshold's decisions, force them in eval mode
-#    (`model(picture, keep=decisions)`), and compare accuracy and mean count with the ranking's. Which pictures keep most?
+# 1. N = 64 and rho = 0.6: how many tokens does each stage leave? A block of n tokens costs 12 n D^2 + 2 n^2 D
+#    multiply-adds, a predictor 1.625 n D^2 + n D / 2. Compute what six blocks save, do not forget the class
+#    token, and check it with `tt.macs`.
+# 2. The official predictors start without a bias toward keeping. Set `out_conv[-1].bias.data[...] = 0` of
+#    each before training: which ratios are reached in as many steps? And with 10 for the weight of L_ratio?
+# 3. Write a control: a subclass of `controls.Control` whose `scores` are the norms of the tokens. Give it an
+#    arm. Are the tokens of large norm the object's?
+# 4. Prune before blocks 3, 4 and 5 (`prune_before`). What does it cost, what does it save, and where are the
+#    kept tokens?
+# 5. One picture alone may keep as many tokens as it likes. Take the threshold's decisions, force them in eval
+#    mode (`model(picture, keep=decisions)`), and compare accuracy and mean count with the ranking's. Which
+#    pictures keep most?
 #
 # ## The paper
 # | Rao et al. 2021 | our line |
@@ -471,9 +521,9 @@ here.measured(rows=rows, starts=starts, images_per_second=speeds, seeds=seeds, r
 # | training: the four losses | `models.dynamicvit_loss`; by hand `losses_by_hand` |
 # | at inference the floor(rho^s N) best stay | `ops.top_k(scores, self.counts[stage])` in `DynamicViT.remove` |
 #
-# Ours differ on purpose: the mask equals removing exactly; predictors start near their ratios; L_token is a mean per picture;
-# and all weights train alike, where the official recipe gives the ViT's a hundredth of the learning rate. It has 30 epochs of
-# ImageNet.
+# Ours differ on purpose: the mask equals removing exactly; predictors start near their ratios; L_token is a
+# mean per picture; and all weights train alike, where the official recipe gives the ViT's a hundredth of the
+# learning rate. It has 30 epochs of ImageNet.
 
 # %%
 here.end()

@@ -1,11 +1,13 @@
 # %% [markdown]
 # # Lesson 09: LookupViT
-# You will be able to build a LookupViT block by block, say what each part costs, and test whether it earns what it saves.
+# You will be able to build a LookupViT block by block, say what each part costs, and test whether it earns
+# what it saves.
 #
-# DynamicViT (lesson 07) throws tokens away. LookupViT (Koner et al. 2024) keeps them all and gives most of the work to others.
-# It has two sets of tokens. The **lookup tokens**, N of them, are the patches: many, and on a cheap path. The **compressed
-# tokens**, M of them, are the same patches resized to a small grid: few, and on the expensive path. In each block the few read
-# the many, think, and write back. Lesson 08 took the reading and writing apart; here they become a network.
+# DynamicViT (lesson 07) throws tokens away. LookupViT (Koner et al. 2024) keeps them all and gives most of
+# the work to others. It has two sets of tokens. The **lookup tokens**, N of them, are the patches: many, and
+# on a cheap path. The **compressed tokens**, M of them, are the same patches resized to a small grid: few,
+# and on the expensive path. In each block the few read the many, think, and write back. Lesson 08 took the
+# reading and writing apart; here they become a network.
 
 # %%
 import dataclasses
@@ -26,8 +28,8 @@ rng = np.random.default_rng(here.seed)
 
 # %% [markdown]
 # ## The block by hand
-# F_l (B, N, D) are the lookup tokens, F_p (B, M, D) the compressed ones, H heads of d = D / H numbers each. A block has four
-# parts, and each adds to one of the two sets:
+# F_l (B, N, D) are the lookup tokens, F_p (B, M, D) the compressed ones, H heads of d = D / H numbers each. A
+# block has four parts, and each adds to one of the two sets:
 #
 #     (a) gather    Q = norm(F_p W_Q)   K = norm(F_l W_K)   V = F_l W_V           split into heads: (B, H, M or N, d)
 #                   A = softmax over N of Q K^T / sqrt(d)                         (B, H, M, N)
@@ -37,7 +39,8 @@ rng = np.random.default_rng(here.seed)
 #                   F_l <- F_l + [A^T V', heads side by side] W_O'                (B, N, D), the same A, read backward
 #     (d) light     F_l <- F_l + MLP(norm(F_l)), hidden width D / 2               (in (b) the MLP's is 4 D)
 #
-# All matrices have biases, left out above. The norms of (a) stand after the projection and before the cut into heads.
+# All matrices have biases, left out above. The norms of (a) stand after the projection and before the cut
+# into heads.
 
 
 # %%
@@ -47,7 +50,8 @@ def linear(x, w, name):
 
 def norm(x, w, name):
     centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt((centred ** 2).mean(axis=-1, keepdims=True) + 1e-6) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return centred / np.sqrt((centred ** 2).mean(axis=-1, keepdims=True)
+                             + 1e-6) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def gelu(x):
@@ -64,7 +68,8 @@ def merge(x):  # (B, H, T, d) -> (B, T, D)
 
 def gather(F_l, F_p, w, heads):
     """(a) -> the new compressed tokens, and the weights A."""
-    q, k = norm(linear(F_p, w, "gather_q"), w, "gather_norm_q"), norm(linear(F_l, w, "gather_k"), w, "gather_norm_k")
+    q, k = norm(linear(F_p, w, "gather_q"), w, "gather_norm_q"), norm(linear(F_l, w, "gather_k"), w,
+                                                                      "gather_norm_k")
     q, k, v = (split(x, heads) for x in (q, k, linear(F_l, w, "gather_v")))
     scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
     A = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -101,14 +106,16 @@ lookup, compressed = block(tt.Tensor(F_l), tt.Tensor(F_p))
 gathered, A = gather(F_l, F_p, w, 3)
 refined = block.refine(tt.Tensor(gathered)).data  # lesson 04's block
 written = light(infuse(F_l, refined, A, w, 3), w)
-print(f"block by hand and the package's: compressed {off(refined, compressed):.0e}, lookup {off(written, lookup):.0e} apart")
+print(f"block by hand and the package's: compressed {off(refined, compressed):.0e}, lookup "
+      f"{off(written, lookup):.0e} apart")
 assert max(off(refined, compressed), off(written, lookup)) < 1e-12
 
 # %% [markdown]
 # ## The model by hand
-# Both sets come from the same patches X (B, N, D). The resize matrix R (M, N) of lesson 08 makes the compressed ones, and each
-# set has positions of its own. There is no class token. At the end each set is normed, averaged, and classified by a head of its
-# own; both are trained, and the compressed set's answer is the model's.
+# Both sets come from the same patches X (B, N, D). The resize matrix R (M, N) of lesson 08 makes the
+# compressed ones, and each set has positions of its own. There is no class token. At the end each set is
+# normed, averaged, and classified by a head of its own; both are trained, and the compressed set's answer is
+# the model's.
 #
 #     F_l = X + P_l        F_p = R X + P_p        logits = mean over M of norm(F_p) W + b, and likewise for F_l
 
@@ -124,21 +131,25 @@ def lookupvit_by_hand(images, heads=3):
     X = ops.patchify(images, patch=4).data @ w["patch_embed.proj.weight"].reshape(12, -1).T + w["patch_embed.proj.bias"]
     F_l, F_p = X + w["pos_embed"], ops.resize_matrix((4, 4), (2, 2)) @ X + w["pos_embed_compressed"]
     for i, block in enumerate(model.blocks):
-        of_block = {name.removeprefix(f"blocks.{i}."): array for name, array in w.items() if name.startswith(f"blocks.{i}.")}
+        of_block = {name.removeprefix(f"blocks.{i}."): array for name, array in w.items()
+                    if name.startswith(f"blocks.{i}.")}
         F_p, A = gather(F_l, F_p, of_block, heads)
         F_p = block.refine(tt.Tensor(F_p)).data
         F_l = light(infuse(F_l, F_p, A, of_block, heads), of_block)
-    return linear(norm(F_p, w, "norm").mean(axis=1), w, "head"), linear(norm(F_l, w, "lookup_norm").mean(axis=1), w, "lookup_head")
+    return linear(norm(F_p, w, "norm").mean(axis=1), w,
+                  "head"), linear(norm(F_l, w, "lookup_norm").mean(axis=1), w, "lookup_head")
 
 
 ours, theirs = lookupvit_by_hand(images), model.train()(images)
-print(f"logits by hand and the package's: {off(ours[0], theirs.logits):.0e} and {off(ours[1], theirs.lookup_logits):.0e} apart")
+print(f"logits by hand and the package's: {off(ours[0], theirs.logits):.0e} and "
+      f"{off(ours[1], theirs.lookup_logits):.0e} apart")
 assert max(off(ours[0], theirs.logits), off(ours[1], theirs.lookup_logits)) < 1e-12
 names, parameters = zip(*model.named_parameters())
 labels = np.array([1, 7])
 tt.gradcheck(lambda *_: tt.models.lookupvit_loss(model(images), labels)[0], *parameters, names=names,
              max_elements=here.pick(20, 60, 1000), seed=here.seed)
-# In eval mode only the compressed head answers, and nobody would read what (c) and (d) of the last block write: they are skipped.
+# In eval mode only the compressed head answers, and nobody would read what (c) and (d) of the last block
+# write: they are skipped.
 assert np.array_equal(model.eval()(images).logits.data, model.train()(images).logits.data)
 
 # %% [markdown]
@@ -153,9 +164,10 @@ assert np.array_equal(model.eval()(images).logits.data, model.train()(images).lo
 # | (d) light MLP | D^2 | | |
 # | together | **4 N D^2** | **15 M D^2** | **(3 N M + 2 M^2) D** |
 #
-# A ViT's block costs 12 N D^2 + 2 N^2 D. So however small M is, no more than two thirds of the linear part can be saved; what is
-# gone is the square of N. And nothing is free: the block has 19 D^2 weights where a ViT's has 12 D^2. **A LookupViT has 1.58
-# times the parameters of the ViT of equal width and depth.** Its saving is in multiply-adds, never in weights.
+# A ViT's block costs 12 N D^2 + 2 N^2 D. So however small M is, no more than two thirds of the linear part
+# can be saved; what is gone is the square of N. And nothing is free: the block has 19 D^2 weights where a
+# ViT's has 12 D^2. **A LookupViT has 1.58 times the parameters of the ViT of equal width and depth.** Its
+# saving is in multiply-adds, never in weights.
 
 # %%
 N, D, DEPTH, CLASSES = 64, 96, 6, 10
@@ -174,23 +186,23 @@ for kind, wanted in ((LookupViT, 19), (ViT, 12)):
 
 # %% [markdown]
 # ## The arms of the experiment
-# All arms are trained from scratch: the same pictures in the same order, the same steps of the same optimiser. That LookupViT
-# comes near a ViT of twice its multiply-adds says little by itself. Perhaps the ViT is larger than it needs to be, and a smaller
-# one comes as near. So there are **controls**:
+# All arms are trained from scratch: the same pictures in the same order, the same steps of the same
+# optimiser. That LookupViT comes near a ViT of twice its multiply-adds says little by itself. Perhaps the ViT
+# is larger than it needs to be, and a smaller one comes as near. So there are **controls**:
 #
 # - ViTs cut to LookupViT's multiply-adds: one narrower, one of half the depth.
 # - A ViT on the 3 x 3 resized patches alone. If it does as well, the lookup tokens earn nothing.
 # - A ViT with patches of 8 x 8 pixels: fewer tokens, the plain way.
 # - A ViT with LookupViT's number of parameters.
-# - **No way back**: LookupViT without (c). The compressed tokens read the lookup tokens, which never learn of it. If it does as
-#   well, writing back earns nothing.
+# - **No way back**: LookupViT without (c). The compressed tokens read the lookup tokens, which never learn of
+#   it. If it does as well, writing back earns nothing.
 #
-# Then variations: other grids; the four readings of the attention in (c) that lesson 08 lists; one head; the norms of (a) before
-# the projections; and 256 tokens, where there is more to save.
+# Then variations: other grids; the four readings of the attention in (c) that lesson 08 lists; one head; the
+# norms of (a) before the projections; and 256 tokens, where there is more to save.
 #
-# The last four arms were added when the first full run had shown that the model without a way back is the better one (see below). Is
-# it the second head, or do the lookup tokens learn the 16,000 training pictures by heart? So there are both models with one head, and
-# three arms that see no picture twice, with all seeds.
+# The last four arms were added when the first full run had shown that the model without a way back is the
+# better one (see below). Is it the second head, or do the lookup tokens learn the 16,000 training pictures by
+# heart? So there are both models with one head, and three arms that see no picture twice, with all seeds.
 
 
 # %%
@@ -201,19 +213,23 @@ class SmallGridViT(ViT):
         super().build(config)
         grid, self.num_patches = self.patch_embed.grid, 9
         positions = ops.resize_matrix(grid, (3, 3)) @ nn.start_positions(grid, config.dim)
-        self.pos_embed = nn.Parameter(np.pad(positions, ((1, 0), (0, 0)))[None].astype("float32"))  # the class token's is 0
+        # the class token's is 0
+        self.pos_embed = nn.Parameter(np.pad(positions, ((1, 0), (0, 0)))[None].astype("float32"))
 
     def embed(self, images):
         x = ops.resize(self.patch_embed(images), grid=self.patch_embed.grid, size=(3, 3))
-        return ops.concat(ops.broadcast_to(self.cls_token, shape=(len(x), 1, x.shape[2])), x, axis=1) + self.pos_embed
+        return ops.concat(ops.broadcast_to(self.cls_token, shape=(len(x), 1, x.shape[2])), x,
+                          axis=1) + self.pos_embed
 
 
 VIT, LOOKUP, ONE_WAY, ONE_HEAD, NEITHER = "ViT", "LookupViT 3x3", "no way back", "one classifier", "no way back, one classifier"
 
 
-STEPS, FINE = here.pick((4, 2), (150, 0), (3000, 1000) if here.data == "scenes" else (15620, 0))  # CIFAR: 20 epochs
+# CIFAR: 20 epochs
+STEPS, FINE = here.pick((4, 2), (150, 0), (3000, 1000) if here.data == "scenes" else (15620, 0))
 NEW = here.pick(128, 16000, 192000)  # as many as are shown in all
-RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(128, 2000, 10000),
+RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
+                test_pictures=here.pick(128, 2000, 10000),
                 **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
 
 
@@ -239,7 +255,8 @@ ARMS = HEADLINE | {
     "ViT, patch 8": arm("vit", dict(patch_size=here.pick(16, 8, 8))),
     "ViT of equal parameters": arm("vit", dict(dim=here.pick(20, 120, 120))),
     "ViT, mean of tokens": arm("vit", dict(pool="mean")),
-    **{f"LookupViT {m}x{m}": arm(config=dict(compressed=(m, m))) for m in here.pick((2,), (2, 4, 5), (2, 4, 5))},
+    **{f"LookupViT {m}x{m}": arm(config=dict(compressed=(m, m)))
+       for m in here.pick((2,), (2, 4, 5), (2, 4, 5))},
     **{f"reuse {name}": arm(config=dict(reuse=name)) for name in ("renorm", "resoftmax", "separate")},
     ONE_HEAD: arm(config=one_head),
     "norms before": arm(config=dict(norm="pre")),
@@ -263,7 +280,8 @@ SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 
 @functools.cache
 def trial_of(seed, pictures=0):
-    return here.trial(dataclasses.replace(RECIPE, train_pictures=pictures or RECIPE.train_pictures), seed, ARMS)
+    return here.trial(dataclasses.replace(RECIPE, train_pictures=pictures or RECIPE.train_pictures), seed,
+                      ARMS)
 
 
 def looked_at(trial, model):
@@ -274,7 +292,8 @@ def looked_at(trial, model):
 
 
 def train(name, seed):
-    """Train an arm -> what is noted of it. "right": a bit for each test picture, 1 where its answer is right, in hexadecimal."""
+    """Train an arm -> what is noted of it. "right": a bit for each test picture, 1 where its answer is right,
+    in hexadecimal."""
     trial = trial_of(seed, ARMS[name].pictures)
     model, report = trial.train(name)
     logits = trial.answers(model)
@@ -285,7 +304,8 @@ def train(name, seed):
 
 wanted = [(name, seed) for seed in seeds for name in repeated if name in chosen]
 wanted += [(name, seeds[0]) for name in chosen if name not in repeated]
-done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed) for name, seed in wanted}, SETTINGS)
+done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed) for name, seed in wanted},
+                 SETTINGS)
 rows = {name: [done[key] for seed in seeds if (key := f"seed{seed} {name}") in done] for name in chosen}
 pictures = len(trial_of(seeds[0]).test.labels)
 bits = lambda text: np.unpackbits(np.frombuffer(bytes.fromhex(text), "uint8"), count=pictures).astype(bool)
@@ -294,17 +314,18 @@ looks = np.array(rows[LOOKUP][0].pop("looks"))
 
 # %% [markdown]
 # ## Where does the way back pay?
-# The class is read off the compressed tokens. For it the way back can only help in a roundabout way: what is written to a
-# lookup token in one block is read from it in the next. So take a task whose answer stands at the lookup tokens: **which share
-# of this patch is object?** A patch of 4 x 4 pixels cannot tell by itself, since the clutter has the colours of the objects. It
-# has to learn from the rest of the picture, and without (c) nothing of that ever reaches it. A linear head on each patch token
-# gives the share; the loss is the squared error, the measure the share of the variance that is explained (R^2: 1 is perfect, 0 is
-# a constant).
+# The class is read off the compressed tokens. For it the way back can only help in a roundabout way: what is
+# written to a lookup token in one block is read from it in the next. So take a task whose answer stands at
+# the lookup tokens: **which share of this patch is object?** A patch of 4 x 4 pixels cannot tell by itself,
+# since the clutter has the colours of the objects. It has to learn from the rest of the picture, and without
+# (c) nothing of that ever reaches it. A linear head on each patch token gives the share; the loss is the
+# squared error, the measure the share of the variance that is explained (R^2: 1 is perfect, 0 is a constant).
 
 
 # %%
 class Locator(nn.Module):
-    """A ViT or LookupViT with a head on every patch token. images (B, C, H, W) -> Output, its logits the shares (B, N)."""
+    """A ViT or LookupViT with a head on every patch token. images (B, C, H, W) -> Output, its logits the
+    shares (B, N)."""
 
     def __init__(self, body):
         self.body, self.config, self.share_head = body, body.config, nn.Linear(body.config.dim, 1)
@@ -347,7 +368,8 @@ def locating_trial(seed):
 
 
 def locate(name, seed):
-    """Train a Locator on the arm's model -> the explained share of the test pictures, and its answers (5, N) for the first five."""
+    """Train a Locator on the arm's model -> the explained share of the test pictures, and its answers (5, N)
+    for the first five."""
     trial, arm = locating_trial(seed), ARMS[name]
     model = Locator(trial.new(arm.model, **arm.config)).to(here.device)
     trial.fit(f"locate {name} {LOCATE_STEPS}", Locate(model), LOCATE_STEPS, trial.recipe.lr)
@@ -356,56 +378,68 @@ def locate(name, seed):
 
 
 done = here.each({f"locate seed{seed} {name}": functools.partial(locate, name, seed) for seed in seeds
-                  for name in (VIT, LOOKUP, ONE_WAY) if here.data == "scenes"}, SETTINGS | {"locate_steps": LOCATE_STEPS})
-located = {name: [done[f"locate seed{seed} {name}"]["explained"] for seed in seeds if done] for name in (VIT, LOOKUP, ONE_WAY)}
+                  for name in (VIT, LOOKUP, ONE_WAY) if here.data == "scenes"},
+                 SETTINGS | {"locate_steps": LOCATE_STEPS})
+located = {name: [done[f"locate seed{seed} {name}"]["explained"] for seed in seeds if done]
+           for name in (VIT, LOOKUP, ONE_WAY)}
 maps = {name: done[f"locate seed{seeds[0]} {name}"]["first"] for name in located if done}
 
 # %% [markdown]
 # ## What was measured
-# ± is the standard deviation over seeds. A difference is paired: the same seed, so the same pictures in the same order. Its 95 %
-# interval is Student's over the seeds, or, where there is one seed, the normal one over the test pictures (which says nothing of
-# how another seed would have come out).
+# ± is the standard deviation over seeds. A difference is paired: the same seed, so the same pictures in the
+# same order. Its 95 % interval is Student's over the seeds, or, where there is one seed, the normal one over
+# the test pictures (which says nothing of how another seed would have come out).
 
 # %%
 differences = {}
 print(f"{'arm':<28}{'accuracy, %':>12}{'M MACs':>9}{'M params':>9}{'steps':>7}{'above the ViT [95 %]':>26}{'above its LookupViT [95 %]':>30}")
 for name in chosen:
-    differences[name] = [None if name == other else difference(answers[name], answers[other]) for other in ARMS[name].beside]
+    differences[name] = [None if name == other else difference(answers[name], answers[other])
+                         for other in ARMS[name].beside]
     cells = [interval_text(*gap) if gap else "" for gap in differences[name]]
     row = rows[name][0]
     print(f"{name:<28}{spread_text([100 * r['accuracy'] for r in rows[name]]):>12}{row['macs'] / 1e6:>9.2f}"
           f"{row['parameters'] / 1e6:>9.2f}{row['steps']:>7}{cells[0]:>26}{cells[1]:>30}")
 for name, found in located.items():
     if found:
-        print(f"object share of each patch, {LOCATE_STEPS} steps, {name:<16} explained {spread_text(found, '.3f')}")
+        print(f"object share of each patch, {LOCATE_STEPS} steps, {name:<16} explained "
+              f"{spread_text(found, '.3f')}")
 
 # %% [markdown]
 # The claims, with bounds that were set before the first full run. A smaller run decides nothing.
 
 # %%
 here.claim("LookupViT 3x3: MACs, of the ViT's", rows[LOOKUP][0]["macs"] / rows[VIT][0]["macs"], high=0.5)
-here.claim("LookupViT 3x3: lower end of the 95 % interval of points above the ViT", differences[LOOKUP][0][1], low=-1)
+here.claim("LookupViT 3x3: lower end of the 95 % interval of points above the ViT",
+           differences[LOOKUP][0][1], low=-1)
 for name in (name for name in HEADLINE if name in chosen and name not in (VIT, LOOKUP)):
     here.claim(f"LookupViT 3x3: points above {name}", -differences[name][1][0], low=0)
 if located[LOOKUP]:
     here.claim("object share of each patch: explained by LookupViT 3x3, above no way back",
                statistics.mean(located[LOOKUP]) - statistics.mean(located[ONE_WAY]), low=0)
-here.says(f"LookupViT 3x3 at {rows[LOOKUP][0]['macs'] / rows[VIT][0]['macs']:.2f} of the ViT's multiply-adds lies "
-          f"{differences[LOOKUP][0][0]:+.1f} points from it, without its way back {differences[ONE_WAY][0][0]:+.1f} "
+here.says(f"LookupViT 3x3 at {rows[LOOKUP][0]['macs'] / rows[VIT][0]['macs']:.2f} of the ViT's multiply-adds "
+          f"lies "
+          f"{differences[LOOKUP][0][0]:+.1f} points from it, without its way back "
+          f"{differences[ONE_WAY][0][0]:+.1f} "
           f"({STEPS:,} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}).")
 
 
 def draw_arms(figure):
     """A row per arm, by cost: a dot per seed. The arms under other conditions stand below the line."""
-    axis, elsewhere = figure.subplots(), {name for name in chosen if ARMS[name].steps != STEPS or ARMS[name].pictures}
+    axis, elsewhere = figure.subplots(), {name for name in chosen if ARMS[name].steps != STEPS
+                                          or ARMS[name].pictures}
     order = sorted(chosen, key=lambda name: (name in elsewhere, rows[name][0]["macs"]))
     for place, name in enumerate(order):
         colour = "#0072b2" if ARMS[name].model == "lookupvit" else "#d55e00"
-        axis.plot([100 - 100 * row["accuracy"] for row in rows[name]], [place] * len(rows[name]), "o", color=colour, alpha=0.7)
+        axis.plot([100 - 100 * row["accuracy"] for row in rows[name]], [place] * len(rows[name]), "o",
+                  color=colour, alpha=0.7)
     low, high = axis.get_xlim()
-    axis.set(xlabel=f"errors in {pictures:,} test pictures, %; a dot per seed", title="LookupViTs (blue) and ViTs (red), by multiply-adds")
+    axis.set(xlabel=f"errors in {pictures:,} test pictures, %; a dot per seed", title="LookupViTs (blue) and "
+                                                                                      "ViTs (red), by "
+                                                                                      "multiply-adds")
     if high > 3 * low:
-        ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 90) if low < tick < high]
+        ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 90)
+                 if low < tick < high]
         axis.set(xscale="log", xlabel=f"{axis.get_xlabel()} (logarithmic)")
         axis.set_xticks(ticks, map(str, ticks))
     axis.set_yticks(range(len(order)), [f"{name}   {rows[name][0]['macs'] / 1e6:.1f} M" for name in order])
@@ -422,7 +456,8 @@ def draw_looks(figure):
     for b, row in enumerate(axes):
         picture = shown.images[b].transpose(1, 2, 0)
         for i, axis in enumerate(row):
-            axis.imshow(picture if i == 0 else plot.heat(picture, looks[b, i - 1], RECIPE.patch), interpolation="nearest")
+            axis.imshow(picture if i == 0 else plot.heat(picture, looks[b, i - 1], RECIPE.patch),
+                        interpolation="nearest")
             axis.set(xticks=[], yticks=[], ylabel="" if i else shown.names[shown.labels[b]])
             if b == 0:
                 axis.set_title("picture" if i == 0 else f"token {i}", fontsize=9)
@@ -434,7 +469,8 @@ def draw_located(figure):
     shares = shown.object_share(RECIPE.patch)
     axes = figure.subplots(5, 2 + len(maps))
     for b, row in enumerate(axes):
-        panels = {"picture": shown.images[b].transpose(1, 2, 0), "object share": shares[b].reshape(side, side)}
+        panels = {"picture": shown.images[b].transpose(1, 2, 0),
+                  "object share": shares[b].reshape(side, side)}
         panels |= {name: np.reshape(found[b], (side, side)) for name, found in maps.items()}
         for axis, (name, panel) in zip(row, panels.items()):
             axis.imshow(panel, **({} if name == "picture" else dict(cmap="viridis", vmin=0, vmax=1)))
@@ -448,61 +484,72 @@ here.picture("arms", draw_arms, 9, 1.6 + 0.24 * len(chosen))
 here.picture("looks", draw_looks, 12, 4.2)
 if maps:
     here.picture("located", draw_located, 7.5, 7.5)
-here.measured(rows=rows, differences=differences, located=located, locate_steps=LOCATE_STEPS, seeds=seeds, recipe=SETTINGS)
+here.measured(rows=rows, differences=differences, located=located, locate_steps=LOCATE_STEPS, seeds=seeds,
+              recipe=SETTINGS)
 
 # %% [markdown]
-# What to look for, with the figures of the full run on scenes (± where there are 3 seeds, else one; 3,000 steps;
-# `lessons/results/09_lookupvit_full.json`). LookupViT 3x3 does with 0.45 of the ViT's multiply-adds and loses 1.1 points, more than
-# the point that we had allowed beforehand. Its controls are no worse: ViTs cut to its multiply-adds lie 0.1 and 0.3 points above it,
-# and **the model without a way back is a point better**, 98.0 ± 0.1 %, as good as the ViT at 0.37 of its multiply-adds. So reading
-# from many tokens by few is worth its price (on the 9 resized patches alone a ViT gets 45.9 %, with patches of 8 x 8 pixels
-# 93.0 %). Writing back to them is not, for a class.
+# What to look for, with the figures of the full run on scenes (± where there are 3 seeds, else one; 3,000
+# steps; `lessons/results/09_lookupvit_full.json`). LookupViT 3x3 does with 0.45 of the ViT's multiply-adds
+# and loses 1.1 points, more than the point that we had allowed beforehand. Its controls are no worse: ViTs
+# cut to its multiply-adds lie 0.1 and 0.3 points above it, and **the model without a way back is a point
+# better**, 98.0 ± 0.1 %, as good as the ViT at 0.37 of its multiply-adds. So reading from many tokens by few
+# is worth its price (on the 9 resized patches alone a ViT gets 45.9 %, with patches of 8 x 8 pixels 93.0 %).
+# Writing back to them is not, for a class.
 #
-# Why not? Compare the heads. With one classifier the way back costs nothing: 97.6 ± 0.1 % with it, 97.4 ± 0.3 % without, both
-# half a point or more behind the ViT. It is the second classifier that makes the difference, and in both directions: the model
-# with a way back loses 0.6 points by it, the one without gains as much. The training losses ("trained" in the JSON) suggest how.
-# Without a way back a lookup token knows its own patch and no more, and its classifier's loss stays above 0.1: to the end it
-# asks of every patch what can be told of the class, and that is what the compressed tokens read. With a way back that loss falls
-# below 0.001 like the other. The answer is written to the lookup tokens, and nothing is asked of them any more. That is an
+# Why not? Compare the heads. With one classifier the way back costs nothing: 97.6 ± 0.1 % with it, 97.4 ± 0.3
+# % without, both half a point or more behind the ViT. It is the second classifier that makes the difference,
+# and in both directions: the model with a way back loses 0.6 points by it, the one without gains as much. The
+# training losses ("trained" in the JSON) suggest how. Without a way back a lookup token knows its own patch
+# and no more, and its classifier's loss stays above 0.1: to the end it asks of every patch what can be told
+# of the class, and that is what the compressed tokens read. With a way back that loss falls below 0.001 like
+# the other. The answer is written to the lookup tokens, and nothing is asked of them any more. That is an
 # explanation; what is shown is that the second classifier does it.
 #
-# How much it matters is in part a question of learning by heart. The 16,000 pictures are shown twelve times, and all arms of 3,000
-# steps but the one on 3 x 3 tokens end with a class loss of 0.001 or less. Where no picture is shown twice ("new pictures"), the ViT
-# gets 99.0 ± 0.2 %, LookupViT 98.7 ± 0.1 %, the model without a way back 99.0 ± 0.0 %. A third of the gap to the ViT is left, 0.4
-# points [-0.3, 1.0], and a third of that to the model without a way back, 0.3 [0.05, 0.6]. So it shrinks, but does not vanish.
+# How much it matters is in part a question of learning by heart. The 16,000 pictures are shown twelve times,
+# and all arms of 3,000 steps but the one on 3 x 3 tokens end with a class loss of 0.001 or less. Where no
+# picture is shown twice ("new pictures"), the ViT gets 99.0 ± 0.2 %, LookupViT 98.7 ± 0.1 %, the model
+# without a way back 99.0 ± 0.0 %. A third of the gap to the ViT is left, 0.4 points [-0.3, 1.0], and a third
+# of that to the model without a way back, 0.3 [0.05, 0.6]. So it shrinks, but does not vanish.
 #
-# Of the variations (one seed; two seeds of LookupViT are up to 0.45 points apart) none stands out. 2 x 2 compressed tokens do as
-# well as 5 x 5, and the picture of what they read suggests why: in the last block nearly all nine read the same patches. At 256
-# tokens, after 1,000 steps, the way back costs two points; no arm has finished learning by then.
+# Of the variations (one seed; two seeds of LookupViT are up to 0.45 points apart) none stands out. 2 x 2
+# compressed tokens do as well as 5 x 5, and the picture of what they read suggests why: in the last block
+# nearly all nine read the same patches. At 256 tokens, after 1,000 steps, the way back costs two points; no
+# arm has finished learning by then.
 #
-# **Where the way back pays.** Ask each patch which share of it is object, and without a way back 0.833 ± 0.001 of the variance is
-# explained, with it 0.893 ± 0.005, and by the ViT 0.891 ± 0.002. What the patches have to know of each other comes to them through
-# nine tokens as well as through the ViT's attention among all, for half of the multiply-adds (0.48, since here the lookup tokens
-# have to be finished in the last block too).
+# **Where the way back pays.** Ask each patch which share of it is object, and without a way back 0.833 ±
+# 0.001 of the variance is explained, with it 0.893 ± 0.005, and by the ViT 0.891 ± 0.002. What the patches
+# have to know of each other comes to them through nine tokens as well as through the ViT's attention among
+# all, for half of the multiply-adds (0.48, since here the lookup tokens have to be finished in the last block
+# too).
 #
-# On CIFAR-10 (one seed, 20 epochs; `09_lookupvit_full_cifar10.json`) the ViT gets 77.5 %, LookupViT 75.3 %, the model without a way back
-# 75.7 %, the narrower ViT 76.6 %, the one of half the depth 76.0 %. Again the second classifier hurts a model with a way back and helps
-# one without, by 0.9 points [0.2, 1.7] and by 0.4, which may be chance; its own loss ends at 0.56 and 0.94. With one classifier LookupViT
-# gets 76.2 %, between the two ViTs of its multiply-adds, and without a way back 75.3 %: here the way back is worth 0.9 points
-# [0.2, 1.6], though one seed alone says so. LookupViT does not learn less than the smaller ViTs: all arms but the ViT end at a
-# training loss of 0.55 to 0.58 for the class (the ViT at 0.47). With two classifiers it learns more that is of no use on other pictures.
+# On CIFAR-10 (one seed, 20 epochs; `09_lookupvit_full_cifar10.json`) the ViT gets 77.5 %, LookupViT 75.3 %,
+# the model without a way back 75.7 %, the narrower ViT 76.6 %, the one of half the depth 76.0 %. Again the
+# second classifier hurts a model with a way back and helps one without, by 0.9 points [0.2, 1.7] and by 0.4,
+# which may be chance; its own loss ends at 0.56 and 0.94. With one classifier LookupViT gets 76.2 %, between
+# the two ViTs of its multiply-adds, and without a way back 75.3 %: here the way back is worth 0.9 points
+# [0.2, 1.6], though one seed alone says so. LookupViT does not learn less than the smaller ViTs: all arms but
+# the ViT end at a training loss of 0.55 to 0.58 for the class (the ViT at 0.47). With two classifiers it
+# learns more that is of no use on other pictures.
 
 # %% [markdown]
 # ## Exercises
-# 1. For which M does a LookupViT's block cost as much as a ViT's, at N = 64 and at N = 256 (D = 96)? Solve the formula, then check
-#    with `tt.macs`.
-# 2. Let the compressed tokens start from learned vectors, the same for every picture, in place of the resized patches (override
-#    `embed`). Train it. What is lost besides accuracy? (Ask the model for another grid.)
-# 3. Average the answers of both heads at inference: `trial.answers(model, mean_of_heads=True)`. What does it gain, and what does it
-#    cost by `tt.macs(model, images, mean_of_heads=True)`?
-# 4. Take the light MLP away too: lookup tokens that never change. Which arm is it to be compared with, and what does it cost?
-# 5. Put a LookupViT's lookup tokens to work without training anew: of the model trained for classes, freeze all and train
-#    `Locator`'s head alone. Does it know where the object is? Compare with the model without a way back.
+# 1. For which M does a LookupViT's block cost as much as a ViT's, at N = 64 and at N = 256 (D = 96)? Solve
+#    the formula, then check with `tt.macs`.
+# 2. Let the compressed tokens start from learned vectors, the same for every picture, in place of the resized
+#    patches (override `embed`). Train it. What is lost besides accuracy? (Ask the model for another grid.)
+# 3. Average the answers of both heads at inference: `trial.answers(model, mean_of_heads=True)`. What does it
+#    gain, and what does it cost by `tt.macs(model, images, mean_of_heads=True)`?
+# 4. Take the light MLP away too: lookup tokens that never change. Which arm is it to be compared with, and
+#    what does it cost?
+# 5. Put a LookupViT's lookup tokens to work without training anew: of the model trained for classes, freeze
+#    all and train `Locator`'s head alone. Does it know where the object is? Compare with the model without a
+#    way back.
 #
 # ## The paper
-# Koner et al. 2024, "LookupViT: Compressing visual information to a limited number of tokens" (arXiv 2407.12753). There is no
-# official code, and public readings of the text differ. So for each step: our line, what we chose where readers differ, and the
-# test that holds us to it (`tests/models/test_lookupvit.py`, where it is not said otherwise).
+# Koner et al. 2024, "LookupViT: Compressing visual information to a limited number of tokens" (arXiv
+# 2407.12753). There is no official code, and public readings of the text differ. So for each step: our line,
+# what we chose where readers differ, and the test that holds us to it (`tests/models/test_lookupvit.py`,
+# where it is not said otherwise).
 #
 # | step | our line (`models/lookupvit.py`) | our choice, where readings differ | test |
 # |---|---|---|---|

@@ -1,11 +1,13 @@
 # %% [markdown]
 # # Lesson 11: Robustness
-# You will be able to measure how models stand up to damaged pictures, and to tell robustness from mere accuracy.
+# You will be able to measure how models stand up to damaged pictures, and to tell robustness from mere
+# accuracy.
 #
-# A camera shakes, a lens is dirty, a picture is compressed too much. A model that was trained on clean pictures should not fall
-# apart on such ones. LookupViT's authors report that it stands up to them better than a ViT. Its compressed tokens average over
-# many patches, and averages are less moved by noise. But a coarse ViT averages too, and a more accurate model makes fewer errors on
-# damaged pictures simply because it makes fewer errors. So this lesson measures with controls for both.
+# A camera shakes, a lens is dirty, a picture is compressed too much. A model that was trained on clean
+# pictures should not fall apart on such ones. LookupViT's authors report that it stands up to them better
+# than a ViT. Its compressed tokens average over many patches, and averages are less moved by noise. But a
+# coarse ViT averages too, and a more accurate model makes fewer errors on damaged pictures simply because it
+# makes fewer errors. So this lesson measures with controls for both.
 
 # %%
 import dataclasses
@@ -21,20 +23,23 @@ from tinytoken.train import accuracy, infer
 
 here = lesson.begin("11_robustness")
 rng = np.random.default_rng(here.seed)
-RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(32, 200, 2000),
-                **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,), keep_ratios=(0.7,),
+RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
+                test_pictures=here.pick(32, 200, 2000),
+                **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,),
+                                 keep_ratios=(0.7,),
                                  compressed=(2, 2)), {}, {}))
 
 # %% [markdown]
 # ## Damage, in five strengths
-# `tinytoken/data/corruptions.py` has nine corruptions, each at strengths 1 to 5, in the style of CIFAR-10-C (Hendrycks & Dietterich
-# 2019). Where their script for 32 x 32 pictures could be followed, it is; some definitions are our own and simpler, and say so in
-# their docstrings. So **these are not CIFAR-10-C's figures**, and comparing them with published ones means nothing. The damage is
-# drawn from a seed and the picture's number: all models see the same bits.
+# `tinytoken/data/corruptions.py` has nine corruptions, each at strengths 1 to 5, in the style of CIFAR-10-C
+# (Hendrycks & Dietterich 2019). Where their script for 32 x 32 pictures could be followed, it is; some
+# definitions are our own and simpler, and say so in their docstrings. So **these are not CIFAR-10-C's
+# figures**, and comparing them with published ones means nothing. The damage is drawn from a seed and the
+# picture's number: all models see the same bits.
 #
-# One of them by hand: gaussian noise adds to each of the numbers of a picture, in units of [0, 1], an independent normal number of
-# standard deviation c. Afterwards the picture is cut to [0, 1] and rounded to 8 bits. On a mid-grey picture little is cut, so its
-# standard deviation should be c.
+# One of them by hand: gaussian noise adds to each of the numbers of a picture, in units of [0, 1], an
+# independent normal number of standard deviation c. Afterwards the picture is cut to [0, 1] and rounded to 8
+# bits. On a mid-grey picture little is cut, so its standard deviation should be c.
 
 # %%
 grey = np.full((20, 3, 32, 32), 128, "uint8")
@@ -42,12 +47,15 @@ for strength in (1, 3, 5):
     c, noisy = CORRUPTIONS["gaussian_noise"][1][strength - 1], corrupt(grey, "gaussian_noise", strength) / 255
     print(f"gaussian noise, strength {strength}: c = {c}, measured {noisy.std():.4f}")
     assert abs(noisy.std() - c) < 0.03 * c
-assert np.array_equal(corrupt(grey, "gaussian_noise", 3)[5:9], corrupt(grey[5:9], "gaussian_noise", 3, first=5))  # the same bits
+# the same bits
+assert np.array_equal(corrupt(grey, "gaussian_noise", 3)[5:9],
+                      corrupt(grey[5:9], "gaussian_noise", 3, first=5))
 
 
 pictures = here.pictures(1, RECIPE.test_pictures)[1].images
 some = pictures[:here.pick(8, 200, 200)]
-print(f"\nroot mean square change of a pixel, % of the whole range\n{'corruption':<18}" + "".join(f"{s:>8}" for s in range(1, 6)))
+print(f"\nroot mean square change of a pixel, % of the whole range\n{'corruption':<18}"
+      + "".join(f"{s:>8}" for s in range(1, 6)))
 for name in CORRUPTIONS:
     changes = [float(np.sqrt(np.mean((corrupt(some, name, s) / 255 - some / 255) ** 2))) for s in range(1, 6)]
     print(f"{name:<18}" + "".join(f"{100 * change:>8.1f}" for change in changes))
@@ -60,7 +68,8 @@ def draw_damage(figure, shown=(0, 1)):
             row = axes[2 * i + j]
             for axis, name in zip(row, ("clean", *CORRUPTIONS)):
                 picture = pictures[b:b + 1]
-                axis.imshow((picture if name == "clean" else corrupt(picture, name, strength, first=b))[0].transpose(1, 2, 0))
+                axis.imshow((picture if name == "clean"
+                             else corrupt(picture, name, strength, first=b))[0].transpose(1, 2, 0))
                 axis.set(xticks=[], yticks=[])
                 if i == j == 0:
                     axis.set_title(name.replace("_", "\n"), fontsize=8)
@@ -72,22 +81,23 @@ here.picture("damage", draw_damage, 12, 5.6)
 
 # %% [markdown]
 # ## What is measured
-# Err(f, c, s) is the share of wrong answers of the model f on test pictures with corruption c at strength s, Err(f) that on clean
-# ones. With the ViT as the yardstick,
+# Err(f, c, s) is the share of wrong answers of the model f on test pictures with corruption c at strength s,
+# Err(f) that on clean ones. With the ViT as the yardstick,
 #
 #     error of f under c, over the ViT's:   CE(f, c)  = sum over s of Err(f, c, s) / sum over s of Err(ViT, c, s)
 #     the same for what damage adds:        rCE(f, c) = sum over s of (Err(f, c, s) - Err(f)) / sum over s of (Err(ViT, c, s) - Err(ViT))
 #
-# and their means over the corruptions, mCE and relative mCE, in percent. Below 100 is better than the ViT. mCE rewards being accurate;
-# relative mCE asks only what damage adds, but is kind to a model that is bad already. Neither is enough. So we also compare **at
-# equal clean accuracy**: ViTs that were trained for fewer steps give a curve of accuracy under damage over clean accuracy, and a model
-# is robust in its own right if it lies above that curve.
+# and their means over the corruptions, mCE and relative mCE, in percent. Below 100 is better than the ViT.
+# mCE rewards being accurate; relative mCE asks only what damage adds, but is kind to a model that is bad
+# already. Neither is enough. So we also compare **at equal clean accuracy**: ViTs that were trained for fewer
+# steps give a curve of accuracy under damage over clean accuracy, and a model is robust in its own right if
+# it lies above that curve.
 #
 # ## The arms
-# ViT, LookupViT and a ViT cut to LookupViT's multiply-adds are trained from scratch, and then all go on for a quarter as many
-# further steps at a smaller learning rate. DynamicViT spends its further steps learning what to drop, with the ViT as its teacher
-# (lesson 07). No arm ever sees a damaged picture in training. "ViT, n steps" are the ViTs for the curve, trained for n steps and a
-# quarter.
+# ViT, LookupViT and a ViT cut to LookupViT's multiply-adds are trained from scratch, and then all go on for a
+# quarter as many further steps at a smaller learning rate. DynamicViT spends its further steps learning what
+# to drop, with the ViT as its teacher (lesson 07). No arm ever sees a damaged picture in training. "ViT, n
+# steps" are the ViTs for the curve, trained for n steps and a quarter.
 
 # %%
 STEPS = here.pick(4, 100, 3000 if here.data == "scenes" else 15620)
@@ -96,17 +106,19 @@ narrow = here.pick(dict(dim=8, heads=1), *[dict(dim=64, heads=2)] * 2)
 fewer = [STEPS // 2] if here.size != "full" else [STEPS // 8, STEPS // 4, STEPS // 2]
 STRENGTHS = here.pick((3,), (1, 3, 5), (1, 2, 3, 4, 5))
 VIT, DYNAMIC, LOOKUP, NARROW = "ViT", "DynamicViT .7", "LookupViT 3x3", "ViT, narrower"
-pruned, grid = dict(prune_before=RECIPE.prune_before, keep_ratios=RECIPE.keep_ratios), dict(compressed=RECIPE.compressed)
+pruned, grid = dict(prune_before=RECIPE.prune_before,
+                    keep_ratios=RECIPE.keep_ratios), dict(compressed=RECIPE.compressed)
 ARMS, CURVE = {}, [VIT, *(f"ViT, {steps} steps" for steps in fewer)]
 
 
 def add(name, model, steps, config, first=None):
-    """An arm in two parts: `steps` from scratch, of which the files are those of other lessons, and further ones. first: the arm
-    whose first part it goes on from, if it has none of its own."""
+    """An arm in two parts: `steps` from scratch, of which the files are those of other lessons, and further
+    ones. first: the arm whose first part it goes on from, if it has none of its own."""
     if first is None:
         ARMS[f"{name}, first part"] = Arm(model, config, steps=steps, lr=RECIPE.lr,
                                           phase=f"{VIT if name in CURVE else name} {steps}")
-    ARMS[name] = Arm(model, config, start=f"{first or name}, first part", steps=max(steps // 4, 1), lr=RECIPE.further_lr,
+    ARMS[name] = Arm(model, config, start=f"{first or name}, first part", steps=max(steps // 4, 1),
+                     lr=RECIPE.further_lr,
                      new_lr_scale=RECIPE.predictor_lr_scale, phase=f"{name} {steps} and further")
 
 
@@ -135,19 +147,23 @@ def errors(name, seed):
     trial = trial_of(seed)
     model, _ = trial.train(name)
     error = lambda images: 1 - accuracy(infer(model, images, trial.prepare), trial.test.labels[TESTS])
-    return {"clean": error(trial.test.images[TESTS]), "macs": tt.macs(model, trial.prepare(trial.test.images[:1])).total,
-            "damaged": {corruption: [error(damaged_pictures(corruption, strength, seed)) for strength in STRENGTHS]
+    return {"clean": error(trial.test.images[TESTS]),
+            "macs": tt.macs(model, trial.prepare(trial.test.images[:1])).total,
+            "damaged": {corruption: [error(damaged_pictures(corruption, strength, seed))
+                                     for strength in STRENGTHS]
                         for corruption in CORRUPTIONS}}
 
 
-done = here.each({f"seed{seed} {name}": functools.partial(errors, name, seed) for seed in seeds for name in names}, SETTINGS)
-clean, damaged = ({name: [done[f"seed{seed} {name}"][what] for seed in seeds] for name in names} for what in ("clean", "damaged"))
+done = here.each({f"seed{seed} {name}": functools.partial(errors, name, seed) for seed in seeds
+                  for name in names}, SETTINGS)
+clean, damaged = ({name: [done[f"seed{seed} {name}"][what] for seed in seeds] for name in names}
+                  for what in ("clean", "damaged"))
 costs = {name: done[f"seed{seeds[0]} {name}"]["macs"] for name in names}
 
 # %% [markdown]
 # ## What was measured
-# Errors in percent, ± the standard deviation over seeds. "Above the curve" is not known where an arm is more accurate on clean
-# pictures than the ViT of its seed; "(2 of 3)" says for how many seeds it is.
+# Errors in percent, ± the standard deviation over seeds. "Above the curve" is not known where an arm is more
+# accurate on clean pictures than the ViT of its seed; "(2 of 3)" says for how many seeds it is.
 
 
 # %%
@@ -161,10 +177,12 @@ def mean_error(name, i):
 
 
 def over_vit(name, i, added):
-    """mCE, or with `added` relative mCE, in percent, seed number i; None where the ViT has no errors to compare with."""
+    """mCE, or with `added` relative mCE, in percent, seed number i; None where the ViT has no errors to
+    compare with."""
     ratios = []
     for corruption in CORRUPTIONS:
-        own, vit = (of_corruption(arm, corruption, i) - (clean[arm][i] if added else 0) for arm in (name, VIT))
+        own, vit = (of_corruption(arm, corruption, i) - (clean[arm][i] if added else 0)
+                    for arm in (name, VIT))
         if not vit:
             return None
         ratios.append(own / vit)
@@ -172,7 +190,8 @@ def over_vit(name, i, added):
 
 
 def at_equal_accuracy(name, i):
-    """Points of accuracy under damage above the curve of ViTs at this arm's clean accuracy; None beyond the curve's ends."""
+    """Points of accuracy under damage above the curve of ViTs at this arm's clean accuracy; None beyond the
+    curve's ends."""
     curve = sorted((1 - clean[arm][i], 1 - mean_error(arm, i)) for arm in CURVE)
     x = 1 - clean[name][i]
     if not curve[0][0] <= x <= curve[-1][0]:
@@ -181,31 +200,40 @@ def at_equal_accuracy(name, i):
 
 
 seed_numbers = range(len(seeds))
-summary = {name: {"clean_error": [100 * error for error in clean[name]], "error": [100 * mean_error(name, i) for i in seed_numbers],
+summary = {name: {"clean_error": [100 * error for error in clean[name]],
+                  "error": [100 * mean_error(name, i) for i in seed_numbers],
                   "mce": [over_vit(name, i, False) for i in seed_numbers],
                   "relative_mce": [over_vit(name, i, True) for i in seed_numbers],
-                  "above_curve": [at_equal_accuracy(name, i) for i in seed_numbers], "macs": costs[name]} for name in names}
+                  "above_curve": [at_equal_accuracy(name, i) for i in seed_numbers], "macs": costs[name]}
+           for name in names}
 print(f"{'arm':<18}{'M MACs':>8}{'clean':>12}{'damaged':>12}{'mCE':>14}{'relative mCE':>14}{'above the curve of ViTs':>26}")
 for name, row in summary.items():
-    clean_text, damaged_text, mce, relative = (spread_text(row[key]) for key in ("clean_error", "error", "mce", "relative_mce"))
+    clean_text, damaged_text, mce, relative = (spread_text(row[key])
+                                               for key in ("clean_error", "error", "mce", "relative_mce"))
     print(f"{name:<18}{row['macs'] / 1e6:>8.2f}{clean_text:>12}{damaged_text:>12}{mce:>14}{relative:>14}"
           f"{spread_text(row['above_curve'], '+.1f'):>26}")
-print(f"\nerror by corruption, mean over strengths\n{'':<18}" + "".join(f"{name:>16}" for name in (VIT, DYNAMIC, LOOKUP, NARROW)))
+print(f"\nerror by corruption, mean over strengths\n{'':<18}"
+      + "".join(f"{name:>16}" for name in (VIT, DYNAMIC, LOOKUP, NARROW)))
 for corruption in CORRUPTIONS:
-    cells = ([100 * of_corruption(name, corruption, i) for i in seed_numbers] for name in (VIT, DYNAMIC, LOOKUP, NARROW))
+    cells = ([100 * of_corruption(name, corruption, i) for i in seed_numbers]
+             for name in (VIT, DYNAMIC, LOOKUP, NARROW))
     print(f"{corruption:<18}" + "".join(f"{spread_text(values):>16}" for values in cells))
 
 
 def draw_errors(figure):
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
     places = np.arange(len(CORRUPTIONS))
-    for j, (name, colour) in enumerate(zip((VIT, DYNAMIC, LOOKUP, NARROW), ("#999999", "#0072b2", "#009e73", "#d55e00"))):
-        means = [statistics.mean(100 * of_corruption(name, corruption, i) for i in seed_numbers) for corruption in CORRUPTIONS]
+    for j, (name, colour) in enumerate(zip((VIT, DYNAMIC, LOOKUP, NARROW),
+                                           ("#999999", "#0072b2", "#009e73", "#d55e00"))):
+        means = [statistics.mean(100 * of_corruption(name, corruption, i) for i in seed_numbers)
+                 for corruption in CORRUPTIONS]
         left.bar(places + 0.2 * (j - 1.5), means, 0.2, color=colour, label=name)
-        right.plot([100 * (1 - error) for error in clean[name]], [100 * (1 - mean_error(name, i)) for i in seed_numbers], "o",
+        right.plot([100 * (1 - error) for error in clean[name]],
+                   [100 * (1 - mean_error(name, i)) for i in seed_numbers], "o",
                    color=colour, label=name)
     for i in seed_numbers:
-        right.plot(*zip(*sorted((100 * (1 - clean[arm][i]), 100 * (1 - mean_error(arm, i))) for arm in CURVE)), color="#999999",
+        right.plot(*zip(*sorted((100 * (1 - clean[arm][i]), 100 * (1 - mean_error(arm, i)))
+                                for arm in CURVE)), color="#999999",
                    lw=1, zorder=0, label=None if i else "ViTs of fewer steps")
     left.set_xticks(places, [name.replace("_", "\n") for name in CORRUPTIONS], fontsize=8)
     left.set(ylabel="error, %, mean over strengths", title="By corruption")
@@ -214,46 +242,53 @@ def draw_errors(figure):
     right.legend(fontsize=8)
 
 
-here.says(f"On damaged pictures LookupViT 3x3 errs {statistics.mean(summary[LOOKUP]['error']):.1f} % of the time and DynamicViT .7 "
-          f"{statistics.mean(summary[DYNAMIC]['error']):.1f} %, the ViT {statistics.mean(summary[VIT]['error']):.1f} % ({STEPS:,} steps "
+here.says(f"On damaged pictures LookupViT 3x3 errs {statistics.mean(summary[LOOKUP]['error']):.1f} % of the "
+          f"time and DynamicViT .7 "
+          f"{statistics.mean(summary[DYNAMIC]['error']):.1f} %, the ViT "
+          f"{statistics.mean(summary[VIT]['error']):.1f} % ({STEPS:,} steps "
           f"and {FURTHER}, {len(seeds)} seed{'s' * (len(seeds) > 1)}).")
 here.picture("errors", draw_errors, 12, 4.6)
 here.measured(summary=summary, damaged=damaged, clean=clean, seeds=seeds, recipe=SETTINGS)
 
 # %% [markdown]
-# What to look for, with the figures of the full run (3 seeds, 3,000 steps and 750; `lessons/results/11_robustness_full.json`). LookupViT
-# errs on 15.5 % of the damaged pictures, the ViT on 14.8 %: an mCE of 114.5 ± 10.2, where the authors report a gain. The curve says what
-# it is: ViTs that are as accurate on clean pictures do as well, +0.0 ± 0.9 points. Nothing is left that would be the method's own, for
-# better or worse. Low contrast is an exception, 30.0 ± 0.8 % of errors against the ViT's 37.4 ± 0.7; why, was not examined. The ViT cut
-# to the same multiply-adds errs on 17.0 ± 2.0 %, but look at its seeds (the orange dots): one makes the difference. DynamicViT chooses
-# tokens on pictures as it has never seen and loses nothing (mCE 97.6 ± 2.6). And the ViTs of 375, 750 and 1,500 steps show how far
-# mere accuracy goes: 210, 145, 110. Relative mCE, which was to leave accuracy out, falls along with it (132, 122, 106).
+# What to look for, with the figures of the full run (3 seeds, 3,000 steps and 750;
+# `lessons/results/11_robustness_full.json`). LookupViT errs on 15.5 % of the damaged pictures, the ViT on
+# 14.8 %: an mCE of 114.5 ± 10.2, where the authors report a gain. The curve says what it is: ViTs that are as
+# accurate on clean pictures do as well, +0.0 ± 0.9 points. Nothing is left that would be the method's own,
+# for better or worse. Low contrast is an exception, 30.0 ± 0.8 % of errors against the ViT's 37.4 ± 0.7; why,
+# was not examined. The ViT cut to the same multiply-adds errs on 17.0 ± 2.0 %, but look at its seeds (the
+# orange dots): one makes the difference. DynamicViT chooses tokens on pictures as it has never seen and loses
+# nothing (mCE 97.6 ± 2.6). And the ViTs of 375, 750 and 1,500 steps show how far mere accuracy goes: 210,
+# 145, 110. Relative mCE, which was to leave accuracy out, falls along with it (132, 122, 106).
 #
-# How much is chance? Two ViTs that differ in their seed alone are a point apart on clean pictures and seven under haze, two narrower
-# ones seventeen. Whoever reports one seed of one corruption reports luck.
+# How much is chance? Two ViTs that differ in their seed alone are a point apart on clean pictures and seven
+# under haze, two narrower ones seventeen. Whoever reports one seed of one corruption reports luck.
 
 # %% [markdown]
 # ## Exercises
-# 1. Which corruptions take away fine detail, and which change all patches alike? Sort the table by it. What would you expect of a
-#    model that averages over patches, and what do you see?
+# 1. Which corruptions take away fine detail, and which change all patches alike? Sort the table by it. What
+#    would you expect of a model that averages over patches, and what do you see?
 # 2. Measure mCE for one strength at a time. Do the models change places between strengths 1 and 5?
-# 3. DynamicViT chooses tokens by what it sees. Compare the share of object in the patches that it keeps on clean and on damaged
-#    scenes (`experiments.kept_on_object`). Does it lose the object, or does it keep it and fail to name it?
-# 4. Train a LookupViT and a ViT on pictures with gaussian noise of strength 3. Who gains more, on which other corruptions?
-# 5. A model with random answers has an error of 90 % whatever the damage. What are its mCE and relative mCE? Which other number
-#    would you demand beside them before you believed a claim of robustness?
+# 3. DynamicViT chooses tokens by what it sees. Compare the share of object in the patches that it keeps on
+#    clean and on damaged scenes (`experiments.kept_on_object`). Does it lose the object, or does it keep it
+#    and fail to name it?
+# 4. Train a LookupViT and a ViT on pictures with gaussian noise of strength 3. Who gains more, on which other
+#    corruptions?
+# 5. A model with random answers has an error of 90 % whatever the damage. What are its mCE and relative mCE?
+#    Which other number would you demand beside them before you believed a claim of robustness?
 #
 # ## The paper
-# The measures are those of Hendrycks & Dietterich 2019, "Benchmarking Neural Network Robustness to Common Corruptions and
-# Perturbations" (arXiv 1903.12261); their yardstick is AlexNet, ours the ViT of the same seed.
+# The measures are those of Hendrycks & Dietterich 2019, "Benchmarking Neural Network Robustness to Common
+# Corruptions and Perturbations" (arXiv 1903.12261); their yardstick is AlexNet, ours the ViT of the same
+# seed.
 #
 # | paper | our line |
 # |---|---|
 # | CE_c^f = sum_s E_{s,c}^f / sum_s E_{s,c}^AlexNet | `own / vit` in `over_vit` |
 # | relative CE_c^f = sum_s (E_{s,c}^f - E_clean^f) / sum_s (E_{s,c}^AlexNet - E_clean^AlexNet) | the same, with `added` |
 #
-# Koner et al. 2024 (LookupViT) report up to 4 % more accuracy than ViT on ImageNet-C, -R, -A and -O. Nothing here stands for the last
-# three: they need photographs of other kinds, not damaged ones.
+# Koner et al. 2024 (LookupViT) report up to 4 % more accuracy than ViT on ImageNet-C, -R, -A and -O. Nothing
+# here stands for the last three: they need photographs of other kinds, not damaged ones.
 
 # %%
 here.end()

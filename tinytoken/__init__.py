@@ -11,11 +11,13 @@ __version__ = "0.2.0"
 
 
 def _kernels():
-    """The fused kernels, where a CUDA device is used: not before, since they need one, and nothing else needs
-    them. Where the folder cuda/ was deleted, the plain ops run."""
+    """Load the fused kernels; runs when a CUDA device is first used, since nothing else needs them.
+
+    Where the folder cuda/ was deleted, the plain ops run.
+    """
     import importlib.util
     if importlib.util.find_spec(f"{__name__}.cuda"):
-        from . import cuda  # noqa: F401: which registers them
+        from . import cuda  # noqa: F401: importing it registers the kernels
 
 
 backend.at_first_cuda.append(_kernels)

@@ -2,19 +2,21 @@
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from . import __version__, backend, models
 from .data import dataset
 from .errors import InputError, expect
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> exit code: 0, 2 for an input that cannot be used, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         return args.run(args) or 0
     except (InputError, OSError) as error:
-        # one line, also where a text has a hint below it
+        # on one line, even if the message has a hint on a second one
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except MemoryError as error:
@@ -26,13 +28,14 @@ def main(argv=None):
         return 130
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; args.run(args) runs the one that was chosen."""
     top = argparse.ArgumentParser(prog="tinytoken", description="LookupViT and DynamicViT from scratch.")
     top.add_argument("--version", action="version", version=f"tinytoken {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
 
-    job = commands.add_parser("compare", help="train a ViT, a DynamicViT and a LookupViT side by side; a "
-                                              "table and a picture")
+    job = commands.add_parser(
+        "compare", help="train a ViT, a DynamicViT and a LookupViT side by side; a table and a picture")
     job.add_argument("--data", default="scenes",
                      help=f"{', '.join(dataset)}, or a folder of one of these kinds (default: scenes)")
     job.add_argument("--steps", type=int, help="training steps of each model")
@@ -45,15 +48,16 @@ def parser():
                      help="folder for what is written (default: runs/compare-DATA-SEED)")
     job.set_defaults(run=run_compare)
 
-    guess = commands.add_parser("predict", help="classes of a picture by a checkpoint, and the tokens it used")
+    guess = commands.add_parser(
+        "predict", help="classes of a picture by a checkpoint, and the tokens it used")
     guess.add_argument("checkpoint", type=pathlib.Path)
     guess.add_argument("picture", type=pathlib.Path)
     guess.add_argument("--out", type=pathlib.Path,
                        help="where to write the picture with its tokens (default: PICTURE.tokens.png)")
     guess.set_defaults(run=run_predict)
 
-    clock = commands.add_parser("bench", help="how fast this machine trains and runs a model; where the time "
-                                              "of a step goes")
+    clock = commands.add_parser(
+        "bench", help="how fast this machine trains and runs a model; where the time of a step goes")
     clock.add_argument("--model", default="vit", choices=models.names())
     for name, value in dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3, batch=64).items():
         clock.add_argument("--" + name.replace("_", "-"), type=int, default=value, help=f"default: {value}")
@@ -62,19 +66,18 @@ def parser():
     clock.add_argument("--profile", action="store_true", help="a training step on one thread, op by op")
     clock.set_defaults(run=run_bench)
 
-    doctor = commands.add_parser("doctor", help="what was found on this machine, and what would fix what is "
-                                                "missing")
+    doctor = commands.add_parser(
+        "doctor", help="what this machine has for tinytoken, and what would fix what is missing")
     doctor.set_defaults(run=run_doctor)
 
     course(commands)
     return top
 
 
-def course(commands):
-    """The commands of the course. NAME is a1 to a4, looked for in lessons/assignments of a checkout, or in
-    --assignment."""
-    copy = commands.add_parser("stub", help="a student's copy of an assignment: without solutions and hidden "
-                                            "tests")
+def course(commands: Any) -> None:
+    """The commands of the course. Assignments are looked for in lessons/assignments, or in --assignment."""
+    copy = commands.add_parser(
+        "stub", help="a student's copy of an assignment: without solutions and hidden tests")
     copy.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
     copy.add_argument("--notebook", action="store_true", help="write it as a notebook too")
     copy.set_defaults(run=run_stub)
@@ -88,7 +91,7 @@ def course(commands):
     points.add_argument("--gradescope", type=pathlib.Path, help="write Gradescope's results.json")
     points.add_argument("--leaderboard", action="store_true",
                         help="with --gradescope: train with a submission that has all points "
-                        "(a3, a4: about a minute) and post accuracy and multiply-adds")
+                             "(a3, a4: about a minute) and post accuracy and multiply-adds")
     points.set_defaults(run=run_grade)
 
     archive = commands.add_parser("autograder-zip", help="the zip that Gradescope runs")
@@ -103,7 +106,7 @@ def course(commands):
                              help="say hidden cases at Gradescope too: it then hides the total")
 
 
-def run_compare(args):
+def run_compare(args: argparse.Namespace) -> None:
     from .experiments import Recipe, compare, tables
     changes = {name: getattr(args, name) for name in ("data", "steps", "seed", "precision")
                if getattr(args, name) is not None}
@@ -113,13 +116,13 @@ def run_compare(args):
     print(f"\n{tables.table_text(table)}\n{picture}\neverything is in {out}")
 
 
-def run_predict(args):
+def run_predict(args: argparse.Namespace) -> None:
     from . import predict
-    print(predict.classify(args.checkpoint, args.picture, args.out
-                           or args.picture.parent / f"{args.picture.stem}.tokens.png"))
+    out = args.out or args.picture.parent / f"{args.picture.stem}.tokens.png"
+    print(predict.classify(args.checkpoint, args.picture, out))
 
 
-def run_bench(args):
+def run_bench(args: argparse.Namespace) -> None:
     from . import bench
     settings = {name: value for name, value in vars(args).items() if name not in ("model", "profile", "run")}
     job = bench.Job(args.model, **settings)
@@ -127,22 +130,22 @@ def run_bench(args):
           else bench.speeds_text(job, bench.speeds(job)))
 
 
-def run_doctor(args):
+def run_doctor(args: argparse.Namespace) -> None:
     from .doctor import report
     print(report())
 
 
-def find_assignment(args):
+def find_assignment(args: argparse.Namespace) -> Any:
     from .course import assignment
     return assignment.find(args.name, [args.assignment] if args.assignment else None)
 
 
-def run_stub(args):
+def run_stub(args: argparse.Namespace) -> None:
     from .course import release
     print("\n".join(map(str, release.write_copy(find_assignment(args), args.out, args.notebook))))
 
 
-def run_grade(args):
+def run_grade(args: argparse.Namespace) -> None:
     from .course import grade, gradescope
     from .files import write_json
     assignment = find_assignment(args)
@@ -160,11 +163,11 @@ def run_grade(args):
     print(grade.text(report, assignment))
 
 
-def run_zip(args):
+def run_zip(args: argparse.Namespace) -> None:
     from .course import gradescope
     assignment = find_assignment(args)
-    print(gradescope.autograder_zip(assignment, args.out
-                                    or pathlib.Path(f"{assignment.name}_autograder.zip"), args.hidden))
+    out = args.out or pathlib.Path(f"{assignment.name}_autograder.zip")
+    print(gradescope.autograder_zip(assignment, out, args.hidden))
 
 
 if __name__ == "__main__":

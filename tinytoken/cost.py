@@ -1,31 +1,36 @@
-"""Multiply-adds (MACs), counted from the ops that ran, and the graph as text. Biases, and the ops in FREE,
-count zero."""
+"""Multiply-adds (MACs), counted from the ops that ran, and the graph as text.
+
+Biases, and the ops in FREE, count zero.
+"""
 import collections
 import dataclasses
 import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from .backend import Array
 from .errors import GraphError
-from .tensor import no_grad, observe, recording, topological_order
+from .tensor import Tensor, no_grad, observe, recording, topological_order
 
 # Ops of tinytoken.ops: norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves
-# values. An op that is neither here nor declares its MACs makes the count fail.
+# values. The count fails at an op that is not listed here and does not declare its MACs.
 FREE = frozenset("""
-    add subtract multiply divide negative power exp log sqrt sum mean max reshape transpose concat index pad broadcast_to
-    embedding softmax log_softmax layer_norm gelu relu sigmoid tanh split_heads merge_heads gumbel_softmax take_tokens put_tokens
-    patchify resize cross_entropy kl_divergence mse
+    add subtract multiply divide negative power exp log sqrt sum mean max
+    reshape transpose concat index pad broadcast_to split_heads merge_heads
+    softmax log_softmax layer_norm gelu relu sigmoid tanh cross_entropy kl_divergence mse
+    embedding gumbel_softmax take_tokens put_tokens patchify resize
 """.split())
 
 
 _running = threading.local()
 
 
-def running_modules():
-    """The modules whose forward is running in this thread, outermost first: a list that nn.Module puts itself
-    on and takes itself off."""
+def running_modules() -> list[Any]:
+    """The modules whose forward is running in this thread, outermost first: a list that nn.Module keeps."""
     return _running.__dict__.setdefault("stack", [])
 
 
-def innermost():
+def innermost() -> Any:
     """The module whose forward is running now in this thread, or None."""
     stack = running_modules()
     return stack[-1] if stack else None
@@ -33,31 +38,34 @@ def innermost():
 
 @dataclasses.dataclass(frozen=True)
 class Macs:
-    """Multiply-adds per image: `total`, `by_op` {name: MACs}, `by_module` {dotted name of the innermost
-    module: MACs}."""
+    """Multiply-adds per image: in all, by op, and by the dotted name of the innermost module."""
     total: int
-    by_op: dict
-    by_module: dict
+    by_op: dict[str, int]
+    by_module: dict[str, int]
 
-    def __int__(self):
+    def __int__(self) -> int:
         return self.total
 
-    def __str__(self):
+    def __str__(self) -> str:
         rows = [*self.by_module.items(), ("total MACs per image", self.total)]
         return "\n".join(f"{name:<28}{count:>14,}" for name, count in rows)
 
 
-def macs(model, images, **call):
-    """The multiply-adds of one image through model(images, **call) -> Macs: one pass in eval mode under
-    no_grad, divided by the batch size. Counted from shapes: the same on every machine."""
+def macs(model: Any, images: Array, **call: Any) -> Macs:
+    """The multiply-adds of one image through model(images, **call).
+
+    One pass in eval mode under no_grad, divided by the batch size. Counted from shapes, so the same on every
+    machine.
+    """
     names = {id(module): name or "(model)" for name, module in model.named_modules()}
-    by_op, by_module = collections.Counter(), collections.Counter()
+    by_op: collections.Counter[str] = collections.Counter()
+    by_module: collections.Counter[str] = collections.Counter()
 
     def count(op, shapes):
         if op.shapes_to_macs is None:
             if op.name not in FREE or not op.module.startswith("tinytoken.ops."):
-                raise GraphError(f"macs: op {op.name} neither declares its multiply-adds nor stands in "
-                                 f"cost.FREE")
+                raise GraphError(f"macs: op {op.name} neither declares its multiply-adds "
+                                 "nor stands in cost.FREE")
             return
         n = op.shapes_to_macs(*shapes)
         by_op[op.name] += n
@@ -74,10 +82,13 @@ def macs(model, images, **call):
     return Macs(sum(by_op.values()) // len(images), share(by_op), share(by_module))
 
 
-def recorded_macs(function, arrays, draws=None):
-    """The multiply-adds of function(*arrays, **draws), run on the first image alone, as far as they are
-    recorded for a backward pass. Ops that declare none, a user's own for example, count zero."""
-    counts = []
+def recorded_macs(function: Callable[..., Any], arrays: Sequence[Array],
+                  draws: dict[str, Array] | None = None) -> int:
+    """The multiply-adds of function(*arrays, **draws) that are recorded for a backward pass, of one image.
+
+    Runs the function on the first image. Ops that declare no multiply-adds, such as a user's own, count zero.
+    """
+    counts: list[int] = []
 
     def count(op, shapes):
         if op.shapes_to_macs and recording():
@@ -88,29 +99,33 @@ def recorded_macs(function, arrays, draws=None):
     return sum(counts)
 
 
-def explain(loss):
-    """Print the graph under a tensor in the order in which it was computed: op, shapes, multiply-adds (MACs).
-    A freed node no longer knows where its inputs came from."""
+def explain(loss: Tensor) -> None:
+    """Print the graph under a tensor in the order of computation: op, shapes, multiply-adds (MACs).
+
+    A freed node no longer knows where its inputs came from.
+    """
     print(graph_text(loss))
 
 
-def graph_text(loss):
+def graph_text(loss: Tensor) -> str:
     """What `explain` prints."""
     if loss.node is None:
         return f"{'a leaf' if loss.requires_grad else 'no graph'}: shape {loss.shape}"
-    rows, total, number = [], 0, {}
-    for node in topological_order(loss.node):
-        number[node] = len(rows)
+    order = topological_order(loss.node)
+    index = {node: i for i, node in enumerate(order)}
+    rows: list[str] = []
+    total = 0
+    for node in order:
         inputs = []
         for i, shape in enumerate(node.shapes):
             edge = node.edges[i] if node.edges else None
-            made = "" if edge is None else f"%{number[edge[0][0]]}" if isinstance(edge[0], tuple) else "leaf"
+            made = "" if edge is None else f"%{index[edge[0][0]]}" if isinstance(edge[0], tuple) else "leaf"
             if shape is not None:
                 inputs.append(f"{made}{tuple(shape)}")
         macs = node.op.shapes_to_macs(*node.shapes) if node.op.shapes_to_macs else 0
         total += macs
         outputs = ", ".join(str(tuple(s)) for s in node.outputs)
         freed = "  (freed)" if node.vjp is None else ""
-        rows.append(f"%{number[node]:<4} {node.op.name:<16} {' '.join(inputs)} -> {outputs}"
+        rows.append(f"%{index[node]:<4} {node.op.name:<16} {' '.join(inputs)} -> {outputs}"
                     + (f"  {macs:,} MACs" if macs else "") + freed)
     return "\n".join(rows + [f"{len(rows)} ops, {total:,} multiply-adds (MACs)"])

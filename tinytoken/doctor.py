@@ -9,24 +9,24 @@ import numpy as np
 from . import backend
 
 
-def report():
-    """The findings as text, one per line."""
+def report() -> str:
+    """What is here and what is missing, as text, one line each."""
+    packages = {name: _version(name) for name in ("matplotlib", "pillow")}
+    pictures = " and ".join(f"{name} {version or 'missing'}" for name, version in packages.items())
+    settings = ", ".join(f"{name}={value}" for name, value in backend.blas_environment().items())
     rows = [("Python", f"{platform.python_version()} on {platform.platform()}"),
             ("NumPy", np.__version__),
             ("BLAS", backend.blas_description()),
-            ("settings", ", ".join(f"{k}={v}" for k, v in backend.blas_environment().items())
-             or "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set"),
+            ("settings", settings or "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set"),
             ("CPUs", f"{backend.cpu_count()} may be used"),
             ("allocator", f"for training and inference: {backend.prepare_cpu()}"),
             ("GPU", gpu()),
-            ("pictures", " and ".join(f"{name} {_version(name) or 'missing'}"
-                                      for name in ("matplotlib", "pillow"))
-             + ("" if _version("matplotlib") and _version("pillow")
-                else ": pip install 'tinytoken-vit[plot]'"))]
+            ("pictures", pictures if all(packages.values())
+             else f"{pictures}: pip install 'tinytoken-vit[plot]'")]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
-def gpu():
+def gpu() -> str:
     """One line: the device that works, or why none does and what would help."""
     ready, reason = backend.cuda_ready()
     if ready:
@@ -36,7 +36,7 @@ def gpu():
     return f"none in use: {reason}. {advice()}"
 
 
-def advice():
+def advice() -> str:
     """The exact pip line for this machine's driver, as far as nvidia-smi tells."""
     wheels = backend.cupy_wheels()
     if len(wheels) > 1:
@@ -50,18 +50,19 @@ def _for_driver(wheels=()):
         return ("No nvidia-smi here, so probably no NVIDIA driver; with one: "
                 "pip install 'tinytoken-vit[cuda13]' (driver 580 or newer) or [cuda12]")
     try:
-        said = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"],
-                              capture_output=True, text=True, timeout=20).stdout
+        output = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"],
+                                capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi is here but cannot be run ({error})"
-    major = int(said.split(".")[0]) if said.split(".")[0].isdigit() else 0
+    first = output.split(".")[0]
+    major = int(first) if first.isdigit() else 0
     if not major:
         return "nvidia-smi is here but names no driver version: is the driver loaded?"
-    extra, version = "cuda13" if major >= 580 else "cuda12", said.splitlines()[0]
-    # for a toolkit that the driver is too old for, or older than it
-    wrong = [name for name in wheels if name != f"cupy-{extra}x"]
-    return f"Driver {version}: " + "".join(f"pip uninstall {name}, then "
-                                           for name in wrong) + f"pip install 'tinytoken-vit[{extra}]'"
+    version = output.splitlines()[0]
+    extra = "cuda13" if major >= 580 else "cuda12"
+    # a CuPy wheel for another CUDA: too new for the driver, or older than it needs to be
+    uninstall = "".join(f"pip uninstall {name}, then " for name in wheels if name != f"cupy-{extra}x")
+    return f"Driver {version}: {uninstall}pip install 'tinytoken-vit[{extra}]'"
 
 
 def _version(package):

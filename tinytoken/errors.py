@@ -3,11 +3,12 @@
     matmul: a (8, 16, 4) @ b (8, 16, 4): inner sizes 4 and 16 differ.
       likely: k.swapaxes(-1, -2)   (lesson 03)
 """
+from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
-    """An argument, array or file that cannot be used. The message says what was given and what was
-    expected."""
+    """An argument, array or file that cannot be used. The message names it and says what was expected."""
 
 
 class Busy(InputError):
@@ -19,22 +20,25 @@ class GradientError(AssertionError):
 
 
 class GraphError(RuntimeError):
-    """A backward pass over a graph that is not there: never recorded, or already freed."""
+    """A backward pass over a graph that was never recorded, or that is already freed."""
 
 
-def expect(ok, where, found, likely="", lesson=""):
-    """Raise InputError(f"{where}: {found}") unless ok. `found` is a string, or a function that makes it:
-    messages cost time to format, so the ops, which run thousands of times a second, pass a function."""
+def expect(ok: Any, where: str, message: str | Callable[[], str], likely: str = "", lesson: str = "") -> None:
+    """Raise InputError(f"{where}: {message}") unless ok.
+
+    message: a string, or a function that makes it. Formatting a message costs time, and the ops run thousands
+    of times a second, so they pass a function. likely: what the caller probably meant; lesson: its number.
+    """
     if ok:
         return
-    message = f"{where}: {found() if callable(found) else found}"
+    text = f"{where}: {message() if callable(message) else message}"
     if likely:
-        message += f"\n  likely: {likely}"
+        text += f"\n  likely: {likely}"
     if lesson:
-        message += f"   (lesson {lesson})" if likely else f"\n  see lesson {lesson}"
-    raise InputError(message)
+        text += f"   (lesson {lesson})" if likely else f"\n  see lesson {lesson}"
+    raise InputError(text)
 
 
-def shape_of(name, array):
+def shape_of(name: str, array: Any) -> str:
     """'a (8, 16, 4)': how shapes are named in every message."""
     return f"{name} {tuple(array.shape)}"

@@ -1,11 +1,12 @@
-"""Files that are whole or not there: written beside the target, flushed, then renamed over it; and claims to
-work on one."""
+"""Files that are written whole or not at all (beside the target, flushed, then renamed over it), and claims:
+locks that keep two processes from working on the same file."""
 import contextlib
 import json
 import os
 import pathlib
 import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any, TypeAlias
 
 from .errors import Busy, InputError
 
@@ -15,12 +16,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+FilePath: TypeAlias = str | os.PathLike[str]
+
 
 @contextlib.contextmanager
-def replacing(path, mode="wb"):
-    """Context: a file that becomes `path` when the block ends well, and vanishes when it does not: a crash at
-    any moment leaves the old file or the new one. A full disk or an unwritable folder raises InputError
-    naming the path."""
+def replacing(path: FilePath, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Context: a file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A crash at any moment leaves the old file or the new one. A full disk or an unwritable folder raises
+    InputError naming the path.
+    """
     path = pathlib.Path(path)
     temporary = None
     try:
@@ -41,10 +46,12 @@ def replacing(path, mode="wb"):
 
 
 @contextlib.contextmanager
-def claimed(path):
-    """Context: no other process is in such a block for the same path; Busy where one is. The claim is a lock
-    on path.lock, so it ends with the process, however that ends. Windows has no such locks: there nothing is
-    claimed."""
+def claimed(path: FilePath) -> Iterator[None]:
+    """Context: this process alone works on `path`; Busy where another process is in such a block.
+
+    The claim is a lock on path.lock, so it ends with the process, however that ends. Windows has no such
+    locks: there nothing is claimed.
+    """
     path = pathlib.Path(path)
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
@@ -59,28 +66,30 @@ def claimed(path):
         yield
 
 
-def check_writable(folder):
-    """Find out before the work, not after it: by a file in the folder, or in the nearest one above it that
-    exists."""
-    probe = next(place for place in (folder, *folder.absolute().parents)
-                 if place.exists()) / ".tinytoken-writable"
+def check_writable(folder: pathlib.Path) -> None:
+    """Raise InputError before hours of work, not after them, if the folder cannot be written to.
+
+    Writes a file into it, or, where it does not exist yet, into the nearest folder above it, and removes it.
+    """
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    probe = nearest / ".tinytoken-writable"
     with replacing(probe) as file:
         file.write(b"\0" * 65536)
     probe.unlink()
 
 
-def write_json(path, value):
+def write_json(path: FilePath, value: Any) -> None:
     """JSON, indented, replaced as a whole."""
     with replacing(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
 
 
-def as_json(value):
+def as_json(value: Any) -> Any:
     """The value as JSON gives it back: tuples are lists, NumPy numbers are numbers."""
     return json.loads(json.dumps(value, default=plain_number))
 
 
-def plain_number(value):
+def plain_number(value: Any) -> Any:
     """JSON for a NumPy number."""
     return value.item()

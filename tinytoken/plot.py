@@ -1,15 +1,18 @@
 """Pictures of what the models did. Needs matplotlib (the `plot` extra), imported when a picture is made."""
+from collections.abc import Sequence
+
 import numpy as np
 
-from .files import replacing
+from .files import FilePath, replacing
 
 
-def tokens(path, images, labels, predictions, panels, patch):
+def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str], predictions: dict[str, Sequence[str]],
+           panels: Sequence[tuple[str, np.ndarray]], patch: int) -> None:
     """One row per picture: the picture, then a panel for everything that the models have to show.
 
     images (B, 3, H, W) uint8; labels: B names; predictions: {model: B names}; panels: [(title, (B, N) array)]
-    as Model.show gives them: of a boolean array the other patches are faded, of weights the large ones are
-    red.
+    as Model.show returns them. A boolean array fades the patches where it is False; an array of weights
+    shows the larger ones in a stronger red.
     """
     figure_module = _figure()
     columns = ["picture", *(title for title, _ in panels)]
@@ -39,9 +42,11 @@ def _grid(picture, patch):
     return picture.shape[0] // patch, picture.shape[1] // patch
 
 
-def hide(picture, kept, patch):
-    """The picture (H, W, 3) uint8 with every patch that is not kept faded to a light grey. kept: numbers of
-    patches, or a boolean for each."""
+def hide(picture: np.ndarray, kept: np.ndarray, patch: int) -> np.ndarray:
+    """The picture (H, W, 3) uint8 with every patch that is not kept faded to a light grey.
+
+    kept: indices of patches, or a boolean for each.
+    """
     rows, columns = _grid(picture, patch)
     mask = np.zeros(rows * columns, bool)
     mask[kept] = True
@@ -49,10 +54,9 @@ def hide(picture, kept, patch):
     return np.where(mask, picture, 225 + (picture * 0.1).astype("uint8"))
 
 
-def heat(picture, weights, patch):
-    """The picture (H, W, 3) uint8 in grey, with the patches' weights (N,), scaled to their largest, as
-    red."""
-    weights = np.kron((weights / weights.max()).reshape(_grid(picture, patch)),
-                      np.ones((patch, patch)))[..., None]
+def heat(picture: np.ndarray, weights: np.ndarray, patch: int) -> np.ndarray:
+    """The picture (H, W, 3) uint8 in grey; in red its patches' weights (N,), relative to the largest."""
+    weights = (weights / weights.max()).reshape(_grid(picture, patch))
+    weights = np.kron(weights, np.ones((patch, patch)))[..., None]
     grey = np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2) * 0.7 + 60
     return (grey * (1 - 0.8 * weights) + np.array([255, 40, 20]) * 0.8 * weights).clip(0, 255).astype("uint8")

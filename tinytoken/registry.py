@@ -1,9 +1,13 @@
-"""Registries: what is offered under a name. Whatever lists models, tasks or data sets reads it from one of
-these."""
+"""Registries: what is offered under a name. Every list of models, tasks or data sets is read from one."""
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from .errors import expect
 
+Entry = TypeVar("Entry")
 
-class Registry(dict):
+
+class Registry(dict[str, Any]):
     """{name: entry}, in the order of registration.
 
         model = Registry("model")
@@ -14,18 +18,18 @@ class Registry(dict):
         model.pick("vit")        # the class; InputError names the choices for a name that nobody registered
     """
 
-    def __init__(self, noun):
+    def __init__(self, noun: str):
         super().__init__()
         self.noun = noun
 
-    def __call__(self, name):
+    def __call__(self, name: str) -> Callable[[Entry], Entry]:
         """Decorator: register a class or function under `name`."""
         def register(entry):
             self[name] = entry
             return entry
         return register
 
-    def pick(self, name):
+    def pick(self, name: str) -> Any:
         """The entry of this name."""
         expect(name in self, self.noun, lambda: f"{name!r}, expected one of {', '.join(self)}")
         return self[name]

@@ -1,5 +1,4 @@
-"""The engine: Tensor, the graph of nodes, @op, backward() and grad(). Everything differentiable is built on
-this file.
+"""The engine, on which all that is differentiable is built: Tensor, @op, the graph, backward() and grad().
 
 An op is one function on raw arrays that returns its output and its vector-Jacobian product (vjp):
 
@@ -14,15 +13,18 @@ of nodes is the tape: a Node knows the nodes it came from and nothing knows the 
 is no global list and no reference cycle. Backward sorts the nodes, runs each vjp once with everything that
 arrived, and frees the node.
 """
+import contextlib
 import functools
 import inspect
 import itertools
 import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import (FLOATS, array_module, device_of, faster, implementation, is_array, swapped, to_numpy,
-                      using_implementations)
+from .backend import (FLOATS, Array, array_module, device_of, faster, implementation, is_array, swapped,
+                      to_numpy, unbroadcast, using_implementations)
 from .errors import GradientError, GraphError, InputError, expect
 
 
@@ -31,22 +33,21 @@ class _Mode(threading.local):
 
 
 _mode = _Mode()
-registry = {}  # (module, name) -> Op; a later definition replaces an earlier one
+registry: dict = {}  # (module, name) -> Op; a later definition replaces an earlier one
 
 
-def no_grad():
+def no_grad() -> contextlib.AbstractContextManager:
     """Context (or decorator): ops record nothing. Holds for the thread that enters it."""
     return swapped(_mode, "recording", False)
 
 
-def recording():
+def recording() -> bool:
     """Whether ops record here and now: not under no_grad()."""
     return _mode.recording
 
 
-def plain():
-    """Context (or decorator): this thread runs the plain definitions alone, whatever faster ones are
-    registered."""
+def plain() -> contextlib.AbstractContextManager:
+    """Context (or decorator): this thread runs the plain definitions, whatever faster ones are registered."""
     return using_implementations("plain")
 
 
@@ -72,23 +73,37 @@ class Tensor:
     """An array, its gradient, and the node that made it.
 
     array: NumPy or CuPy array, number or nested list (by numpy.asarray's rules); floats are float32 or
-    float64. Not copied. requires_grad: collect .grad for it in backward(). .data and .grad are raw arrays;
-    .grad is None before the first backward.
+        float64. Not copied.
+    requires_grad: collect .grad for it in backward().
+
+    .data and .grad are raw arrays; .grad is None before the first backward.
     """
     __slots__ = ("data", "grad", "requires_grad", "node", "place", "__weakref__")
     __array_ufunc__ = None  # array * Tensor comes to Tensor.__rmul__
 
-    def __init__(self, array, requires_grad=False):
+    def __init__(self, array: Any, requires_grad: bool = False) -> None:
         if isinstance(array, Tensor):
             array = array.data
         array = array if is_array(array) else np.asarray(array)
-        kind = array.dtype.kind
-        expect(kind in "biu" or array.dtype.name in FLOATS, "Tensor",
+        letter = array.dtype.kind
+        expect(letter in "biu" or array.dtype.name in FLOATS, "Tensor",
                f"dtype {array.dtype}, expected float32, float64, int or bool")
-        expect(kind == "f" or not requires_grad, "Tensor",
+        expect(letter == "f" or not requires_grad, "Tensor",
                f"requires_grad with dtype {array.dtype}, expected float32 or float64")
-        self.data, self.grad, self.requires_grad = array, None, bool(requires_grad)
+        self.data: Any = array
+        self.grad: Any = None
+        self.requires_grad = bool(requires_grad)
         self.node, self.place = None, 0  # the node that made it, and which of its outputs it is
+
+    if TYPE_CHECKING:  # what ops/__init__.py attaches
+        def _binary(self, other: Any) -> "Tensor": ...
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _binary
+        __matmul__ = __rmatmul__ = __pow__ = __getitem__ = _binary
+        def __neg__(self) -> "Tensor": ...
+        def sum(self, axis: Any = None, keepdims: bool = False) -> "Tensor": ...
+        mean = max = sum
+        def reshape(self, *shape: Any) -> "Tensor": ...
+        transpose = swapaxes = reshape
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
@@ -100,18 +115,18 @@ class Tensor:
         return len(self.data)
 
     def __repr__(self):
-        made = f", made by {self.node.op.name}" if self.node else ", requires_grad" if self.requires_grad else ""
-        return f"Tensor({self.data}, shape {self.shape}, {self.dtype}{made})"
+        origin = f", made by {self.node.op.name}" if self.node else ", requires_grad" * self.requires_grad
+        return f"Tensor({self.data}, shape {self.shape}, {self.dtype}{origin})"
 
-    def detach(self):
+    def detach(self) -> "Tensor":
         """The same array, cut from the graph."""
         return Tensor(self.data)
 
-    def numpy(self):
+    def numpy(self) -> np.ndarray:
         """The values as a NumPy array (a copy only if they are on a GPU)."""
         return to_numpy(self.data)
 
-    def item(self):
+    def item(self) -> float | int | bool:
         """The one value as a Python number (waits for the GPU)."""
         return self.data.item()
 
@@ -121,13 +136,14 @@ class Tensor:
     def __array__(self, dtype=None, copy=None):
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
-    def backward(self, gradient=None):
+    def backward(self, gradient: Any = None) -> None:
         """Add d(self)/d(leaf) to .grad of every leaf that requires it, and free the graph. `gradient` is the
         upstream gradient, an array of this tensor's shape; it may be left out for a tensor of one element."""
         _backward(self, gradient, None, _add_to_leaf)
 
 
-def grad(loss, wrt, into=None, *, gradient=None, add=False):
+def grad(loss: Tensor, wrt: Sequence[Tensor], into: Any = None, *, gradient: Any = None,
+         add: bool = False) -> Sequence[Array]:
     """The gradients of `loss` with respect to the tensors in `wrt`, as a list of arrays; nothing else is
     touched (.grad stays as it is, but the graph is freed). A tensor that the loss does not depend on gets
     zeros.
@@ -156,9 +172,9 @@ def grad(loss, wrt, into=None, *, gradient=None, add=False):
 
 # Ops
 
-class Index:
-    """Annotation of an array argument: integer arrays are passed as they are (indices, labels), not cast to
-    the float dtype."""
+class Index(np.ndarray):
+    """Annotation of an array argument of an op: integer arrays (indices, labels) are passed as they are, not
+    cast to the float dtype. Never made."""
 
 
 class Op:
@@ -217,11 +233,12 @@ class Op:
         except (ValueError, IndexError) as error:  # what no check of the op foresaw, in its form
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{self.name}: {', '.join(str(a.shape) for a in arrays if is_array(a))}: {error}") from error
+            shapes = ", ".join(str(a.shape) for a in arrays if is_array(a))
+            raise InputError(f"{self.name}: {shapes}: {error}") from error
         several = isinstance(out, tuple)
         outputs = out if several else (out,)
-        node = Node(self, args, arrays, outputs,
-                    vjp) if record and vjp is not None and _mode.recording else None
+        record = record and vjp is not None and _mode.recording
+        node = Node(self, args, arrays, outputs, vjp) if record else None
         wrapped = [self._wrap(o, dtype, node, i) for i, o in enumerate(outputs)]
         return tuple(wrapped) if several else wrapped[0]
 
@@ -243,8 +260,8 @@ class Op:
         if len(tensors) > 1:
             names = [f"input {i}" for i in range(len(args))] if self.variadic else self.arrays
             given = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, args) if isinstance(a, Tensor))
-            raise InputError(f"{self.name}: tensors of one float dtype expected, given {given}: cast one of "
-                             f"them")
+            raise InputError(f"{self.name}: tensors of one float dtype expected, given {given}: "
+                             f"cast one of them")
         arrays = {a.dtype for a in args if is_array(a) and a.dtype.kind == "f"}
         dtype = tensors.pop() if tensors else np.result_type(*arrays) if arrays else np.dtype("float32")
         expect(dtype.name in FLOATS, self.name, lambda: f"dtype {dtype}, expected float32 or float64")
@@ -272,11 +289,12 @@ class Op:
             raise GradientError(f"{self.name}: {array.dtype} output for {dtype} inputs: is one of its "
                                 f"constants a NumPy scalar?")
         out = Tensor.__new__(Tensor)
-        out.data, out.grad, out.requires_grad, out.node, out.place = array, None, node is not None, node, place
+        out.data, out.grad = array, None
+        out.requires_grad, out.node, out.place = node is not None, node, place
         return out
 
 
-def op(function):
+def op(function: Callable) -> Op:
     """Make an op of a function on raw arrays that returns (output or outputs, vjp).
 
     Parameters before `*` (and `*args`) are arrays; those after it are settings. vjp takes one upstream
@@ -288,7 +306,7 @@ def op(function):
     return Op(function)
 
 
-def fused(function):
+def fused(function: Callable) -> Callable:
     """Mark a function or method that is made of ops, which an array module may implement as one
     (backend.implementation). Where none does, its parts run and are recorded. The first Tensor or array among
     its arguments says whose implementation is asked for."""
@@ -307,8 +325,7 @@ class Node:
     gradient is addressed to: (node, place) for output `place` of a node, the leaf Tensor itself otherwise.
     Intermediate Tensors are not held: their arrays live as long as a vjp needs them."""
     __slots__ = ("op", "edges", "vjp", "shapes", "outputs", "number")
-    # a node is made after those that it came from: in order of number they are in order
-    numbers = itertools.count()
+    numbers = itertools.count()  # a node is made after those that it came from, so has a larger one
 
     def __init__(self, op, args, arrays, outputs, vjp):
         self.op, self.vjp, self.number = op, vjp, next(self.numbers)
@@ -331,8 +348,7 @@ def _key(tensor):
 
 
 def topological_order(root):
-    """The nodes under `root`, each after all that it depends on. Iterative: a graph may be deeper than
-    Python's stack."""
+    """The nodes under `root`, each after all that it depends on. Iterative: a graph may be very deep."""
     found, stack = {root}, [root]
     while stack:
         new = [parent for parent in stack.pop().parents() if parent not in found]
@@ -376,18 +392,15 @@ def _backward(root, gradient, wanted, deliver):
             run_node(node, live[node], upstream, arrive, place_of)
 
 
-def _is_leaf(key):
-    return isinstance(key, Tensor)
+_is_leaf = lambda key: isinstance(key, Tensor)
 
 
 def _live_edges(order, is_wanted):
-    """{node: its edges, None for one that leads to no wanted key} of the nodes that lead to one. `order`:
-    producers first."""
+    """{node: its edges, None for those that lead to no wanted key} of nodes that lead to one, in `order`."""
     live = {}
     for node in order:
-        edges = [edge if edge and (is_wanted(edge[0]) or isinstance(edge[0], tuple) and edge[0][0] in live)
-                 else None
-                 for edge in node.edges]
+        leads = lambda key: is_wanted(key) or isinstance(key, tuple) and key[0] in live
+        edges = [edge if edge and leads(edge[0]) else None for edge in node.edges]
         if any(edges):
             live[node] = edges
     return live
@@ -397,14 +410,13 @@ def _upstream(root, gradient):
     expect(root.requires_grad, "backward", "this tensor does not depend on anything that requires a gradient")
     if gradient is None:
         expect(root.size == 1, "backward",
-               lambda: f"a tensor of shape {root.shape} needs an upstream gradient; only a scalar does "
-                       f"without")
+               lambda: f"a tensor of shape {root.shape} needs an upstream gradient; "
+                       f"only a scalar does without")
         return array_module(root.data).ones_like(root.data)
     gradient = gradient.data if isinstance(gradient, Tensor) else gradient
     expect(is_array(gradient) and gradient.shape == root.shape and gradient.dtype == root.dtype, "backward",
            lambda: f"upstream gradient {getattr(gradient, 'shape', gradient)} "
-                   f"{getattr(gradient, 'dtype', '')} "
-                   f"for a tensor {root.shape} {root.dtype}")
+                   f"{getattr(gradient, 'dtype', '')} for a tensor {root.shape} {root.dtype}")
     return gradient
 
 
@@ -448,8 +460,7 @@ def _run_node_in(wrapper, node, edges, upstream, arrive, place_of):
 
 
 def _accumulate(arrived, key, g):
-    """The first gradient is held by reference, the second makes a new array, and only that one is added to in
-    place."""
+    """The first gradient is held by reference, the second makes an array, and only to that one is added."""
     held, ours = arrived.get(key, (None, False))
     if held is None:
         arrived[key] = (g, False)
@@ -463,8 +474,7 @@ def _accumulate(arrived, key, g):
 
 
 def _checked(op, i, g, edge):
-    """The gradient with broadcasting undone; GradientError naming the op if its shape or dtype cannot be the
-    input's."""
+    """The gradient with broadcasting undone; GradientError if its shape or dtype cannot be the input's."""
     _, shape, dtype = edge
     if is_array(g) and g.shape == shape and g.dtype == dtype:
         return g
@@ -478,13 +488,6 @@ def _checked(op, i, g, edge):
         if np.broadcast_shapes(g.shape, shape) != g.shape:
             raise ValueError
     except ValueError:
-        raise GradientError(f"{op.name}: its vjp returned shape {g.shape} for {name}, which is {shape}") from None
+        text = f"{op.name}: its vjp returned shape {g.shape} for {name}, which is {shape}"
+        raise GradientError(text) from None
     return unbroadcast(g, shape)
-
-
-def unbroadcast(g, shape):
-    """Sum g over the axes along which an array of `shape` was repeated to g's shape."""
-    extra = g.ndim - len(shape)
-    axes = (*range(extra), *(extra + i for i, n in enumerate(shape) if n == 1 and g.shape[extra + i] != 1))
-    out = g.sum(axis=axes, keepdims=True) if axes else g
-    return array_module(g).asarray(out).reshape(shape)

@@ -1,4 +1,4 @@
-"""gradcheck: is the gradient that backward() gives the slope that the forward pass has?"""
+"""gradcheck: is the gradient that backward() computes the slope that the forward pass has?"""
 from .check import Checked, Report, gradcheck
 
 __all__ = ["Checked", "Report", "gradcheck"]

@@ -1,5 +1,4 @@
-"""One file per paper. Every file of this folder is imported, so a new model needs no line here: @model
-registers it."""
+"""One file per paper. Every file here is imported, so @model registers a new model without a line here."""
 import importlib
 import pkgutil
 

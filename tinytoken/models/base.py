@@ -1,9 +1,8 @@
-"""What all models share: the registry, sizes, the output, and the methods that training and the command line
-call."""
+"""What all models share: the registry, sizes, the output, and what training and the command line call."""
 import dataclasses
 import inspect
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -14,13 +13,15 @@ from ..registry import Registry
 from ..tensor import Tensor
 
 model = Registry("model")
+Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]  # a loss, and the parts that it is made of, by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The configuration of a model of square or other pictures; a model adds what it has of its own.
-    image_size: H = W, or (H, W) in pixels. patch_size: pixels. mlp_ratio: hidden width of the MLPs over
-    dim."""
+    """The options that every model has; a model's own configuration adds to them.
+
+    image_size: H = W, or (H, W), in pixels. patch_size: in pixels. mlp_ratio: the hidden width of the MLPs,
+    divided by dim."""
     image_size: int | tuple[int, int] = 32
     patch_size: int = 4
     dim: int = 96
@@ -30,55 +31,61 @@ class Sizes:
     num_classes: int = 10
     _: dataclasses.KW_ONLY
     channels: int = 3
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # option: the values that it may have; no field
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # {option: the values that it may have}
+    positive: ClassVar[tuple[str, ...]] = ("mlp_ratio",)  # options that must be above 0
 
     def __post_init__(self):
         for name, values in self.choices.items():
-            expect(getattr(self, name) in values, self.where,
-                   lambda: f"{name} {getattr(self, name)!r}, expected "
-                   f"{'one of ' * (len(values) > 2)}{(', ' if len(values) > 2 else ' or ').join(values)}")
-        whole = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sizes)
-                 if field.type is int}
-        expect(not isinstance(self.image_size, (tuple, list)) or len(self.image_size) == 2, self.where,
-               lambda: f"image_size {self.image_size!r}, expected H, or (H, W)")
-        sides = nn.both_sides(self.image_size)
-        for name, size in [*(("image_size", side) for side in sides), *whole.items()]:
-            expect(isinstance(size, (int, np.integer)) and size > 0, self.where,
-                   f"{name} {getattr(self, name)!r}, expected a positive whole number")
-        expect(self.mlp_ratio > 0, self.where, f"mlp_ratio {self.mlp_ratio}, expected a positive number")
-        for field in dataclasses.fields(self):  # as JSON gives it back: lists for tuples
+            expected = f"one of {', '.join(values)}" if len(values) > 2 else " or ".join(values)
+            self.check(getattr(self, name) in values, f"{name} {getattr(self, name)!r}, expected {expected}")
+        self.check(not isinstance(self.image_size, (tuple, list)) or len(self.image_size) == 2,
+                   f"image_size {self.image_size!r}, expected H, or (H, W)")
+        sizes = [("image_size", side) for side in nn.both_sides(self.image_size)]
+        sizes += [(field.name, getattr(self, field.name)) for field in dataclasses.fields(Sizes)
+                  if field.type is int]
+        for name, size in sizes:
+            self.check(isinstance(size, (int, np.integer)) and size > 0,
+                       f"{name} {getattr(self, name)!r}, expected a positive whole number")
+        for name in self.positive:
+            self.check(getattr(self, name) > 0, f"{name} {getattr(self, name)}, expected a positive number")
+        for field in dataclasses.fields(self):  # a config read from JSON has lists for tuples
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
 
-    @property
-    def where(self):
-        """The model's name, for messages."""
-        return type(self).__name__.removesuffix("Config")
+    def check(self, ok: Any, message: str) -> None:
+        """InputError with the model's name and the message unless ok."""
+        expect(ok, type(self).__name__.removesuffix("Config"), message)
 
 
 @dataclasses.dataclass
 class Output:
-    """What a model returns, in every mode. logits (B, K); tokens: final-norm patch tokens (B, N, D), for
-    LookupViT the compressed ones (B, M, D); attention[l], with trace=True: the weights of block l, (B, H, T,
-    T), for LookupViT those of the gather, (B, H, M, N). A method's own output adds what the method has."""
+    """What a model returns, in every mode. A method's own output adds to it.
+
+    logits (B, K). tokens: the patch tokens after the final norm, (B, N, D); LookupViT: the compressed ones,
+    (B, M, D). attention[l], filled with trace=True: the weights of block l, (B, H, T, T); LookupViT: those of
+    its gather, (B, H, M, N)."""
     logits: Tensor
     tokens: Tensor | None = None
     attention: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 class Model(nn.Module):
-    """A model of this package. Config: its dataclass; `config` is the one it was made with; build(config)
-    makes its parts. task: the name of the task that trains it (tasks/)."""
+    """A model of this package.
+
+    Config: the dataclass of its options; config: those it was made with; build(config) makes its parts.
+    task: the name of the task that trains it (tasks/)."""
     Config: type[Sizes]
+    config: Any
+    __signature__: ClassVar[inspect.Signature]
     task = "classify"
-    loss_weights: tuple[float, ...] = (1, 0.5)  # of the parts of `loss` where there is a teacher
+    loss_weights: tuple[float, ...] = (1, 0.5)  # of the parts of `loss`, where there is a teacher
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
         if "Config" in vars(cls):  # so that help() shows the options
             cls.__signature__ = inspect.signature(cls.Config)
 
-    def __init__(self, *sizes, **options):
+    def __init__(self, *sizes: Any, **options: Any) -> None:
         try:
             self.config = self.Config(*sizes, **options)
         except TypeError as error:
@@ -88,14 +95,16 @@ class Model(nn.Module):
                              f"{type(self).__signature__}") from None
         self.build(self.config)
 
-    def build(self, c):
-        """Make the parts of a model with the configuration c."""
+    def build(self, c: Any) -> None:
+        """Make the parts of a model with the configuration c, a Config."""
         raise NotImplementedError
 
     def loss(self, out: Any, targets: Array, teacher: Any = None, *, smoothing: float = 0.0,
-             weights: Sequence[float] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy -> (loss, parts). out: of this model; teacher: the Output of one that is right more
-        often, whose answers are learned too (KL divergence). weights: of both."""
+             weights: Sequence[float] | None = None) -> Loss:
+        """Cross-entropy of the outputs `out` of this model -> (loss, parts).
+
+        teacher: the Output of a better model, whose answers are learned too (KL divergence). weights: of the
+        two parts then."""
         parts = {"class": ops.cross_entropy(out.logits, targets, smoothing=smoothing)}
         if teacher is None:
             return parts["class"], parts
@@ -103,27 +112,30 @@ class Model(nn.Module):
         return weighted_sum(weights or self.loss_weights, parts), parts
 
     def noise(self, size: int, step: int | None, seed: int | None, xp: Any = np) -> dict[str, Array]:
-        """What a training step draws for a batch of `size` images, by image number: {argument of the call:
-        array (B, ...)}."""
+        """What a training step draws for a batch of `size` images: {argument of the call: array (B, ...)}.
+        Row i is for image i."""
         return {}
 
     def show(self, out: Any) -> list[tuple[str, np.ndarray]]:
-        """What the model did with a batch of pictures, out of trace=True -> [(title, (B, N) array)]: boolean
-        ones are the patches that it kept, others are weights over the patches."""
+        """What the model did with a batch of pictures -> [(title, (B, N) array)], a panel each.
+
+        out: the Output of a call with trace=True. Boolean arrays: the patches that it kept; others: weights
+        over the patches."""
         return []
 
 
-def weighted_sum(weights, parts):
-    """The sum of the parts {name: Tensor}, each times its weight; first to last."""
-    loss = 0
+def weighted_sum(weights: Sequence[float], parts: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the parts, each times its weight, from first to last."""
+    loss: Any = 0
     for weight, part in zip(weights, parts.values()):
         loss = loss + part * weight
     return loss
 
 
 def create(name: str, **config: Any) -> Model:
-    """A new model by its registered name: create("vit", dim=96). config: see its class. InputError for a name
-    or an option that does not exist."""
+    """A new model by its registered name: create("vit", dim=96).
+
+    config: the options of its class. InputError for a name or an option that does not exist."""
     return model.pick(name)(**config)
 
 

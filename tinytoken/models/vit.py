@@ -1,10 +1,10 @@
 """The Vision Transformer (Dosovitskiy et al. 2021): patches, positions, blocks, one head. Names follow timm.
 
-Its loop over blocks is that of every model whose tokens are one column: a method that prunes or merges tokens
+Every model with a single set of tokens shares its loop over blocks: a method that prunes or merges tokens
 overrides `before_block`, or `run_block` if it works between the two branches of a block.
 """
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from .base import Model, Output, Sizes, model
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(Sizes):
-    """pool: "token" reads the class token, as timm's default and DynamicViT have it; "mean" has none and
-    averages the normed tokens."""
+    """pool: what the head reads. "token": the class token (timm's default, and DynamicViT's). "mean": the
+    mean of the normed tokens; there is no class token then."""
     qkv_bias: bool = True
     pool: str = "token"
     choices: ClassVar = {"pool": ("token", "mean")}
@@ -27,35 +27,35 @@ class ViTConfig(Sizes):
 class Tokens:
     """The state that goes from block to block.
 
-    x (B, T, D): the tokens; the first `extra` of them, the class token, are no patches. keep (B, T): the mask
-    of the attention, None for all; official: its official form. size (B, T): how many patches each token
-    stands for, None for one each. attention: a list that gets the weights, or None. paths (B, depth,
-    branches): factors of the residual branches, or None. taken (B, n): `index` once tokens have been
-    taken."""
+    x (B, T, D): the tokens; the first `extra` of them (the class token) are not patches. keep (B, T): the
+    mask of the attention; None: all are seen. official: whether the mask acts as in DynamicViT's official
+    code. size (B, T): how many patches each token stands for; None: one. attention: a list to which each
+    block adds its weights, or None. paths (B, depth, branches): factors of the residual branches, or None.
+    taken (B, n): what `index` is once tokens have been taken."""
     x: Tensor
     extra: int = 0
-    keep: object = None
+    keep: Tensor | None = None
     official: bool = False
-    size: object = None
-    attention: list | None = None
-    paths: object = None
-    taken: object = None
+    size: Array | None = None
+    attention: list[Tensor] | None = None
+    paths: Array | None = None
+    taken: Array | None = None
 
     @property
-    def patches(self):
+    def patches(self) -> Tensor:
         """The patch tokens (B, n, D)."""
         return self.x[:, self.extra:] if self.extra else self.x
 
     @property
-    def index(self):
-        """(B, n): for each patch token, the number of its patch in the picture."""
+    def index(self) -> Array:
+        """(B, n): for each patch token, which patch of the picture it is, counted row by row."""
         if self.taken is not None:
             return self.taken
         xp, n = array_module(self.x.data), self.x.shape[1] - self.extra
         return xp.broadcast_to(xp.arange(n), (len(self.x), n))
 
-    def take(self, places):
-        """Go on with the patch tokens at `places` (B, k), ascending, and what stands before them."""
+    def take(self, places: Array) -> None:
+        """Go on with the patch tokens at `places` (B, k), ascending, and with the class token."""
         xp = array_module(places)
         self.taken = places if self.taken is None else xp.take_along_axis(self.taken, places, axis=1)
         if self.extra:
@@ -69,7 +69,7 @@ class ViT(Model):
     """A ViT. images (B, channels, H, W) -> Output."""
     Config: type[Sizes] = ViTConfig
 
-    def build(self, c):
+    def build(self, c: Any) -> None:
         self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels)
         positions = nn.start_positions(self.patch_embed.grid, c.dim)
         self.num_patches = len(positions)
@@ -83,7 +83,7 @@ class ViT(Model):
         self.head = nn.Linear(c.dim, c.num_classes)
         nn.initialise(self)
 
-    def embed(self, images):
+    def embed(self, images: Tensor | Array) -> Tensor:
         """images -> tokens with positions (B, T, D), the class token first if there is one."""
         x = self.patch_embed(images)
         if self.config.pool == "token":
@@ -91,36 +91,36 @@ class ViT(Model):
         return x + self.pos_embed
 
     def forward(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None) -> Output:
-        """trace: keep the attention's weights. paths: factors (B, depth, 2) of the residual branches, for
+        """trace: keep the weights of the attention. paths: factors (B, depth, 2) of the residual branches, in
         training (tasks.drop_paths)."""
         return self.read(self.encode(self.start(images, trace, paths)))
 
-    def start(self, images, trace=False, paths=None, state=Tokens, **fields):
-        """The Tokens before the first block. state: a subclass of Tokens; fields: of its own."""
+    def start(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None,
+              state: type[Any] = Tokens, **fields: Any) -> Any:
+        """The Tokens before the first block. state: Tokens, or a subclass with further `fields`."""
         x = self.embed(images)
         return state(x, x.shape[1] - self.num_patches, attention=[] if trace else None, paths=paths, **fields)
 
-    def encode(self, tokens):
-        """Tokens through all blocks."""
+    def encode(self, tokens: Tokens) -> Any:
+        """Run the Tokens through all blocks; returns them."""
         for i in range(len(self.blocks)):
             self.before_block(i, tokens)
             self.run_block(i, tokens)
         return tokens
 
-    def before_block(self, i, tokens):
+    def before_block(self, i: int, tokens: Tokens) -> None:
         """What a method does to the tokens before block i. A ViT: nothing."""
 
-    def run_block(self, i, tokens):
+    def run_block(self, i: int, tokens: Tokens) -> None:
         """Block i."""
         tokens.x = self.blocks[i](tokens.x, nn.column(tokens.paths, i), keep=tokens.keep,
-                                  official=tokens.official,
-                                  attention=tokens.attention)
+                                  official=tokens.official, attention=tokens.attention)
 
-    def read(self, tokens):
+    def read(self, tokens: Tokens) -> Output:
         """Tokens after the last block -> Output."""
         tokens.x = self.norm(tokens.x)
         return Output(self.classify(tokens.x), tokens.patches, tokens.attention or [])
 
-    def classify(self, x):
+    def classify(self, x: Tensor) -> Tensor:
         """Normed tokens (B, T, D) -> logits (B, K)."""
         return self.head(x[:, 0] if self.config.pool == "token" else x.mean(axis=1))

@@ -1,50 +1,55 @@
 """Flat storage: parameters, their gradients and an optimiser's moments, each in one buffer."""
 from collections.abc import Iterable
+from typing import Any
 
-from ..backend import array_module, device_of
+from ..backend import Array, array_module, device_of
 from ..errors import expect
 from .module import Parameter
 
 
 class Flat:
-    """Parameters laid into one buffer, gradients into another, ordered by (lr_scale, decay), so that an
-    optimiser, clipping and a sum over threads are one pass each. segments: (start, stop, lr_scale, decay) of
-    each group. Each parameter begins at a multiple of 64 numbers, where the fastest loads of a GPU can; the
-    gaps are zeros, and stay so."""
+    """Parameters in one buffer, their gradients in another.
 
-    def __init__(self, params):
+    So an optimiser, clipping and a sum over threads are one pass each. Parameters are ordered by (lr_scale,
+    decay); segments: (start, stop, lr_scale, decay) of each such group. Each parameter begins at a multiple
+    of 64 elements, where the fastest loads of a GPU can begin; the gaps are zeros, and stay zeros.
+    """
+
+    def __init__(self, params: list[Parameter]) -> None:
         first = params[0].data
         expect(all(p.dtype == first.dtype and device_of(p.data) == device_of(first) for p in params),
-               "flatten",
-               "parameters of more than one dtype or device")
+               "flatten", "parameters of more than one dtype or device")
         xp = array_module(first)
-        order = sorted(range(len(params)), key=lambda i: _group(params[i]))
         size = sum(_aligned(p.size) for p in params)
         self.data, self.grad = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype)
-        self.groups, self.segments, self.bounds, start = [_group(p) for p in params], [], [None] * len(params), 0
-        for i in order:
-            start = _aligned(start)
-            p, stop = params[i], start + params[i].size
-            self.bounds[i] = (start, stop, p.shape)
-            if self.segments and self.segments[-1][2:] == _group(p):
-                self.segments[-1] = (self.segments[-1][0], stop, *_group(p))
+        self.groups = [_group(p) for p in params]
+        self.segments: list[tuple[int, int, float, bool]] = []
+        self.bounds: list[Any] = [None] * len(params)  # (start, stop, shape) of each parameter
+        start = 0
+        for i in sorted(range(len(params)), key=self.groups.__getitem__):
+            start, group = _aligned(start), self.groups[i]
+            stop = start + params[i].size
+            self.bounds[i] = (start, stop, params[i].shape)
+            if self.segments and self.segments[-1][2:] == group:
+                self.segments[-1] = (self.segments[-1][0], stop, *group)
             else:
-                self.segments.append((start, stop, *_group(p)))
+                self.segments.append((start, stop, *group))
             start = stop
         self.views, self.grads = self.cut(self.data), self.cut(self.grad)
         for p, view, g in zip(params, self.views, self.grads):
             view[...] = p.data
             if p.grad is not None:
                 g[...] = p.grad
-            p.data, p.grad, p.flat = view, g, self
+            p.data, p.grad = view, g
+            p.flat = self
 
-    def cut(self, buffer):
-        """One view of `buffer` (laid out like data) per parameter, in the order the parameters were given."""
+    def cut(self, buffer: Array) -> list[Array]:
+        """One view of `buffer` (laid out like data) per parameter, in the order of `params`."""
         return [buffer[start:stop].reshape(shape) for start, stop, shape in self.bounds]
 
-    def holds(self, params):
-        """True while every parameter and its gradient still are the views that they were given, in the group
-        that it was in."""
+    def holds(self, params: list[Parameter]) -> bool:
+        """True while each of `params` is still in its place: the same views of the same buffers, in the same
+        group."""
         return len(params) == len(self.views) and all(
             p.flat is self and p.data is view and p.grad is g and _group(p) == group
             for p, view, g, group in zip(params, self.views, self.grads, self.groups))

@@ -10,36 +10,40 @@ from .module import Module, Parameter
 
 
 def xavier(weight: Parameter, name: str, parts: int = 1, scale: float = 1.0) -> None:
-    """Glorot & Bengio 2010, eq. 16: uniform in +-sqrt(6 / (in + out)) x scale. weight (out, in) or, for
-    patches, (out, C, p, p); a packed one (qkv) counts as `parts`."""
+    """Glorot & Bengio 2010, eq. 16: uniform in +-sqrt(6 / (in + out)) x scale.
+
+    weight (out, in) or, for patches, (out, C, p, p). parts: how many matrices are packed in it (qkv: 3); each
+    counts by itself."""
     out, inputs = len(weight), math.prod(weight.shape[1:])
     bound = scale * math.sqrt(6 / (inputs + out // parts))
-    weight.data[...] = (2 * random.uniform(weight.shape, site=name, step=0, xp=array_module(weight.data))
-                        - 1) * bound
+    draw = random.uniform(weight.shape, site=name, step=0, xp=array_module(weight.data))
+    weight.data[...] = (2 * draw - 1) * bound
 
 
 def normal(parameter: Parameter, name: str, std: float) -> None:
     """Normal draws of standard deviation `std`."""
-    parameter.data[...] = random.normal(parameter.shape, site=name, step=0,
-                                        xp=array_module(parameter.data)) * std
+    draw = random.normal(parameter.shape, site=name, step=0, xp=array_module(parameter.data))
+    parameter.data[...] = draw * std
 
 
 BRANCH_ENDS = ("attn.proj", "mlp.fc2", "gather_proj", "infuse_proj")
 
 
 def initialise(model: Module, residual_scale: float = 0.3) -> None:
-    """Xavier for every linear layer and the patch embedding, each from a site of its own name and the default
-    key: a model's weights depend on `manual_seed` and on nothing that was made before. The layers that end a
-    residual branch start small."""
+    """Xavier for every linear layer and the patch embedding; the layers that end a residual branch are scaled
+    down by `residual_scale`.
+
+    Each layer draws from a site of its own name with the default key: a model's weights depend on
+    `manual_seed` and on nothing that was made before."""
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Projection)):
-            xavier(module.weight, f"{name}.weight", module.parts, residual_scale
-                   if name.endswith(BRANCH_ENDS) else 1.0)
+            scale = residual_scale if name.endswith(BRANCH_ENDS) else 1.0
+            xavier(module.weight, f"{name}.weight", module.parts, scale)
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """(h w, dim) float32: the 2-D sine-cosine table, a quarter of the channels each for sin and cos of row
-    and of column."""
+    """The 2-D sine-cosine table, (h w, dim) float32: a quarter of the channels each for sin and cos of column
+    and of row."""
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
     rows, columns = (place.reshape(-1, 1) * frequencies
                      for place in np.mgrid[:grid[0], :grid[1]].astype("float64"))

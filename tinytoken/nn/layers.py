@@ -4,21 +4,23 @@ from typing import Any
 import numpy as np
 
 from .. import ops
+from ..backend import Array
 from ..errors import expect
 from ..tensor import Tensor, fused
 from .module import Module, Parameter
 
 
 class Linear(Module):
-    """x W^T + b. x (..., in_features) -> (..., out_features); weight (out, in). parts: how many matrices it
-    packs."""
+    """x W^T + b. x (..., in_features) -> (..., out_features); weight (out, in).
+
+    parts: how many matrices are packed in the weight."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: int = 1) -> None:
         self.parts = parts
         self.weight = Parameter(np.zeros((out_features, in_features), "float32"), decay=True)
         self.bias = Parameter(np.zeros(out_features, "float32")) if bias else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
@@ -29,14 +31,14 @@ class LayerNorm(Module):
         self.eps = eps
         self.weight, self.bias = Parameter(np.ones(dim, "float32")), Parameter(np.zeros(dim, "float32"))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class GELU(Module):
     """ops.gelu as a layer, for lists of layers."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.gelu(x)
 
 
@@ -46,29 +48,32 @@ class MLP(Module):
     def __init__(self, dim: int, hidden: int) -> None:
         self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(ops.gelu(self.fc1(x)))
 
 
 class Attention(Module):
-    """Multi-head self-attention. x (B, T, dim) -> (B, T, dim). It is `attend(*project(x))`, which a method
-    that needs the queries, keys or values calls itself."""
+    """Multi-head self-attention. x (B, T, dim) -> (B, T, dim).
+
+    It is `attend(*project(x))`: a method that needs the queries, keys or values calls the two itself."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True) -> None:
         expect(dim % heads == 0, "Attention", f"heads {heads} do not divide dim {dim}")
         self.heads = heads
         self.qkv, self.proj = Linear(dim, 3 * dim, bias=qkv_bias, parts=3), Linear(dim, dim)
 
-    def forward(self, x, **options):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         return self.attend(*self.project(x), **options)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, dim) -> queries, keys and values, each (B, H, T, d)."""
         return ops.split_heads(self.qkv(x), heads=self.heads, parts=3)
 
-    def attend(self, q, k, v, keep=None, *, sees_itself=True, official=False, attention=None):
-        """Queries, keys and values -> (B, T, dim). keep, sees_itself, official: as of ops.attention.
-        attention: a list that gets the weights (B, H, T, T)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | Array | None = None, *,
+               sees_itself: bool = True, official: bool = False,
+               attention: list[Tensor] | None = None) -> Tensor:
+        """Queries, keys and values -> (B, T, dim). keep, sees_itself, official: as in ops.attention.
+        attention: a list to which the weights (B, H, T, T) are added."""
         out = ops.attention(q, k, v, keep, sees_itself=sees_itself, official=official,
                             weights=attention is not None)
         if attention is not None:
@@ -77,34 +82,37 @@ class Attention(Module):
         return self.proj(ops.merge_heads(out))
 
 
-# Residual branches. What a branch adds may be scaled per image: a factor of 0 drops it (drop path: Huang et
+# Residual branches. What a branch adds may be scaled per image; a factor of 0 drops it (drop path, Huang et
 # al. 2016).
 
-def scaled(out: Tensor, factors: Any) -> Tensor:
-    """out (B, T, D) times factors (B,), where there are any."""
+def scaled(out: Tensor, factors: Array | None) -> Tensor:
+    """out (B, T, D) times factors (B,); without factors, out itself."""
     return out if factors is None else out * factors[:, None, None]
 
 
-def column(paths, *index):
-    """paths[:, *index], the factors of one block or branch; None without any."""
+def column(paths: Array | None, *index: Any) -> Array | None:
+    """paths[:, *index]: the factors of one block or branch; None without any."""
     return None if paths is None else paths[:, *index]
 
 
 @fused
-def attention_branch(x, norm, attn, factors=None, **options):
-    """x + factors attn(norm(x)). x (B, T, D), factors (B,) or None; options: of Attention.attend."""
+def attention_branch(x: Tensor, norm: LayerNorm, attn: Attention, factors: Array | None = None,
+                     **options: Any) -> Tensor:
+    """x + factors attn(norm(x)). x (B, T, D), factors (B,) or None; options: those of Attention.attend."""
     return x + scaled(attn(norm(x), **options), factors)
 
 
 @fused
-def mlp_branch(x, norm, mlp, factors=None):
+def mlp_branch(x: Tensor, norm: LayerNorm, mlp: MLP, factors: Array | None = None) -> Tensor:
     """x + factors mlp(norm(x)). x (B, T, D), factors (B,) or None."""
     return x + scaled(mlp(norm(x)), factors)
 
 
 class Block(Module):
-    """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x). x (B, T, dim) -> (B, T,
-    dim). paths (B, 2): factors of the two branches; options: of Attention.attend."""
+    """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x).
+
+    x (B, T, dim) -> (B, T, dim). paths (B, 2): factors of the two branches. options: those of
+    Attention.attend."""
     branches = 2
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True,
@@ -112,7 +120,7 @@ class Block(Module):
         self.norm1, self.attn = LayerNorm(dim, eps), Attention(dim, heads, qkv_bias)
         self.norm2, self.mlp = LayerNorm(dim, eps), MLP(dim, round(dim * mlp_ratio))
 
-    def forward(self, x, paths=None, **options):
+    def forward(self, x: Tensor, paths: Array | None = None, **options: Any) -> Tensor:
         x = attention_branch(x, self.norm1, self.attn, column(paths, 0), **options)
         return mlp_branch(x, self.norm2, self.mlp, column(paths, 1))
 
@@ -121,28 +129,31 @@ class Projection(Module):
     """The patch embedding's weight as the convolution it is: (dim, C, p, p), stride p."""
     parts = 1
 
-    def __init__(self, dim, channels, patch):
+    def __init__(self, dim: int, channels: int, patch: int) -> None:
         self.weight = Parameter(np.zeros((dim, channels, patch, patch), "float32"), decay=True)
         self.bias = Parameter(np.zeros(dim, "float32"))
 
-    def forward(self, patches):
+    def forward(self, patches: Tensor) -> Tensor:
         return ops.linear(patches, self.weight.reshape(len(self.weight), -1), self.bias)
 
 
 class PatchEmbed(Module):
-    """Pictures to tokens. images (B, C, H, W) float -> (B, N, dim), row by row, N = (H / patch_size)(W /
-    patch_size). image_size: H = W, or (H, W). Refuses pictures of another size or channel count, and integer
-    pixels. Arrays are cast to the weights' dtype."""
+    """Pictures to tokens: images (B, C, H, W) float -> (B, N, dim), the patches row by row.
 
-    def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int, channels: int = 3) -> None:
+    N = (H / patch_size)(W / patch_size). image_size: H = W, or (H, W). Refuses pictures of another size or
+    channel count, and integer pixels. Arrays are cast to the weights' dtype."""
+
+    def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int,
+                 channels: int = 3) -> None:
         height, width = both_sides(image_size)
         expect(height % patch_size == 0 and width % patch_size == 0, "PatchEmbed",
                f"patch_size {patch_size} does not divide image_size {image_size}")
-        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
+        self.image_size, self.patch_size = image_size, patch_size
+        self.channels = channels
         self.grid = (height // patch_size, width // patch_size)
         self.proj = Projection(dim, channels, patch_size)
 
-    def forward(self, images):
+    def forward(self, images: Tensor | Array) -> Tensor:
         expected = (self.channels, *both_sides(self.image_size))
         expect(len(images.shape) == 4 and len(images) and tuple(images.shape[1:]) == expected, "images",
                lambda: f"{tuple(images.shape)}, expected (B, {', '.join(map(str, expected))})")
@@ -154,5 +165,5 @@ class PatchEmbed(Module):
 
 
 def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an image_size: one number for a square, or the two."""
+    """(height, width) of an image_size: H for a square, or (H, W)."""
     return (size[0], size[1]) if isinstance(size, (tuple, list)) else (size, size)

@@ -1,7 +1,7 @@
 """Modules: parameters and buffers by name, training and inference mode, state dicts."""
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,14 +12,17 @@ from ..tensor import Tensor
 
 
 class Parameter(Tensor):
-    """A leaf Tensor that a model learns. decay: weight decay applies (matrices of linear layers). lr_scale:
-    its learning rate relative to the others'. Parameters of equal (lr_scale, decay) are neighbours in flat
-    storage."""
+    """A leaf Tensor that a model learns.
+
+    decay: whether weight decay applies to it (to matrices of linear layers). lr_scale: its learning rate,
+    relative to the others'. flat: the Flat storage that it lies in, if any; parameters of equal (lr_scale,
+    decay) are neighbours there."""
     __slots__ = ("decay", "lr_scale", "flat")
 
     def __init__(self, array: Array, decay: bool = False) -> None:
         super().__init__(array, requires_grad=True)
-        self.decay, self.lr_scale, self.flat = decay, 1.0, None
+        self.decay, self.lr_scale = decay, 1.0
+        self.flat: Any = None
 
     def __deepcopy__(self, memo):
         twin = Parameter(self.data.copy(), self.decay)
@@ -28,9 +31,10 @@ class Parameter(Tensor):
 
 
 class Buffer:
-    """An array of a module's state that is not learned, a running mean say: it has no gradient and is no
-    optimiser's, and it is saved, loaded and moved with the parameters. Float arrays are cast with them,
-    too."""
+    """An array of a module's state that is not learned: a running mean, for example.
+
+    It has no gradient, and no optimiser changes it. It is saved, loaded and moved with the parameters; if it
+    holds floats, it is cast with them, too."""
 
     def __init__(self, array: Array) -> None:
         self.data = array
@@ -43,8 +47,10 @@ class Buffer:
 
 
 class Module:
-    """Something with parameters. Parameters, buffers, modules and lists of modules among its attributes have
-    names, in the order in which they were set. Subclasses write forward(); calling the module runs it."""
+    """Something with parameters. Subclasses write forward(); calling the module runs it.
+
+    Parameters, buffers, modules and lists of modules among its attributes have names, in the order in which
+    they were set."""
     training = True
 
     def __call__(self, *args, **kwargs):
@@ -77,10 +83,10 @@ class Module:
         """(dotted name, Buffer) of all buffers."""
         return self._named(Buffer)
 
-    def _named(self, kinds):
+    def _named(self, classes):
         for prefix, module in self.named_modules():
             for name, value in vars(module).items():
-                if isinstance(value, kinds):
+                if isinstance(value, classes):
                     yield (f"{prefix}.{name}" if prefix else name), value
 
     def parameters(self) -> list[Parameter]:
@@ -88,7 +94,7 @@ class Module:
         return [p for _, p in self.named_parameters()]
 
     def parameter_count(self) -> int:
-        """How many numbers the model learns."""
+        """How many values the model learns."""
         return sum(p.size for p in self.parameters())
 
     def train(self, mode: bool = True) -> Self:
@@ -114,7 +120,8 @@ class Module:
                 p.grad[...] = 0
 
     def astype(self, dtype: str | np.dtype) -> Self:
-        """Cast all parameters, and float buffers, to float32 or float64. Voids flat storage. Returns self."""
+        """Cast all parameters and float buffers to float32 or float64. Returns self. The parameters leave
+        flat storage."""
         for p in self.parameters():
             p.data, p.grad = p.data.astype(dtype), None
         for _, buffer in self.named_buffers():
@@ -123,8 +130,9 @@ class Module:
         return self
 
     def to(self, device: str) -> Self:
-        """Move all parameters and buffers to 'cpu' or 'cuda'; those that are there stay as they are. Returns
-        self. A move voids flat storage."""
+        """Move all parameters and buffers to 'cpu' or 'cuda'. Returns self.
+
+        Those that are there already stay as they are; those that move leave flat storage."""
         for p in self.parameters():
             if p.device != device:
                 p.data, p.grad = to_device(p.data, device), None
@@ -133,23 +141,25 @@ class Module:
         return self
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
+        """That of the parameters."""
         return next(p.dtype for p in self.parameters())
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """{name: array} of parameters and buffers, copies in host memory."""
         return {name: np.array(to_numpy(p.data)) for name, p in self._named((Parameter, Buffer))}
 
-    def load_state_dict(self, state: Mapping[str, np.ndarray], strict: bool = True) -> tuple[list[str], list[str]]:
-        """Copy arrays in by name -> (missing, unexpected) names. strict: both must be empty. Shapes must
-        agree always.
+    def load_state_dict(self, state: Mapping[str, np.ndarray],
+                        strict: bool = True) -> tuple[list[str], list[str]]:
+        """Copy arrays in by name -> (missing, unexpected) names, which must be empty if `strict`.
 
-        float32 and float64 keep their width (float64 weights make a float64 model); float16 and bfloat16
-        become float32, with a warning; mixed widths raise InputError. Nothing is changed if anything is
-        refused.
+        Shapes must always agree. float32 and float64 keep their width (float64 weights make a float64 model);
+        float16 and bfloat16 become float32, with a warning; mixed widths raise InputError. Nothing is changed
+        if anything is refused.
         """
         own = dict(self._named((Parameter, Buffer)))
-        missing, unexpected = [n for n in own if n not in state], [n for n in state if n not in own]
+        missing = [n for n in own if n not in state]
+        unexpected = [n for n in state if n not in own]
         expect(not strict or not (missing or unexpected), "load_state_dict",
                lambda: f"missing {_some(missing)}; unexpected {_some(unexpected)}")
         arrays = _one_width({name: np.asarray(state[name]) for name in own if name in state}, own)
@@ -164,7 +174,7 @@ class Module:
         return missing, unexpected
 
     def summary(self) -> str:
-        """A table of the modules that own parameters: name, class, shapes, how many numbers."""
+        """A table of the modules that own parameters: name, class, shapes, how many values."""
         rows = []
         for name, module in self.named_modules():
             owned = [p for p in vars(module).values() if isinstance(p, Parameter)]
@@ -178,13 +188,15 @@ class Module:
 
 
 def _some(names, limit=6):
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit
-                                       else "") if names else "none"
+    if not names:
+        return "none"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _one_width(arrays, own):
-    """The arrays with all floats in one width, narrow ones made float32. own: what they are for; buffers of
-    integers take their own dtype alone."""
+    """The arrays with all floats in one width, narrow ones made float32.
+
+    own: the parameters and buffers that they are for; a buffer of integers takes its own dtype alone."""
     whole = [n for n in arrays if own[n].dtype.kind != "f"]
     wrong = [f"{n} {arrays[n].dtype}, expected {own[n].dtype}" for n in whole
              if arrays[n].dtype != own[n].dtype]

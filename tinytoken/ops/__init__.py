@@ -1,5 +1,7 @@
-"""The ops, and the operators of Tensor made of them. One file per family; an op is one function, its vjp
-inside it."""
+"""The ops, one file per family, and the operators of Tensor made of them.
+
+An op is one function, with its vjp inside it.
+"""
 from ..tensor import Tensor
 from .activation import gelu, relu, sigmoid, tanh
 from .arithmetic import add, divide, exp, log, max, mean, multiply, negative, power, sqrt, subtract, sum
@@ -12,11 +14,12 @@ from .select import gumbel_softmax, put_tokens, take_tokens, top_k
 from .shape import broadcast_to, concat, getitem, index, pad, reshape, swapaxes, transpose
 
 
-def _shape(given):
+def _shape(sizes):
     """reshape(2, 3) and reshape((2, 3)) mean the same."""
-    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
 
 
+# mypy: disable-error-code="assignment, method-assign"
 Tensor.__add__ = Tensor.__radd__ = lambda a, b: add(a, b)
 Tensor.__mul__ = Tensor.__rmul__ = lambda a, b: multiply(a, b)
 Tensor.__sub__ = lambda a, b: subtract(a, b)

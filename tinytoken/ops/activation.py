@@ -9,8 +9,7 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 @op
 def gelu(x):
-    """x Phi(x) = 0.5 x (1 + erf(x / sqrt 2)). Hendrycks & Gimpel 2016, eq. 2: the exact form, not the tanh
-    one."""
+    """x Phi(x) = 0.5 x (1 + erf(x / sqrt 2)), the exact form (Hendrycks & Gimpel 2016, eq. 2), not tanh's."""
     xp = array_module(x)
     cdf = normal_cdf(x)
 

@@ -1,5 +1,7 @@
-"""Elementwise arithmetic and reductions. Shapes broadcast by NumPy's rules; the engine undoes it in the
-gradients."""
+"""Elementwise arithmetic and reductions.
+
+Shapes broadcast by NumPy's rules; the engine sums the gradients back over the axes that were broadcast.
+"""
 from ..backend import array_module
 from ..errors import expect
 from ..tensor import op
@@ -44,7 +46,7 @@ def power(x, *, exponent):
 
 
 def _power(x, exponent):
-    # NumPy's float32 x**3 takes as long as 400 multiplications: small whole powers are products.
+    # Small whole powers are products: NumPy's float32 x**3 takes as long as 400 multiplications.
     if exponent in (1, 2, 3):
         return x if exponent == 1 else x * x if exponent == 2 else x * x * x
     return x ** exponent
@@ -95,7 +97,7 @@ def max(x, *, axis=None, keepdims=False):
 
 
 def _spread(g, shape, axis, keepdims):
-    """What a reduction over `axis` gave, repeated back to `shape` (a read-only view)."""
+    """g, shaped like the output of a reduction over `axis`, repeated back to `shape` (a read-only view)."""
     xp = array_module(g)
     if axis is not None and not keepdims:
         g = xp.expand_dims(g, axis)

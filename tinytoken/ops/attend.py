@@ -1,9 +1,10 @@
 """Attention: between tokens, under a keep mask, and LookupViT's two directions of one score matrix.
 
-Arrays are (B, H, T, d): batch, heads, tokens, head_dim. Scores are scaled by 1 / sqrt(d) (Vaswani et al.
-2017, eq. 1).
+Arrays are (B, H, T, d): batch, heads, tokens, head_dim. Scores are scaled by 1 / sqrt(d): Vaswani et al.
+2017, eq. 1.
 """
 import math
+from typing import Any
 
 from ..backend import array_module, vecdot
 from ..errors import expect, shape_of
@@ -11,13 +12,15 @@ from ..tensor import op
 from .norm import softmax_of, softmax_vjp
 
 OFFICIAL_EPS = 1e-6
-LOWEST = -1e30  # stands for minus infinity, with which a row that sees nothing would compute NaN
+LOWEST = -1e30  # in place of minus infinity, with which a row that sees no key would give NaN
 
 
 @op
 def split_heads(x, *, heads, parts=1):
-    """x (B, T, parts H d) -> `parts` arrays (B, H, T, d), views of x;
-    a bare array for one part (q, k and v of a packed qkv: 3)."""
+    """x (B, T, parts H d) -> `parts` arrays (B, H, T, d), views of x; a bare array for one part.
+
+    A packed qkv has three parts: q, k and v.
+    """
     expect(x.ndim == 3 and x.shape[2] % (parts * heads) == 0, "split_heads",
            lambda: f"{shape_of('x', x)}: the last size must be a multiple of {parts} parts x {heads} heads")
     batch, tokens, width = x.shape
@@ -43,15 +46,15 @@ def merge_heads(x):
 
 @op
 def attention(q, k, v, keep=None, *, sees_itself=True, official=False, weights=False):
-    """softmax(q k^T / sqrt d) v. q (B, H, Tq, d), k and v (B, H, Tk, d) -> (B, H, Tq, d); weights=True: (out,
-    A).
+    """softmax(q k^T / sqrt d) v. q (B, H, Tq, d), k and v (B, H, Tk, d) -> (B, H, Tq, d).
 
-    keep (B, Tk): 1 keeps a key, 0 drops it, between is soft, above 1 it counts more than once:
-        A_ij = K_ij e^{a_ij} / sum_j K_ij e^{a_ij} with K_ij = keep_j. For hard masks this equals attention
-        over the gathered keys. A row that sees no key gives zeros. None: plain softmax.
+    keep (B, Tk): 1 keeps a key, 0 drops it; a value between is soft, and above 1 the key counts more than
+        once. A_ij = K_ij e^{a_ij} / sum_j K_ij e^{a_ij} with K_ij = keep_j. For hard masks this equals
+        attention over the gathered keys. A row that sees no key gives zeros. None: plain softmax.
     sees_itself: a token always sees itself (K_ii = 1), kept or not (DynamicViT, Rao et al. 2021, eq. 10 and
         11); then Tq = Tk.
-    official: the official code's form instead: the maximum over all keys, and eps in the quotient.
+    official: the form of the official code, with the maximum over all keys and an eps in the quotient.
+    weights: return (out, A).
     """
     check_attention("attention", q, k, v, keep, sees_itself)
     scale = 1 / math.sqrt(q.shape[-1])
@@ -80,7 +83,8 @@ def _(q, k, v, keep=None):
     return 2 * math.prod(q) * k[2]
 
 
-def check_attention(name, q, k, v, keep, sees_itself):
+def check_attention(name: str, q: Any, k: Any, v: Any, keep: Any, sees_itself: bool) -> None:
+    """InputError in the name of op `name` unless the shapes of q, k, v and keep fit together."""
     shapes = lambda: f"{shape_of('q', q)}, {shape_of('k', k)}, {shape_of('v', v)}"
     expect(q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
            and k.shape[:3] == v.shape[:3], name,
@@ -103,17 +107,18 @@ def _seen(keep, shape, sees_itself):
 
 
 def _keep_gradient(d_seen, sees_itself):
-    """From K back to keep: summed over heads and queries, without the diagonal, which does not depend on
-    keep."""
+    """From K back to keep: summed over heads and queries, without the diagonal, where K is always 1."""
     total = d_seen.sum(axis=(1, 2))
     return total - d_seen.diagonal(axis1=2, axis2=3).sum(axis=1) if sees_itself else total
 
 
 def _masked_softmax(scores, seen):
-    """K e^a / sum K e^a, and its gradients. The maximum is that of the keys with K > 0: a dropped key that
-    towers over the kept ones would push them all to zero. Toward a dropped key's K the slope is e^a / sum:
-    there min(a - max, 0) keeps it finite, so that a dropped key counts at most as much as the strongest kept
-    one."""
+    """A = K e^a / sum K e^a -> (A, u -> gradients of (a, K)).
+
+    The maximum taken off is that of the keys with K > 0: a dropped key that towers over the kept ones would
+    push them all to zero. The slope toward a dropped key's K is e^a / sum, which could overflow; min(a - max,
+    0) limits it to that of the strongest kept key.
+    """
     xp = array_module(scores)
     slope = scores - xp.where(seen > 0, scores, LOWEST).max(axis=-1, keepdims=True)
     xp.minimum(slope, 0, out=slope)
@@ -129,8 +134,11 @@ def _masked_softmax(scores, seen):
 
 
 def _official_softmax(scores, seen):
-    """(K e^{a - max a} + eps / n) / (sum K e^{a - max a} + eps), and its gradients. The maximum runs over all
-    keys and eps makes the result depend on it, so the score that holds it gets a gradient of its own."""
+    """A = (K e^{a - max a} + eps / n) / (sum K e^{a - max a} + eps) -> (A, u -> gradients of (a, K)).
+
+    The maximum runs over all keys, and through eps the result depends on it: so the score that is the
+    maximum gets a gradient for that too.
+    """
     xp, keys = array_module(scores), scores.shape[-1]
     exps = scores - scores.max(axis=-1, keepdims=True)
     xp.exp(exps, out=exps)
@@ -148,10 +156,12 @@ def _official_softmax(scores, seen):
 
 @op
 def lookup_gather(q, k, v):
-    """LookupViT's information gathering: compressed tokens read the lookup tokens (Koner et al. 2024, arXiv
-    2407.12753). q (B, H, M, d), k and v (B, H, N, d) -> out (B, H, M, d), A (B, H, M, N) with rows that sum
-    to 1, and the scaled logits under it, for `lookup_infuse`: what comes back through A and the logits is
-    added up here."""
+    """LookupViT's information gathering: the compressed tokens read the lookup tokens.
+
+    q (B, H, M, d), k and v (B, H, N, d) -> out (B, H, M, d), A (B, H, M, N) with rows that sum to 1, and the
+    scaled logits that A is the softmax of. `lookup_infuse` uses A and the logits again; the gradients that
+    come back through them are added up here. Koner et al. 2024, arXiv 2407.12753.
+    """
     check_attention("lookup_gather", q, k, v, None, False)
     scale = 1 / math.sqrt(q.shape[-1])
     logits = (q * scale) @ k.swapaxes(-1, -2)
@@ -177,27 +187,30 @@ REUSE = ("probs", "renorm", "resoftmax")
 
 @op
 def lookup_infuse(A, logits, v, *, reuse):
-    """LookupViT's global context infusion: the gather's attention, read backward, writes compressed values to
-    the lookup tokens. A and logits (B, H, M, N) from `lookup_gather`, v (B, H, M, d) -> R^T v (B, H, N, d).
-    Only resoftmax reads the logits: else they may be None. The paper leaves R open:
+    """LookupViT's global context infusion: the compressed tokens write back to the lookup tokens, through the
+    attention of the gather read in the other direction.
+
+    A and logits (B, H, M, N) from `lookup_gather`, v (B, H, M, d) -> R^T v (B, H, N, d). The paper leaves R
+    open; `reuse` chooses one of three readings:
 
     probs: R = A. Token n receives sum_m A_mn of mass, M / N on average.
-    renorm: R = A / sum_m A, every token receives 1.
-    resoftmax: R = softmax over m of the logits.
+    renorm: R = A / sum_m A, so every token receives 1.
+    resoftmax: R = softmax over m of the logits. Only this one reads the logits; they may else be None.
 
     (The fourth reading, separate queries and keys, is `attention`.)
     """
     expect(reuse in REUSE, "lookup_infuse",
-           lambda: f"reuse {reuse!r}, expected {', '.join(REUSE)} (separate: ops.attention with its own q "
-                   f"and k)")
+           lambda: f"reuse {reuse!r}, expected {', '.join(REUSE)} "
+                   "(separate: ops.attention with its own q and k)")
     expect(logits is not None or reuse != "resoftmax", "lookup_infuse",
            "no logits, which reuse='resoftmax' reads")
     expect(A.ndim == v.ndim == 4 and A.shape == (A if logits is None else logits).shape
            and A.shape[:3] == v.shape[:3], "lookup_infuse",
            lambda: f"{shape_of('A', A)}, {'' if logits is None else shape_of('logits', logits) + ', '}"
-           f"{shape_of('v', v)}: expected (B, H, M, N), logits of the same shape, and (B, H, M, d)")
-    mass = A.sum(axis=2, keepdims=True) if reuse == "renorm" else None
-    mass = None if mass is None else mass + (mass == 0)  # a token whose column underflowed receives nothing
+                   f"{shape_of('v', v)}: expected (B, H, M, N), logits of the same shape, and (B, H, M, d)")
+    if reuse == "renorm":
+        mass = A.sum(axis=2, keepdims=True)
+        mass = mass + (mass == 0)  # a token whose column underflowed receives nothing
     R = A if reuse == "probs" else A / mass if reuse == "renorm" else softmax_of(logits, axis=2)
 
     def vjp(g):

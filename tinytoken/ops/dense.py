@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 
-from ..backend import array_module, scatter_add
+from ..backend import Array, array_module, scatter_add
 from ..errors import expect, shape_of
 from ..tensor import Index, op
 
@@ -14,10 +14,10 @@ def matmul(a, b):
     expect(a.ndim >= 2 and b.ndim >= 2, "matmul",
            lambda: f"{shape_of('a', a)} @ {shape_of('b', b)}: at least two axes each expected")
     expect(a.shape[-1] == b.shape[-2], "matmul",
-           lambda: f"{shape_of('a', a)} @ {shape_of('b', b)}: inner sizes {a.shape[-1]} and {b.shape[-2]} "
-                   f"differ.",
+           lambda: f"{shape_of('a', a)} @ {shape_of('b', b)}: "
+                   f"inner sizes {a.shape[-1]} and {b.shape[-2]} differ.",
            *(("k.swapaxes(-1, -2)", "03") if a.shape[-1] == b.shape[-1] else ()))
-    if b.ndim == 2:  # one 2-D product: many small ones are slower, and would need their gradients of b summed
+    if b.ndim == 2:  # as one 2-D product: a stack of them is slower, and its gradients of b have to be summed
         rows = a.reshape(-1, a.shape[-1])
 
         def vjp(g):
@@ -36,10 +36,11 @@ def _(a, b):
 def linear(x, weight, bias=None):
     """x W^T + b. x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
     expect(weight.ndim == 2 and x.ndim >= 1 and x.shape[-1] == weight.shape[1], "linear",
-           lambda: f"{shape_of('x', x)}, {shape_of('weight', weight)}: the last size of x must be the "
-                   f"weight's second, (out, in)")
+           lambda: f"{shape_of('x', x)}, {shape_of('weight', weight)}: "
+                   "the last size of x must be the weight's second, (out, in)")
     expect(bias is None or bias.shape == weight.shape[:1], "linear",
-           lambda: f"{shape_of('bias', bias)} for {shape_of('weight', weight)}: expected ({weight.shape[0]},)")
+           lambda: f"{shape_of('bias', bias)} for {shape_of('weight', weight)}: "
+                   f"expected ({weight.shape[0]},)")
     rows = x.reshape(-1, x.shape[-1])
     out = rows @ weight.T
     if bias is not None:
@@ -58,15 +59,17 @@ def _(x, weight, bias=None):
     return math.prod(x) * weight[0]
 
 
-def column_sums(rows):
-    """rows (R, D) -> (D,): as a product with ones, which is several times faster than .sum(0)."""
+def column_sums(rows: Array) -> Array:
+    """rows (R, D) -> (D,), as a product with ones: several times faster than .sum(0)."""
     return array_module(rows).ones(len(rows), rows.dtype) @ rows
 
 
 @op
 def embedding(weight, rows: Index):
-    """Rows of a table. weight (K, D), rows (...) integers -> (..., D). A row used twice gets both
-    gradients."""
+    """Rows of a table: weight (K, D), rows (...) integers -> (..., D).
+
+    The gradients of a row that is used more than once add up.
+    """
     expect(rows.dtype.kind in "iu", "embedding", lambda: f"rows of dtype {rows.dtype}, expected integers")
     in_range = array_module(rows) is not np or not rows.size or 0 <= rows.min() and rows.max() < len(weight)
     expect(in_range, "embedding", lambda: f"rows from {rows.min()} to {rows.max()} of a table {weight.shape}")

@@ -1,23 +1,27 @@
 """Pictures to tokens, and token grids to other sizes."""
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ..backend import array_module
+from ..backend import Array, array_module
 from ..errors import expect, shape_of
 from ..tensor import op
 
 
 @op
 def patchify(images, *, patch):
-    """images (B, C, H, W) -> (B, N, C p p): N = (H / p)(W / p) patches, row by row, each in the order (C, p,
-    p), so that a convolution's weight (D, C, p, p) flattened to (D, C p p) is the linear layer of the patch
-    embedding."""
+    """images (B, C, H, W) -> (B, N, C p p): N = (H / p)(W / p) patches, row by row.
+
+    The values of a patch are in the order (C, p, p), so that a convolution's weight (D, C, p, p) flattened to
+    (D, C p p) is the weight of the patch embedding's linear layer.
+    """
     expect(images.ndim == 4, "patchify", lambda: f"{shape_of('images', images)}, expected (B, C, H, W)")
     batch, channels, height, width = images.shape
     expect(height % patch == 0 and width % patch == 0, "patchify",
-           lambda: f"{shape_of('images', images)}: height and width must be multiples of the patch size "
-                   f"{patch}")
+           lambda: f"{shape_of('images', images)}: "
+                   f"height and width must be multiples of the patch size {patch}")
     rows, columns = height // patch, width // patch
     grid = images.reshape(batch, channels, rows, patch, columns, patch).transpose(0, 2, 4, 1, 3, 5)
 
@@ -30,31 +34,36 @@ def patchify(images, *, patch):
 @op
 def resize(x, *, grid, size, antialias=True):
     """Tokens on a grid (h, w), row by row, resized to `size` (m, n) bilinearly. x (B, h w, D) -> (B, m n, D).
-    A constant matrix, `resize_matrix`; with antialias (as jax.image.resize has it) every token is read when
-    it shrinks."""
+
+    A product with a constant, `resize_matrix`. With antialias every token is read, also where the grid
+    shrinks (as in jax.image.resize).
+    """
     expect(x.ndim == 3 and x.shape[1] == grid[0] * grid[1], "resize",
            lambda: f"{shape_of('x', x)}, expected (B, {grid[0] * grid[1]}, D) for the grid {tuple(grid)}")
     matrix = resize_matrix_on(array_module(x), tuple(grid), tuple(size), antialias, x.dtype.name)
     return matrix @ x, lambda g: matrix.T @ g
 
 
-def resize_matrix(grid, size, antialias=True):
-    """The (m n, h w) float64 matrix of `resize`; each row sums to 1. Per axis, with s = h / m and the
-    output's centre c = (o + 1/2) s - 1/2, input i weighs max(0, 1 - |i - c| / max(s, 1)) (without antialias:
-    / 1)."""
+def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = True) -> np.ndarray:
+    """The (m n, h w) float64 matrix of `resize`; each row sums to 1.
+
+    Along one axis, with s = h / m, output o has its centre at c = (o + 1/2) s - 1/2, and input i weighs
+    max(0, 1 - |i - c| / max(s, 1)); without antialias the divisor is 1.
+    """
     expect(min(*grid, *size) >= 1, "resize",
            lambda: f"grid {tuple(grid)} to {tuple(size)}: at least 1 x 1 expected")
 
     def axis(inputs, outputs):
         step = inputs / outputs
         centres = (np.arange(outputs) + 0.5) * step - 0.5
-        weight = np.maximum(0, 1 - np.abs(np.arange(inputs) - centres[:, None])
-                            / (max(step, 1) if antialias else 1))
+        half_width = max(step, 1) if antialias else 1
+        weight = np.maximum(0, 1 - np.abs(np.arange(inputs) - centres[:, None]) / half_width)
         return weight / weight.sum(axis=1, keepdims=True)
     return np.kron(axis(grid[0], size[0]), axis(grid[1], size[1]))
 
 
 @functools.lru_cache(maxsize=64)
-def resize_matrix_on(xp, grid, size, antialias=True, dtype="float32"):
-    """The same as an array of that module, made once."""
+def resize_matrix_on(xp: Any, grid: tuple[int, ...], size: tuple[int, ...], antialias: bool = True,
+                     dtype: str = "float32") -> Array:
+    """`resize_matrix` as an array of the module xp, made once."""
     return xp.asarray(resize_matrix(grid, size, antialias).astype(dtype))

@@ -1,4 +1,6 @@
 """Losses: means over the images of a batch."""
+from typing import Any
+
 import numpy as np
 
 from ..backend import array_module
@@ -9,8 +11,11 @@ from .norm import log_softmax_of
 
 @op
 def cross_entropy(logits, targets: Index, *, smoothing=0.0):
-    """Mean over the batch of -sum_k t_k log softmax(logits)_k. logits (B, K); targets (B,) labels or (B, K)
-    probabilities. smoothing s replaces t by (1 - s) t + s / K (Szegedy et al. 2016, section 7)."""
+    """Mean over the batch of -sum_k t_k log softmax(logits)_k.
+
+    logits (B, K); targets (B,) labels or (B, K) probabilities. smoothing s replaces t by (1 - s) t + s / K
+    (Szegedy et al. 2016, section 7).
+    """
     xp = array_module(logits)
     expect(logits.ndim == 2 and logits.size, "cross_entropy",
            lambda: f"{shape_of('logits', logits)}, expected (B, K)")
@@ -18,8 +23,8 @@ def cross_entropy(logits, targets: Index, *, smoothing=0.0):
     batch, classes = logits.shape
     soft = targets.shape == logits.shape
     if soft:
-        targets = targets.astype(logits.dtype, copy=False)  # integer one-hot rows, too
-        wanted = targets * (1 - smoothing) + smoothing / classes
+        probabilities = targets.astype(logits.dtype, copy=False)  # integer one-hot rows, too
+        wanted = probabilities * (1 - smoothing) + smoothing / classes
     else:
         check_labels("cross_entropy", targets, batch, classes)
         wanted = xp.full(logits.shape, smoothing / classes, logits.dtype)
@@ -32,9 +37,11 @@ def cross_entropy(logits, targets: Index, *, smoothing=0.0):
     return -(wanted * log_probs).sum() / batch, vjp
 
 
-def check_labels(where, labels, batch, classes):
-    """Labels must be integers (batch,) from 0 to classes - 1. On a GPU the range is not read: that would wait
-    for it."""
+def check_labels(where: str, labels: Any, batch: int, classes: int) -> None:
+    """InputError unless the labels are integers (batch,) from 0 to classes - 1.
+
+    On a GPU the range is not checked: reading it would wait for the device.
+    """
     expect(labels.dtype.kind in "iu" and labels.shape == (batch,), where,
            lambda: f"{shape_of('targets', labels)} {labels.dtype}, "
                    f"expected ({batch},) integer labels or ({batch}, {classes}) probabilities")
@@ -45,8 +52,10 @@ def check_labels(where, labels, batch, classes):
 
 @op
 def kl_divergence(logits, teacher_logits):
-    """Mean over the batch of KL(softmax(teacher) || softmax(student)), both (B, K): sum_k p_k (log p_k - log
-    q_k)."""
+    """Mean over the batch of KL(p || q) = sum_k p_k (log p_k - log q_k).
+
+    q is the softmax of the logits (B, K), p that of the teacher's (B, K).
+    """
     expect(logits.shape == teacher_logits.shape and logits.ndim == 2, "kl_divergence",
            lambda: f"{shape_of('logits', logits)}, {shape_of('teacher_logits', teacher_logits)}: "
                    "two of one shape (B, K) expected")

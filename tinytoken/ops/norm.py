@@ -1,12 +1,12 @@
 """Softmax and layer norm: each value depends on its whole row, so the gradients do too."""
-from ..backend import array_module, vecdot
+from ..backend import Array, array_module, vecdot
 from ..errors import expect, shape_of
 from ..tensor import op
 from .dense import column_sums
 
 
-def softmax_of(x, axis=-1):
-    """softmax of a raw array. The maximum is taken off first, so that exp cannot overflow."""
+def softmax_of(x: Array, axis: int = -1) -> Array:
+    """softmax of a raw array. The maximum is subtracted first, so that exp cannot overflow."""
     xp = array_module(x)
     out = x - x.max(axis=axis, keepdims=True)
     xp.exp(out, out=out)
@@ -14,7 +14,7 @@ def softmax_of(x, axis=-1):
     return out
 
 
-def softmax_vjp(out, g, axis=-1):
+def softmax_vjp(out: Array, g: Array, axis: int = -1) -> Array:
     """out * (g - sum(g * out)): the softmax's vjp, from its output."""
     dot = vecdot(g, out)[..., None] if axis == -1 else (g * out).sum(axis=axis, keepdims=True)
     grad = g - dot
@@ -36,7 +36,7 @@ def log_softmax(x, *, axis=-1):
     return out, lambda g: g - array_module(x).exp(out) * g.sum(axis=axis, keepdims=True)
 
 
-def log_softmax_of(x, axis=-1):
+def log_softmax_of(x: Array, axis: int = -1) -> Array:
     """log softmax of a raw array."""
     xp = array_module(x)
     shifted = x - x.max(axis=axis, keepdims=True)
@@ -46,8 +46,10 @@ def log_softmax_of(x, axis=-1):
 
 @op
 def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. x (..., D), weight and bias (D,) or
-    None. Ba, Kiros & Hinton 2016; eps is 1e-6 in timm's ViT, 1e-5 in DynamicViT's predictor."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba, Kiros & Hinton 2016).
+
+    x (..., D), weight and bias (D,) or None. eps is 1e-6 in timm's ViT, 1e-5 in DynamicViT's predictor.
+    """
     size = x.shape[-1]
     for name, p in (("weight", weight), ("bias", bias)):
         expect(p is None or p.shape == (size,), "layer_norm",

@@ -1,7 +1,7 @@
 """Choosing tokens: Gumbel-softmax for training, top-k and gathering for inference."""
 import numpy as np
 
-from ..backend import array_module, faster, is_array, scatter_add
+from ..backend import Array, array_module, faster, is_array, scatter_add
 from ..errors import expect, shape_of
 from ..tensor import Index, Tensor, op
 from .norm import softmax_of, softmax_vjp
@@ -9,15 +9,17 @@ from .norm import softmax_of, softmax_vjp
 
 @op
 def gumbel_softmax(log_probs, noise, *, tau=1.0, hard=False):
-    """softmax((log_probs + noise) / tau) over the last axis; noise: standard Gumbel draws of the same shape
-    (Jang, Gu & Poole 2017, eq. 2). hard: the one-hot of its maximum forward, exactly 0 or 1, with the
-    gradient of the soft value (straight-through); of equal maxima the first."""
+    """softmax((log_probs + noise) / tau) over the last axis (Jang, Gu & Poole 2017, eq. 2).
+
+    noise: standard Gumbel draws of the same shape. hard: forward the one-hot of the maximum (of equal maxima
+    the first), exactly 0 or 1, with the gradient of the soft value (straight-through).
+    """
     expect(log_probs.shape == noise.shape, "gumbel_softmax",
            lambda: f"{shape_of('log_probs', log_probs)}, {shape_of('noise', noise)}: equal shapes expected")
     expect(tau > 0, "gumbel_softmax", lambda: f"tau {tau}, expected a positive temperature")
     xp = array_module(log_probs)
     soft = softmax_of((log_probs + noise) / tau)
-    # The winner is read off the soft values, so what is forward 1 is what the gradient takes for the largest.
+    # The argmax is that of the soft values, so the 1 stands where the gradient's softmax has its maximum.
     out = (xp.arange(soft.shape[-1]) == soft.argmax(axis=-1)[..., None]).astype(soft.dtype) if hard else soft
 
     def vjp(g):
@@ -28,8 +30,10 @@ def gumbel_softmax(log_probs, noise, *, tau=1.0, hard=False):
 
 @op
 def take_tokens(x, index: Index):
-    """Rows of each image. x (B, N, D), index (B, k) integers -> (B, k, D). A row taken twice gets both
-    gradients."""
+    """Rows of each image. x (B, N, D), index (B, k) integers -> (B, k, D).
+
+    The gradients of a row that is taken more than once add up.
+    """
     rows = _flat_rows("take_tokens", x, index, x.shape[1])
     batch, length, width = x.shape
 
@@ -42,8 +46,7 @@ def take_tokens(x, index: Index):
 
 @op
 def put_tokens(x, index: Index, *, length):
-    """The reverse: a (B, length, D) array of zeros with x's rows added at `index`. x (B, k, D), index (B, k)
-    integers."""
+    """The reverse of take_tokens: zeros (B, length, D) with the rows of x (B, k, D) added at index (B, k)."""
     rows = _flat_rows("put_tokens", x, index, length)
     expect(index.shape == x.shape[:2], "put_tokens",
            lambda: f"{shape_of('index', index)} for {shape_of('x', x)}: one place per row expected")
@@ -54,26 +57,29 @@ def put_tokens(x, index: Index, *, length):
 
 
 def _flat_rows(where, x, index, length):
-    """Row numbers in the batch laid end to end (B length, D), checked: an index out of range would name
-    another image's row."""
+    """index as rows of the batch laid end to end (B length, D).
+
+    Checked, since an index out of range would be a row of another image.
+    """
     expect(x.ndim == 3 and index.ndim == 2 and len(x) == len(index) and index.dtype.kind in "iu", where,
-           lambda: f"{shape_of('x', x)}, {shape_of('index', index)} {index.dtype}: expected (B, N, D) and "
-                   f"integers (B, k)")
+           lambda: f"{shape_of('x', x)}, {shape_of('index', index)} {index.dtype}: "
+                   "expected (B, N, D) and integers (B, k)")
     xp = array_module(x)
-    # a GPU would have to be waited for
+    # not checked on a GPU, which the host would have to wait for
     in_range = xp is not np or not index.size or 0 <= index.min() and index.max() < length
     expect(in_range, where, lambda: f"index from {index.min()} to {index.max()}, expected 0 to {length - 1}")
     return (index.astype("int64", copy=False) + xp.arange(len(index))[:, None] * length).reshape(-1)
 
 
-def top_k(scores, k):
-    """The places of the k highest scores of each row, in ascending order of place. scores (B, N) -> (B, k)
-    int64. Of equal scores the first places win. Not differentiable: takes an array or Tensor and returns an
-    array."""
+def top_k(scores: Array | Tensor, k: int) -> Array:
+    """The indices of the k highest scores of each row, in ascending order. scores (B, N) -> (B, k) int64.
+
+    Of equal scores the first ones are taken. Not differentiable: takes an array or Tensor, returns an array.
+    """
     scores = scores.data if isinstance(scores, Tensor) else scores
     expect(is_array(scores) and scores.ndim == 2 and 0 <= k <= scores.shape[1], "top_k",
-           lambda: f"k {k} of scores {getattr(scores, 'shape', type(scores).__name__)}: expected (B, N) and "
-                   f"0 <= k <= N")
+           lambda: f"k {k} of scores {getattr(scores, 'shape', type(scores).__name__)}: "
+                   "expected (B, N) and 0 <= k <= N")
     xp = array_module(scores)
     fast = faster(top_k, xp, scores, k)
     return fast(scores, k) if fast else xp.sort(xp.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)

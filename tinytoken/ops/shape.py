@@ -1,5 +1,6 @@
 """Ops that move values and change none: their gradients move back."""
 import math
+from typing import Any
 
 from ..backend import array_module, is_array
 from ..errors import expect, shape_of
@@ -26,7 +27,7 @@ def transpose(x, *, axes=None):
     return x.transpose(axes), lambda g: g.transpose(back)
 
 
-def swapaxes(x, a, b):
+def swapaxes(x: Tensor, a: int, b: int) -> Tensor:
     """x with axes a and b exchanged."""
     axes = list(range(x.ndim))
     expect(-x.ndim <= min(a, b) and max(a, b) < x.ndim, "swapaxes",
@@ -52,8 +53,10 @@ def concat(*xs, axis=0):
 
 @op
 def index(x, *, key):
-    """x[key] with numbers, slices, None, ... and integer or boolean arrays. Rows taken more than once add up
-    in the gradient."""
+    """x[key]; the key may hold numbers, slices, None, ... and integer or boolean arrays.
+
+    The gradients of a row that is taken more than once add up.
+    """
     parts = key if isinstance(key, tuple) else (key,)
     expect(not any(isinstance(part, list) for part in parts), "index", "a list as index: give an array")
     repeats = any(is_array(part) and part.dtype.kind in "iu" for part in parts)
@@ -69,11 +72,11 @@ def index(x, *, key):
     return x[key], vjp
 
 
-def getitem(x, key):
-    """x[key] as Tensor.__getitem__ gets it: Tensors in the key become their arrays."""
+def getitem(x: Tensor, key: Any) -> Tensor:
+    """Tensor.__getitem__: x[key], where Tensors in the key become their arrays."""
     raw = tuple(part.data if isinstance(part, Tensor) else part
                 for part in (key if isinstance(key, tuple) else (key,)))
-    # an op would cast whole numbers to floats
+    # integers are not indexed by the op, which would cast them to floats
     return index(x, key=raw) if x.dtype.kind == "f" else Tensor(x.data[raw])
 
 
