@@ -2,9 +2,9 @@
 # # Lesson 01: Autograd from nothing
 # You will be able to write an autograd engine of about fifty lines, and to read the one of this package.
 #
-# Training means: make one number, the *loss* L, small by changing many numbers, the *parameters*. For that we need the
-# *gradient*: the derivative of L with respect to every parameter. The expressions are long, so a program should do it.
-# *Autograd* is that program. You need NumPy and the chain rule.
+# Training means: make one number, the *loss* L, small by changing many numbers, the *parameters*. For that we
+# need the *gradient*: the derivative of L with respect to every parameter. The expressions are long, so a
+# program should do it. *Autograd* is that program. You need NumPy and the chain rule.
 
 # %%
 import inspect
@@ -23,16 +23,17 @@ rng = np.random.default_rng(here.seed)
 # %% [markdown]
 # ## One step of the chain rule
 #
-# Take one operation (an *op*) y = f(x) somewhere in the expression. x holds n numbers, y holds m. Their derivatives form the
-# *Jacobian* J, an (m, n) table: J_ij = dy_i / dx_j.
+# Take one operation (an *op*) y = f(x) somewhere in the expression. x holds n numbers, y holds m. Their
+# derivatives form the *Jacobian* J, an (m, n) table: J_ij = dy_i / dx_j.
 #
-# Suppose we know g = dL/dy already, one number per number of y. It is called the *upstream gradient* of the op. The chain rule
-# gives the gradient one step further down:
+# Suppose we know g = dL/dy already, one number per number of y. It is called the *upstream gradient* of the
+# op. The chain rule gives the gradient one step further down:
 #
 #     dL/dx_j = sum_i (dL/dy_i) (dy_i/dx_j) = sum_i g_i J_ij
 #
-# A vector times a Jacobian: a *vector-Jacobian product*, in short *vjp*. We never need J itself, only this product, and that is
-# what makes gradients cheap. Take the matrix product C = A B with A (N, K), B (K, M), so C (N, M):
+# A vector times a Jacobian: a *vector-Jacobian product*, in short *vjp*. We never need J itself, only this
+# product, and that is what makes gradients cheap. Take the matrix product C = A B with A (N, K), B (K, M), so
+# C (N, M):
 #
 #     C_ij = sum_k A_ik B_kj
 #     dC_ij / dA_kl = B_lj if i = k, else 0                              the Jacobian: N M x N K numbers
@@ -54,13 +55,15 @@ print(f"the Jacobian holds {jacobian.size:,} numbers, the gradient {by_vjp.size}
 # %% [markdown]
 # ## Values that remember
 #
-# A `Value` is an array that remembers how it was made: from which values (its *parents*), and the vjp of the op that made it. A
-# vjp takes the upstream gradient and returns one gradient per parent. A value that no op made is a *leaf*: the parameters, the
-# data. `number` counts the values in the order in which they are made; we shall need that.
+# A `Value` is an array that remembers how it was made: from which values (its *parents*), and the vjp of the
+# op that made it. A vjp takes the upstream gradient and returns one gradient per parent. A value that no op
+# made is a *leaf*: the parameters, the data. `number` counts the values in the order in which they are made;
+# we shall need that.
 #
-# The vjps below: an elementwise op has a diagonal Jacobian, since y_i depends on x_i alone, so its vjp is g times the slope.
-# The slope of a b with respect to a is b, and the other way round. The slope of tanh is 1 - tanh^2. A mean of n numbers has the
-# slope 1 / n with respect to each of them. `matmul` is what we just derived.
+# The vjps below: an elementwise op has a diagonal Jacobian, since y_i depends on x_i alone, so its vjp is g
+# times the slope. The slope of a b with respect to a is b, and the other way round. The slope of tanh is 1 -
+# tanh^2. A mean of n numbers has the slope 1 / n with respect to each of them. `matmul` is what we just
+# derived.
 
 # %%
 numbers = itertools.count()
@@ -102,8 +105,8 @@ def mean(x):
 Value.__add__, Value.__sub__, Value.__mul__, Value.__matmul__, Value.mean = add, subtract, multiply, matmul, mean
 
 # %% [markdown]
-# Writing an expression now builds a graph: an arrow from every value to its parents. The graph is often called the *tape*,
-# since it records what was computed. Our example has a value that is used twice, y:
+# Writing an expression now builds a graph: an arrow from every value to its parents. The graph is often
+# called the *tape*, since it records what was computed. Our example has a value that is used twice, y:
 #
 #     y = x w,   z = y + tanh(y),   dz/dx = w (1 + 1 - tanh(y)^2)
 #
@@ -125,7 +128,8 @@ print(f"z = {z.data:.4f}, made of {len(z.parents)} parents; dz/dx should be {exa
 # %% [markdown]
 # ## Two recursions that fail
 #
-# How does a gradient travel from z back to x and w? The first idea: run the vjp of z, and do the same for each parent at once.
+# How does a gradient travel from z back to x and w? The first idea: run the vjp of z, and do the same for
+# each parent at once.
 
 
 # %%
@@ -142,9 +146,9 @@ assert abs(x.grad - exact) < 1e-12
 print(f"by paths: dz/dx = {x.grad:.4f}, with {runs} runs of a vjp for a graph of 3 ops")
 
 # %% [markdown]
-# The result is right: the chain rule says to add up all paths from z to x, and this walks all of them. But the vjp of y ran
-# twice, once per use, and that is the trouble. A transformer is made of steps y + f(y), where y is used twice (we meet them in
-# lesson 04). Each step doubles the number of paths:
+# The result is right: the chain rule says to add up all paths from z to x, and this walks all of them. But
+# the vjp of y ran twice, once per use, and that is the trouble. A transformer is made of steps y + f(y),
+# where y is used twice (we meet them in lesson 04). Each step doubles the number of paths:
 #
 #     runs(d) = 2 + 2 runs(d - 1) = 2 (2^d - 1)      for d steps: the addition, f, and everything below twice
 
@@ -170,8 +174,8 @@ print(f"by paths: {runs_by_paths[-1]:,} runs for {depths[-1]} steps; "
       f"a ViT of 12 blocks has 24: at least {2 * (2 ** 24 - 1):,} runs")
 
 # %% [markdown]
-# The second idea: run each vjp only once, by leaving out what was visited before. It is fast, and wrong: y is run as soon as
-# the first part of its gradient has arrived, and the part through tanh comes too late.
+# The second idea: run each vjp only once, by leaving out what was visited before. It is fast, and wrong: y is
+# run as soon as the first part of its gradient has arrived, and the part through tanh comes too late.
 
 
 # %%
@@ -192,8 +196,8 @@ assert wrong == 2.0  # w alone: the part through tanh is lost
 print(f"each op once, in the order of the recursion: dz/dx = {wrong:.4f} instead of {exact:.4f}")
 
 # %% [markdown]
-# And any recursion needs one level of Python's call stack per level of the graph. Python stops at about a thousand levels. A
-# sum in a loop is deeper than that:
+# And any recursion needs one level of Python's call stack per level of the graph. Python stops at about a
+# thousand levels. A sum in a loop is deeper than that:
 
 
 # %%
@@ -217,13 +221,14 @@ except RecursionError as error:
 # %% [markdown]
 # ## The right order
 #
-# An op's vjp may run when its gradient is complete: when everything that used its output has run. So we need an order of the
-# graph in which every value comes after its parents, a *topological order*, and go through it from the end. We have one for
-# nothing: a value is made after its parents, so its number is larger than theirs. Find what lies under the root, and sort by
-# number.
+# An op's vjp may run when its gradient is complete: when everything that used its output has run. So we need
+# an order of the graph in which every value comes after its parents, a *topological order*, and go through it
+# from the end. We have one for nothing: a value is made after its parents, so its number is larger than
+# theirs. Find what lies under the root, and sort by number.
 #
-# `arrived` holds the gradients that are still incomplete. A value's gradient is taken out when it is the value's turn: it is
-# complete then. Each vjp runs once. No function calls itself: the list `stack` does what Python's call stack did.
+# `arrived` holds the gradients that are still incomplete. A value's gradient is taken out when it is the
+# value's turn: it is complete then. Each vjp runs once. No function calls itself: the list `stack` does what
+# Python's call stack did.
 #
 # (`unbroadcast` is explained right after this.)
 
@@ -262,8 +267,8 @@ def backward(root):
 Value.backward = backward
 
 # %% [markdown]
-# This is the whole tape. Now the three cases: the value used twice, the many steps, the deep graph. `watch` puts a small
-# function around each vjp that writes down when it ran, and with which gradient.
+# This is the whole tape. Now the three cases: the value used twice, the many steps, the deep graph. `watch`
+# puts a small function around each vjp that writes down when it ran, and with which gradient.
 
 
 # %%
@@ -295,7 +300,8 @@ for depth, by_paths in zip(depths, gradients_by_paths):
     runs_in_order.append(len(log))
     assert abs(x.grad - by_paths) < 1e-12 * by_paths  # the same sum over all paths
 assert runs_in_order == [2 * d for d in depths]
-print(f"{depths[-1]} steps: {runs_in_order[-1]} runs in order, {runs_by_paths[-1]:,} by paths, the same gradient")
+print(f"{depths[-1]} steps: {runs_in_order[-1]} runs in order, {runs_by_paths[-1]:,} by paths, the same "
+      f"gradient")
 
 x, y = sum_in_a_loop(DEEP)
 y.backward()
@@ -303,9 +309,9 @@ assert x.grad == DEEP + 1
 print(f"{DEEP:,} additions deep: dy/dx = {x.grad:,.0f}, which is the number of times that x was used")
 
 # %% [markdown]
-# The picture shows the example twice, with the number of the run in each box and the gradient that the vjp was run with. In the
-# middle y is run second, with 1.00; the 0.42 through tanh arrives when it is too late. On the right: the work. Note the
-# logarithmic axis.
+# The picture shows the example twice, with the number of the run in each box and the gradient that the vjp
+# was run with. In the middle y is run second, with 1.00; the 0.42 through tanh arrives when it is too late.
+# On the right: the work. Note the logarithmic axis.
 
 # %%
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"
@@ -314,7 +320,8 @@ FORMULAS = {"z": "z = y + tanh(y)", "tanh(y)": "tanh(y)", "y": "y = x w"}
 
 
 def draw_graph(axis, log, order, title, late=()):
-    """The example's graph: which run of a vjp each op was, and its g. late: an edge whose gradient is lost."""
+    """The example's graph: which run of a vjp each op was, and its g. late: an edge whose gradient is
+    lost."""
     for edge in (("z", "tanh(y)"), ("z", "y"), ("tanh(y)", "y"), ("y", "x"), ("y", "w")):
         colour, style = (RED, "--") if edge == late else (GREY, "-")
         shrink = 12 if edge[1] in "xw" else 45 if "tanh(y)" in edge else 21
@@ -323,10 +330,12 @@ def draw_graph(axis, log, order, title, late=()):
     if late:
         axis.text(1.7, 1.35, f"{1 - np.tanh(1.0) ** 2:.2f}, too late", color=RED)
     for run, ((_, g), name) in enumerate(zip(log, order), 1):
-        axis.text(*PLACES[name], f"{FORMULAS[name]}\nrun {run}, g = {g:.2f}", ha="center", va="center", fontsize=10,
+        axis.text(*PLACES[name], f"{FORMULAS[name]}\nrun {run}, g = {g:.2f}", ha="center", va="center",
+                  fontsize=10,
                   bbox=dict(boxstyle="round", fc="white", ec=RED if name in late[1:] else BLUE, lw=1.5))
     for leaf in "xw":
-        axis.text(*PLACES[leaf], leaf, ha="center", va="center", bbox=dict(boxstyle="circle", fc="white", ec=GREY))
+        axis.text(*PLACES[leaf], leaf, ha="center", va="center",
+                  bbox=dict(boxstyle="circle", fc="white", ec=GREY))
     axis.set(xlim=(0.2, 2.6), ylim=(-0.3, 3.3), title=title)
     axis.axis("off")
 
@@ -339,7 +348,8 @@ backward_once(z, 1.0, set())
 def draw(figure):
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
     draw_graph(left, log_in_order, ("z", "tanh(y)", "y"), f"in order: dz/dx = {exact:.2f}")
-    draw_graph(middle, log_once, ("z", "y", "tanh(y)"), f"each op once, by recursion:\ndz/dx = {wrong:.2f}, wrong",
+    draw_graph(middle, log_once, ("z", "y", "tanh(y)"), f"each op once, by recursion:\ndz/dx = {wrong:.2f}, "
+                                                        f"wrong",
                late=("tanh(y)", "y"))
     right.semilogy(depths, runs_by_paths, "o-", color=RED, label="recursion along all paths")
     right.semilogy(depths, runs_in_order, "s-", color=BLUE, label="in topological order")
@@ -353,15 +363,16 @@ here.picture("order", draw, width=12, height=4)
 # %% [markdown]
 # ## Broadcasting undone
 #
-# NumPy repeats a small array so that it fits a large one: with X (4, 3) and b (3,), X + b adds b to each of the 4 rows.
-# Repeating is an op of its own, B_ij = b_j, and it has a vjp:
+# NumPy repeats a small array so that it fits a large one: with X (4, 3) and b (3,), X + b adds b to each of
+# the 4 rows. Repeating is an op of its own, B_ij = b_j, and it has a vjp:
 #
 #     dL/db_j = sum_ik (dL/dB_ik) (dB_ik/db_j) = sum_i dL/dB_ij             (4, 3) -> (3,)
 #
-# since dB_ik/db_j is 1 where k = j and 0 elsewhere. **What the forward pass repeats, the backward pass sums.** (And what it
-# sums, like `mean`, the backward pass repeats: look at mean's vjp.) NumPy repeats in two ways: it puts new axes in front, and
-# it stretches axes of size 1. `unbroadcast` sums over the one kind, then over the other. The vjps above need not know about it:
-# add returns g for both parents, whatever their shapes, and the tape sums where a parent is smaller.
+# since dB_ik/db_j is 1 where k = j and 0 elsewhere. **What the forward pass repeats, the backward pass
+# sums.** (And what it sums, like `mean`, the backward pass repeats: look at mean's vjp.) NumPy repeats in two
+# ways: it puts new axes in front, and it stretches axes of size 1. `unbroadcast` sums over the one kind, then
+# over the other. The vjps above need not know about it: add returns g for both parents, whatever their
+# shapes, and the tape sums where a parent is smaller.
 
 # %%
 X, b = Value(rng.standard_normal((4, 3))), Value(rng.standard_normal(3))
@@ -375,9 +386,9 @@ for shape in shapes:
 print("unbroadcast of a (5, 4, 3) gradient reaches", *shapes)
 
 # %% [markdown]
-# Without it nothing would crash here. The gradient of b would be (4, 3), and the update b - rate * gradient would broadcast
-# again: b would become a (4, 3) array, a bias for each row of the data. That is why the package's engine checks the shape of
-# each gradient.
+# Without it nothing would crash here. The gradient of b would be (4, 3), and the update b - rate * gradient
+# would broadcast again: b would become a (4, 3) array, a bias for each row of the data. That is why the
+# package's engine checks the shape of each gradient.
 
 # %%
 b_updated = b.data - 0.1 * (weights / 12)  # the gradient as it was before unbroadcast
@@ -387,12 +398,14 @@ assert b_updated.shape == (4, 3)
 # %% [markdown]
 # ## Is it right?
 #
-# The derivative is a limit, so a small step h comes near it. Move all parameters p at once along a random direction d:
+# The derivative is a limit, so a small step h comes near it. Move all parameters p at once along a random
+# direction d:
 #
 #     (L(p + h d) - L(p - h d)) / 2h   is near   sum (dL/dp) d
 #
-# Two runs forward, without any tape, and one number to compare. Lesson 02 is about this check: how small h should be, what the
-# check cannot see. The network is the one that we train next: x (n, 1), two layers, and the mean squared error.
+# Two runs forward, without any tape, and one number to compare. Lesson 02 is about this check: how small h
+# should be, what the check cannot see. The network is the one that we train next: x (n, 1), two layers, and
+# the mean squared error.
 #
 #     hidden = tanh(x w1 + b1)         (n, 1) (1, H) + (H,) -> (n, H)
 #     prediction = hidden w2 + b2      (n, H) (H, 1) + (1,) -> (n, 1)
@@ -408,7 +421,8 @@ def loss_of(parameters, x, y, tanh):
 
 def start(rng, hidden=32):
     """w1, b1, w2, b2, drawn so that the tanhs bend at different places of the interval."""
-    return [rng.normal(0, 3, (1, hidden)), rng.uniform(-2, 2, hidden), rng.normal(0, hidden ** -0.5, (hidden, 1)),
+    return [rng.normal(0, 3, (1, hidden)), rng.uniform(-2, 2, hidden),
+            rng.normal(0, hidden ** -0.5, (hidden, 1)),
             np.zeros(1)]
 
 
@@ -424,24 +438,29 @@ parameters = [Value(p) for p in arrays]
 loss_of(parameters, Value(inputs), Value(targets), tanh).backward()
 
 h, direction = 1e-5, [rng.standard_normal(p.shape) for p in arrays]
-up, down = (float(loss_of([p + s * h * d for p, d in zip(arrays, direction)], inputs, targets, np.tanh)) for s in (1, -1))
+up, down = (float(loss_of([p + s * h * d for p, d in zip(arrays, direction)], inputs, targets, np.tanh))
+            for s in (1, -1))
 slope, by_tape = (up - down) / (2 * h), sum(float((p.grad * d).sum()) for p, d in zip(parameters, direction))
 print(f"along a random direction: {slope:.10f} by a small step, {by_tape:.10f} by the tape")
-assert abs(slope - by_tape) < 1e-6 * sum(float(((p.grad * d) ** 2).sum()) for p, d in zip(parameters, direction)) ** 0.5
+assert abs(slope - by_tape) < 1e-6 * sum(float(((p.grad * d) ** 2).sum()) for p,
+                                         d in zip(parameters, direction)) ** 0.5
 
 # %% [markdown]
-# `loss_of` ran twice there on plain arrays, as an ordinary NumPy function: the tape changes nothing in how it is written.
+# `loss_of` ran twice there on plain arrays, as an ordinary NumPy function: the tape changes nothing in how it
+# is written.
 #
 # ## Training with it
 #
-# *Gradient descent*: take a small step against the gradient, and again. `fit` works with any engine that has `.data`, `.grad`
-# and `backward()`: ours now, the package's below.
+# *Gradient descent*: take a small step against the gradient, and again. `fit` works with any engine that has
+# `.data`, `.grad` and `backward()`: ours now, the package's below.
 
 
 # %%
 def fit(make, tanh, arrays, x, y, steps, rate=0.03):
-    """Gradient descent from `arrays` -> (parameters, the loss at every step). make: a Value, or a Tensor, from an array."""
-    parameters, x, y, losses = [make(p) for p in arrays], make(x), make(y), []  # x and y get gradients too, which nobody reads
+    """Gradient descent from `arrays` -> (parameters, the loss at every step). make: a Value, or a Tensor,
+    from an array."""
+    # x and y get gradients too, which nobody reads
+    parameters, x, y, losses = [make(p) for p in arrays], make(x), make(y), []
     for _ in tqdm(range(steps), desc="fit", leave=False):
         loss = loss_of(parameters, x, y, tanh)
         loss.backward()
@@ -474,7 +493,8 @@ def draw(figure):
         w1, b1, w2, b2 = values
         left.plot(grid, np.tanh(grid @ w1 + b1) @ w2 + b2, style, color=colour, label=label, lw=2)
     left.plot(x, y, "o", color=RED, ms=4, label="the 64 points")
-    left.set(xlabel="x", ylabel="y", xticks=(-1, -0.5, 0, 0.5, 1), title="a curve, fitted by fifty lines of autograd")
+    left.set(xlabel="x", ylabel="y", xticks=(-1, -0.5, 0, 0.5, 1), title="a curve, fitted by fifty lines of "
+                                                                         "autograd")
     left.legend()
     for *_, losses in fits:
         right.loglog(range(1, steps + 1), losses, color=BLUE, alpha=0.7)
@@ -489,8 +509,9 @@ here.picture("fit", draw)
 # %% [markdown]
 # ## The package's engine, line beside line
 #
-# The engine is `tinytoken/tensor.py`. It does what our tape does, in the same way. Here are its lines beside ours. The cell
-# looks each line up in the source of its function, so that this table cannot become outdated unnoticed.
+# The engine is `tinytoken/tensor.py`. It does what our tape does, in the same way. Here are its lines beside
+# ours. The cell looks each line up in the source of its function, so that this table cannot become outdated
+# unnoticed.
 
 # %%
 BESIDE = [
@@ -498,7 +519,8 @@ BESIDE = [
      tensor.Node.__init__, "self.op, self.vjp, self.number = op, vjp, next(self.numbers)"),
     ("an op: its result, and its vjp beside it", multiply, "(a, b), lambda g: (g * b.data, g * a.data))",
      tt.ops.multiply.function, "return a * b, lambda g: (lambda: g * b, lambda: g * a)"),
-    ("find what is under the root", topological_order, "new = [parent for parent in stack.pop().parents if parent not in found]",
+    ("find what is under the root", topological_order, "new = [parent for parent in stack.pop().parents if "
+                                                       "parent not in found]",
      tensor.topological_order, "new = [parent for parent in stack.pop().parents() if parent not in found]"),
     ("sort by number", topological_order, "return sorted(found, key=lambda value: value.number)",
      tensor.topological_order, "return sorted(found, key=lambda node: node.number)"),
@@ -510,7 +532,8 @@ BESIDE = [
      tensor._run_node, "entries = vjp(*upstream)"),
     ("undo broadcasting", backward, "part = unbroadcast(part, parent.data.shape)",
      tensor._checked, "return unbroadcast(g, shape)"),
-    ("add up what arrives", backward, "arrived[parent] = arrived[parent] + part if parent in arrived else part",
+    ("add up what arrives", backward, "arrived[parent] = arrived[parent] + part if parent in arrived else "
+                                      "part",
      tensor._accumulate, "held = held + g"),
     ("a leaf keeps its gradient", backward, "value.grad = g if value.grad is None else value.grad + g",
      tensor._add_to_leaf, "leaf.grad += g"),
@@ -520,11 +543,13 @@ for what, ours, our_line, theirs, their_line in BESIDE:
     print(f"{what}\n    ours    {our_line}\n    theirs  {their_line}    ({theirs.__qualname__})")
 
 # %% [markdown]
-# The same network on the package's engine, from the same start: the losses and the parameters are the same but for rounding.
+# The same network on the package's engine, from the same start: the losses and the parameters are the same
+# but for rounding.
 
 # %%
 x, y, arrays, ours, losses = fits[0]
-theirs, their_losses = fit(lambda array: tt.Tensor(array, requires_grad=True), tt.ops.tanh, arrays, x, y, steps)
+theirs, their_losses = fit(lambda array: tt.Tensor(array, requires_grad=True), tt.ops.tanh, arrays, x, y,
+                           steps)
 difference = max(np.abs(p.data - q.data).max() for p, q in zip(ours, theirs))
 assert difference < 1e-9 and np.abs(np.array(losses) - their_losses).max() < 1e-9
 print(f"parameters after {steps} steps: largest difference {difference:.1e}")
@@ -532,13 +557,15 @@ print(f"parameters after {steps} steps: largest difference {difference:.1e}")
 # %% [markdown]
 # What more does the package's engine do?
 #
-# - **An op is a function on plain arrays**, `@op`, that returns its result and its vjp. Unwrapping the arrays, and wrapping the
-#   result, is done in one place (`Op.__call__`) and not in each op.
-# - **The node is not the tensor.** Ours keeps each intermediate array as long as the graph lives. There a `Tensor` holds the
-#   array and a `Node` holds the vjp; an array lives only as long as a vjp still needs it, and a node is freed when it has run.
-# - **Nothing is computed for nobody.** Only leaves with `requires_grad` get a gradient. The entries of a vjp may be functions
-#   without arguments (`lambda: g * b` above), called only if that gradient is wanted.
-# - **It checks what a vjp returns**, and names the op whose gradient cannot have the shape or dtype of its input.
+# - **An op is a function on plain arrays**, `@op`, that returns its result and its vjp. Unwrapping the
+#   arrays, and wrapping the result, is done in one place (`Op.__call__`) and not in each op.
+# - **The node is not the tensor.** Ours keeps each intermediate array as long as the graph lives. There a
+#   `Tensor` holds the array and a `Node` holds the vjp; an array lives only as long as a vjp still needs it,
+#   and a node is freed when it has run.
+# - **Nothing is computed for nobody.** Only leaves with `requires_grad` get a gradient. The entries of a vjp
+#   may be functions without arguments (`lambda: g * b` above), called only if that gradient is wanted.
+# - **It checks what a vjp returns**, and names the op whose gradient cannot have the shape or dtype of its
+#   input.
 #
 # The last three, seen from outside. (A second `backward` is refused, since the nodes are freed.)
 
@@ -595,19 +622,21 @@ here.measured(depths=depths, runs_by_paths=runs_by_paths, runs_in_order=runs_in_
 # ## Exercises
 #
 # 1. Write `exp(x)` and `divide(a, b)` for the tape, and check both along a random direction as above.
-# 2. In `example`, write `tanh(y) + y` in place of `y + tanh(y)`. What does `backward_once` return now, and why?
-# 3. Call `y.backward()` twice on one of our graphs. What happens to `.grad`? Is that useful? What would you have to change to
-#    refuse it, as the package does?
-# 4. Measure how much memory our tape holds after the forward pass of `loss_of` with 10,000 points (add up `.data.nbytes` over
-#    `topological_order`). Which of these arrays does no vjp need? Free those in the forward pass. (`backward` needs their
-#    shape.)
-# 5. Let `matmul` take stacks of matrices, (..., N, K) @ (..., K, M), whose leading axes broadcast. What changes in its vjp, and
-#    what does `unbroadcast` do for you?
+# 2. In `example`, write `tanh(y) + y` in place of `y + tanh(y)`. What does `backward_once` return now, and
+#    why?
+# 3. Call `y.backward()` twice on one of our graphs. What happens to `.grad`? Is that useful? What would you
+#    have to change to refuse it, as the package does?
+# 4. Measure how much memory our tape holds after the forward pass of `loss_of` with 10,000 points (add up
+#    `.data.nbytes` over `topological_order`). Which of these arrays does no vjp need? Free those in the
+#    forward pass. (`backward` needs their shape.)
+# 5. Let `matmul` take stacks of matrices, (..., N, K) @ (..., K, M), whose leading axes broadcast. What
+#    changes in its vjp, and what does `unbroadcast` do for you?
 #
 # ## The paper
 #
-# Rumelhart, Hinton and Williams, *Learning representations by back-propagating errors*, Nature 323 (1986), for a network of
-# layers where unit j has the total input x_j = sum_i y_i w_ji, the output y_j, and E is the loss:
+# Rumelhart, Hinton and Williams, *Learning representations by back-propagating errors*, Nature 323 (1986),
+# for a network of layers where unit j has the total input x_j = sum_i y_i w_ji, the output y_j, and E is the
+# loss:
 #
 # | the paper | here |
 # |---|---|
@@ -615,8 +644,8 @@ here.measured(depths=depths, runs_by_paths=runs_by_paths, runs_in_order=runs_in_
 # | dE/dw_ji = (dE/dx_j) y_i | `matmul`: `a.data.T @ g`, summed over the rows of data |
 # | dE/dy_i = sum_j (dE/dx_j) w_ji | `matmul`: `g @ b.data.T` |
 #
-# They go from layer to layer. For any graph the rule is older (Linnainmaa, 1970), and is the one of `backward`. Write v_i for
-# the values in their order and G_i = dL/dv_i:
+# They go from layer to layer. For any graph the rule is older (Linnainmaa, 1970), and is the one of
+# `backward`. Write v_i for the values in their order and G_i = dL/dv_i:
 #
 #     G_i = sum over the values j that used i of G_j (dv_j / dv_i)
 #

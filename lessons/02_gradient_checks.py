@@ -1,9 +1,11 @@
 # %% [markdown]
 # # Lesson 02: Gradient checks
-# You will be able to tell whether a gradient that you wrote is right, and to say what a check can and cannot see.
+# You will be able to tell whether a gradient that you wrote is right, and to say what a check can and cannot
+# see.
 #
-# Lesson 01 built the tape: each op brings its *vjp*, which turns the upstream gradient g = dL/d(output) into dL/d(input). The
-# tape believes whatever a vjp returns. So we need a second, independent way to a derivative, if only a slow one.
+# Lesson 01 built the tape: each op brings its *vjp*, which turns the upstream gradient g = dL/d(output) into
+# dL/d(input). The tape believes whatever a vjp returns. So we need a second, independent way to a derivative,
+# if only a slow one.
 
 # %%
 import inspect
@@ -23,8 +25,8 @@ BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 # %% [markdown]
 # ## A wrong gradient does not crash
 #
-# Here is the network of lesson 01, trained three times: with the right vjp of tanh, with one that forgets a square, and with
-# one that returns zeros, so that the first layer learns nothing at all.
+# Here is the network of lesson 01, trained three times: with the right vjp of tanh, with one that forgets a
+# square, and with one that returns zeros, so that the first layer learns nothing at all.
 
 
 # %%
@@ -50,7 +52,8 @@ def problem(rng, points=64, hidden=32):
     """x, y and the starting parameters."""
     x = rng.uniform(-1, 1, (points, 1))
     y = np.sin(4 * x) + 0.5 * x + rng.normal(0, 0.1, x.shape)
-    return x, y, [rng.normal(0, 3, (1, hidden)), rng.uniform(-2, 2, hidden), rng.normal(0, hidden ** -0.5, (hidden, 1)),
+    return x, y, [rng.normal(0, 3, (1, hidden)), rng.uniform(-2, 2, hidden),
+                  rng.normal(0, hidden ** -0.5, (hidden, 1)),
                   np.zeros(1)]
 
 
@@ -72,7 +75,8 @@ losses = {name: [fit(tanh, here.seed + s, steps) for s in range(seeds)] for name
 last = {name: [run[-1] for run in runs] for name, runs in losses.items()}
 for name, runs in losses.items():
     assert all(run[-1] < 0.2 * run[0] for run in runs)  # each of them seems to learn
-    print(f"{name:<20} loss {np.mean([run[0] for run in runs]):.3f} -> {np.mean(last[name]):.4f} ± {np.std(last[name]):.4f}")
+    print(f"{name:<20} loss {np.mean([run[0] for run in runs]):.3f} -> {np.mean(last[name]):.4f} ± "
+          f"{np.std(last[name]):.4f}")
 
 
 # %%
@@ -80,8 +84,10 @@ def draw(figure):
     axis = figure.subplots()
     for (name, runs), colour, style in zip(losses.items(), (BLUE, RED, GREEN), ("-", "--", ":")):
         for i, run in enumerate(runs):
-            axis.loglog(range(1, steps + 1), run, style, color=colour, lw=1.8, label=None if i else f"vjp of tanh: {name}")
-    axis.set(xlabel="step", ylabel="loss", title=f"The loss falls with wrong gradients too ({seeds} seed{'s' * (seeds > 1)})")
+            axis.loglog(range(1, steps + 1), run, style, color=colour, lw=1.8, label=None if i
+                        else f"vjp of tanh: {name}")
+    axis.set(xlabel="step", ylabel="loss", title=f"The loss falls with wrong gradients too ({seeds} "
+                                                 f"seed{'s' * (seeds > 1)})")
     axis.legend()
     axis.grid(alpha=0.3)
 
@@ -89,30 +95,32 @@ def draw(figure):
 here.picture("training", draw, width=8)
 
 # %% [markdown]
-# Nothing in these curves says that two of the three programs are wrong. A loss that is a little higher has many possible
-# causes, and a wrong gradient is the last that one thinks of.
+# Nothing in these curves says that two of the three programs are wrong. A loss that is a little higher has
+# many possible causes, and a wrong gradient is the last that one thinks of.
 #
 # ## A slope by subtraction
 #
-# The derivative f'(x) is what (f(x + h) - f(x)) / h tends to. On a computer h cannot tend to 0. Two errors pull in opposite
-# directions:
+# The derivative f'(x) is what (f(x + h) - f(x)) / h tends to. On a computer h cannot tend to 0. Two errors
+# pull in opposite directions:
 #
 # *Truncation.* By Taylor, f(x + h) = f + h f' + (h^2 / 2) f'' + (h^3 / 6) f''' + ... at x, so
 #
 #     forward:  (f(x + h) - f(x)) / h        = f' + (h / 2) f'' + ...
 #     central:  (f(x + h) - f(x - h)) / 2h   = f' + (h^2 / 6) f''' + ...        the terms with f and f'' cancel
 #
-# *Rounding.* Each value of f is stored with a relative error of up to u: 2^-53 in float64, 2^-24 in float32. Both values are
-# off by up to u |f|, and the division makes 2 u |f| / h (forward) or u |f| / h (central) of it: more, the smaller h is.
+# *Rounding.* Each value of f is stored with a relative error of up to u: 2^-53 in float64, 2^-24 in float32.
+# Both values are off by up to u |f|, and the division makes 2 u |f| / h (forward) or u |f| / h (central) of
+# it: more, the smaller h is.
 #
-# The sum is smallest where the two balance. Take f = exp, for which f = f' = f'' = f''', and look at relative errors:
+# The sum is smallest where the two balance. Take f = exp, for which f = f' = f'' = f''', and look at relative
+# errors:
 #
 #     forward:  E(h) = h / 2 + 2 u / h      E'(h) = 0  at  h = 2 u^(1/2),     E = 2 u^(1/2)
 #     central:  E(h) = h^2 / 6 + u / h      E'(h) = 0  at  h = (3 u)^(1/3),   E = (3 u)^(2/3) / 2
 #
-# The central difference costs the same two evaluations. A third formula costs four: D(h) and D(2h) are central differences of
-# steps h and 2h; their errors are h^2 f''' / 6 and four times that, so (4 D(h) - D(2h)) / 3 is rid of both (*Richardson
-# extrapolation*).
+# The central difference costs the same two evaluations. A third formula costs four: D(h) and D(2h) are
+# central differences of steps h and 2h; their errors are h^2 f''' / 6 and four times that, so (4 D(h) -
+# D(2h)) / 3 is rid of both (*Richardson extrapolation*).
 
 
 # %%
@@ -131,10 +139,12 @@ def extrapolated(f, x, h):
 
 
 def errors_by_step(slope, dtype, steps, points):
-    """The root mean square relative error of the slope of exp over `points`, per step; NaN where rounding swallows a step."""
+    """The root mean square relative error of the slope of exp over `points`, per step; NaN where rounding
+    swallows a step."""
     x = points.astype(dtype)
     with np.errstate(all="ignore"):
-        relative = [(slope(np.exp, x, dtype(h)) / np.exp(x.astype("float64")) - 1).astype("float64") for h in steps]
+        relative = [(slope(np.exp, x, dtype(h)) / np.exp(x.astype("float64")) - 1).astype("float64")
+                    for h in steps]
     return np.array([np.sqrt(np.mean(r * r)) for r in relative])
 
 
@@ -148,7 +158,8 @@ for (name, dtype), slope in METHODS.items():
     u = np.finfo(dtype).eps / 2
     print(f"{name:<12} {dtype}: best step {best[name, dtype][0]:.0e}, error {best[name, dtype][1]:.0e}")
     if name != "extrapolated":
-        step, bound = {"forward": (2 * u ** 0.5, 2 * u ** 0.5), "central": ((3 * u) ** (1 / 3), (3 * u) ** (2 / 3) / 2)}[name]
+        step, bound = {"forward": (2 * u ** 0.5, 2 * u ** 0.5),
+                       "central": ((3 * u) ** (1 / 3), (3 * u) ** (2 / 3) / 2)}[name]
         print(f"{'':<12} expected: step {step:.0e}, error at most {bound:.0e}")
         assert bound / 20 < best[name, dtype][1] < 2 * bound
 
@@ -159,12 +170,14 @@ def draw(figure):
     looks = {"forward": (RED, "o"), "central": (BLUE, "s"), "extrapolated": (GREEN, "^")}
     for (name, dtype), e in measured.items():
         colour, marker = looks[name]
-        axis.loglog(h_tried, e, color=colour, ls="-" if dtype == "float64" else "--", marker=marker, ms=4, lw=1,
+        axis.loglog(h_tried, e, color=colour, ls="-" if dtype == "float64" else "--", marker=marker, ms=4,
+                    lw=1,
                     mfc=colour if dtype == "float64" else "white", label=f"{name}, {dtype}")
     axis.axvline(1e-6, color=GREY, ls=":")
     axis.text(1.15e-6, 3, "gradcheck's step", color=GREY, va="top")
     axis.set(xlabel="step h", ylabel="relative error of the slope", ylim=(1e-15, 5),
-             title="The slope of exp by differences: small steps suffer from rounding, large ones from truncation")
+             title="The slope of exp by differences: small steps suffer from rounding, large ones from "
+                   "truncation")
     axis.legend(loc="lower left", fontsize=9)
     axis.grid(alpha=0.3)
 
@@ -172,17 +185,19 @@ def draw(figure):
 here.picture("steps", draw, height=5)
 
 # %% [markdown]
-# Read the V shapes from right to left. At first the error falls with h, with the slope that Taylor predicts: 1 forward, 2
-# central, 4 extrapolated. Then rounding takes over and it rises as 1 / h. In float32 the best that a central difference can do
-# is about 1e-5: a mistake smaller than that drowns. So **a gradient is checked in float64**, also if it is used in float32
-# later.
+# Read the V shapes from right to left. At first the error falls with h, with the slope that Taylor predicts:
+# 1 forward, 2 central, 4 extrapolated. Then rounding takes over and it rises as 1 / h. In float32 the best
+# that a central difference can do is about 1e-5: a mistake smaller than that drowns. So **a gradient is
+# checked in float64**, also if it is used in float32 later.
 #
-# The package's `gradcheck` takes h = 1e-6 (times |x| where that is larger than 1): a little left of the best step for exp, so
-# that functions that bend more sharply have room. Its tolerance is a relative 1e-6, well above the error at that step.
+# The package's `gradcheck` takes h = 1e-6 (times |x| where that is larger than 1): a little left of the best
+# step for exp, so that functions that bend more sharply have room. Its tolerance is a relative 1e-6, well
+# above the error at that step.
 #
 # ## A check of our own
 #
-# For an op with many inputs and outputs we need one number to differentiate. Give each output a weight g_i; then
+# For an op with many inputs and outputs we need one number to differentiate. Give each output a weight g_i;
+# then
 #
 #     L = sum_i g_i f_i(x),      dL/dx_k = sum_i g_i (f_i(x + h e_k) - f_i(x - h e_k)) / 2h      (e_k: 1 at place k, else 0)
 #
@@ -202,8 +217,9 @@ def numeric_gradient(f, x, g, h=1e-6):
 
 
 # %% [markdown]
-# One detail matters: it subtracts the outputs first, element by element, and sums the small differences afterwards. The other
-# order, subtracting two large sums, loses digits. Here x is 10,000 numbers, f adds 10,000 to each, and the slope is 1:
+# One detail matters: it subtracts the outputs first, element by element, and sums the small differences
+# afterwards. The other order, subtracting two large sums, loses digits. Here x is 10,000 numbers, f adds
+# 10,000 to each, and the slope is 1:
 
 # %%
 x = rng.standard_normal(10_000)
@@ -215,8 +231,8 @@ differences_first = abs((((high + 1e4) - (low + 1e4)) / 2e-6).sum() - 1)
 print(f"error: {differences_first:.0e} with the differences first, {sums_first:.0e} with the sums first")
 
 # %% [markdown]
-# Now an op to check. *Softmax* turns a row of numbers x into positive numbers p that sum to 1 (attention is made of it, lesson
-# 03):
+# Now an op to check. *Softmax* turns a row of numbers x into positive numbers p that sum to 1 (attention is
+# made of it, lesson 03):
 #
 #     p_i = e^{x_i} / sum_k e^{x_k}
 #     J_ij = dp_i/dx_j = p_i (1 - p_j) if i = j, else -p_i p_j         which is p_i ([i = j] - p_j)
@@ -245,8 +261,8 @@ assert np.abs(softmax_vjp(x, g) - numeric).max() < 1e-8 and np.abs(softmax_vjp(x
 # %% [markdown]
 # ## All ones is blind
 #
-# Which g? A common habit is to sum the output, L = f(x).sum(), so that g is all ones. Here is what that check says of four vjps
-# of which each is wrong:
+# Which g? A common habit is to sum the output, L = f(x).sum(), so that g is all ones. Here is what that check
+# says of four vjps of which each is wrong:
 
 
 # %%
@@ -259,27 +275,31 @@ BLIND = {  # name: (f, a wrong vjp)
 UPSTREAMS = {"ones": np.ones_like(x), "random": g}
 blind = {}
 for name, (f, wrong_vjp) in BLIND.items():
-    gaps = {kind: float(np.abs(wrong_vjp(x, u) - numeric_gradient(f, x, u)).max()) for kind, u in UPSTREAMS.items()}
+    gaps = {kind: float(np.abs(wrong_vjp(x, u) - numeric_gradient(f, x, u)).max()) for kind,
+            u in UPSTREAMS.items()}
     blind[name] = gaps
-    print(f"{name:<28} off by {gaps['ones']:.0e} with ones, by {gaps['random']:.2f} with a random upstream gradient")
+    print(f"{name:<28} off by {gaps['ones']:.0e} with ones, by {gaps['random']:.2f} with a random upstream "
+          f"gradient")
     assert gaps["ones"] < 1e-8 and gaps["random"] > 0.01
 
 # %% [markdown]
-# All four pass with ones. Why? Write W for the Jacobian that a vjp acts with, and J for the true one. The check sees sum_i g_i
-# J_ij and sum_i g_i W_ij, nothing else of them. With ones these are the *column sums*.
+# All four pass with ones. Why? Write W for the Jacobian that a vjp acts with, and J for the true one. The
+# check sees sum_i g_i J_ij and sum_i g_i W_ij, nothing else of them. With ones these are the *column sums*.
 #
-# - Softmax: its outputs always sum to 1, so their sum does not change: every column of J sums to 0. Zeros are then the right
-#   answer to the question, and the question was the wrong one. x - mean is the same: its outputs sum to 0.
+# - Softmax: its outputs always sum to 1, so their sum does not change: every column of J sums to 0. Zeros are
+#   then the right answer to the question, and the question was the wrong one. x - mean is the same: its
+#   outputs sum to 0.
 # - An op that only moves values: the sum does not depend on where they went.
 # - An op whose vjp forgets g: with g = 1 it makes no difference.
 #
-# A transformer is made of softmaxes, of rows from which a mean is taken, and of values moved about. A check with ones says
-# little about it.
+# A transformer is made of softmaxes, of rows from which a mean is taken, and of values moved about. A check
+# with ones says little about it.
 #
-# Draw g at random instead, each g_i standard normal. For a wrong vjp of this kind some column of W - J is not zero; the check's
-# gap there, sum_i g_i (W - J)_ij, is a normal number whose standard deviation is the length of that column. It is zero with
-# probability zero. One draw is enough. (The vjp that forgets g is not of the form g W. It shows for any g other than ones;
-# zeros upstream show it best, since then every gradient must be zero.)
+# Draw g at random instead, each g_i standard normal. For a wrong vjp of this kind some column of W - J is not
+# zero; the check's gap there, sum_i g_i (W - J)_ij, is a normal number whose standard deviation is the length
+# of that column. It is zero with probability zero. One draw is enough. (The vjp that forgets g is not of the
+# form g W. It shows for any g other than ones; zeros upstream show it best, since then every gradient must be
+# zero.)
 
 # %%
 p = softmax(x)[0]
@@ -291,10 +311,11 @@ assert columns < 1e-12 < 0.01 < length
 # %% [markdown]
 # ## The package's check
 #
-# `tt.gradcheck(op, *inputs)` is this check with care: float64 or it refuses; a random upstream gradient, drawn from a seed;
-# each input by itself; twice, to see that the result is the same; inputs, outputs and g unchanged; with zeros upstream, where
-# every gradient must be zero. It passes if the gap is at most 1e-8 + 1e-6 times the input's largest slope. It returns a report
-# or raises `GradientError`, with a reading of what kind of mistake the numbers look like.
+# `tt.gradcheck(op, *inputs)` is this check with care: float64 or it refuses; a random upstream gradient,
+# drawn from a seed; each input by itself; twice, to see that the result is the same; inputs, outputs and g
+# unchanged; with zeros upstream, where every gradient must be zero. It passes if the gap is at most 1e-8 +
+# 1e-6 times the input's largest slope. It returns a report or raises `GradientError`, with a reading of what
+# kind of mistake the numbers look like.
 
 # %%
 print(tt.gradcheck(tt.ops.softmax, x))
@@ -317,8 +338,9 @@ print(verdict(zero_softmax, x))
 assert verdict(zero_softmax, x).kind == "zeros"
 
 # %% [markdown]
-# And the network from the beginning, all four parameters at once: its loss is a function of them like any other. It takes two
-# forward runs per number, which is why training does not use differences; the tape took one run back.
+# And the network from the beginning, all four parameters at once: its loss is a function of them like any
+# other. It takes two forward runs per number, which is why training does not use differences; the tape took
+# one run back.
 
 # %%
 (inputs, targets, arrays), calls = problem(rng), []
@@ -334,14 +356,15 @@ print(f"{sum(p.size for p in arrays)} parameters: {len(calls)} runs of the netwo
 for tanh in (tanh_forgets_square, tanh_zeros):
     error = verdict(lambda *p: network(*p, tanh=tanh), *arrays, names=["w1", "b1", "w2", "b2"])
     print(f"\n{tanh.name}: {error}")
-    assert "the gradient of w1" in str(error) and "also wrong: b1\n" in str(error)  # those that tanh stands above, no others
+    # those that tanh stands above, no others
+    assert "the gradient of w1" in str(error) and "also wrong: b1\n" in str(error)
 
 # %% [markdown]
 # ## A gallery of mistakes
 #
-# Ten ops with the right forward pass and a wrong vjp, of the kinds that people write. Read each before you look at the verdict.
-# The picture below has two marks per op: how far the vjp is from the differences, with ones and with a random upstream
-# gradient. A mark in the grey area means that this check finds nothing.
+# Ten ops with the right forward pass and a wrong vjp, of the kinds that people write. Read each before you
+# look at the verdict. The picture below has two marks per op: how far the vjp is from the differences, with
+# ones and with a random upstream gradient. A mark in the grey area means that this check finds nothing.
 
 
 # %%
@@ -409,10 +432,13 @@ def positive(*shape):
 
 
 GALLERY = [  # op, inputs, what gradcheck should call it (None: no simple reading fits)
-    (zero_softmax, (normal(3, 5),), "zeros"), (divide_minus_forgotten, (positive(3, 4), positive(3, 4)), "sign"),
+    (zero_softmax, (normal(3, 5),), "zeros"),
+           (divide_minus_forgotten, (positive(3, 4), positive(3, 4)), "sign"),
     (scores_scale_forgotten, (normal(3, 8), normal(5, 8)), "factor"),
-    (weight_transposed, (normal(2, 3), normal(3, 3)), "transposed"), (bias_of_first_row, (normal(4, 3), normal(3)), "not summed"),
-    (exp_upstream_forgotten, (normal(3, 4),), "upstream not used"), (rows_not_put_back, (normal(3, 4),), "permuted"),
+    (weight_transposed, (normal(2, 3), normal(3, 3)), "transposed"),
+           (bias_of_first_row, (normal(4, 3), normal(3)), "not summed"),
+    (exp_upstream_forgotten, (normal(3, 4),), "upstream not used"),
+           (rows_not_put_back, (normal(3, 4),), "permuted"),
     (rows_overwritten, (normal(3, 4),), "duplicates"), (softmax_rest_forgotten, (normal(3, 5),), None),
     (product_spoils_upstream, (normal(3, 4), normal(3, 4)), "writes")]
 
@@ -433,16 +459,18 @@ for mistake, given, kind in GALLERY:
     error = verdict(mistake, *given)
     assert error is not None and error.kind == kind, mistake.name
     out = mistake(*given).data
-    gaps = {"ones": largest_gap(mistake, given, np.ones_like(out)), "random": largest_gap(mistake, given, normal(*out.shape))}
+    gaps = {"ones": largest_gap(mistake, given, np.ones_like(out)),
+            "random": largest_gap(mistake, given, normal(*out.shape))}
     gallery[mistake.name] = gaps | {"kind": str(kind)}
     reading = str(error).split("reading: ")[-1].split("\n")[0]
-    print(f"{mistake.name}: {'passes' if gaps['ones'] < 1e-7 else 'fails'} with ones; gradcheck: {kind}\n    {reading}")
+    print(f"{mistake.name}: {'passes' if gaps['ones'] < 1e-7 else 'fails'} with ones; gradcheck: {kind}\n    "
+          f"{reading}")
 
 # %% [markdown]
-# The last one deserves a look. The gradients that it returns are right, so no comparison of numbers finds it; but the array g
-# is not its own. If a sum sent the same g to two ops, the second one gets what the first left of it. gradcheck compares g
-# before and after. And for `softmax_rest_forgotten` no simple reading fits: gradcheck says that the gradient is wrong, and no
-# more.
+# The last one deserves a look. The gradients that it returns are right, so no comparison of numbers finds it;
+# but the array g is not its own. If a sum sent the same g to two ops, the second one gets what the first left
+# of it. gradcheck compares g before and after. And for `softmax_rest_forgotten` no simple reading fits:
+# gradcheck says that the gradient is wrong, and no more.
 #
 # One message in full. The factor has a name, since 8 is a size of q:
 
@@ -455,12 +483,14 @@ def draw(figure):
     axis = figure.subplots()
     names = list(gallery)[::-1]
     for kind, colour, marker, shift in (("ones", RED, "o", 0.12), ("random", BLUE, "s", -0.12)):
-        axis.semilogx([max(gallery[n][kind], 1e-12) for n in names], np.arange(len(names)) + shift, marker, color=colour, ms=8,
+        axis.semilogx([max(gallery[n][kind], 1e-12) for n in names], np.arange(len(names)) + shift, marker,
+                      color=colour, ms=8,
                       label=f"upstream gradient: {kind}")
     axis.axvspan(1e-13, 1e-7, color="#eeeeee", zorder=0)
     axis.text(1.3e-13, len(names) - 0.45, "a check passes", color=GREY, va="bottom")
     axis.set(yticks=range(len(names)), yticklabels=[n.replace("_", " ") for n in names], xlim=(1e-13, 30),
-             ylim=(-0.6, len(names) + 0.2), xlabel="largest gap between vjp and differences (1e-12: that or less)",
+             ylim=(-0.6, len(names) + 0.2), xlabel="largest gap between vjp and differences (1e-12: that or "
+                                                   "less)",
              title="Ten wrong vjps: what a check with ones sees, and one with a random upstream")
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="center", bbox_to_anchor=(0.53, 0.5))
@@ -469,14 +499,15 @@ def draw(figure):
 here.picture("gallery", draw, width=10, height=5)
 
 # %% [markdown]
-# The package's own tests plant well over a hundred such mistakes (`tests/planted/`), and fail if gradcheck lets one of them
-# pass.
+# The package's own tests plant well over a hundred such mistakes (`tests/planted/`), and fail if gradcheck
+# lets one of them pass.
 #
 # ## Where there is no slope
 #
-# relu(x) = max(x, 0) has slope 0 to the left of 0 and 1 to the right. At 0 it has none: it has a *kink*. A difference with step
-# h that reaches across the kink measures something between. That is nobody's mistake, so gradcheck tries other steps and looks
-# at both sides before it speaks (its numbers are slopes times g at that place):
+# relu(x) = max(x, 0) has slope 0 to the left of 0 and 1 to the right. At 0 it has none: it has a *kink*. A
+# difference with step h that reaches across the kink measures something between. That is nobody's mistake, so
+# gradcheck tries other steps and looks at both sides before it speaks (its numbers are slopes times g at that
+# place):
 
 # %%
 at_kink = np.array([1.0, 0.0, -1.0])
@@ -485,16 +516,17 @@ print(error)
 assert error.kind == "not differentiable"
 tt.gradcheck(tt.ops.relu, at_kink + 0.01)
 chance = 2e-6 / math.sqrt(2 * math.pi)
-print(f"a standard normal number lies within 1e-6 of 0 with probability {chance:.0e}: random inputs rarely meet a kink")
+print(f"a standard normal number lies within 1e-6 of 0 with probability {chance:.0e}: random inputs rarely "
+      f"meet a kink")
 
 # %% [markdown]
-# Ties are kinks too: max(a, b) at a = b, and whatever chooses the largest few. Random inputs keep away from them. If you test
-# with round numbers such as 0, 0.5 and 1, you sit on kinks.
+# Ties are kinks too: max(a, b) at a = b, and whatever chooses the largest few. Random inputs keep away from
+# them. If you test with round numbers such as 0, 0.5 and 1, you sit on kinks.
 #
-# A *hard decision* is worse. "Keep this token if its score x is above 0" is a step: its slope is 0 everywhere but at the step.
-# Nothing can be learned from it. DynamicViT (lessons 06 and 07) needs to learn such a decision. The *straight-through* trick
-# takes the hard value forward and the gradient of a smooth stand-in backward, here of the sigmoid s(x) = 1 / (1 + e^-x), with
-# s' = s (1 - s):
+# A *hard decision* is worse. "Keep this token if its score x is above 0" is a step: its slope is 0 everywhere
+# but at the step. Nothing can be learned from it. DynamicViT (lessons 06 and 07) needs to learn such a
+# decision. The *straight-through* trick takes the hard value forward and the gradient of a smooth stand-in
+# backward, here of the sigmoid s(x) = 1 / (1 + e^-x), with s' = s (1 - s):
 
 
 # %%
@@ -511,8 +543,9 @@ print(error)
 assert error.kind == "flat"
 
 # %% [markdown]
-# Differences rightly say that the slope is 0, and the vjp says otherwise on purpose. So a straight-through op is checked in two
-# parts: the soft path by differences, then that the hard path has *exactly* the gradient of the soft one.
+# Differences rightly say that the slope is 0, and the vjp says otherwise on purpose. So a straight-through op
+# is checked in two parts: the soft path by differences, then that the hard path has *exactly* the gradient of
+# the soft one.
 
 
 # %%
@@ -541,9 +574,11 @@ print("decide passes in two parts; the one that takes its slope from the hard va
 def draw(figure):
     left, right = figure.subplots(1, 2)
     h, near = 1.0, np.linspace(-3, 3, 601)
-    left.plot(near, (np.maximum(near + h, 0) - np.maximum(near - h, 0)) / (2 * h), color=RED, lw=2, label="central difference")
+    left.plot(near, (np.maximum(near + h, 0) - np.maximum(near - h, 0)) / (2 * h), color=RED, lw=2,
+              label="central difference")
     left.plot(near, near > 0, color=BLUE, lw=2, ls="--", label="the vjp: 0 or 1")
-    left.set(xlabel="x / h", ylabel="slope of relu", title="across the kink a difference measures\nsomething between")
+    left.set(xlabel="x / h", ylabel="slope of relu", title="across the kink a difference measures\nsomething "
+                                                           "between")
     left.legend()
     x = np.linspace(-6, 6, 601)
     soft = 1 / (1 + np.exp(-x))
@@ -580,7 +615,8 @@ print("caught:", *(f"{delta:.0e}" for delta, c in zip(deltas, caught) if c),
 assert caught[:3] == [True] * 3 and caught[-2:] == [False] * 2
 
 # %% [markdown]
-# **A place that it did not visit.** This relu passes its gradient on everywhere. On positive inputs that is right:
+# **A place that it did not visit.** This relu passes its gradient on everywhere. On positive inputs that is
+# right:
 
 
 # %%
@@ -594,12 +630,12 @@ assert verdict(relu_without_gate, -positive(10))
 print("relu without its gate passes on positive inputs, and fails on negative ones")
 
 # %% [markdown]
-# **A wrong forward pass.** A softmax over the wrong axis, with the vjp of the softmax over that axis, is a right gradient of
-# the wrong function. Only tests of the values find it.
+# **A wrong forward pass.** A softmax over the wrong axis, with the vjp of the softmax over that axis, is a
+# right gradient of the wrong function. Only tests of the values find it.
 #
-# **Many numbers.** n inputs need 2n runs. Past 512 elements gradcheck takes a sample of them, and adds two random directions:
-# it moves *all* inputs at once along d, and compares with sum (dL/dx) d, as lesson 01 did. A direction shows that something is
-# wrong, not where.
+# **Many numbers.** n inputs need 2n runs. Past 512 elements gradcheck takes a sample of them, and adds two
+# random directions: it moves *all* inputs at once along d, and compares with sum (dL/dx) d, as lesson 01 did.
+# A direction shows that something is wrong, not where.
 
 
 # %%
@@ -629,8 +665,10 @@ for (name, dtype), (step, error) in best.items():
 passed = sum(gaps["ones"] < 1e-7 for gaps in gallery.values())
 print(f"wrong vjps of the gallery that pass with ones: {passed} of {len(gallery)}; that pass gradcheck: 0")
 print("training with a wrong vjp of tanh:",
-      "; ".join(f"{name} {np.mean(values):.4f} ± {np.std(values):.4f}" for name, values in last.items()), f"({steps} steps)")
-here.measured(best_steps={f"{name} {dtype}": {"step": float(s), "error": float(e)} for (name, dtype), (s, e) in best.items()},
+      "; ".join(f"{name} {np.mean(values):.4f} ± {np.std(values):.4f}" for name, values in last.items()),
+      f"({steps} steps)")
+here.measured(best_steps={f"{name} {dtype}": {"step": float(s), "error": float(e)} for (name, dtype),
+                          (s, e) in best.items()},
               blind=blind, gallery=gallery, steps=steps, loss_last=last,
               sums_first=float(sums_first), differences_first=float(differences_first),
               caught={f"{delta:.0e}": c for delta, c in zip(deltas, caught)})
@@ -638,19 +676,22 @@ here.measured(best_steps={f"{name} {dtype}": {"step": float(s), "error": float(e
 # %% [markdown]
 # ## Exercises
 #
-# 1. Write an op `square_root` with @tt.op and let gradcheck pass it. What does gradcheck say at x = 0, and at x = 1e-7?
-# 2. For |x| with the vjp g sign(x), what does gradcheck say at x = 0? Explain why it differs from relu's case.
+# 1. Write an op `square_root` with @tt.op and let gradcheck pass it. What does gradcheck say at x = 0, and at
+#    x = 1e-7?
+# 2. For |x| with the vjp g sign(x), what does gradcheck say at x = 0? Explain why it differs from relu's
+#    case.
 # 3. Divide by 2h instead of (high - low) in `central`. Which part of the V changes, and why?
-# 4. Find a wrong vjp that passes with g = (1, 2, 3, ...), a fixed upstream gradient that is not all ones. Can you do the same
-#    for one drawn at random after you have chosen?
-# 5. A vjp is wrong for one parameter of n. Show that one random direction d shows a gap with probability 1. gradcheck allows
-#    1e-6 times the length of the vector of all (dL/dx_k) d_k. If all slopes are of one size, how large may n be before the gap
-#    hides below that?
+# 4. Find a wrong vjp that passes with g = (1, 2, 3, ...), a fixed upstream gradient that is not all ones. Can
+#    you do the same for one drawn at random after you have chosen?
+# 5. A vjp is wrong for one parameter of n. Show that one random direction d shows a gap with probability 1.
+#    gradcheck allows 1e-6 times the length of the vector of all (dL/dx_k) d_k. If all slopes are of one size,
+#    how large may n be before the gap hides below that?
 #
 # ## The paper
 #
-# C. J. F. Ridders, *Accurate computation of F'(x) and F'(x) F''(x)*, Advances in Engineering Software 4 (1982), repeats the
-# step from central to extrapolated differences. With D(k, 0) the central difference of step h / 2^k,
+# C. J. F. Ridders, *Accurate computation of F'(x) and F'(x) F''(x)*, Advances in Engineering Software 4
+# (1982), repeats the step from central to extrapolated differences. With D(k, 0) the central difference of
+# step h / 2^k,
 #
 #     D(k, j + 1) = D(k, j) + (D(k, j) - D(k - 1, j)) / (4^(j + 1) - 1)
 #
@@ -670,11 +711,12 @@ for k in range(6):
 assert abs(row[-1] / math.e - 1) < 1e-12 < 1e-6 < abs(row[0] / math.e - 1)
 
 # %% [markdown]
-# Each line halves the step; the last entry of a line is the best guess from all steps so far. With steps that are far from
-# small, it comes nearer than the best central difference of all, since rounding has not begun to matter.
+# Each line halves the step; the last entry of a line is the best guess from all steps so far. With steps that
+# are far from small, it comes nearer than the best central difference of all, since rounding has not begun to
+# matter.
 #
-# The straight-through gradient is described by Bengio, Léonard and Courville, *Estimating or propagating gradients through
-# stochastic neurons for conditional computation* (2013). Lesson 06 asks how good it is.
+# The straight-through gradient is described by Bengio, Léonard and Courville, *Estimating or propagating
+# gradients through stochastic neurons for conditional computation* (2013). Lesson 06 asks how good it is.
 
 # %%
 here.end()

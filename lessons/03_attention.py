@@ -1,9 +1,11 @@
 # %% [markdown]
 # # Lesson 03: Attention
-# You will be able to write multi-head attention and its gradient in plain NumPy, and to show that both are right.
+# You will be able to write multi-head attention and its gradient in plain NumPy, and to show that both are
+# right.
 #
-# Needed: the tape of lesson 01 and the gradient checks of lesson 02. Here a *token* is a vector of numbers that stands for one
-# piece of the input: a word, or (from lesson 04 on) a patch of a picture. Attention is how tokens exchange what they know.
+# Needed: the tape of lesson 01 and the gradient checks of lesson 02. Here a *token* is a vector of numbers
+# that stands for one piece of the input: a word, or (from lesson 04 on) a patch of a picture. Attention is
+# how tokens exchange what they know.
 
 # %%
 import numpy as np
@@ -20,14 +22,15 @@ BLUE, SKY, ORANGE, GREEN, RED, GREY = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 # %% [markdown]
 # ## Softmax: scores become shares
 #
-# Attention gives every token a *score* for how much it matters, any real number. The softmax turns the n scores x of one row
-# into shares p, positive and with sum 1:
+# Attention gives every token a *score* for how much it matters, any real number. The softmax turns the n
+# scores x of one row into shares p, positive and with sum 1:
 #
 #     p_i = exp(x_i) / sum_j exp(x_j)
 #
-# Written like that it fails for large scores, since exp(1000) is more than a float can hold, and infinity / infinity is not a
-# number. But adding a constant c to all scores changes nothing: exp(x_i + c) = exp(c) exp(x_i), and exp(c) cancels. So we may
-# choose c, and choose minus the largest score. Then the largest exponent is 0, nothing overflows, and the sum is at least 1.
+# Written like that it fails for large scores, since exp(1000) is more than a float can hold, and infinity /
+# infinity is not a number. But adding a constant c to all scores changes nothing: exp(x_i + c) = exp(c)
+# exp(x_i), and exp(c) cancels. So we may choose c, and choose minus the largest score. Then the largest
+# exponent is 0, nothing overflows, and the sum is at least 1.
 
 # %%
 def softmax(x):
@@ -47,18 +50,19 @@ assert np.isnan(naive).all() and np.allclose(softmax(large), softmax(large - 100
 #
 #     dp_i / dx_j = p_i ([i = j] - p_j)
 #
-# Let g_i = dL / dp_i be the gradient that arrives from above, L the loss. The chain rule sums over everything that x_j had a
-# part in:
+# Let g_i = dL / dp_i be the gradient that arrives from above, L the loss. The chain rule sums over everything
+# that x_j had a part in:
 #
 #     dL / dx_j = sum_i g_i p_i ([i = j] - p_j) = p_j (g_j - sum_i g_i p_i)
 #
-# The last form needs no n x n matrix. Read it: sum_i g_i p_i is the mean of g under the shares, and a score gets a gradient
-# only as far as its g differs from that mean. The entries of the result sum to 0, because adding a constant to all scores
-# changes nothing.
+# The last form needs no n x n matrix. Read it: sum_i g_i p_i is the mean of g under the shares, and a score
+# gets a gradient only as far as its g differs from that mean. The entries of the result sum to 0, because
+# adding a constant to all scores changes nothing.
 
 # %%
 def softmax_vjp(p, g):
-    """The gradient of the scores, from the shares p and the upstream gradient g. Rows are on the last axis."""
+    """The gradient of the scores, from the shares p and the upstream gradient g. Rows are on the last
+    axis."""
     return p * (g - (g * p).sum(axis=-1, keepdims=True))
 
 
@@ -72,11 +76,13 @@ print("with the full matrix", g @ jacobian, " without", softmax_vjp(p, g))
 # %% [markdown]
 # ## Looking something up, softly
 #
-# A dictionary gives for a query the value whose key is equal to it. Attention does the same with vectors, and softly: the query
-# q is compared with every key k_j by the dot product q . k_j, the softmax makes shares a_j of these scores, and the answer is
-# the mean of the values v_j with those shares. Being soft, it has a gradient: learning can move what is looked for.
+# A dictionary gives for a query the value whose key is equal to it. Attention does the same with vectors, and
+# softly: the query q is compared with every key k_j by the dot product q . k_j, the softmax makes shares a_j
+# of these scores, and the answer is the mean of the values v_j with those shares. Being soft, it has a
+# gradient: learning can move what is looked for.
 #
-# With Tq queries, Tk keys and as many values, all of d numbers, this is two matrix products with a softmax between them:
+# With Tq queries, Tk keys and as many values, all of d numbers, this is two matrix products with a softmax
+# between them:
 #
 #     Q (Tq, d)   K (Tk, d)   V (Tk, d)
 #     S = Q K^T / sqrt(d)     (Tq, d)(d, Tk) -> (Tq, Tk)     the scores, and why they are divided is the next part
@@ -98,10 +104,12 @@ for strength in (0, 2, 20):
     print(f"a query of {strength:2} x key 1: weights {weights[0]}, answer {answer[0]}")
 
 # %% [markdown]
-# A query of length zero gets the plain mean of all values. The longer the query, the nearer it comes to picking one.
+# A query of length zero gets the plain mean of all values. The longer the query, the nearer it comes to
+# picking one.
 #
-# Attention knows nothing about order. If keys and values are put in another order, the answers stay; if the queries are, so are
-# the answers, in the same way. A model that needs the order has to write it into the tokens (lesson 04).
+# Attention knows nothing about order. If keys and values are put in another order, the answers stay; if the
+# queries are, so are the answers, in the same way. A model that needs the order has to write it into the
+# tokens (lesson 04).
 
 # %%
 q, k, v = rng.standard_normal((3, 6, 4))  # Tq = Tk = 6, d = 4
@@ -113,14 +121,15 @@ assert np.allclose(attention_by_hand(q[order], k, v)[0], out[order], rtol=0, ato
 # %% [markdown]
 # ## Why 1 / sqrt(d)
 #
-# Let the entries of q and k be independent, with mean 0 and variance 1. Then each product q_i k_i has mean 0 and variance
-# E[q_i^2] E[k_i^2] = 1, and q . k is a sum of d of them. Variances of independent terms add up, so q . k has variance d and
-# standard deviation sqrt(d): scores of +-8 at d = 64. A softmax of such scores puts nearly everything on one key before
-# anything was learned. And where p is nearly 1 for one key and 0 for all others, each entry p_i ([i = j] - p_j) of the
-# softmax's Jacobian is nearly 0: no gradient comes through. Its trace, sum_i p_i (1 - p_i) = 1 - sum_i p_i^2, says how much.
+# Let the entries of q and k be independent, with mean 0 and variance 1. Then each product q_i k_i has mean 0
+# and variance E[q_i^2] E[k_i^2] = 1, and q . k is a sum of d of them. Variances of independent terms add up,
+# so q . k has variance d and standard deviation sqrt(d): scores of +-8 at d = 64. A softmax of such scores
+# puts nearly everything on one key before anything was learned. And where p is nearly 1 for one key and 0 for
+# all others, each entry p_i ([i = j] - p_j) of the softmax's Jacobian is nearly 0: no gradient comes through.
+# Its trace, sum_i p_i (1 - p_i) = 1 - sum_i p_i^2, says how much.
 #
-# Dividing by sqrt(d) makes the variance 1 at every d. Dividing by d would be too much: then all keys get the same share,
-# whatever the query.
+# Dividing by sqrt(d) makes the variance 1 at every d. Dividing by d would be too much: then all keys get the
+# same share, whatever the query.
 
 # %%
 SCALES = {"not divided": 0.0, "divided by sqrt(d)": 0.5, "divided by d": 1.0}  # the power of d
@@ -135,11 +144,13 @@ for d in widths:
         largest[name].append(float(shares.max(axis=1).mean()))
         slope[name].append(float((1 - (shares ** 2).sum(axis=1)).mean()))
 
-print(f"{queries} queries, {keys_each} keys\n{'d':>6}{'sqrt(d)':>10}{'std of q.k':>12}   largest share / trace of the Jacobian")
+print(f"{queries} queries, {keys_each} keys\n{'d':>6}{'sqrt(d)':>10}{'std of q.k':>12}   largest share / "
+      f"trace of the Jacobian")
 for i, d in enumerate(widths):
     cells = [f"{name} {largest[name][i]:.2f} / {slope[name][i]:.2f}" for name in SCALES]
     print(f"{d:>6}{d ** 0.5:>10.1f}{spread[i]:>12.2f}   {'   '.join(cells)}")
-here.measured(scale={"d": widths, "std_of_scores": spread, "largest_share": largest, "trace_of_jacobian": slope})
+here.measured(scale={"d": widths, "std_of_scores": spread, "largest_share": largest,
+                     "trace_of_jacobian": slope})
 
 
 # %%
@@ -164,8 +175,8 @@ def draw_scale(figure):
 here.picture("scale", draw_scale, width=11)
 
 # %% [markdown]
-# Look at d = 64, the usual size of a head: undivided, one key takes most of the weight and much of the slope is gone, before
-# any training. Divided by sqrt(d) both are about the same for every d.
+# Look at d = 64, the usual size of a head: undivided, one key takes most of the weight and much of the slope
+# is gone, before any training. Divided by sqrt(d) both are about the same for every d.
 #
 # ## The gradient, line by line
 #
@@ -173,9 +184,10 @@ here.picture("scale", draw_scale, width=11)
 #
 #     S = c Q K^T      A = softmax(S)      O = A V
 #
-# Given is G = dL/dO (Tq, d). Wanted are dL/dQ (Tq, d), dL/dK (Tk, d) and dL/dV (Tk, d). Write <X, Y> = sum_ij X_ij Y_ij for two
-# matrices of one shape, and δX for a small change of X. The gradient of L with respect to X is the matrix M with δL = <M, δX>.
-# So take the change of each line, and move all but the δ to the left side by the one rule that is needed:
+# Given is G = dL/dO (Tq, d). Wanted are dL/dQ (Tq, d), dL/dK (Tk, d) and dL/dV (Tk, d). Write <X, Y> = sum_ij
+# X_ij Y_ij for two matrices of one shape, and δX for a small change of X. The gradient of L with respect to X
+# is the matrix M with δL = <M, δX>. So take the change of each line, and move all but the δ to the left side
+# by the one rule that is needed:
 #
 #     <X, Y Z> = <Y^T X, Z> = <X Z^T, Y>         (each is sum_ijk X_ik Y_ij Z_jk)
 #
@@ -193,13 +205,14 @@ here.picture("scale", draw_scale, width=11)
 #     <E, c δQ K^T> = <c E K, δQ>                          dL/dQ = c E K      (Tq, Tk)(Tk, d) -> (Tq, d)      (4)
 #     <E, c Q δK^T> = <c Q^T E, δK^T> = <c E^T Q, δK>      dL/dK = c E^T Q    (Tk, Tq)(Tq, d) -> (Tk, d)      (5)
 #
-# U_ij = G_i . V_j is how fast the loss grows if token i takes more of value j, and r_i is the mean of that over what it takes
-# now. So (3) says: gradient descent raises the score of the values that are better than the present mean, in proportion to
-# their present weight, and lowers the others.
+# U_ij = G_i . V_j is how fast the loss grows if token i takes more of value j, and r_i is the mean of that
+# over what it takes now. So (3) says: gradient descent raises the score of the values that are better than
+# the present mean, in proportion to their present weight, and lowers the others.
 
 # %%
 def attention_vjp(q, k, v, weights, g):
-    """The gradients of q, k and v, from the weights and the upstream gradient g of the answers. Axes before (T, d) go along."""
+    """The gradients of q, k and v, from the weights and the upstream gradient g of the answers. Axes before
+    (T, d) go along."""
     c = 1 / q.shape[-1] ** 0.5
     d_v = weights.swapaxes(-1, -2) @ g                     # (1)
     d_weights = g @ v.swapaxes(-1, -2)                     # (2)
@@ -220,8 +233,9 @@ q, k, v = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((2, 3, 6, 5)), 
 print(tt.gradcheck(our_attention, q, k, v))
 
 # %% [markdown]
-# The axes in front are a batch of 2 and 3 heads: `@` multiplies the last two axes for each of them. Finite differences say that
-# our five lines are the gradient of our forward pass. The package's op is the same function with the same gradient:
+# The axes in front are a batch of 2 and 3 heads: `@` multiplies the last two axes for each of them. Finite
+# differences say that our five lines are the gradient of our forward pass. The package's op is the same
+# function with the same gradient:
 
 # %%
 Q, K, V = (tt.Tensor(x, requires_grad=True) for x in (q, k, v))
@@ -232,15 +246,17 @@ theirs.backward(g)
 gaps = {"answers": np.abs(theirs.data - out).max()}
 for name, tensor, ours in zip("QKV", (Q, K, V), attention_vjp(q, k, v, weights, g)):
     gaps[f"gradient of {name}"] = np.abs(tensor.grad - ours).max()
-print("largest difference from tt.ops.attention:", ", ".join(f"{name} {gap:.0e}" for name, gap in gaps.items()))
+print("largest difference from tt.ops.attention:",
+      ", ".join(f"{name} {gap:.0e}" for name, gap in gaps.items()))
 assert max(gaps.values()) < 1e-12
 
 # %% [markdown]
 # ## Heads
 #
-# One softmax per token picks one mixture. A token that needs two things at once, say the object to its left and the colour of
-# the sky, has to mix them into one mean. So the D numbers of a token are cut into H *heads* of d = D / H numbers, each head
-# does its own attention, and the answers are put side by side again. In full, for tokens X (T, D), and with biases left out:
+# One softmax per token picks one mixture. A token that needs two things at once, say the object to its left
+# and the colour of the sky, has to mix them into one mean. So the D numbers of a token are cut into H *heads*
+# of d = D / H numbers, each head does its own attention, and the answers are put side by side again. In full,
+# for tokens X (T, D), and with biases left out:
 #
 #     [Q | K | V] = X W^T         (T, D)(D, 3 D) -> (T, 3 D)     what each token asks, offers and tells; W is (3 D, D)
 #     split                       (T, D) -> (H, T, d)            each of Q, K and V
@@ -248,8 +264,9 @@ assert max(gaps.values()) < 1e-12
 #     merge                       (H, T, d) -> (T, D)            a token's H answers side by side
 #     Y = O P^T                   (T, D)(D, D) -> (T, D)         the heads' answers are mixed; P is (D, D)
 #
-# Splitting is a reshape and then a transpose. The D numbers of a token lie side by side in memory, so the reshape may only cut
-# that axis, (T, D) -> (T, H, d), and the transpose brings the head in front. Merging undoes both, in the opposite order.
+# Splitting is a reshape and then a transpose. The D numbers of a token lie side by side in memory, so the
+# reshape may only cut that axis, (T, D) -> (T, H, d), and the transpose brings the head in front. Merging
+# undoes both, in the opposite order.
 
 # %%
 def split(x, heads):
@@ -278,25 +295,28 @@ by_hand = merge(attention_by_hand(q, k, v)[0]) @ layer.proj.weight.data.T + laye
 print(f"largest difference from tt.nn.Attention: {np.abs(by_hand - layer(x).data).max():.0e}")
 assert np.abs(by_hand - layer(x).data).max() < 1e-12
 names, parameters = zip(*layer.named_parameters())
-print(tt.gradcheck(lambda x, *_: layer(x), x, *parameters, names=["x", *names], max_elements=200, seed=here.seed))
+print(tt.gradcheck(lambda x, *_: layer(x), x, *parameters, names=["x", *names], max_elements=200,
+                   seed=here.seed))
 
 # %% [markdown]
-# Heads are free: per head the two products cost T T d multiply-adds each, so all of them together 2 T^2 H d = 2 T^2 D, however
-# many heads there are. (What they do cost is a smaller d to compare with.) The package counts what ran:
+# Heads are free: per head the two products cost T T d multiply-adds each, so all of them together 2 T^2 H d =
+# 2 T^2 D, however many heads there are. (What they do cost is a smaller d to compare with.) The package
+# counts what ran:
 
 # %%
 T, D = 65, 96
 for heads in (1, 3, 12):
     counted = tt.macs(tt.nn.Attention(D, heads), np.zeros((1, T, D), "float32"))
-    print(f"{heads:>2} heads: {counted.by_op['attention']:,} multiply-adds in attention, {counted.by_op['linear']:,} around it")
+    print(f"{heads:>2} heads: {counted.by_op['attention']:,} multiply-adds in attention, "
+          f"{counted.by_op['linear']:,} around it")
     assert counted.by_op["attention"] == 2 * T**2 * D and counted.by_op["linear"] == 4 * T * D**2
 
 # %% [markdown]
 # ## A wrong merge
 #
-# It is tempting to merge (H, T, d) into (T, D) by a reshape alone: the sizes fit, nothing is refused. Where do the numbers go?
-# Let each number say where it comes from, and merge them both ways. H = 2 and T = 8, with d = 1, so that each head's answer is
-# one number.
+# It is tempting to merge (H, T, d) into (T, D) by a reshape alone: the sizes fit, nothing is refused. Where
+# do the numbers go? Let each number say where it comes from, and merge them both ways. H = 2 and T = 8, with
+# d = 1, so that each head's answer is one number.
 
 # %%
 def wrong_merge(x):
@@ -311,24 +331,28 @@ head_of = np.broadcast_to(np.arange(H)[:, None, None], (1, H, T, 1))
 
 
 def draw_merges(figure):
-    for axis, function, title in zip(figure.subplots(1, 2), (merge, wrong_merge), ("right", "wrong: reshape without transpose")):
+    for axis, function, title in zip(figure.subplots(1, 2), (merge, wrong_merge),
+                                     ("right", "wrong: reshape without transpose")):
         token, head = function(token_of)[0], function(head_of)[0]  # (T, H): whose answer lies in this place
         axis.imshow(token, cmap="viridis", vmin=-1, vmax=T, aspect="auto")
         for place in np.ndindex(T, H):
-            axis.text(place[1], place[0], f"head {head[place]} of token {token[place]}", ha="center", va="center",
+            axis.text(place[1], place[0], f"head {head[place]} of token {token[place]}", ha="center",
+                      va="center",
                       color="black" if token[place] > T / 2 else "white")
-        axis.set(title=title, xlabel="slot of the output token", ylabel="output token", xticks=range(H), yticks=range(T))
+        axis.set(title=title, xlabel="slot of the output token", ylabel="output token", xticks=range(H),
+                 yticks=range(T))
 
 
 here.picture("merge", draw_merges, height=4.5)
 
 # %% [markdown]
-# On the left each output token holds its own two answers. On the right it holds answers of one head only, to questions that
-# other tokens asked: output token 3 gets what tokens 6 and 7 found.
+# On the left each output token holds its own two answers. On the right it holds answers of one head only, to
+# questions that other tokens asked: output token 3 gets what tokens 6 and 7 found.
 #
-# What do the checks say? Take three layers: the right one, one with the wrong merge, and one that merges rightly but whose vjp
-# reshapes instead of transposing. And three checks: finite differences; each head computed alone and written into its columns;
-# and tokens in another order, which must give the same answers in that order.
+# What do the checks say? Take three layers: the right one, one with the wrong merge, and one that merges
+# rightly but whose vjp reshapes instead of transposing. And three checks: finite differences; each head
+# computed alone and written into its columns; and tokens in another order, which must give the same answers
+# in that order.
 
 # %%
 @tt.op
@@ -351,7 +375,8 @@ def passes_differences(function, x):
 
 
 x = rng.standard_normal((1, 4, 12))  # T = 4, D = 4, two heads of d = 2
-# In order: queries of head 0 and of head 1, then their keys, then their values. Every second piece belongs to one head.
+# In order: queries of head 0 and of head 1, then their keys, then their values. Every second piece belongs to
+# one head.
 alone = np.concatenate([attention_by_hand(*np.split(x, 6, axis=2)[head::2])[0] for head in range(2)], axis=2)
 mergings = {"right": tt.ops.merge_heads,
             "wrong merge": lambda out: out.reshape(out.shape[0], out.shape[2], -1),
@@ -361,7 +386,8 @@ for name, merging in mergings.items():
     out = attend_and_merge(x, merging).data
     checks[name] = {"finite differences": passes_differences(lambda x: attend_and_merge(x, merging), x),
                     "heads alone": bool(np.allclose(out, alone)),
-                    "tokens moved": bool(np.allclose(attend_and_merge(x[:, moved], merging).data, out[:, moved]))}
+                    "tokens moved": bool(np.allclose(attend_and_merge(x[:, moved], merging).data,
+                                                     out[:, moved]))}
 
 print(f"{'':<12}" + "".join(f"{check:>20}" for check in checks["right"]))
 for name, row in checks.items():
@@ -372,30 +398,33 @@ assert checks["wrong vjp"] == {"finite differences": False, "heads alone": True,
 here.measured(checks_passed=checks)
 
 # %% [markdown]
-# The message above could not say what kind of mistake it is: the merge's mistake went through attention and the split before it
-# reached x. Check the small piece by itself, and the reading names it:
+# The message above could not say what kind of mistake it is: the merge's mistake went through attention and
+# the split before it reached x. Check the small piece by itself, and the reading names it:
 
 # %%
 assert not passes_differences(merge_with_wrong_vjp, rng.standard_normal((1, 2, 4, 3)))
 
 # %% [markdown]
-# Neither kind of check replaces the other. **A gradient check says that the gradient belongs to the function, not that the
-# function is the one you wanted**: the wrong merge has a correct gradient of a wrong function. It takes a check of the values:
-# against a slower way to compute them, or against a property that they must have. The third check needs no reference at all:
-# attention does not know the order, so moved tokens must give moved answers.
+# Neither kind of check replaces the other. **A gradient check says that the gradient belongs to the function,
+# not that the function is the one you wanted**: the wrong merge has a correct gradient of a wrong function.
+# It takes a check of the values: against a slower way to compute them, or against a property that they must
+# have. The third check needs no reference at all: attention does not know the order, so moved tokens must
+# give moved answers.
 #
 # ## A task that attention can learn
 #
-# Each sequence has 8 tokens. A token has a *key* (every key 0 to 7 occurs once, in random order), a *value* (any of 0 to 7),
-# and two keys that it *wants*. Its two answers are the values of the tokens with those keys. Everything is written as one-hot
-# vectors side by side, 4 x 8 numbers; there are no positions, none are needed.
+# Each sequence has 8 tokens. A token has a *key* (every key 0 to 7 occurs once, in random order), a *value*
+# (any of 0 to 7), and two keys that it *wants*. Its two answers are the values of the tokens with those keys.
+# Everything is written as one-hot vectors side by side, 4 x 8 numbers; there are no positions, none are
+# needed.
 
 # %%
 SYMBOLS = 8  # tokens in a sequence, keys, and values
 
 
 def sequences(rng, count):
-    """-> tokens (count, T, 32) float32, answers (count, T, 2), and the places (count, T, 2) where they stand."""
+    """-> tokens (count, T, 32) float32, answers (count, T, 2), and the places (count, T, 2) where they
+    stand."""
     keys = rng.permuted(np.tile(np.arange(SYMBOLS), (count, 1)), axis=1)  # (count, T)
     values = rng.integers(SYMBOLS, size=(count, SYMBOLS))
     wanted = rng.integers(SYMBOLS, size=(count, SYMBOLS, 2))
@@ -407,7 +436,8 @@ def sequences(rng, count):
 
 
 class Recall(tt.nn.Module):
-    """One layer of attention, then a linear layer. tokens (B, T, 32) -> logits (B T 2, 8), and the weights (B, H, T, T)."""
+    """One layer of attention, then a linear layer. tokens (B, T, 32) -> logits (B T 2, 8), and the weights
+    (B, H, T, T)."""
 
     def __init__(self, heads, merging=tt.ops.merge_heads, looks=True):
         self.heads, self.merging, self.looks = heads, merging, looks
@@ -427,15 +457,16 @@ class Recall(tt.nn.Module):
 # What can be reached? Work it out before you look:
 #
 # - Without looking anywhere, the best guess is the value that occurs most often in the sequence.
-# - One head can look at one of the two wanted tokens. For the other answer it can only repeat that value, which is right if
-#   both wanted keys are the same (1 in 8), or else by chance (1 in 8 again): 15 in 64. Or it can look at both with half of its
-#   weight each, and not know which value belongs to which. Both come to 79 of 128 answers, 61.7 %.
+# - One head can look at one of the two wanted tokens. For the other answer it can only repeat that value,
+#   which is right if both wanted keys are the same (1 in 8), or else by chance (1 in 8 again): 15 in 64. Or
+#   it can look at both with half of its weight each, and not know which value belongs to which. Both come to
+#   79 of 128 answers, 61.7 %.
 # - Two heads can find both.
 # - With the wrong merge the heads may find what they like: it is delivered to other tokens.
 #
-# The training loop: `loss_and_grads` runs the model forward and backward on a batch and leaves the gradients with the
-# parameters, `AdamW` is gradient descent with a step size of its own for each number, and `warmup_cosine` lets the learning
-# rate rise for the first tenth of the steps and then fall to 0.
+# The training loop: `loss_and_grads` runs the model forward and backward on a batch and leaves the gradients
+# with the parameters, `AdamW` is gradient descent with a step size of its own for each number, and
+# `warmup_cosine` lets the learning rate rise for the first tenth of the steps and then fall to 0.
 
 # %%
 ARMS = {"no looking": dict(heads=2, looks=False), "one head": dict(heads=1), "two heads": dict(heads=2),
@@ -468,20 +499,25 @@ for arm in ARMS:
         model, losses = train(arm, seed)
         with tt.no_grad():
             logits, _ = model(tests[0])
-        right[arm].append((logits.data.argmax(axis=1).reshape(tests[1].shape) == tests[1]).mean(axis=0))  # (T, 2)
+        # (T, 2)
+        right[arm].append((logits.data.argmax(axis=1).reshape(tests[1].shape) == tests[1]).mean(axis=0))
         curves[arm].append(losses)
         models.setdefault(arm, model)
 
 # %%
 values = tests[1].reshape(-1)
-counts = np.random.default_rng(here.seed).multinomial(SYMBOLS, [1 / SYMBOLS] * SYMBOLS, size=100_000)  # of each value
+# of each value
+counts = np.random.default_rng(here.seed).multinomial(SYMBOLS, [1 / SYMBOLS] * SYMBOLS, size=100_000)
 best = {"no looking": counts.max(axis=1).mean() / SYMBOLS, "one head": 79 / 128, "two heads": 1.0}
 summary, reached = {}, {arm: 100 * np.mean(right[arm], axis=(1, 2)) for arm in ARMS}  # by each seed
 for arm, each in reached.items():
     both = 100 * np.mean(right[arm], axis=1)  # (seeds, 2): first and second answer
-    summary[arm] = {"right_percent": float(each.mean()), "std_over_seeds": float(each.std(ddof=1)) if len(each) > 1 else None,
-                    "expected_percent": 100 * best[arm] if arm in best else None, "first_loss": curves[arm][0][0],
-                    "last_loss": float(np.mean([losses[-10:] for losses in curves[arm]])), "each_answer_of_seed": both.tolist()}
+    summary[arm] = {"right_percent": float(each.mean()), "std_over_seeds": float(each.std(ddof=1))
+                    if len(each) > 1 else None,
+                    "expected_percent": 100 * best[arm] if arm in best else None,
+                    "first_loss": curves[arm][0][0],
+                    "last_loss": float(np.mean([losses[-10:] for losses in curves[arm]])),
+                    "each_answer_of_seed": both.tolist()}
     expected = f"expected {100 * best[arm]:.1f} %" if arm in best else ""
     print(f"{arm:<24} right {spread_text(each):>11} %  {expected:<18} loss {summary[arm]['first_loss']:.2f} "
           f"-> {summary[arm]['last_loss']:.2f}   first / second answer by seed: "
@@ -490,12 +526,13 @@ here.measured(steps=steps, seeds=seeds, test_answers=values.size, recall=summary
               wrong_merge_right_by_token=np.mean(right["two heads, wrong merge"], axis=(0, 2)).tolist())
 
 # %% [markdown]
-# Two heads find both. One head comes to what it should, in one way or the other: see first and second answer, seed by seed. The
-# wrong merge **trains**: no error, a gradient that passes the check, a loss that falls. It only ends about where attention ends
-# that does not look at anything, and nothing in the run says so.
+# Two heads find both. One head comes to what it should, in one way or the other: see first and second answer,
+# seed by seed. The wrong merge **trains**: no error, a gradient that passes the check, a loss that falls. It
+# only ends about where attention ends that does not look at anything, and nothing in the run says so.
 #
-# The picture of the merge even predicts where it is a little better: output token 0 holds head 0's answers to tokens 0 and 1,
-# and token 7 head 1's answers to tokens 6 and 7. Only these two get anything that they themselves asked for.
+# The picture of the merge even predicts where it is a little better: output token 0 holds head 0's answers to
+# tokens 0 and 1, and token 7 head 1's answers to tokens 6 and 7. Only these two get anything that they
+# themselves asked for.
 
 # %%
 def draw_recall(figure):
@@ -509,15 +546,16 @@ def draw_recall(figure):
     left.legend(loc="center right")
     for (arm, found), marker in zip(right.items(), "vso^"):
         right_axis.plot(100 * np.mean(found, axis=(0, 2)), color=COLORS[arm], marker=marker, label=arm)
-    right_axis.set(title="right answers, by output token", xlabel="output token", ylabel="% of test answers", ylim=(0, 103))
+    right_axis.set(title="right answers, by output token", xlabel="output token", ylabel="% of test answers",
+                   ylim=(0, 103))
     right_axis.legend(loc="center", bbox_to_anchor=(0.5, 0.8))
 
 
 here.picture("recall", draw_recall)
 
 # %% [markdown]
-# **What the heads look at.** The weights of the two-head model for one test sequence. Each row is a token that asks; the marks
-# show where its first and its second wanted key stand.
+# **What the heads look at.** The weights of the two-head model for one test sequence. Each row is a token
+# that asks; the marks show where its first and its second wanted key stand.
 
 # %%
 tokens, _, places = tests
@@ -547,9 +585,11 @@ def draw_maps(figure):
     for axis, (title, weights) in zip(axes, panels):
         image = axis.imshow(weights, cmap="Greys", vmin=0, vmax=1)
         for answer, (marker, color) in enumerate((("o", SKY), ("s", ORANGE))):
-            axis.scatter(places[0, :, answer], np.arange(SYMBOLS), marker=marker, s=90 + 110 * answer, facecolors="none",
+            axis.scatter(places[0, :, answer], np.arange(SYMBOLS), marker=marker, s=90 + 110 * answer,
+                         facecolors="none",
                          edgecolors=color, linewidths=2, label=("first", "second")[answer] + " wanted")
-        axis.set(title=title, xlabel="token looked at", ylabel="token that asks", xticks=range(SYMBOLS), yticks=range(SYMBOLS))
+        axis.set(title=title, xlabel="token looked at", ylabel="token that asks", xticks=range(SYMBOLS),
+                 yticks=range(SYMBOLS))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
 
@@ -559,9 +599,10 @@ here.picture("maps", draw_maps, width=11, height=4.4)
 # %% [markdown]
 # ## What was measured
 #
-# Exact, and asserted above at every size: the softmax and its gradient, attention and its gradient against the package's op and
-# finite differences, splitting and merging, multiply-adds that do not depend on the number of heads, and what each check says
-# of the three merges. Statistical, with the spread over seeds: the table of the four models.
+# Exact, and asserted above at every size: the softmax and its gradient, attention and its gradient against
+# the package's op and finite differences, splitting and merging, multiply-adds that do not depend on the
+# number of heads, and what each check says of the three merges. Statistical, with the spread over seeds: the
+# table of the four models.
 
 # %%
 share = {arm: f"{spread_text(each)} %" for arm, each in reached.items()}
@@ -573,15 +614,17 @@ here.says(f"Where two things must be looked up, two heads find {share['two heads
 # %% [markdown]
 # ## Exercises
 #
-# 1. By hand: d = 1, one query q = 2, keys 0 and 1, values 5 and 15. What are the weights and the answer? Check with
-#    `attention_by_hand`.
-# 2. Show that r_i = sum_j U_ij A_ij in (3) equals G_i . O_i, the dot product of row i of G with row i of the answers. Write
-#    `attention_vjp` with it and let `tt.gradcheck` decide. (Fast kernels do this: they never hold a whole row of A.)
-# 3. Take the scale out of (4) and (5) and run the gradient check. Does its reading name the mistake? Then take it out of the
-#    forward pass as well. What does the check say now, and why?
-# 4. Let each token want three keys: three answers, and 24 logits from `Recall.head`. By the reasoning above, what share of
-#    right answers can two heads reach? Train them for 1,000 steps: they find far more. Print the weights that each head puts on
-#    the three wanted tokens, and read off how they do it. (What do both look at?)
+# 1. By hand: d = 1, one query q = 2, keys 0 and 1, values 5 and 15. What are the weights and the answer?
+#    Check with `attention_by_hand`.
+# 2. Show that r_i = sum_j U_ij A_ij in (3) equals G_i . O_i, the dot product of row i of G with row i of the
+#    answers. Write `attention_vjp` with it and let `tt.gradcheck` decide. (Fast kernels do this: they never
+#    hold a whole row of A.)
+# 3. Take the scale out of (4) and (5) and run the gradient check. Does its reading name the mistake? Then
+#    take it out of the forward pass as well. What does the check say now, and why?
+# 4. Let each token want three keys: three answers, and 24 logits from `Recall.head`. By the reasoning above,
+#    what share of right answers can two heads reach? Train them for 1,000 steps: they find far more. Print
+#    the weights that each head puts on the three wanted tokens, and read off how they do it. (What do both
+#    look at?)
 # 5. Put a second layer of attention behind the first: copy `attend` of `tt.nn.Attention` into a subclass
 #    with the wrong merge, and compute `x = x + layer(x)` with two of them. How many answers are right after
 #    300 steps, and after 2,000? Which questions can be answered on this detour? Use the picture of the merge.
@@ -598,9 +641,9 @@ here.says(f"Where two things must be looked up, two heads find {share['two heads
 # | section 3.2.2: head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V) | `ops.split_heads(self.qkv(x), heads=self.heads, parts=3)` |
 # | section 3.2.2: MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O | `self.proj(ops.merge_heads(out))` |
 #
-# The paper gives each head its own W_i^Q, W_i^K, W_i^V. Ours are the same matrices stacked: rows i d to (i + 1) d of the first
-# third of `qkv.weight` are W_i^Q, transposed. The op scales q before the product and not the scores after it: T d
-# multiplications instead of T^2.
+# The paper gives each head its own W_i^Q, W_i^K, W_i^V. Ours are the same matrices stacked: rows i d to (i +
+# 1) d of the first third of `qkv.weight` are W_i^Q, transposed. The op scales q before the product and not
+# the scores after it: T d multiplications instead of T^2.
 
 # %%
 here.end()

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Lesson 04: A Vision Transformer
-# You will be able to write a ViT from patches to logits in plain arrays, train it, draw where it looks, and say what it costs.
+# You will be able to write a ViT from patches to logits in plain arrays, train it, draw where it looks, and
+# say what it costs.
 #
-# Needed: attention from lesson 03. A Vision Transformer (ViT) cuts a picture into patches, makes a token of each, lets the
-# tokens exchange what they know a few times, and reads the class off one token. Everything it needs besides attention is short,
-# and stands here in full.
+# Needed: attention from lesson 03. A Vision Transformer (ViT) cuts a picture into patches, makes a token of
+# each, lets the tokens exchange what they know a few times, and reads the class off one token. Everything it
+# needs besides attention is short, and stands here in full.
 
 # %%
 import json
@@ -23,20 +24,23 @@ BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"
 
 train, test = here.pictures(here.pick(512, 16000, 16000), here.pick(64, 2000, 10000))
 mean, std = tt.data.batches.channel_statistics(train.images)
-print(f"{len(train.images)} pictures to train with, {len(test.images)} to test: {train.images.shape[1:]} {train.images.dtype}")
+print(f"{len(train.images)} pictures to train with, {len(test.images)} to test: {train.images.shape[1:]} "
+      f"{train.images.dtype}")
 print("classes:", ", ".join(train.names))
 
 # %% [markdown]
-# The pictures are *scenes* (`tinytoken/data/scenes.py`), drawn from a seed: 32 x 32 pixels, clutter in the background, and one
-# to three objects of one shape in front. The class is the shape. Since they are drawn, it is known which pixels are object, and
-# we shall use that. (`--data cifar10` runs the lesson on CIFAR-10; with `--full` that is a recipe for a ViT from scratch on two
-# CPU cores.) The model gets the pixels with the training set's mean taken off and divided by its standard deviation, for each
-# of the three colours, so that inputs have mean 0 and variance 1.
+# The pictures are *scenes* (`tinytoken/data/scenes.py`), drawn from a seed: 32 x 32 pixels, clutter in the
+# background, and one to three objects of one shape in front. The class is the shape. Since they are drawn, it
+# is known which pixels are object, and we shall use that. (`--data cifar10` runs the lesson on CIFAR-10; with
+# `--full` that is a recipe for a ViT from scratch on two CPU cores.) The model gets the pixels with the
+# training set's mean taken off and divided by its standard deviation, for each of the three colours, so that
+# inputs have mean 0 and variance 1.
 #
 # ## Patches
 #
-# A patch is a square of p x p pixels. With H x W pixels there are N = (H / p)(W / p) of them, counted row by row. A patch of C
-# colours is C p p numbers, taken in the order colour, row, column. So pictures (B, C, H, W) become (B, N, C p p).
+# A patch is a square of p x p pixels. With H x W pixels there are N = (H / p)(W / p) of them, counted row by
+# row. A patch of C colours is C p p numbers, taken in the order colour, row, column. So pictures (B, C, H, W)
+# become (B, N, C p p).
 
 # %%
 SIZES = dict(image_size=32, patch_size=4, dim=here.pick(24, 96, 96), depth=here.pick(2, 6, 6), heads=3,
@@ -57,8 +61,10 @@ def cut(images):
 
 
 def paste(patches):
-    """(B, N, C p p) -> (B, C, H, W): the way back. Split every axis, put each beside the one it belongs to, join."""
-    return patches.reshape(-1, GRID, GRID, 3, P, P).transpose(0, 3, 1, 4, 2, 5).reshape(-1, 3, GRID * P, GRID * P)
+    """(B, N, C p p) -> (B, C, H, W): the way back. Split every axis, put each beside the one it belongs to,
+    join."""
+    return patches.reshape(-1, GRID, GRID, 3, P, P).transpose(0, 3, 1, 4, 2, 5).reshape(-1, 3, GRID * P,
+                                                                                        GRID * P)
 
 
 images = tt.data.normalise(test.images[:4], mean, std).astype("float64")
@@ -81,7 +87,8 @@ def draw_patches(figure):
             axis.axhline(line * P - 0.5, color="white", linewidth=0.8)
             axis.axvline(line * P - 0.5, color="white", linewidth=0.8)
     for n in range(N):
-        numbered.text(n % GRID * P + 1.5, n // GRID * P + 1.5, n, color="white", ha="center", va="center", fontsize=7)
+        numbered.text(n % GRID * P + 1.5, n // GRID * P + 1.5, n, color="white", ha="center", va="center",
+                      fontsize=7)
 
 
 here.picture("patches", draw_patches, height=3.4)
@@ -93,12 +100,12 @@ here.picture("patches", draw_patches, height=3.4)
 #
 #     tokens = patches W^T + b        (N, C p p)(C p p, D) -> (N, D)
 #
-# Its matrix W has D rows of C p p numbers. The package keeps it as (D, C, p, p), because this is also a convolution whose
-# window moves by p pixels at a time: number d of a token is the sum, over colour c, row i and column j of its patch, of W[d, c,
-# i, j] times that pixel.
+# Its matrix W has D rows of C p p numbers. The package keeps it as (D, C, p, p), because this is also a
+# convolution whose window moves by p pixels at a time: number d of a token is the sum, over colour c, row i
+# and column j of its patch, of W[d, c, i, j] times that pixel.
 #
-# We take a model of the package, in float64 and with all weights moved a little (biases start at 0, where a forgotten one would
-# not show), and follow a picture through it. `w` holds its weights by name.
+# We take a model of the package, in float64 and with all weights moved a little (biases start at 0, where a
+# forgotten one would not show), and follow a picture through it. `w` holds its weights by name.
 
 # %%
 def shaken(model):
@@ -125,23 +132,25 @@ def linear(x, weight, bias):
 
 embedded = linear(patches, w["patch_embed.proj.weight"].reshape(D, -1), w["patch_embed.proj.bias"])
 agree("patch embedding", embedded, vit.patch_embed(images))
-corner = np.einsum("dcij,bcij->bd", w["patch_embed.proj.weight"], images[:, :, :P, :P]) + w["patch_embed.proj.bias"]
+corner = np.einsum("dcij,bcij->bd", w["patch_embed.proj.weight"],
+                   images[:, :, :P, :P]) + w["patch_embed.proj.bias"]
 assert np.allclose(corner, embedded[:, 0], rtol=0, atol=1e-12)  # the convolution at its first place
 
 # %% [markdown]
-# **Class token.** One more token, D learned numbers, the same for every picture, is put in front: T = N + 1 tokens. It has seen
-# no pixel. In each block it can ask all patches, and at the end the class is read off it alone.
+# **Class token.** One more token, D learned numbers, the same for every picture, is put in front: T = N + 1
+# tokens. It has seen no pixel. In each block it can ask all patches, and at the end the class is read off it
+# alone.
 #
-# **Positions.** Attention does not know the order of tokens (lesson 03), and neither does anything else in a ViT: all of it
-# treats every token by itself. So a vector for each place, (T, D), is added to the tokens at the start. It is learned; what it
-# starts from matters at this size. Here it is a table of sines and cosines: for the patch in row r and column s, with D / 4
-# frequencies f_i = 10000^(-4 i / D),
+# **Positions.** Attention does not know the order of tokens (lesson 03), and neither does anything else in a
+# ViT: all of it treats every token by itself. So a vector for each place, (T, D), is added to the tokens at
+# the start. It is learned; what it starts from matters at this size. Here it is a table of sines and cosines:
+# for the patch in row r and column s, with D / 4 frequencies f_i = 10000^(-4 i / D),
 #
 #     0.7 x [sin(s f_i), cos(s f_i), sin(r f_i), cos(r f_i)]     for i = 0 ... D/4 - 1
 #
-# and zeros for the class token. Since sin a sin b + cos a cos b = cos(a - b), the dot product of two such positions depends
-# only on how many rows and columns they are apart, wherever they are. The picture shows that near patches are the most alike:
-# nearness need not be learned.
+# and zeros for the class token. Since sin a sin b + cos a cos b = cos(a - b), the dot product of two such
+# positions depends only on how many rows and columns they are apart, wherever they are. The picture shows
+# that near patches are the most alike: nearness need not be learned.
 
 # %%
 row, column = np.divmod(np.arange(N), GRID)
@@ -157,7 +166,8 @@ assert np.allclose(start @ start.T, 0.49 * sum(np.cos(a).sum(axis=2) for a in ap
 def draw_positions(figure):
     axes = figure.subplots(1, 3)
     for axis, patch in zip(axes, (0, N // 2 + GRID // 2, 2 * GRID - 1)):
-        likeness = start @ start[patch] / (start[patch] @ start[patch])  # all rows have the same length: this is the cosine
+        # all rows have the same length: this is the cosine
+        likeness = start @ start[patch] / (start[patch] @ start[patch])
         image = axis.imshow(likeness.reshape(GRID, GRID), cmap="viridis", vmax=1)
         axis.plot(patch % GRID, patch // GRID, "x", color="black")
         axis.set(title=f"patch {patch} and all others", xlabel="column", ylabel="row")
@@ -174,17 +184,18 @@ agree("tokens with positions", x, vit.embed(images))
 # %% [markdown]
 # ## A block
 #
-# A block has two halves. In the first the tokens exchange what they know, in the second each token thinks for itself:
+# A block has two halves. In the first the tokens exchange what they know, in the second each token thinks for
+# itself:
 #
 #     x = x + attention(norm1(x))
 #     x = x + mlp(norm2(x))
 #
-# **The sum.** Each half only adds to x (a *residual connection*). The gradient of a sum goes to both terms unchanged, so it
-# reaches the first layer without having to pass through every layer in between.
+# **The sum.** Each half only adds to x (a *residual connection*). The gradient of a sum goes to both terms
+# unchanged, so it reaches the first layer without having to pass through every layer in between.
 #
-# **The norm.** Without it, numbers that are added up block after block would grow. Layer norm takes each token's D numbers by
-# themselves, brings them to mean 0 and variance 1, and then multiplies by one learned vector and adds another. eps keeps the
-# root away from 0.
+# **The norm.** Without it, numbers that are added up block after block would grow. Layer norm takes each
+# token's D numbers by themselves, brings them to mean 0 and variance 1, and then multiplies by one learned
+# vector and adds another. eps keeps the root away from 0.
 #
 # **The MLP** (multi-layer perceptron) is two linear layers, D -> 4 D -> D, with a nonlinearity between them:
 #
@@ -217,7 +228,8 @@ def self_attention(x, w):
 def block(x, w):
     """w: the weights of this block by name. x (B, T, D) -> (B, T, D)."""
     x = x + self_attention(layer_norm(x, w["norm1.weight"], w["norm1.bias"]), w)
-    hidden = gelu(linear(layer_norm(x, w["norm2.weight"], w["norm2.bias"]), w["mlp.fc1.weight"], w["mlp.fc1.bias"]))
+    hidden = gelu(linear(layer_norm(x, w["norm2.weight"], w["norm2.bias"]), w["mlp.fc1.weight"],
+                         w["mlp.fc1.bias"]))
     return x + linear(hidden, w["mlp.fc2.weight"], w["mlp.fc2.bias"])
 
 
@@ -227,7 +239,8 @@ def of_block(w, number):
     return {name.removeprefix(start): array for name, array in w.items() if name.startswith(start)}
 
 
-agree("layer norm", layer_norm(x, w["blocks.0.norm1.weight"], w["blocks.0.norm1.bias"]), vit.blocks[0].norm1(tt.Tensor(x)))
+agree("layer norm", layer_norm(x, w["blocks.0.norm1.weight"], w["blocks.0.norm1.bias"]),
+      vit.blocks[0].norm1(tt.Tensor(x)))
 agree("GELU", gelu(x), tt.ops.gelu(x))
 agree("attention", self_attention(x, of_block(w, 0)), vit.blocks[0].attn(tt.Tensor(x)))
 agree("a block", block(x, of_block(w, 0)), vit.blocks[0](tt.Tensor(x)))
@@ -235,8 +248,8 @@ agree("a block", block(x, of_block(w, 0)), vit.blocks[0](tt.Tensor(x)))
 # %% [markdown]
 # ## The head, and all of it
 #
-# After the last block: one more norm, then a linear layer from the class token's D numbers to one number per class, the
-# *logits*. The whole model is these lines:
+# After the last block: one more norm, then a linear layer from the class token's D numbers to one number per
+# class, the *logits*. The whole model is these lines:
 
 # %%
 def vit_by_hand(images, w):
@@ -252,20 +265,21 @@ def vit_by_hand(images, w):
 agree("logits", vit_by_hand(images, w), vit(images).logits)
 
 # %% [markdown]
-# **Positions are all that it knows of places.** Shuffle the patches of a picture, as in the picture above. Without positions
-# the model cannot tell, to the last digits; with them it can.
+# **Positions are all that it knows of places.** Shuffle the patches of a picture, as in the picture above.
+# Without positions the model cannot tell, to the last digits; with them it can.
 
 # %%
 shuffled = paste(patches[:, rng.permutation(N)])
 with_positions = np.abs(vit_by_hand(shuffled, w) - vit_by_hand(images, w)).max()
 blind = w | {"pos_embed": np.zeros_like(w["pos_embed"])}
 without_positions = np.abs(vit_by_hand(shuffled, blind) - vit_by_hand(images, blind)).max()
-print(f"patches shuffled: logits change by {with_positions:.2f} with positions, by {without_positions:.0e} without")
+print(f"patches shuffled: logits change by {with_positions:.2f} with positions, by {without_positions:.0e} "
+      f"without")
 assert without_positions < 1e-11 < 1e-3 < with_positions
 
 # %% [markdown]
-# **The gradients** come from the tape. They are checked on a small ViT, all parameters at once: each op's gradient may be right
-# and a model still lose one on the way.
+# **The gradients** come from the tape. They are checked on a small ViT, all parameters at once: each op's
+# gradient may be right and a model still lose one on the way.
 
 # %%
 small = shaken(tt.models.ViT(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5))
@@ -274,12 +288,14 @@ names, parameters = zip(*small.named_parameters())
 report = tt.gradcheck(lambda *_: tt.ops.cross_entropy(small(small_images).logits, labels), *parameters,
                       names=names, max_elements=here.pick(60, 300, 2000), seed=here.seed)
 worst = max(report.inputs, key=lambda checked: checked.error / checked.allowed)
-print(f"{len(report.inputs)} parameters of a small ViT agree with finite differences; nearest to its limit: {worst}")
+print(f"{len(report.inputs)} parameters of a small ViT agree with finite differences; nearest to its limit: "
+      f"{worst}")
 
 # %% [markdown]
 # ## What it costs
 #
-# Costs are counted in multiply-adds (MACs). A product of (a, b) by (b, c) has a b c. Per block, with T tokens of D numbers:
+# Costs are counted in multiply-adds (MACs). A product of (a, b) by (b, c) has a b c. Per block, with T tokens
+# of D numbers:
 #
 # | part | products | MACs |
 # |---|---|---|
@@ -289,8 +305,9 @@ print(f"{len(report.inputs)} parameters of a small ViT agree with finite differe
 # | MLP | (T, D)(D, 4 D) and (T, 4 D)(4 D, D) | 8 T D^2 |
 # | together | | **12 T D^2 + 2 T^2 D** |
 #
-# Before the blocks come N C p p D for the embedding, after them D K for the head with K classes. Norms, softmax, GELU and sums
-# are not counted, as is usual; whether that is fair, the clock will say. The package counts what its ops really multiply:
+# Before the blocks come N C p p D for the embedding, after them D K for the head with K classes. Norms,
+# softmax, GELU and sums are not counted, as is usual; whether that is fair, the clock will say. The package
+# counts what its ops really multiply:
 
 # %%
 per_block = 12 * T * D**2 + 2 * T**2 * D
@@ -307,16 +324,18 @@ for side in (32, 64, 128, 224, 512):
 here.measured(macs=counted.total, macs_closed_form=closed, parameters=vit.parameter_count(), sizes=SIZES)
 
 # %% [markdown]
-# The two terms are equal at T = 6 D. On small pictures nearly all the work is in the linear layers, and it grows as the number
-# of tokens; on large ones attention takes over, and it grows as its square. Either way most of the cost is tokens: leave out
-# half of the patches, and more than half of it is gone. Most patches of a scene are background.
+# The two terms are equal at T = 6 D. On small pictures nearly all the work is in the linear layers, and it
+# grows as the number of tokens; on large ones attention takes over, and it grows as its square. Either way
+# most of the cost is tokens: leave out half of the patches, and more than half of it is gone. Most patches of
+# a scene are background.
 #
 # ## Training
 #
-# `Batches` shuffles and normalises; `fit` is the loop of lesson 03: batches of 64, AdamW, a learning rate that rises and falls.
-# It logs the loss into a history, which we read for a picture. A model starts with each matrix (out, in) uniform in +-sqrt(6 /
-# (in + out)), which keeps the variance of what goes through about the same in both directions, and 0.3 times that in the two
-# layers of a block that end in a sum, so that blocks start by adding little.
+# `Batches` shuffles and normalises; `fit` is the loop of lesson 03: batches of 64, AdamW, a learning rate
+# that rises and falls. It logs the loss into a history, which we read for a picture. A model starts with each
+# matrix (out, in) uniform in +-sqrt(6 / (in + out)), which keeps the variance of what goes through about the
+# same in both directions, and 0.3 times that in the two layers of a block that end in a sum, so that blocks
+# start by adding little.
 
 # %%
 def prepare(pictures):
@@ -328,15 +347,18 @@ EVERY = here.pick(2, 5, 20)  # steps of a row of the history
 
 
 def train_one(seed):
-    """-> (the untrained model's weights, the trained model, its history: a row for every few steps, seconds)"""
+    """-> (the untrained model's weights, the trained model, its history: a row for every few steps,
+    seconds)"""
     tt.manual_seed(seed)
     model = tt.models.ViT(**SIZES).to(here.device)
     before = model.state_dict()
     arrays = [backend.to_device(array, here.device) for array in (train.images, train.labels)]
     batches = tt.data.Batches(*arrays, 64, seed=seed, mean=mean, std=std, **train.moves)  # scenes have none
     with tempfile.TemporaryDirectory() as folder:
-        run = tt.train.Run(here.checkpoints / f"04_seed{seed}" if here.checkpoints else folder)  # a full run is gone on with
-        result = tt.train.fit(model, tt.train.Classify(model), batches, steps=steps, lr=1e-3, seed=seed, run=run, log_every=EVERY,
+        # a full run is gone on with
+        run = tt.train.Run(here.checkpoints / f"04_seed{seed}" if here.checkpoints else folder)
+        result = tt.train.fit(model, tt.train.Classify(model), batches, steps=steps, lr=1e-3, seed=seed,
+                              run=run, log_every=EVERY,
                               phase="vit")
         history = [json.loads(line) for line in run.history.read_text().splitlines()]
     return before, model, history, result["seconds"]
@@ -351,10 +373,13 @@ losses = [row["loss"] for row in history]  # each the mean of EVERY steps
 # %%
 logits = [tt.train.infer(model, test.images, prepare) for _, model, _, _ in runs]
 reached = [tt.train.accuracy(rows, test.labels) for rows in logits]
-seen = tt.train.accuracy(tt.train.infer(vit, train.images[:len(test.images)], prepare), train.labels[:len(test.images)])
-error = math.sqrt(reached[0] * (1 - reached[0]) / len(test.images))  # of a share in so many independent pictures
+seen = tt.train.accuracy(tt.train.infer(vit, train.images[:len(test.images)], prepare),
+                         train.labels[:len(test.images)])
+# of a share in so many independent pictures
+error = math.sqrt(reached[0] * (1 - reached[0]) / len(test.images))
 print(f"{steps} steps in {seconds:.0f} s; loss {losses[0]:.2f} -> {losses[-1]:.2f}")
-print(f"right on new pictures: {', '.join(f'{100 * share:.1f}' for share in reached)} % (standard error {100 * error:.1f}); "
+print(f"right on new pictures: {', '.join(f'{100 * share:.1f}' for share in reached)} % (standard error "
+      f"{100 * error:.1f}); "
       f"on pictures it was trained with: {100 * seen:.1f} %; by chance: {100 / SIZES['num_classes']:.0f} %")
 confusion = np.zeros((SIZES["num_classes"],) * 2)
 np.add.at(confusion, (test.labels, logits[0].argmax(axis=1)), 1)
@@ -362,17 +387,21 @@ confusion /= np.maximum(confusion.sum(axis=1, keepdims=True), 1)
 wrong = np.where(np.eye(len(confusion), dtype=bool), 0, confusion)
 a, b = np.unravel_index(wrong.argmax(), wrong.shape)
 print(f"most often mistaken: {test.names[a]} for {test.names[b]}, {100 * wrong[a, b]:.0f} % of the time")
-moved = np.linalg.norm(vit.state_dict()["pos_embed"] - before["pos_embed"]) / np.linalg.norm(before["pos_embed"])
+moved = np.linalg.norm(vit.state_dict()["pos_embed"]
+                       - before["pos_embed"]) / np.linalg.norm(before["pos_embed"])
 print(f"training moved the table of positions by {100 * moved:.0f} % of its length")
-here.measured(steps=steps, seeds=seeds, train_seconds=seconds, test_pictures=len(test.images), accuracy=reached,
-              accuracy_standard_error=error, accuracy_on_training_pictures=seen, loss_every=EVERY, losses=losses,
+here.measured(steps=steps, seeds=seeds, train_seconds=seconds, test_pictures=len(test.images),
+              accuracy=reached,
+              accuracy_standard_error=error, accuracy_on_training_pictures=seen, loss_every=EVERY,
+              losses=losses,
               positions_moved=float(moved), confusion={"names": list(test.names), "rows": confusion.tolist()})
 
 
 def draw_training(figure):
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     left.plot([row["step"] + 1 for row in history], losses, color=BLUE, label=f"means of {EVERY} steps")
-    left.axhline(math.log(SIZES["num_classes"]), color=GREY, linestyle=":", label=f"all alike: log {SIZES['num_classes']}")
+    left.axhline(math.log(SIZES["num_classes"]), color=GREY, linestyle=":", label=f"all alike: log "
+                                                                                  f"{SIZES['num_classes']}")
     left.set(title="training", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
     left.legend()
     right.imshow(confusion, cmap="Blues", vmin=0, vmax=1)
@@ -389,8 +418,9 @@ here.picture("training", draw_training, width=10, height=5)
 # %% [markdown]
 # ## Where it looks
 #
-# The weights A (B, H, T, T) of a block say for each token where it looked. Row 0 is the class token's; without its weight on
-# itself, and with the rest brought to sum 1, it is a map over the patches. Look at all blocks, the mean over heads:
+# The weights A (B, H, T, T) of a block say for each token where it looked. Row 0 is the class token's;
+# without its weight on itself, and with the rest brought to sum 1, it is a map over the patches. Look at all
+# blocks, the mean over heads:
 
 # %%
 def class_attention(model, pictures, slice_size=128):
@@ -429,9 +459,10 @@ def draw_attention(figure, count=6):
 here.picture("attention", draw_attention, width=10, height=9.5)
 
 # %% [markdown]
-# Pictures of a few scenes persuade easily, so count. How much of the class token's weight lies on the object? Each patch counts
-# with the share of its pixels that are object. By chance, with equal weights, it is the object's share of the whole picture;
-# the untrained model is the second comparison, and is not at chance in every block.
+# Pictures of a few scenes persuade easily, so count. How much of the class token's weight lies on the object?
+# Each patch counts with the share of its pixels that are object. By chance, with equal weights, it is the
+# object's share of the whole picture; the untrained model is the second comparison, and is not at chance in
+# every block.
 
 # %%
 def on_object(maps, share):
@@ -452,9 +483,9 @@ if hasattr(test, "object_share"):
                                     "standard_error": se.tolist(), "untrained": before_on.tolist()})
 
 # %% [markdown]
-# **Is what it looks at what it uses?** A weight says how much of a token's value was taken, not what for. So ask the model:
-# paint over 16 of the 64 patches with the mean colour (0 after normalising), chosen in several ways, and see how many pictures
-# are still right.
+# **Is what it looks at what it uses?** A weight says how much of a token's value was taken, not what for. So
+# ask the model: paint over 16 of the 64 patches with the mean colour (0 after normalising), chosen in several
+# ways, and see how many pictures are still right.
 
 # %%
 HIDDEN = N // 4
@@ -469,8 +500,10 @@ def without(pictures, chosen):
 
 
 labels = test.labels[:len(some)]
-mean_map, last_map = maps.mean(axis=(0, 2)), maps[-1].mean(axis=1)  # (B, N): over blocks and heads; over heads
-ways = {"random patches": rng.permuted(np.tile(np.arange(N), (len(some), 1)), axis=1), "most weight, last block": -last_map,
+# (B, N): over blocks and heads; over heads
+mean_map, last_map = maps.mean(axis=(0, 2)), maps[-1].mean(axis=1)
+ways = {"random patches": rng.permuted(np.tile(np.arange(N), (len(some), 1)), axis=1), "most weight, last "
+                                                                                       "block": -last_map,
         "most weight, all blocks": -mean_map, "least weight, all blocks": mean_map}
 if hasattr(test, "object_share"):
     ways["most object"] = -share
@@ -484,10 +517,11 @@ for name, rate in still_right.items():
 here.measured(right_with_patches_hidden=still_right, hidden=HIDDEN)
 
 # %% [markdown]
-# In the default run the maps point to what the model uses. Without the 16 patches of most weight over all blocks few pictures
-# are still right, not many more than without the object itself; without 16 random ones most are; without those of least weight
-# hardly any picture is lost. The last block's map alone says less: the class token has asked in every block, and a patch that
-# it ignores in the last one may have told it everything before, or have told its neighbours.
+# In the default run the maps point to what the model uses. Without the 16 patches of most weight over all
+# blocks few pictures are still right, not many more than without the object itself; without 16 random ones
+# most are; without those of least weight hardly any picture is lost. The last block's map alone says less:
+# the class token has asked in every block, and a patch that it ignores in the last one may have told it
+# everything before, or have told its neighbours.
 #
 # ## Where the time goes
 #
@@ -505,7 +539,8 @@ all_macs = sum(row.macs for row in profile["ops"].values())
 work = {name: row.macs / all_macs for name, row in profile["ops"].items()}
 free = sum(time for name, time in times.items() if not work[name])
 print(f"ops without a single counted multiply-add take {100 * free:.0f} % of the time")
-here.measured(time_of_a_step={"ms": 1e3 * total, "batch": len(job.images), "threads": 1, "share_by_op": times, "adamw":
+here.measured(time_of_a_step={"ms": 1e3 * total, "batch": len(job.images), "threads": 1,
+                              "share_by_op": times, "adamw":
                               profile["adamw"] / total, "uncounted_ops": free}, macs_share_by_op=work)
 
 
@@ -516,8 +551,10 @@ def draw_time(figure):
     parts["the graph, the rest"] = 1 - sum(parts.values())
     places = np.arange(len(parts))
     axis.barh(places - 0.2, [100 * share for share in parts.values()], 0.4, color=ORANGE, label="of the time")
-    axis.barh(places + 0.2, [100 * work.get(name, 0) for name in parts], 0.4, color=BLUE, label="of the multiply-adds")
-    axis.set(title="a training step: what is waited for, and what is counted", xlabel="%", yticks=places, yticklabels=parts)
+    axis.barh(places + 0.2, [100 * work.get(name, 0) for name in parts], 0.4, color=BLUE,
+              label="of the multiply-adds")
+    axis.set(title="a training step: what is waited for, and what is counted", xlabel="%", yticks=places,
+             yticklabels=parts)
     axis.invert_yaxis()
     axis.legend(loc="lower right")
 
@@ -525,16 +562,16 @@ def draw_time(figure):
 here.picture("time", draw_time, height=4)
 
 # %% [markdown]
-# The linear layers come near the speed of a large product, so they take less of the time than of the multiply-adds. Attention
-# is the opposite: its products are many and small, and its softmax, which nobody counts, passes over T x T numbers per head.
-# GELU and layer norm count nothing and take about a fifth. So multiply-adds saved are not seconds saved, one to one: later
-# lessons measure both.
+# The linear layers come near the speed of a large product, so they take less of the time than of the
+# multiply-adds. Attention is the opposite: its products are many and small, and its softmax, which nobody
+# counts, passes over T x T numbers per head. GELU and layer norm count nothing and take about a fifth. So
+# multiply-adds saved are not seconds saved, one to one: later lessons measure both.
 #
 # ## What was measured
 #
-# Exact, and asserted at every size: each part against the package, the multiply-adds against the closed form, and that without
-# positions shuffled patches change nothing. The rest is of the seeds and pictures it was measured on; the times are of this
-# machine.
+# Exact, and asserted at every size: each part against the package, the multiply-adds against the closed form,
+# and that without positions shuffled patches change nothing. The rest is of the seeds and pictures it was
+# measured on; the times are of this machine.
 
 # %%
 said = (f"{steps} steps ({seconds:.0f} s) bring a ViT of {counted.total / 1e6:.1f} M MACs to "
@@ -552,16 +589,18 @@ if here.size == "full" and here.data != "scenes":
 # ## Exercises
 #
 # 1. Count the parameters of the model by hand, layer by layer, and compare with `vit.parameter_count()`.
-# 2. Replace `cut` by `images.reshape(len(images), N, -1)`. Which pixels does token 0 hold now? Why do the shapes not complain?
-#    Which line above catches it?
-# 3. Derive the gradient of layer norm with respect to x, for weight 1 and bias 0: with y the output, s = sqrt(var + eps) and g
-#    the upstream gradient, it is (g - mean(g) - y mean(g y)) / s. Make an `@tt.op` of it and check it with `tt.gradcheck`.
-# 4. Train without positions: set `model.pos_embed.data[...] = 0` and `model.pos_embed.requires_grad = False` before `fit`. What
-#    can such a model still see of a shape? How many pictures does it get right?
-# 5. One block's map says where a token looked in that block, but the tokens it looked at are mixtures already. Follow the
-#    mixing: take A + I of each block (I for the residual connection), means over heads, rows divided by their sum, and multiply
-#    the matrices of all blocks, the last one leftmost (Abnar & Zuidema 2020, "attention rollout"). Is its row 0 better than the
-#    last block's map by the two measures above, the weight on the object and painting over?
+# 2. Replace `cut` by `images.reshape(len(images), N, -1)`. Which pixels does token 0 hold now? Why do the
+#    shapes not complain? Which line above catches it?
+# 3. Derive the gradient of layer norm with respect to x, for weight 1 and bias 0: with y the output, s =
+#    sqrt(var + eps) and g the upstream gradient, it is (g - mean(g) - y mean(g y)) / s. Make an `@tt.op` of
+#    it and check it with `tt.gradcheck`.
+# 4. Train without positions: set `model.pos_embed.data[...] = 0` and `model.pos_embed.requires_grad = False`
+#    before `fit`. What can such a model still see of a shape? How many pictures does it get right?
+# 5. One block's map says where a token looked in that block, but the tokens it looked at are mixtures
+#    already. Follow the mixing: take A + I of each block (I for the residual connection), means over heads,
+#    rows divided by their sum, and multiply the matrices of all blocks, the last one leftmost (Abnar &
+#    Zuidema 2020, "attention rollout"). Is its row 0 better than the last block's map by the two measures
+#    above, the weight on the object and painting over?
 #
 # ## The paper
 #
@@ -576,9 +615,9 @@ if here.size == "full" and here.data != "scenes":
 # | eq. 3: z_l = MLP(LN(z'_l)) + z'_l | `x + scaled(mlp(norm(x)), factors)` |
 # | eq. 4: y = LN(z_L^0) | `tokens.x = self.norm(tokens.x)`, then `self.head(x[:, 0])` |
 #
-# Positions are learned there as here, but ours start as sines and cosines. The paper trains on millions of photographs of 224 x
-# 224 pixels with patches of 16 (also 14 and 32). Our names and shapes are those of the timm library, so its weights can be
-# loaded.
+# Positions are learned there as here, but ours start as sines and cosines. The paper trains on millions of
+# photographs of 224 x 224 pixels with patches of 16 (also 14 and 32). Our names and shapes are those of the
+# timm library, so its weights can be loaded.
 
 # %%
 here.end()

@@ -1,6 +1,7 @@
 # %% [markdown]
 # # Lesson 06: Gumbel-softmax, and what straight-through costs
-# After this lesson you can draw decisions that pass a gradient on, and measure how wrong and how noisy that gradient is.
+# After this lesson you can draw decisions that pass a gradient on, and measure how wrong and how noisy that
+# gradient is.
 
 # %%
 import itertools
@@ -18,24 +19,25 @@ rng = np.random.default_rng(here.seed)
 # %% [markdown]
 # ## Drawing a category
 #
-# In lesson 05 somebody gave us the decisions: keep this token, drop that one. Now a network shall make them. It puts out a logit
-# $l_c$ for each of $C$ categories, $p = \text{softmax}(l)$ are their probabilities, and a category is drawn. (For DynamicViT the
-# categories are "keep" and "drop", and there is one draw per token.)
+# In lesson 05 somebody gave us the decisions: keep this token, drop that one. Now a network shall make them.
+# It puts out a logit $l_c$ for each of $C$ categories, $p = \text{softmax}(l)$ are their probabilities, and a
+# category is drawn. (For DynamicViT the categories are "keep" and "drop", and there is one draw per token.)
 #
-# The usual way to draw: cut the interval $[0, 1]$ into pieces of lengths $p_1, \dots, p_C$, draw a uniform $U$ and see in which
-# piece it lies. That is right, but there is nothing to differentiate: for fixed $U$ the result is constant until a cut passes
-# $U$, and then it jumps.
+# The usual way to draw: cut the interval $[0, 1]$ into pieces of lengths $p_1, \dots, p_C$, draw a uniform
+# $U$ and see in which piece it lies. That is right, but there is nothing to differentiate: for fixed $U$ the
+# result is constant until a cut passes $U$, and then it jumps.
 #
-# There is another way. Draw $C$ independent **Gumbel** numbers $G_c = -\ln(-\ln U_c)$, add them to the logits, and take the
-# largest: $\arg\max_c\, (l_c + G_c)$. This **Gumbel-max trick** draws category $c$ with probability exactly $p_c$. Why: the
-# distribution function of $G$ is
+# There is another way. Draw $C$ independent **Gumbel** numbers $G_c = -\ln(-\ln U_c)$, add them to the
+# logits, and take the largest: $\arg\max_c\, (l_c + G_c)$. This **Gumbel-max trick** draws category $c$ with
+# probability exactly $p_c$. Why: the distribution function of $G$ is
 #
-# $$F(x) = P(-\ln(-\ln U) \le x) = P(U \le e^{-e^{-x}}) = e^{-e^{-x}}, \qquad \text{density } F'(x) = e^{-x} F(x).$$
+# $$F(x) = P(-\ln(-\ln U) \le x) = P(U \le e^{-e^{-x}}) = e^{-e^{-x}}, \qquad \text{density } F'(x) = e^{-x}
+# F(x).$$
 #
 # Category 1 wins if $l_1 + G_1$ takes some value $x$ and all others stay below it. With $S = \sum_c e^{l_c}$,
 #
-# $$P(1 \text{ wins}) = \int F'(x - l_1) \prod_{c \ne 1} F(x - l_c)\, dx = \int e^{-(x - l_1)} \prod_c e^{-e^{-(x - l_c)}}\, dx
-#  = e^{l_1} \int e^{-x}\, e^{-S e^{-x}}\, dx = \frac{e^{l_1}}{S} ,$$
+# $$P(1 \text{ wins}) = \int F'(x - l_1) \prod_{c \ne 1} F(x - l_c)\, dx = \int e^{-(x - l_1)} \prod_c
+#  e^{-e^{-(x - l_c)}}\, dx = e^{l_1} \int e^{-x}\, e^{-S e^{-x}}\, dx = \frac{e^{l_1}}{S} ,$$
 #
 # where the last step substitutes $y = e^{-x}$: $\int_0^\infty e^{-S y} dy = 1 / S$. The result is $p_1$.
 
@@ -63,21 +65,23 @@ print(f"{'standard error':17}", *(f"{math.sqrt(x * (1 - x) / draws):9.5f}" for x
       "   (if all is right, chi-square is 3 on average, and above 16.3 once in 1000)")
 
 # %% [markdown]
-# Two categories are simpler. "Keep" wins if $l_0 + G_0 > l_1 + G_1$, that is $\theta + X > 0$ with $\theta = l_0 - l_1$ and
-# $X = G_0 - G_1$. The difference of two Gumbels has the **logistic** distribution, $P(X \le x) = \sigma(x) = 1 / (1 + e^{-x})$.
-# So $P(\text{keep}) = P(X > -\theta) = \sigma(\theta)$, as it must be. Its density is $\rho(x) = \sigma(x)\, \sigma(-x)$. We
-# shall use both.
+# Two categories are simpler. "Keep" wins if $l_0 + G_0 > l_1 + G_1$, that is $\theta + X > 0$ with $\theta =
+# l_0 - l_1$ and $X = G_0 - G_1$. The difference of two Gumbels has the **logistic** distribution, $P(X \le x)
+# = \sigma(x) = 1 / (1 + e^{-x})$. So $P(\text{keep}) = P(X > -\theta) = \sigma(\theta)$, as it must be. Its
+# density is $\rho(x) = \sigma(x)\, \sigma(-x)$. We shall use both.
 #
 # ## Temperature
 #
-# In the trick all chance is in $G$, which does not depend on the logits. What depends on them is only the $\arg\max$. Make that
-# soft, and there is a gradient. **Gumbel-softmax** puts a softmax at temperature $\tau > 0$ in its place:
+# In the trick all chance is in $G$, which does not depend on the logits. What depends on them is only the
+# $\arg\max$. Make that soft, and there is a gradient. **Gumbel-softmax** puts a softmax at temperature $\tau
+# > 0$ in its place:
 #
-# $$s = \text{softmax}\big((l + G) / \tau\big), \qquad \text{for two categories } s_0 = \sigma\big((\theta + X) / \tau\big).$$
+# $$s = \text{softmax}\big((l + G) / \tau\big), \qquad \text{for two categories } s_0 = \sigma\big((\theta +
+# X) / \tau\big).$$
 #
-# Small $\tau$: $s$ is nearly one-hot, nearly the draw. Large $\tau$: $s$ is nearly uniform, whatever was drawn. The largest
-# entry of $s$ is the same at every $\tau$, since dividing by $\tau$ does not change the order: the hard draw has the
-# probabilities $p$ at any temperature. The mean of $s$ has not.
+# Small $\tau$: $s$ is nearly one-hot, nearly the draw. Large $\tau$: $s$ is nearly uniform, whatever was
+# drawn. The largest entry of $s$ is the same at every $\tau$, since dividing by $\tau$ does not change the
+# order: the hard draw has the probabilities $p$ at any temperature. The mean of $s$ has not.
 
 # %%
 def sigmoid(x):
@@ -106,7 +110,8 @@ def draw_temperatures(figure):
         axis.set(title=rf"$\tau$ = {tau}", xlabel="soft decision s", ylim=(0, 8))
         axis.legend(fontsize=8, loc="upper left")
     figure.axes[0].set_ylabel("density")
-    figure.suptitle("A token kept with probability 0.7, as a soft decision: from nearly 0 or 1 to nearly one half")
+    figure.suptitle("A token kept with probability 0.7, as a soft decision: from nearly 0 or 1 to nearly one "
+                    "half")
 
 
 here.picture("temperatures", draw_temperatures, width=11, height=3)
@@ -114,12 +119,14 @@ here.picture("temperatures", draw_temperatures, width=11, height=3)
 # %% [markdown]
 # ## Straight-through
 #
-# A soft decision is not a decision. A token with $s = 0.4$ would be in the attention by 0.4, while at inference it is there or
-# not. So DynamicViT goes forward with the hard draw $h = \text{onehot}(\arg\max s)$, 0 or 1, and pretends on the way back that
-# it had been $s$: the gradient that arrives at $h$ is handed **straight through** to $s$. In the notation of frameworks, $y = (h
+# A soft decision is not a decision. A token with $s = 0.4$ would be in the attention by 0.4, while at
+# inference it is there or not. So DynamicViT goes forward with the hard draw $h = \text{onehot}(\arg\max s)$,
+# 0 or 1, and pretends on the way back that it had been $s$: the gradient that arrives at $h$ is handed
+# **straight through** to $s$. In the notation of frameworks, $y = (h
 # - \text{stop}(s)) + s$, where stop() has the value of its argument and no gradient.
 #
-# From $s$ on it is calculus. The softmax's vjp (lesson 03) with an upstream gradient $u$, and a $1 / \tau$ from the division:
+# From $s$ on it is calculus. The softmax's vjp (lesson 03) with an upstream gradient $u$, and a $1 / \tau$
+# from the division:
 #
 # $$\frac{\partial L}{\partial l_c} = \frac 1 \tau\, s_c \Big(u_c - \sum_b s_b u_b\Big),
 #  \qquad \text{for two categories, with } u \text{ at "keep" only: }
@@ -145,20 +152,20 @@ for hard in (False, True):
 print(tt.gradcheck(lambda logits: tt.ops.gumbel_softmax(logits, noise, tau=0.5), logits))
 
 # %% [markdown]
-# The soft path passes the check. The hard one cannot be checked that way: its value is constant almost everywhere, so the finite
-# difference is 0, and the gradient is deliberately not that. What can be checked: the hard and the soft gradient for the same
-# $u$ are equal, which was asserted above.
+# The soft path passes the check. The hard one cannot be checked that way: its value is constant almost
+# everywhere, so the finite difference is 0, and the gradient is deliberately not that. What can be checked:
+# the hard and the soft gradient for the same $u$ are equal, which was asserted above.
 #
-# So this gradient is a pretence. It multiplies a slope of the loss at $h$ with a slope of the decision at $s$, and these are two
-# different points. Is it a good pretence? A training curve cannot say: it shows no other gradient beside it. We can find out
-# where everything can be computed.
+# So this gradient is a pretence. It multiplies a slope of the loss at $h$ with a slope of the decision at
+# $s$, and these are two different points. Is it a good pretence? A training curve cannot say: it shows no
+# other gradient beside it. We can find out where everything can be computed.
 #
 # ## A problem small enough to be exact
 #
-# One class token looks at $n$ tokens. Each has a key, a value and a decision $D_j \in \{0, 1\}$, kept with probability
-# $p_j = \sigma(\theta_j)$, independent of the others. The masked attention of lesson 05 (the class token also sees itself,
-# always) gives one vector, a matrix makes logits of it, and $L(D)$ is the cross-entropy. What training minimises is the expected
-# loss
+# One class token looks at $n$ tokens. Each has a key, a value and a decision $D_j \in \{0, 1\}$, kept with
+# probability $p_j = \sigma(\theta_j)$, independent of the others. The masked attention of lesson 05 (the
+# class token also sees itself, always) gives one vector, a matrix makes logits of it, and $L(D)$ is the
+# cross-entropy. What training minimises is the expected loss
 #
 # $$J(\theta) = \sum_{D} P(D)\, L(D), \qquad P(D) = \prod_j p_j^{D_j} (1 - p_j)^{1 - D_j},$$
 #
@@ -170,17 +177,18 @@ print(tt.gradcheck(lambda logits: tt.ops.gumbel_softmax(logits, noise, tau=0.5),
 # $$\frac{\partial J}{\partial \theta_j} = \sum_D P(D)\, (D_j - p_j)\, L(D)
 #  = p_j (1 - p_j) \Big( E[L \mid D_j = 1] - E[L \mid D_j = 0] \Big). \tag{1}$$
 #
-# The right side says what a gradient of a decision is: **the difference that the decision makes**, from 0 all the way to 1,
-# averaged over the other decisions.
+# The right side says what a gradient of a decision is: **the difference that the decision makes**, from 0 all
+# the way to 1, averaged over the other decisions.
 
 # %%
 class Problem:
-    """Keys, values, a read-out and a label by chance; theta (n,) are the logits of keeping each of the n tokens. spread: about
-    the standard deviation of the attention logits."""
+    """Keys, values, a read-out and a label by chance; theta (n,) are the logits of keeping each of the n
+    tokens. spread: about the standard deviation of the attention logits."""
 
     def __init__(self, seed, n=8, spread=1.0, width=8, classes=4):
         chance = np.random.default_rng((here.seed, seed))
-        self.q, self.k, self.v = (chance.standard_normal((rows, width)) for rows in (1, n + 1, n + 1))  # row 0: the class token
+        # row 0: the class token
+        self.q, self.k, self.v = (chance.standard_normal((rows, width)) for rows in (1, n + 1, n + 1))
         self.q *= spread
         self.readout = chance.standard_normal((width, classes))
         self.label, self.theta, self.n = int(chance.integers(classes)), chance.standard_normal(n), n
@@ -234,23 +242,23 @@ assert np.abs(exact - numeric).max() < 1e-8 and np.abs(exact - difference).max()
 # %% [markdown]
 # ## Four estimates from one draw
 #
-# A real network has no time for 256 subsets, let alone $2^{196}$. It draws once and estimates. Let $D$ be a hard draw, $s$ the
-# soft one of the same noise.
+# A real network has no time for 256 subsets, let alone $2^{196}$. It draws once and estimates. Let $D$ be a
+# hard draw, $s$ the soft one of the same noise.
 #
-# - **REINFORCE** (Williams 1992): $\hat g_j = (D_j - p_j)\, L(D)$. By (1) its mean is the exact gradient: it is **unbiased**. It
-#   does not look at the slope of $L$ at all. It only sees that the loss was high or low, and cannot tell which of the decisions
-#   were to blame: so it is noisy.
-# - **REINFORCE with a baseline**: $\hat g_j = (D_j - p_j)(L(D) - b)$ for a number $b$ that does not depend on $D$. Still
-#   unbiased, because $E[D_j - p_j] = 0$. A good simple choice is $b$ near $E[L]$. We take $b = J$ exactly; in training one has a
-#   running mean.
-# - **Soft relaxation**: forward with $s$: $\hat g_j = \frac{\partial L}{\partial D_j}(s)\, \frac{s_j (1 - s_j)}{\tau}$. This is
-#   a true gradient, but of another quantity, $E[L(s)]$.
-# - **Straight-through**: forward with $D$: $\hat g_j = \frac{\partial L}{\partial D_j}(D)\, \frac{s_j (1 - s_j)}{\tau}$. A
-#   gradient of nothing.
+# - **REINFORCE** (Williams 1992): $\hat g_j = (D_j - p_j)\, L(D)$. By (1) its mean is the exact gradient: it
+#   is **unbiased**. It does not look at the slope of $L$ at all. It only sees that the loss was high or low,
+#   and cannot tell which of the decisions were to blame: so it is noisy.
+# - **REINFORCE with a baseline**: $\hat g_j = (D_j - p_j)(L(D) - b)$ for a number $b$ that does not depend on
+#   $D$. Still unbiased, because $E[D_j - p_j] = 0$. A good simple choice is $b$ near $E[L]$. We take $b = J$
+#   exactly; in training one has a running mean.
+# - **Soft relaxation**: forward with $s$: $\hat g_j = \frac{\partial L}{\partial D_j}(s)\, \frac{s_j (1 -
+#   s_j)}{\tau}$. This is a true gradient, but of another quantity, $E[L(s)]$.
+# - **Straight-through**: forward with $D$: $\hat g_j = \frac{\partial L}{\partial D_j}(D)\, \frac{s_j (1 -
+#   s_j)}{\tau}$. A gradient of nothing.
 #
-# For each we want the **bias**, the distance of its mean from the exact gradient, and the **noise**, its standard deviation. We
-# state both as vector lengths, in units of the exact gradient's length $\|g\|$: $\| E \hat g - g \| / \|g\|$, and
-# $\sqrt{\sum_j \text{Var}\, \hat g_j} / \|g\|$ for one draw.
+# For each we want the **bias**, the distance of its mean from the exact gradient, and the **noise**, its
+# standard deviation. We state both as vector lengths, in units of the exact gradient's length $\|g\|$: $\| E
+# \hat g - g \| / \|g\|$, and $\sqrt{\sum_j \text{Var}\, \hat g_j} / \|g\|$ for one draw.
 
 # %%
 def draw_estimates(problem, draws, tau, J):
@@ -259,7 +267,8 @@ def draw_estimates(problem, draws, tau, J):
     p = sigmoid(problem.theta)
     log_probs = np.stack([np.log(p), np.log(1 - p)], axis=-1)  # column 0 = keep, as a predictor puts it out
     log_probs = np.broadcast_to(log_probs, noise.shape)
-    s, D = (tt.ops.gumbel_softmax(log_probs, noise, tau=tau, hard=hard).data[..., 0] for hard in (False, True))
+    s, D = (tt.ops.gumbel_softmax(log_probs, noise, tau=tau, hard=hard).data[..., 0]
+            for hard in (False, True))
     L, slope_at_D = problem.losses(D)
     _, slope_at_s = problem.losses(s)
     pass_on = s * (1 - s) / tau
@@ -268,37 +277,42 @@ def draw_estimates(problem, draws, tau, J):
 
 
 def bias_and_noise(samples, exact):
-    """{bias, noise and the standard error of each}, relative to the exact gradient's length. Of the bias it is the root mean
-    square distance of the mean of so many draws from its expectation, of the noise it is taken from 20 parts of the draws."""
+    """{bias, noise and the standard error of each}, relative to the exact gradient's length. Of the bias it
+    is the root mean square distance of the mean of so many draws from its expectation, of the noise it is
+    taken from 20 parts of the draws."""
     length, variance = np.linalg.norm(exact), samples.var(axis=0).sum()
     parts = [math.sqrt(part.var(axis=0).sum()) for part in np.array_split(samples, 20)]
     return {"bias": float(np.linalg.norm(samples.mean(axis=0) - exact) / length),
             "bias_error": float(math.sqrt(variance / len(samples)) / length),
-            "noise": float(math.sqrt(variance) / length), "noise_error": float(np.std(parts) / math.sqrt(20) / length)}
+            "noise": float(math.sqrt(variance) / length),
+            "noise_error": float(np.std(parts) / math.sqrt(20) / length)}
 
 
 draws = here.pick(2000, 100_000, 200_000)
-print(f"problem 0, tau 1, {draws:,} draws each; ± standard error\n{'':22}{'bias':>17}{'noise of one draw':>20}")
+print(f"problem 0, tau 1, {draws:,} draws each; ± standard "
+      f"error\n{'':22}{'bias':>17}{'noise of one draw':>20}")
 one_problem = {}
 for name, samples in draw_estimates(problem, draws, 1.0, P @ L).items():
     one_problem[name] = found = bias_and_noise(samples, exact)
-    print(f"{name:22}{found['bias']:8.4f} ± {found['bias_error']:.4f}{found['noise']:11.3f} ± {found['noise_error']:.3f}")
+    print(f"{name:22}{found['bias']:8.4f} ± {found['bias_error']:.4f}{found['noise']:11.3f} ± "
+          f"{found['noise_error']:.3f}")
 
 # %% [markdown]
-# A bias of about one standard error or less is what an unbiased estimate shows: the mean of finitely many draws is never exact.
-# The two biased ones are off by many.
+# A bias of about one standard error or less is what an unbiased estimate shows: the mean of finitely many
+# draws is never exact. The two biased ones are off by many.
 #
 # ## The bias of straight-through, exactly
 #
-# For straight-through we need no draws at all. Given $D$, the slope of the loss is fixed, and what is left is the mean of
-# $s_j (1 - s_j) / \tau$ over the noise that leads to this $D_j$, a one-dimensional integral. With $y = (\theta + x) / \tau$,
-# $s = \sigma(y)$, $s (1 - s) = \rho(y)$, $dx = \tau\, dy$; keep means $y > 0$:
+# For straight-through we need no draws at all. Given $D$, the slope of the loss is fixed, and what is left is
+# the mean of $s_j (1 - s_j) / \tau$ over the noise that leads to this $D_j$, a one-dimensional integral. With
+# $y = (\theta + x) / \tau$, $s = \sigma(y)$, $s (1 - s) = \rho(y)$, $dx = \tau\, dy$; keep means $y > 0$:
 #
-# $$c^1_j = E\Big[\frac{s_j (1 - s_j)}{\tau} \cdot [D_j = 1]\Big] = \int_0^\infty \rho(y)\, \rho(\tau y - \theta_j)\, dy, \qquad
-#   c^0_j = \int_{-\infty}^0 \rho(y)\, \rho(\tau y - \theta_j)\, dy .$$
+# $$c^1_j = E\Big[\frac{s_j (1 - s_j)}{\tau} \cdot [D_j = 1]\Big] = \int_0^\infty \rho(y)\, \rho(\tau y -
+#   \theta_j)\, dy, \qquad c^0_j = \int_{-\infty}^0 \rho(y)\, \rho(\tau y - \theta_j)\, dy .$$
 #
-# (The density of $x = \tau y - \theta$ is $\rho$, and $1/\tau$ cancels against $dx$.) The mean of straight-through is then a sum
-# over subsets, and with slopes squared and $\rho(y)^2 / \tau$ in place of $\rho(y)$ so is its second moment:
+# (The density of $x = \tau y - \theta$ is $\rho$, and $1/\tau$ cancels against $dx$.) The mean of
+# straight-through is then a sum over subsets, and with slopes squared and $\rho(y)^2 / \tau$ in place of
+# $\rho(y)$ so is its second moment:
 #
 # $$E[\hat g_j] = \sum_D P(D)\, \frac{\partial L}{\partial D_j}(D)\; \frac{c_j^{D_j}}{P(D_j)}
 #   = c^1_j\, E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j = 1\Big]
@@ -340,36 +354,38 @@ for tau in (0.25, 1.0, 4.0):
 # %% [markdown]
 # ## Where the bias comes from
 #
-# Let $\tau \to 0$ in (2). Then $\rho(\tau y - \theta) \to \rho(\theta) = p (1 - p)$, and $\int_0^\infty \rho = \frac 1 2$. So
-# $c^0$ and $c^1$ both become $p (1 - p) / 2$, and
+# Let $\tau \to 0$ in (2). Then $\rho(\tau y - \theta) \to \rho(\theta) = p (1 - p)$, and $\int_0^\infty \rho
+# = \frac 1 2$. So $c^0$ and $c^1$ both become $p (1 - p) / 2$, and
 #
-# $$E[\hat g_j] \to p_j (1 - p_j) \cdot \tfrac 1 2 \Big( E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j = 1\Big]
-#   + E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j = 0\Big] \Big). \tag{3}$$
+# $$E[\hat g_j] \to p_j (1 - p_j) \cdot \tfrac 1 2 \Big( E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j =
+#   1\Big] + E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j = 0\Big] \Big). \tag{3}$$
 #
-# Compare with (1). There stands the difference $L(1) - L(0)$, which is the integral of the slope from 0 to 1. Here stands the
-# mean of the slopes at both ends: the **trapezoidal rule** with a single interval. It is exact where $L$ is linear or quadratic
-# in each decision, and off by its curvature beyond that. So in general some bias stays at any temperature. (Liu et al. 2023,
-# arXiv 2304.08612, read straight-through as a rule for this integral too, and build an estimator on the trapezoidal rule.)
+# Compare with (1). There stands the difference $L(1) - L(0)$, which is the integral of the slope from 0 to 1.
+# Here stands the mean of the slopes at both ends: the **trapezoidal rule** with a single interval. It is
+# exact where $L$ is linear or quadratic in each decision, and off by its curvature beyond that. So in general
+# some bias stays at any temperature. (Liu et al. 2023, arXiv 2304.08612, read straight-through as a rule for
+# this integral too, and build an estimator on the trapezoidal rule.)
 #
-# The soft relaxation does better there: as $\tau \to 0$ its $s$ goes the whole way from 0 to 1, meets the slope everywhere in
-# between, and its bias vanishes. Both pay with noise: $s (1 - s) / \tau$ is then 0 for nearly all draws and up to $1 / (4 \tau)$
-# for few, its second moment grows like $1 / \tau$.
+# The soft relaxation does better there: as $\tau \to 0$ its $s$ goes the whole way from 0 to 1, meets the
+# slope everywhere in between, and its bias vanishes. Both pay with noise: $s (1 - s) / \tau$ is then 0 for
+# nearly all draws and up to $1 / (4 \tau)$ for few, its second moment grows like $1 / \tau$.
 #
-# At $\tau$ around 1 there is a second bias, in length: for $p = 1/2$, $s$ at $\tau = 1$ is uniform on $[0, 1]$, so what is
-# passed on is $E[s (1 - s)] = 1/6$ on average and not $p (1 - p) = 1/4$. The factor depends on $p_j$, so it bends the gradient a
-# little, but most of it is length, and AdamW divides the gradient by its own size. What is not harmless is an error of
-# **direction**. So beside the bias we report what is left of it after the best rescaling: the sine of the angle between
-# $E[\hat g]$ and $g$.
+# At $\tau$ around 1 there is a second bias, in length: for $p = 1/2$, $s$ at $\tau = 1$ is uniform on $[0,
+# 1]$, so what is passed on is $E[s (1 - s)] = 1/6$ on average and not $p (1 - p) = 1/4$. The factor depends
+# on $p_j$, so it bends the gradient a little, but most of it is length, and AdamW divides the gradient by its
+# own size. What is not harmless is an error of **direction**. So beside the bias we report what is left of it
+# after the best rescaling: the sine of the angle between $E[\hat g]$ and $g$.
 #
-# And a third: the cap of lesson 05, by which a dropped key counts at most as much as the strongest kept one. It is a bias on
-# purpose. Is it a good one? We compare with the uncapped slope.
+# And a third: the cap of lesson 05, by which a dropped key counts at most as much as the strongest kept one.
+# It is a bias on purpose. Is it a good one? We compare with the uncapped slope.
 
 # %%
 p_half = sum(passed_on(np.zeros(1), 1.0, 1))[0]
 print(f"passed on at p = 1/2, tau 1: {p_half:.6f} (1/6 = {1 / 6:.6f})")
 assert abs(p_half - 1 / 6) < 1e-6
 
-ends = [np.array([np.average(slopes[:, j], weights=P * (subsets[:, j] == d)) for j in range(8)]) for d in (0, 1)]
+ends = [np.array([np.average(slopes[:, j], weights=P * (subsets[:, j] == d)) for j in range(8)])
+        for d in (0, 1)]
 trapezoid = p * (1 - p) * (ends[0] + ends[1]) / 2
 limit = straight_through_exactly(problem.theta, subsets, P, slopes, 1e-4)[0]
 difference = np.abs(limit - trapezoid).max() / np.abs(trapezoid).max()
@@ -384,8 +400,8 @@ assert difference < 1e-12
 # %% [markdown]
 # ## Many problems
 #
-# One problem is an anecdote. We make more by chance, and look at medians and quartiles. Straight-through and REINFORCE are
-# computed exactly, soft from draws.
+# One problem is an anecdote. We make more by chance, and look at medians and quartiles. Straight-through and
+# REINFORCE are computed exactly, soft from draws.
 
 # %%
 def sine(a, b):
@@ -410,7 +426,8 @@ def study(seed, taus, n=8, spread=1.0, draws=0):
             found[name, tau] = *relative(mean, variance, exact), sine(mean, exact)
         if draws:
             samples = draw_estimates(problem, draws, tau, P @ L)["soft"]
-            found["soft", tau] = *relative(samples.mean(axis=0), samples.var(axis=0), exact), sine(samples.mean(axis=0), exact)
+            found["soft", tau] = *relative(samples.mean(axis=0), samples.var(axis=0),
+                                           exact), sine(samples.mean(axis=0), exact)
     return found
 
 
@@ -425,15 +442,17 @@ for (name, tau), rows in quartiles.items():
     bias, noise, angle = (f"{m:.3f} [{low:.3f} {high:.3f}]" for low, m, high in rows.T)
     print(f"{name:27}{tau or '':>5}{bias:>22}{angle:>24}{noise:>22}")
 soft_error = {tau: quartiles["soft", tau][1, 1] / math.sqrt(soft_draws) for tau in STUDY_TAUS}
-print("standard error of soft's bias, from its draws:", ", ".join(f"{tau}: {error:.3f}" for tau, error in soft_error.items()))
+print("standard error of soft's bias, from its draws:",
+      ", ".join(f"{tau}: {error:.3f}" for tau, error in soft_error.items()))
 
 # %% [markdown]
-# What to look for: straight-through's bias falls with $\tau$ to a floor, the error of the trapezoidal rule (and of the cap).
-# Soft's goes on falling. Large temperatures shrink both estimates toward 0 (bias near 1) but keep much of their direction.
-# REINFORCE has no bias and the most noise, and the baseline takes most of that away.
+# What to look for: straight-through's bias falls with $\tau$ to a floor, the error of the trapezoidal rule
+# (and of the cap). Soft's goes on falling. Large temperatures shrink both estimates toward 0 (bias near 1)
+# but keep much of their direction. REINFORCE has no bias and the most noise, and the baseline takes most of
+# that away.
 #
-# The cap of lesson 05 does not change the direction much here, and about halves the noise. These attention logits have a spread
-# of 1. With larger ones dropped keys stand out further, and what the cap does shows:
+# The cap of lesson 05 does not change the direction much here, and about halves the noise. These attention
+# logits have a spread of 1. With larger ones dropped keys stand out further, and what the cap does shows:
 
 # %%
 def as_dict(row):
@@ -447,14 +466,17 @@ for spread in (1.0, 2.0, 4.0):
     names = ("straight-through", "straight-through, no cap")
     medians = {name: as_dict(np.median([f[name, 1.0] for f in found], axis=0)) for name in names}
     cap.append({"spread": spread} | medians)
-    print(f"spread {spread:3}" + "".join(f"{medians[name]['sine']:29.3f}{medians[name]['noise']:9.3f}" for name in names))
+    print(f"spread {spread:3}"
+          + "".join(f"{medians[name]['sine']:29.3f}{medians[name]['noise']:9.3f}" for name in names))
 
 # %% [markdown]
-# Is a small bias better than much noise? That depends on how many draws one averages. The mean of $m$ independent draws has the
-# expected squared error $\text{bias}^2 + \text{noise}^2 / m$. The right panel of the picture shows its root.
+# Is a small bias better than much noise? That depends on how many draws one averages. The mean of $m$
+# independent draws has the expected squared error $\text{bias}^2 + \text{noise}^2 / m$. The right panel of
+# the picture shows its root.
 
 # %%
-COLOURS = {"straight-through": "#d55e00", "straight-through, no cap": "#e69f00", "soft": "#0072b2", "REINFORCE": "#777777",
+COLOURS = {"straight-through": "#d55e00", "straight-through, no cap": "#e69f00", "soft": "#0072b2",
+           "REINFORCE": "#777777",
            "REINFORCE, baseline": "#009e73", "exact": "black", "straight-through, mean": "#cc79a7"}
 MARKS = {"straight-through": "o", "straight-through, no cap": "v", "soft": "s"}
 
@@ -466,22 +488,28 @@ def draw_study(figure):
         for axis, i in ((left, 0), (middle, 1)):
             axis.plot(STUDY_TAUS, median[:, i], mark + "-", color=COLOURS[name], label=name)
             axis.fill_between(STUDY_TAUS, low[:, i], high[:, i], color=COLOURS[name], alpha=0.15)
-    left.errorbar(STUDY_TAUS, [quartiles["soft", tau][1, 0] for tau in STUDY_TAUS], list(soft_error.values()), fmt="none",
+    left.errorbar(STUDY_TAUS, [quartiles["soft", tau][1, 0] for tau in STUDY_TAUS],
+                  list(soft_error.values()), fmt="none",
                   color="black", capsize=3, label="standard error (soft)")
     for name in ("REINFORCE", "REINFORCE, baseline"):
         middle.axhline(quartiles[name, None][1, 1], color=COLOURS[name], ls="--", label=name)
-    left.set(xscale="log", ylim=(0, 1), xlabel=r"temperature $\tau$", ylabel="bias / length of the exact gradient",
+    left.set(xscale="log", ylim=(0, 1), xlabel=r"temperature $\tau$", ylabel="bias / length of the exact "
+                                                                             "gradient",
              title="How wrong on average")
     middle.set(xscale="log", yscale="log", xlabel=r"temperature $\tau$", title="How noisy",
                ylabel="noise of one draw / length of the exact gradient")
     many = np.geomspace(1, 1000, 100)
-    for name, tau, style in (("straight-through", 1.0, "-"), ("straight-through", 0.25, ":"), ("soft", 1.0, "-"),
-                             ("soft", 0.25, ":"), ("REINFORCE", None, "--"), ("REINFORCE, baseline", None, "--")):
-        errors = np.median([np.sqrt(s[name, tau][0] ** 2 + s[name, tau][1] ** 2 / many) for s in studies], axis=0)
+    for name, tau, style in (("straight-through", 1.0, "-"), ("straight-through", 0.25, ":"),
+                             ("soft", 1.0, "-"),
+                             ("soft", 0.25, ":"), ("REINFORCE", None, "--"),
+                             ("REINFORCE, baseline", None, "--")):
+        errors = np.median([np.sqrt(s[name, tau][0] ** 2 + s[name, tau][1] ** 2 / many) for s in studies],
+                           axis=0)
         right.plot(many, errors, style, color=COLOURS[name], label=name + (rf", $\tau$ {tau}" if tau else ""))
     right.set(xscale="log", yscale="log", xlabel="draws averaged", ylabel="root mean square error / length",
               title="Who wins depends on the draws")
-    figure.suptitle(f"Estimates of a decision's gradient: {problems} problems of 8 tokens, medians and quartiles")
+    figure.suptitle(f"Estimates of a decision's gradient: {problems} problems of 8 tokens, medians and "
+                    f"quartiles")
     for axis in (left, middle, right):
         axis.legend(fontsize=7)
 
@@ -491,17 +519,20 @@ here.picture("bias_and_noise", draw_study, width=14, height=4.7)
 # %% [markdown]
 # ## More tokens
 #
-# REINFORCE blames every decision for the whole loss, so each token's estimate carries the noise of all others. How does that
-# grow with their number? And from how many draws on is the unbiased estimate (with baseline) the better one? Equal errors mean
-# $\text{noise}_R^2 / m = \text{bias}^2 + \text{noise}_S^2 / m$, so $m = (\text{noise}_R^2 - \text{noise}_S^2) / \text{bias}^2$.
+# REINFORCE blames every decision for the whole loss, so each token's estimate carries the noise of all
+# others. How does that grow with their number? And from how many draws on is the unbiased estimate (with
+# baseline) the better one? Equal errors mean $\text{noise}_R^2 / m = \text{bias}^2 + \text{noise}_S^2 / m$,
+# so $m = (\text{noise}_R^2 - \text{noise}_S^2) / \text{bias}^2$.
 
 # %%
 by_tokens = []
 print(f"medians of {problems} problems, tau 1\n"
-      "tokens   straight-through: bias   sine   noise    REINFORCE with baseline: noise    equal error at draws")
+      "tokens   straight-through: bias   sine   noise    REINFORCE with baseline: noise    equal error at "
+      "draws")
 for n in here.pick((2, 6), (2, 4, 6, 8, 10, 12), (2, 4, 6, 8, 10, 12)):
     found = [study(seed, (1.0,), n=n) for seed in range(problems)]
-    S, R = (np.array([f[key] for f in found]) for key in (("straight-through", 1.0), ("REINFORCE, baseline", None)))
+    S, R = (np.array([f[key] for f in found])
+            for key in (("straight-through", 1.0), ("REINFORCE, baseline", None)))
     bias, noise, angle = np.median(S, axis=0).tolist()
     noise_R, equal = float(np.median(R[:, 1])), float(np.median((R[:, 1] ** 2 - S[:, 1] ** 2) / S[:, 0] ** 2))
     by_tokens.append({"tokens": n, "bias": bias, "sine": angle, "noise": noise, "noise_reinforce": noise_R,
@@ -511,23 +542,24 @@ for n in here.pick((2, 6), (2, 4, 6, 8, 10, 12), (2, 4, 6, 8, 10, 12)):
 # %% [markdown]
 # ## What this means for training
 #
-# Now let something learn which tokens to keep. 64 pictures of $n$ tokens each. Some tokens are signal: they show the class of
-# their picture, one of 4. The others are clutter, each showing a class by chance. A fixed reader (a class token with masked
-# attention, a fixed matrix, cross-entropy) sees what is kept. What is learned is a **scorer**: from 8 features of a token it
-# computes $\theta = w \cdot x + b$, the same $w, b$ for all tokens. One of the feature directions tells signal from clutter,
-# with noise on it. All start from $w = 0$, where each token is kept with probability one half, and take the same steps of AdamW
-# on 16 pictures with one draw each. They differ in the gradient for $\theta$, and in nothing else. (With `--full` each also gets
-# the best of three learning rates.)
+# Now let something learn which tokens to keep. 64 pictures of $n$ tokens each. Some tokens are signal: they
+# show the class of their picture, one of 4. The others are clutter, each showing a class by chance. A fixed
+# reader (a class token with masked attention, a fixed matrix, cross-entropy) sees what is kept. What is
+# learned is a **scorer**: from 8 features of a token it computes $\theta = w \cdot x + b$, the same $w, b$
+# for all tokens. One of the feature directions tells signal from clutter, with noise on it. All start from $w
+# = 0$, where each token is kept with probability one half, and take the same steps of AdamW on 16 pictures
+# with one draw each. They differ in the gradient for $\theta$, and in nothing else. (With `--full` each also
+# gets the best of three learning rates.)
 #
-# For 8 tokens there are two more, both without any draw, by going through all 256 subsets of each picture: the exact gradient of
-# equation (1), and the mean of straight-through by equation (2). The latter has straight-through's bias and no noise, so it
-# tells which of the two matters. We watch $J$, the expected loss of **hard** decisions, for all of them, also for the soft one,
-# which never saw a hard decision.
+# For 8 tokens there are two more, both without any draw, by going through all 256 subsets of each picture:
+# the exact gradient of equation (1), and the mean of straight-through by equation (2). The latter has
+# straight-through's bias and no noise, so it tells which of the two matters. We watch $J$, the expected loss
+# of **hard** decisions, for all of them, also for the soft one, which never saw a hard decision.
 
 # %%
 class Task:
-    """64 pictures of n tokens: features (64, n, 8) for the scorer; heights (64, n) of their attention logits, values (64, n, 8)
-    and labels for the reader; is_signal (64, n)."""
+    """64 pictures of n tokens: features (64, n, 8) for the scorer; heights (64, n) of their attention logits,
+    values (64, n, 8) and labels for the reader; is_signal (64, n)."""
 
     def __init__(self, seed, n, signal, pictures=64, width=8, classes=4):
         chance = np.random.default_rng((here.seed, 1000 + seed))
@@ -538,7 +570,8 @@ class Task:
         self.is_signal = np.array([chance.permutation(n) < signal for _ in range(pictures)])
         shows = np.where(self.is_signal, self.labels[:, None], chance.integers(classes, size=(pictures, n)))
         self.values = 2 * prototypes[shows] + 0.3 * chance.standard_normal((pictures, n, width))
-        self.features = np.where(self.is_signal, 1, -1)[..., None] * marker + 0.7 * chance.standard_normal((pictures, n, width))
+        self.features = np.where(self.is_signal, 1,
+                                 -1)[..., None] * marker + 0.7 * chance.standard_normal((pictures, n, width))
         self.heights, self.readout = chance.standard_normal((pictures, n)), 4 * prototypes.T
         self.uniform = chance.uniform(size=(20, pictures, n))  # the same draws for whatever is evaluated
 
@@ -547,7 +580,8 @@ class Task:
         size, first = len(index), ((0, 0), (1, 0))  # a zero in front for the class token
         keys, values = np.pad(self.heights[index], first), np.pad(self.values[index], (*first, (0, 0)))
         keep = tt.ops.concat(np.ones((size, 1)), decisions, axis=1)
-        out = tt.ops.attention(np.ones((size, 1, 1, 1)), keys[:, None, :, None], values[:, None], keep, sees_itself=False)
+        out = tt.ops.attention(np.ones((size, 1, 1, 1)), keys[:, None, :, None], values[:, None], keep,
+                               sees_itself=False)
         return -tt.ops.log_softmax(out.reshape(size, -1) @ self.readout)[np.arange(size), self.labels[index]]
 
     def table(self):
@@ -568,8 +602,8 @@ WITHOUT_DRAWS = ("exact", "straight-through, mean")
 
 
 def theta_gradient(arm, task, theta, index, chance, state):
-    """An estimate of d(mean loss of the pictures `index`) / d theta, (B, n), from one draw; from all subsets for the arms with
-    a table: the exact gradient by (1), the mean of straight-through by (2)."""
+    """An estimate of d(mean loss of the pictures `index`) / d theta, (B, n), from one draw; from all subsets
+    for the arms with a table: the exact gradient by (1), the mean of straight-through by (2)."""
     size = len(index)
     if "table" in state:
         subsets, losses, slopes = state["table"]
@@ -613,19 +647,23 @@ def train(arm, task, seed, lr, steps, scorer=None):
 
 # %%
 SIZES = {8: 2, 64: 8}  # tokens: signal among them
-steps, seeds, rates = here.pick(20, 300, 1000), here.pick(2, 8, 20), here.pick((0.3,), (0.3,), (0.1, 0.3, 1.0))
+steps, seeds, rates = here.pick(20, 300, 1000), here.pick(2, 8, 20), here.pick((0.3,), (0.3,),
+                                                                               (0.1, 0.3, 1.0))
 ARMS = (*WITHOUT_DRAWS, "straight-through", "soft", "REINFORCE", "REINFORCE, baseline")
 arms = [(n, arm) for n in SIZES for arm in ARMS if n == 8 or arm not in WITHOUT_DRAWS]
 tasks = {(n, seed): Task(seed, n, SIZES[n]) for n in SIZES for seed in range(seeds)}
 runs, scorers = {}, {}
 for n, arm in tqdm.tqdm(arms, desc="training"):
     tried = [[train(arm, tasks[n, seed], seed, lr, steps) for seed in range(seeds)] for lr in rates]
-    best = min(tried, key=lambda results: np.mean([history[-1, 1] for _, history in results]))  # each has the rate that suits it
+    # each has the rate that suits it
+    best = min(tried, key=lambda results: np.mean([history[-1, 1] for _, history in results]))
     runs[n, arm], scorers[n, arm] = np.array([history for _, history in best]), [scorer for scorer, _ in best]
 
 trained = []
-print(f"\n{steps} steps, the same {seeds} tasks for each. J: mean at the end; its ratio to straight-through's on the same task:\n"
-      "geometric mean [± one standard error]; sure: the loss if the tokens with p > 1/2 are kept; kept: mean probability")
+print(f"\n{steps} steps, the same {seeds} tasks for each. J: mean at the end; its ratio to "
+      f"straight-through's on the same task:\n"
+      "geometric mean [± one standard error]; sure: the loss if the tokens with p > 1/2 are kept; kept: mean "
+      "probability")
 print(f"tokens  {'gradient':23}{'J':>7}{'of straight-through':>29}{'sure':>9}{'signal kept':>13}{'clutter kept':>14}")
 for n, arm in arms:
     final, sure, kept = runs[n, arm][:, -1, 1], [], []
@@ -640,12 +678,16 @@ for n, arm in arms:
     low, ratio, high = (float(np.exp(gap.mean() + sign * error)) for sign in (-1, 0, 1))
     print(f"{n:6}  {arm:23}{final.mean():7.3f}{ratio:13.2f} [{low:.2f} to {high:.2f}]"
           f"{np.mean(sure):9.3f}{signal:13.2f}{clutter:14.2f}")
-    trained.append({"tokens": n, "gradient": arm, "J": float(final.mean()), "ratio": ratio, "ratio_low": low, "ratio_high": high,
-                    "J_sure": float(np.mean(sure)), "signal_kept": float(signal), "clutter_kept": float(clutter)})
+    trained.append({"tokens": n, "gradient": arm, "J": float(final.mean()), "ratio": ratio, "ratio_low": low,
+                    "ratio_high": high,
+                    "J_sure": float(np.mean(sure)), "signal_kept": float(signal),
+                    "clutter_kept": float(clutter)})
 
 stuck = scorers[8, "straight-through"]
-after = [train("exact", tasks[8, seed], seed, 0.3, steps // 2, scorer)[1] for seed, scorer in enumerate(stuck)]
-went_on = {"before": float(np.mean([h[0, 1] for h in after])), "after": float(np.mean([h[-1, 1] for h in after]))}
+after = [train("exact", tasks[8, seed], seed, 0.3, steps // 2, scorer)[1] for seed,
+         scorer in enumerate(stuck)]
+went_on = {"before": float(np.mean([h[0, 1] for h in after])),
+           "after": float(np.mean([h[-1, 1] for h in after]))}
 print(f"8 tokens, from where straight-through ended, {steps // 2} steps with the exact gradient: "
       f"J {went_on['before']:.3f} -> {went_on['after']:.3f}")
 
@@ -660,25 +702,28 @@ def draw_training(figure):
         axis.set(yscale="log", xlabel="step", ylabel="expected loss J of hard decisions",
                  title=f"{n} tokens, {SIZES[n]} of them signal")
         axis.legend(fontsize=8, loc="lower left" if n == 64 else "upper right")
-    figure.suptitle("Learning which tokens to keep, by the gradient used (thin: each task, thick: their geometric mean)")
+    figure.suptitle("Learning which tokens to keep, by the gradient used (thin: each task, thick: their "
+                    "geometric mean)")
 
 
 here.picture("training", draw_training, width=11, height=4.4)
 
 # %% [markdown]
 # What the full run says (20 tasks, 1,000 steps, for each the best of three learning rates, seed 0;
-# `lessons/results/06_gumbel_softmax_full.json`). With 8 tokens the exact gradient ends at 0.80 of straight-through's $J$, and the
-# mean of straight-through, without its noise, at 0.97: what straight-through loses here it loses to its bias. REINFORCE with
-# baseline, which has no bias and much more noise, ends at 0.84 of straight-through's $J$: at this size it is the better choice. In
-# the default run (300 steps, 8 tasks, one rate) noise still costs a part.
+# `lessons/results/06_gumbel_softmax_full.json`). With 8 tokens the exact gradient ends at 0.80 of
+# straight-through's $J$, and the mean of straight-through, without its noise, at 0.97: what straight-through
+# loses here it loses to its bias. REINFORCE with baseline, which has no bias and much more noise, ends at
+# 0.84 of straight-through's $J$: at this size it is the better choice. In the default run (300 steps, 8
+# tasks, one rate) noise still costs a part.
 #
-# With 64 tokens noise decides: REINFORCE with baseline ends at 1.16 times the $J$ of straight-through, without baseline at 2.1
-# times, and after the 300 steps of the default run both are much further behind. DynamicViT makes 64 decisions per picture (196
-# in the paper) at each of three places. That is the side on which straight-through is the better choice of the two.
+# With 64 tokens noise decides: REINFORCE with baseline ends at 1.16 times the $J$ of straight-through,
+# without baseline at 2.1 times, and after the 300 steps of the default run both are much further behind.
+# DynamicViT makes 64 decisions per picture (196 in the paper) at each of three places. That is the side on
+# which straight-through is the better choice of the two.
 #
-# The soft gradient is ahead in both. But the reader here is fixed and cannot get used to tokens that are half there (exercise
-# 5), while a network that trains on soft decisions can, and at inference there are none. Whether soft decisions would serve
-# DynamicViT is not measured here.
+# The soft gradient is ahead in both. But the reader here is fixed and cannot get used to tokens that are half
+# there (exercise 5), while a network that trains on soft decisions can, and at inference there are none.
+# Whether soft decisions would serve DynamicViT is not measured here.
 #
 # ## What was measured
 
@@ -687,10 +732,12 @@ through, reinforce = quartiles["straight-through", 1.0][1], quartiles["REINFORCE
 here.says("In units of the exact gradient's length, straight-through at temperature 1 is off by "
           f"{through[0]:.2f} on average and one draw is noisy by {through[1]:.2f}; REINFORCE with a baseline "
           f"by 0 and {reinforce[1]:.1f} (medians of {problems} problems of 8 tokens).")
-here.measured(chi_squares=chi_squares, draws=draws, one_problem=one_problem, problems=problems, by_tokens=by_tokens, cap=cap,
+here.measured(chi_squares=chi_squares, draws=draws, one_problem=one_problem, problems=problems,
+              by_tokens=by_tokens, cap=cap,
               trained=trained, went_on=went_on,
               soft_standard_error={str(tau): float(error) for tau, error in soft_error.items()},
-              medians={f"{name}, tau {tau}" if tau else name: as_dict(rows[1]) for (name, tau), rows in quartiles.items()})
+              medians={f"{name}, tau {tau}" if tau else name: as_dict(rows[1]) for (name, tau),
+                       rows in quartiles.items()})
 print(f"medians of {problems} problems of 8 tokens, in units of the exact gradient's length:")
 for (name, tau), rows in quartiles.items():
     if tau in (None, 1.0):
@@ -698,30 +745,33 @@ for (name, tau), rows in quartiles.items():
         print(f"  {name}{', tau 1' if tau else ''}: bias {bias:.2f}, noise of one draw {noise:.2f}, "
               f"sine of the angle {angle:.2f}")
 for row in trained:
-    print(f"trained, {row['tokens']} tokens, {row['gradient']}: J {row['J']:.3f}, {row['ratio']:.2f} of straight-through's "
+    print(f"trained, {row['tokens']} tokens, {row['gradient']}: J {row['J']:.3f}, {row['ratio']:.2f} of "
+          f"straight-through's "
           f"[{row['ratio_low']:.2f} to {row['ratio_high']:.2f}]")
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Draw from a categorical with `np.argmin(-np.log(U) / p)`, where U is uniform. Show that this is the Gumbel-max trick in
-#    other clothes.
-# 2. Make the loss of `Problem` linear in the decisions: $L(D) = \sum_j w_j D_j$. What does (2) say the bias of straight-through
-#    is at $\tau = 1$? Predict the ratio of each entry to the exact one as a function of $p_j$, then compute it. For which $p$ is
-#    it 1?
-# 3. Use as baseline the mean loss of the other draws in a batch of $m$ ("leave one out"). Why is it still unbiased? How near
-#    does its noise come to that of $b = J$ for $m$ = 2, 4, 16? What if you leave none out?
-# 4. Train with straight-through at $\tau$ = 0.25 and 4 on 8 tokens. Does the table of biases tell you what to expect?
-# 5. The reader in `Task` is fixed. Learn `readout` together with the scorer, from small random numbers. Compare $J$ with the
-#    loss at soft decisions, for the soft arm. What does the reader learn to do with half a token?
-# 6. For one token at a time, evaluate the loss with $D_j = 0$ and with $D_j = 1$, the other decisions as drawn, and use
-#    $p_j (1 - p_j) (L(1) - L(0))$ as the estimate. Show by (1) that it is unbiased. Add it to `draw_estimates`: how noisy is it?
-#    How many forward passes does it cost, and when would you pay that?
+# 1. Draw from a categorical with `np.argmin(-np.log(U) / p)`, where U is uniform. Show that this is the
+#    Gumbel-max trick in other clothes.
+# 2. Make the loss of `Problem` linear in the decisions: $L(D) = \sum_j w_j D_j$. What does (2) say the bias
+#    of straight-through is at $\tau = 1$? Predict the ratio of each entry to the exact one as a function of
+#    $p_j$, then compute it. For which $p$ is it 1?
+# 3. Use as baseline the mean loss of the other draws in a batch of $m$ ("leave one out"). Why is it still
+#    unbiased? How near does its noise come to that of $b = J$ for $m$ = 2, 4, 16? What if you leave none out?
+# 4. Train with straight-through at $\tau$ = 0.25 and 4 on 8 tokens. Does the table of biases tell you what to
+#    expect?
+# 5. The reader in `Task` is fixed. Learn `readout` together with the scorer, from small random numbers.
+#    Compare $J$ with the loss at soft decisions, for the soft arm. What does the reader learn to do with half
+#    a token?
+# 6. For one token at a time, evaluate the loss with $D_j = 0$ and with $D_j = 1$, the other decisions as
+#    drawn, and use $p_j (1 - p_j) (L(1) - L(0))$ as the estimate. Show by (1) that it is unbiased. Add it to
+#    `draw_estimates`: how noisy is it? How many forward passes does it cost, and when would you pay that?
 #
 # ## The paper
 #
-# DynamicViT (Rao et al. 2021, arXiv 2106.02034), sections 3.2 and 3.3, beside our lines; $\pi$ are the probabilities that its
-# predictor gives for each token:
+# DynamicViT (Rao et al. 2021, arXiv 2106.02034), sections 3.2 and 3.3, beside our lines; $\pi$ are the
+# probabilities that its predictor gives for each token:
 #
 # | paper | ours |
 # |---|---|
@@ -729,8 +779,8 @@ for row in trained:
 # | $y_i = e^{(\ln \pi_i + g_i) / \tau} / \sum_j e^{(\ln \pi_j + g_j) / \tau}$ | `soft = softmax_of((log_probs + noise) / tau)` |
 # | hard forward, soft backward | `out = (... == soft.argmax(axis=-1)...)`, `grad = softmax_vjp(soft, g) / tau` |
 #
-# The first line is in `tinytoken/models/dynamicvit.py`, the others in `tinytoken/ops/select.py`. The second equation is eq. 2 of
-# Jang, Gu & Poole 2017 (arXiv 1611.01144).
+# The first line is in `tinytoken/models/dynamicvit.py`, the others in `tinytoken/ops/select.py`. The second
+# equation is eq. 2 of Jang, Gu & Poole 2017 (arXiv 1611.01144).
 #
 # The official code uses $\tau = 1$ throughout, and column 0 for "keep" (the paper's text has 1).
 

@@ -1,15 +1,17 @@
 # %% [markdown]
 # # Lesson 08: Lookup attention
-# You will be able to pass what many tokens know through a few and back with one score matrix, and to say what each reading costs.
+# You will be able to pass what many tokens know through a few and back with one score matrix, and to say what
+# each reading costs.
 #
-# LookupViT (Koner et al. 2024) has two sets of tokens. N **lookup tokens**, one for each patch, are many and do cheap work. M
-# **compressed tokens**, far fewer, do the heavy work. In each block the compressed tokens read from the lookup tokens (the
-# **gather**), are worked on, and what they found is written to the lookup tokens (the **infusion**), by the scores that the
-# gather has computed. This lesson builds how the compressed tokens start, the gather, and the infusion. Lesson 09 builds the
-# block around them.
+# LookupViT (Koner et al. 2024) has two sets of tokens. N **lookup tokens**, one for each patch, are many and
+# do cheap work. M **compressed tokens**, far fewer, do the heavy work. In each block the compressed tokens
+# read from the lookup tokens (the **gather**), are worked on, and what they found is written to the lookup
+# tokens (the **infusion**), by the scores that the gather has computed. This lesson builds how the compressed
+# tokens start, the gather, and the infusion. Lesson 09 builds the block around them.
 #
-# **What is the paper's and what is ours.** Of the paper only the abstract was at hand, not its equations. Three public programs
-# show how others read it, and they differ. Where they do, the choice is ours, and the text says so. The last part names them.
+# **What is the paper's and what is ours.** Of the paper only the abstract was at hand, not its equations.
+# Three public programs show how others read it, and they differ. Where they do, the choice is ours, and the
+# text says so. The last part names them.
 
 # %%
 import numpy as np
@@ -25,22 +27,24 @@ BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 # %% [markdown]
 # ## Few tokens from many: the resize
 #
-# The patches lie on a grid. The compressed tokens start as this grid made smaller, as one makes a picture smaller. Take one
-# axis with a inputs and b outputs, b < a, so that each output stands for s = a / b inputs. Input i lies at i. The centre of
-# output o is c_o = (o + 1/2) s - 1/2, which spreads the outputs evenly over the inputs. Three ways to weigh input i:
+# The patches lie on a grid. The compressed tokens start as this grid made smaller, as one makes a picture
+# smaller. Take one axis with a inputs and b outputs, b < a, so that each output stands for s = a / b inputs.
+# Input i lies at i. The centre of output o is c_o = (o + 1/2) s - 1/2, which spreads the outputs evenly over
+# the inputs. Three ways to weigh input i:
 #
 #     plain bilinear     max(0, 1 - |i - c_o|)          the line between the two inputs around the centre
 #     antialiased        max(0, 1 - |i - c_o| / s)      the same triangle, s times as wide
 #     area               how much of [i - 1/2, i + 1/2] lies in [c_o - s/2, c_o + s/2]
 #
-# Each output's weights are divided by their sum, and make row o of a matrix (b, a). A grid of h x w tokens is resized to m x n
-# one axis after the other, with R_h (m, h) and R_w (n, w):
+# Each output's weights are divided by their sum, and make row o of a matrix (b, a). A grid of h x w tokens is
+# resized to m x n one axis after the other, with R_h (m, h) and R_w (n, w):
 #
 #     out[o, p] = sum_ij R_h[o, i] R_w[p, j] x[i, j]
 #
-# Number the tokens row by row: x[i, j] is number i w + j, out[o, p] is number o n + p. Then this is one product with the matrix
-# R (m n, h w) that has R_h[o, i] R_w[p, j] in row o n + p and column i w + j, and that is the definition of kron(R_h, R_w). R is
-# a constant, nothing in it is learned. The gradient goes back through R^T.
+# Number the tokens row by row: x[i, j] is number i w + j, out[o, p] is number o n + p. Then this is one
+# product with the matrix R (m n, h w) that has R_h[o, i] R_w[p, j] in row o n + p and column i w + j, and
+# that is the definition of kron(R_h, R_w). R is a constant, nothing in it is learned. The gradient goes back
+# through R^T.
 
 # %%
 def axis_weights(a, b, kernel):
@@ -72,20 +76,22 @@ for kernel in KERNELS:
 tt.gradcheck(lambda x: ops.resize(x, grid=(6, 8), size=(2, 3)), x[None])
 
 # %% [markdown]
-# The first assertion says that projecting and resizing may change places: the rows of R sum to 1, so a bias comes through as it
-# is. Now: **which tokens are read at all?** Plain bilinear gives weight to two inputs per output, however far apart the outputs
-# are. Where s > 2, some inputs lie between. Such a token's column of R is zero, and so is its gradient through R^T, for every
-# loss.
+# The first assertion says that projecting and resizing may change places: the rows of R sum to 1, so a bias
+# comes through as it is. Now: **which tokens are read at all?** Plain bilinear gives weight to two inputs per
+# output, however far apart the outputs are. Where s > 2, some inputs lie between. Such a token's column of R
+# is zero, and so is its gradient through R^T, for every loss.
 
 # %%
 CASES = [(8, 2), (8, 3), (8, 4), (8, 5), (14, 3), (14, 5)]
 never_read = {kernel: [int((resize_by_hand((a, a), (b, b), kernel).sum(axis=0) == 0).sum()) for a, b in CASES]
               for kernel in KERNELS}
 for kernel, counts in never_read.items():
-    print(f"never read, {kernel:<15}" + ", ".join(f"{a} to {b}: {n} of {a * a}" for (a, b), n in zip(CASES, counts)))
+    print(f"never read, {kernel:<15}"
+          + ", ".join(f"{a} to {b}: {n} of {a * a}" for (a, b), n in zip(CASES, counts)))
     for (a, b), count in zip(CASES, counts if kernel != "area" else ()):
         x = tt.Tensor(rng.standard_normal((1, a * a, 3)), requires_grad=True)
-        ops.resize(x, grid=(a, a), size=(b, b), antialias=kernel == "antialiased").backward(rng.standard_normal((1, b * b, 3)))
+        ops.resize(x, grid=(a, a), size=(b, b),
+                   antialias=kernel == "antialiased").backward(rng.standard_normal((1, b * b, 3)))
         assert (x.grad == 0).all(axis=(0, 2)).sum() == count
 assert not any(never_read["antialiased"])
 
@@ -95,7 +101,8 @@ def draw_resize(figure):
     for number, (row, kernel) in enumerate(zip(axes, KERNELS)):
         for weights, color, marker in zip(axis_weights(8, 3, kernel), (BLUE, ORANGE, GREEN), "os^"):
             row[0].plot(weights, color=color, marker=marker)
-        row[0].set(ylim=(-0.04, 0.94), xticks=range(8), ylabel=f"{kernel}\nweight", xlabel="input" if number == 2 else "")
+        row[0].set(ylim=(-0.04, 0.94), xticks=range(8), ylabel=f"{kernel}\nweight", xlabel="input"
+                   if number == 2 else "")
         for axis, (a, b) in zip(row[1:], [(8, 2), (8, 3), (14, 5)]):
             total = resize_by_hand((a, a), (b, b), kernel).sum(axis=0).reshape(a, a) * (a / b) ** 2
             image = axis.imshow(total, cmap="viridis", vmin=0, vmax=2)
@@ -110,14 +117,15 @@ def draw_resize(figure):
 here.picture("resize", draw_resize, width=11, height=7)
 
 # %% [markdown]
-# From 8 to 2, plain bilinear starts the compressed tokens from a quarter of the patches. The others do not count at the start,
-# though the gather, which comes next, can still read them. Two of the three programs resize like that, since it is the default of
-# PyTorch's `interpolate`; the third takes averages over areas. JAX's resize antialiases unless told not to. We antialias.
+# From 8 to 2, plain bilinear starts the compressed tokens from a quarter of the patches. The others do not
+# count at the start, though the gather, which comes next, can still read them. Two of the three programs
+# resize like that, since it is the default of PyTorch's `interpolate`; the third takes averages over areas.
+# JAX's resize antialiases unless told not to. We antialias.
 #
 # ## The gather
 #
-# The gather is attention (lesson 03). For one head of d channels, queries come from the compressed tokens, keys and values from
-# the lookup tokens:
+# The gather is attention (lesson 03). For one head of d channels, queries come from the compressed tokens,
+# keys and values from the lookup tokens:
 #
 #     Q (M, d)   K (N, d)   V (N, d)
 #     S = Q K^T / sqrt(d)                        (M, d)(d, N) -> (M, N)    the scores
@@ -144,29 +152,33 @@ def gather_by_hand(q, k, v):
     return A @ v, A, S
 
 
-q, k, v = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((2, 3, 7, 5)), rng.standard_normal((2, 3, 7, 5))  # M 4, N 7
+# M 4, N 7
+q, k, v = rng.standard_normal((2, 3, 4, 5)), rng.standard_normal((2, 3, 7, 5)), rng.standard_normal((2, 3, 7, 5))
 O, A, S = gather_by_hand(q, k, v)
-assert all(np.abs(mine - theirs.data).max() < 1e-13 for mine, theirs in zip((O, A, S), ops.lookup_gather(q, k, v)))
+assert all(np.abs(mine - theirs.data).max() < 1e-13 for mine,
+           theirs in zip((O, A, S), ops.lookup_gather(q, k, v)))
 assert np.abs(O - ops.attention(q, k, v).data).max() < 1e-13
 
 # %% [markdown]
 # ## The same scores, read backward
 #
-# Row m of A says where compressed token m reads. Column n says who reads lookup token n, and how much. For the way back each
-# lookup token needs weights for the M compressed tokens: a matrix R (M, N) (from here on R is this, no longer the resize), with
+# Row m of A says where compressed token m reads. Column n says who reads lookup token n, and how much. For
+# the way back each lookup token needs weights for the M compressed tokens: a matrix R (M, N) (from here on R
+# is this, no longer the resize), with
 #
 #     Y = R^T V'                                 (N, M)(M, d) -> (N, d)    what is written to each lookup token
 #
-# where V' (M, d) are values made from the compressed tokens after the work on them. All three programs make R from what the
-# gather knows: who reads a token, writes to it. But they do it in two ways. A third suggests itself, and for comparison there is
-# a fourth that reuses nothing:
+# where V' (M, d) are values made from the compressed tokens after the work on them. All three programs make R
+# from what the gather knows: who reads a token, writes to it. But they do it in two ways. A third suggests
+# itself, and for comparison there is a fourth that reuses nothing:
 #
 #     probs        R_mn = A_mn                                    the probabilities as they are
 #     renorm       R_mn = A_mn / c_n,   c_n = sum_m A_mn          divided, so that each lookup token gets 1 in all
 #     resoftmax    R_mn = exp(S_mn) / sum_m' exp(S_m'n)           the scores, with a softmax over the M this time
 #     separate     R_mn from queries of the lookup tokens and keys of the compressed ones: attention as usual
 #
-# Two of the programs take `probs`; one did at first and then went over to `resoftmax`. Our default, `probs`, is our choice.
+# Two of the programs take `probs`; one did at first and then went over to `resoftmax`. Our default, `probs`,
+# is our choice.
 
 # %%
 def reverse(A, S, reuse):
@@ -183,11 +195,12 @@ Y = {reuse: flip(R[reuse]) @ values for reuse in REUSE}
 assert all(np.abs(Y[kind] - ops.lookup_infuse(A, S, values, reuse=kind).data).max() < 1e-13 for kind in REUSE)
 
 # %% [markdown]
-# Let Z_m = sum_n exp(S_mn). Then A_mn = exp(S_mn - log Z_m), so **`renorm` is a softmax over m too**, of S_mn - log Z_m in place
-# of S_mn. Now add a number to a whole row of S: compressed token m likes all lookup tokens better. Z_m takes it off again, and
-# `probs` and `renorm` do not notice. With `resoftmax` all lookup tokens now hear more of m. Add a number to a whole column: all
-# like lookup token n better. A changes, and this time `resoftmax` alone does not notice. So with `resoftmax` the scores can say
-# something to the way there that the way back does not hear, and the reverse.
+# Let Z_m = sum_n exp(S_mn). Then A_mn = exp(S_mn - log Z_m), so **`renorm` is a softmax over m too**, of S_mn
+# - log Z_m in place of S_mn. Now add a number to a whole row of S: compressed token m likes all lookup tokens
+# better. Z_m takes it off again, and `probs` and `renorm` do not notice. With `resoftmax` all lookup tokens
+# now hear more of m. Add a number to a whole column: all like lookup token n better. A changes, and this time
+# `resoftmax` alone does not notice. So with `resoftmax` the scores can say something to the way there that
+# the way back does not hear, and the reverse.
 
 # %%
 log_Z = np.log(np.exp(S).sum(axis=-1, keepdims=True))
@@ -195,16 +208,19 @@ assert np.allclose(R["renorm"], softmax(S - log_Z, axis=-2), rtol=0, atol=1e-14)
 row, column = np.zeros(S.shape), np.zeros(S.shape)
 row[..., 1, :], column[..., :, 2] = 3, 3
 for what, shift, unmoved in (("row", row, ("probs", "renorm")), ("column", column, ("resoftmax",))):
-    moved = {reuse: float(np.abs(reverse(softmax(S + shift, -1), S + shift, reuse) - R[reuse]).max()) for reuse in REUSE}
-    print(f"3 added to a {what} of S moves R by at most: " + ", ".join(f"{reuse} {by:.1e}" for reuse, by in moved.items()))
+    moved = {reuse: float(np.abs(reverse(softmax(S + shift, -1), S + shift, reuse) - R[reuse]).max())
+             for reuse in REUSE}
+    print(f"3 added to a {what} of S moves R by at most: "
+          + ", ".join(f"{reuse} {by:.1e}" for reuse, by in moved.items()))
     assert all((moved[reuse] < 1e-13) == (reuse in unmoved) for reuse in REUSE)
 
 # %% [markdown]
 # ## Masses
 #
-# The **mass** of lookup token n is the weight that it is given in all, sum_m R_mn. The M rows of A sum to 1 each, so with `probs`
-# all masses together are M, and **the mean mass is M / N**, which is small. A single mass c_n lies between 0, where nobody reads,
-# and M. With `renorm` and `resoftmax` every mass is 1. And since A_mn is c_n times `renorm`'s R_mn,
+# The **mass** of lookup token n is the weight that it is given in all, sum_m R_mn. The M rows of A sum to 1
+# each, so with `probs` all masses together are M, and **the mean mass is M / N**, which is small. A single
+# mass c_n lies between 0, where nobody reads, and M. With `renorm` and `resoftmax` every mass is 1. And since
+# A_mn is c_n times `renorm`'s R_mn,
 #
 #     Y_n of probs = c_n (Y_n of renorm)
 #
@@ -212,22 +228,25 @@ for what, shift, unmoved in (("row", row, ("probs", "renorm")), ("column", colum
 
 # %%
 mass = A.sum(axis=-2)  # (B, H, N)
-assert np.allclose(A.sum(axis=-1), 1, rtol=0, atol=1e-14) and np.allclose(mass.sum(axis=-1), 4, rtol=0, atol=1e-13)
+assert np.allclose(A.sum(axis=-1), 1, rtol=0, atol=1e-14) and np.allclose(mass.sum(axis=-1), 4, rtol=0,
+                                                                          atol=1e-13)
 assert np.allclose(Y["probs"], mass[..., None] * Y["renorm"], rtol=0, atol=1e-13)
 assert all(np.allclose(R[reuse].sum(axis=-2), 1, rtol=0, atol=1e-14) for reuse in ("renorm", "resoftmax"))
 print("mean mass of 64 lookup tokens:", ", ".join(f"{M / 64:.2f} with {M} compressed" for M in (4, 9, 25)))
 
 # %% [markdown]
-# On pictures, without any learning: keys are the colours of the 64 patches, less their mean over all pictures; queries are those
-# colours, resized to 3 x 3 and doubled.
+# On pictures, without any learning: keys are the colours of the 64 patches, less their mean over all
+# pictures; queries are those colours, resized to 3 x 3 and doubled.
 
 # %%
 _, test = here.pictures(8, here.pick(40, 200, 1000))
 colours = ops.patchify(test.images / 255.0, patch=4).data
 colours = (colours - colours.mean(axis=(0, 1))) / colours.std(axis=(0, 1))
-_, A_pictures, _ = gather_by_hand(2 * resize_by_hand((8, 8), (3, 3), "antialiased") @ colours, colours, colours)
+_, A_pictures, _ = gather_by_hand(2 * resize_by_hand((8, 8), (3, 3), "antialiased") @ colours, colours,
+                                  colours)
 mass = A_pictures.sum(axis=1)  # (B, 64)
-found = {"mean": mass.mean(), "largest": mass.max(), "share below a tenth of the mean": (mass < 0.9 / 64).mean()}
+found = {"mean": mass.mean(), "largest": mass.max(),
+         "share below a tenth of the mean": (mass < 0.9 / 64).mean()}
 if here.data == "scenes":
     share = test.object_share(4)  # of each patch, how much is object
     found["mass on objects over chance"] = (mass * share).sum() / mass.sum() / share.mean()
@@ -246,33 +265,39 @@ def draw_masses(figure):
 here.picture("masses", draw_masses, width=10, height=4.6)
 
 # %% [markdown]
-# The gate opens where the compressed tokens look. Without learning they look at what stands out: objects get more than the
-# rest, but some patches of objects get next to nothing (with seed 0, the violet cross of the first picture).
+# The gate opens where the compressed tokens look. Without learning they look at what stands out: objects get
+# more than the rest, but some patches of objects get next to nothing (with seed 0, the violet cross of the
+# first picture).
 #
 # ## There and back: who hears whom
 #
-# Leave out the work in between for a moment, V' = O. Then the whole way is one linear map among lookup tokens:
+# Leave out the work in between for a moment, V' = O. Then the whole way is one linear map among lookup
+# tokens:
 #
 #     Y = R^T A V = T V,   T = R^T A             (N, M)(M, N) -> (N, N)
 #
-# T_nn' is how much token n hears of token n'. It is an attention among all N tokens through a bottleneck: its rank is at most M,
-# and nobody had to compute N x N scores. The rows of A sum to 1, so row n of T sums to the mass of n. And
+# T_nn' is how much token n hears of token n'. It is an attention among all N tokens through a bottleneck: its
+# rank is at most M, and nobody had to compute N x N scores. The rows of A sum to 1, so row n of T sums to the
+# mass of n. And
 #
-# **with `probs`, T = A^T A is symmetric**: as much as n hears of n', n' hears of n. With the other readings it is not. One head
-# of `probs` cannot read in one place and write in another; what that costs, a task below will show.
+# **with `probs`, T = A^T A is symmetric**: as much as n hears of n', n' hears of n. With the other readings
+# it is not. One head of `probs` cannot read in one place and write in another; what that costs, a task below
+# will show.
 
 # %%
 for reuse in REUSE:
     T = flip(R[reuse]) @ A
-    assert np.linalg.matrix_rank(T).max() <= 4 and np.allclose(T.sum(axis=-1), R[reuse].sum(axis=-2), rtol=0, atol=1e-13)
+    assert np.linalg.matrix_rank(T).max() <= 4 and np.allclose(T.sum(axis=-1), R[reuse].sum(axis=-2), rtol=0,
+                                                               atol=1e-13)
     assert np.allclose(T, flip(T), rtol=0, atol=1e-14) == (reuse == "probs")
 
 # %% [markdown]
 # ## The gradient: two uses add up
 #
-# The scores are used twice, and the loss L depends on them by both ways. Think of two copies, A_1 for the gather and A_2 for
-# the infusion: L(A_1, A_2) at A_1 = A_2 = A, and by the chain rule dL/dA = dL/dA_1 + dL/dA_2. The tape adds what comes
-# back from several uses (lesson 01). What are the parts? Let G (N, d) be dL/dY. As in lesson 03, line by line, the infusion:
+# The scores are used twice, and the loss L depends on them by both ways. Think of two copies, A_1 for the
+# gather and A_2 for the infusion: L(A_1, A_2) at A_1 = A_2 = A, and by the chain rule dL/dA = dL/dA_1 +
+# dL/dA_2. The tape adds what comes back from several uses (lesson 01). What are the parts? Let G (N, d) be
+# dL/dY. As in lesson 03, line by line, the infusion:
 #
 #     dL/dV' = R G                               (M, N)(N, d) -> (M, d)                     (1)
 #     U = dL/dR = V' G^T                         (M, d)(d, N) -> (M, N)                     (2)
@@ -280,9 +305,9 @@ for reuse in REUSE:
 #     renorm:     dL/dA_2 = (U_mn - sum_m' U_m'n R_m'n) / c_n                               (3b)
 #     resoftmax:  dL/dS_2 = R_mn (U_mn - sum_m' U_m'n R_m'n)    the softmax's, over m       (3c)
 #
-# (3b): R is the softmax over m of log A, so dL/dlog A is what (3c) says, and dividing it by A_mn leaves R_mn / A_mn = 1 / c_n in
-# front. (1) goes back through the work on the compressed tokens until it arrives at O. Only then can the gather's backward pass
-# begin. Let G_O (M, d) be what arrives there:
+# (3b): R is the softmax over m of log A, so dL/dlog A is what (3c) says, and dividing it by A_mn leaves R_mn
+# / A_mn = 1 / c_n in front. (1) goes back through the work on the compressed tokens until it arrives at O.
+# Only then can the gather's backward pass begin. Let G_O (M, d) be what arrives there:
 #
 #     dL/dV = A^T G_O                            (N, M)(M, d) -> (N, d)                     (4)
 #     dL/dA_1 = G_O V^T                          (M, d)(d, N) -> (M, N)                     (5)
@@ -298,22 +323,29 @@ def softmax_vjp(p, g, axis):
 
 def infuse_vjp(A, S, values, g, reuse):
     """-> the infusion's part of the gradients: of V', of A (0 with resoftmax), of S (0 with the others)."""
-    R, U = reverse(A, S, reuse), values @ flip(g)                                                              # (2)
+    # (2)
+    R, U = reverse(A, S, reuse), values @ flip(g)
     if reuse == "resoftmax":
-        return R @ g, 0, softmax_vjp(R, U, axis=-2)                                                            # (1), (3c)
+        # (1), (3c)
+        return R @ g, 0, softmax_vjp(R, U, axis=-2)
     d_A = U if reuse == "probs" else (U - (U * R).sum(axis=-2, keepdims=True)) / A.sum(axis=-2, keepdims=True)
-    return R @ g, d_A, 0                                                                                       # (1), (3a), (3b)
+    # (1), (3a), (3b)
+    return R @ g, d_A, 0
 
 
 def gather_vjp(q, k, v, A, g, d_A, d_S):
     """The gradients of q, k and v, from that of O and those of A and S by the infusion."""
-    d_A = g @ flip(v) + d_A                                                                                    # (5), (6)
-    d_S = (softmax_vjp(A, d_A, axis=-1) + d_S) / q.shape[-1] ** 0.5                                            # (7), (8)
-    return d_S @ k, flip(d_S) @ q, flip(A) @ g                                                                 # (9), (4)
+    # (5), (6)
+    d_A = g @ flip(v) + d_A
+    # (7), (8)
+    d_S = (softmax_vjp(A, d_A, axis=-1) + d_S) / q.shape[-1] ** 0.5
+    # (9), (4)
+    return d_S @ k, flip(d_S) @ q, flip(A) @ g
 
 
 def there_and_back(reuse, write=True):
-    """An op q, k, v -> Y, with V' = tanh(O) for the work in between. write=False loses the infusion's part of (6) and (8)."""
+    """An op q, k, v -> Y, with V' = tanh(O) for the work in between. write=False loses the infusion's part of
+    (6) and (8)."""
     @tt.op
     def both_ways(q, k, v):
         O, A, S = gather_by_hand(q, k, v)
@@ -335,9 +367,10 @@ for reuse in REUSE:
         print(f"{reuse}, second use left out: {str(error).splitlines()[0]}")
 
 # %% [markdown]
-# The package's ops do the same on the tape: `lookup_gather` has three outputs, and its vjp gets three gradients, of O, A and S.
-# `detach()` cuts one use off: the value is the same, the gradient does not pass. Cut at the infusion, what is left is the part of
-# reading; cut at the gather, the part of writing. Their sum is the whole.
+# The package's ops do the same on the tape: `lookup_gather` has three outputs, and its vjp gets three
+# gradients, of O, A and S. `detach()` cuts one use off: the value is the same, the gradient does not pass.
+# Cut at the infusion, what is left is the part of reading; cut at the gather, the part of writing. Their sum
+# is the whole.
 
 # %%
 def gradient_of_q(reuse, g, cut=None):
@@ -360,7 +393,8 @@ for reuse in REUSE:
     assert np.abs(whole - Q.grad).max() < 1e-12 and np.abs(whole - reading - writing).max() < 1e-12
     parts[reuse] = {name: float(np.linalg.norm(part)) for name, part in
                     (("whole", whole), ("reading", reading), ("writing", writing))}
-    print(f"{reuse:<10} norm of dL/dQ: " + ", ".join(f"{name} {norm:.2f}" for name, norm in parts[reuse].items()))
+    print(f"{reuse:<10} norm of dL/dQ: "
+          + ", ".join(f"{name} {norm:.2f}" for name, norm in parts[reuse].items()))
 
 # %% [markdown]
 # ## What it costs
@@ -373,13 +407,15 @@ for reuse in REUSE:
 #                 R^T V'                                                                 N M D
 #     separate    also queries of N and keys of M, and their scores                      (M + N) D^2 + N M D
 #
-# The first three readings cost the same; softmax and division are not multiply-adds. (That both projections at the end exist is
-# our reading: one program has both, one the gather's only, one none.) Here is the layer, for counting and for the task below,
-# which has no grid to resize: its compressed tokens start as learned vectors.
+# The first three readings cost the same; softmax and division are not multiply-adds. (That both projections
+# at the end exist is our reading: one program has both, one the gather's only, one none.) Here is the layer,
+# for counting and for the task below, which has no grid to resize: its compressed tokens start as learned
+# vectors.
 
 # %%
 class ThereAndBack(tt.nn.Module):
-    """Lookup tokens x (B, N, D) -> what is written to them (B, N, D). cut: the use of the scores without a gradient."""
+    """Lookup tokens x (B, N, D) -> what is written to them (B, N, D). cut: the use of the scores without a
+    gradient."""
 
     def __init__(self, dim, heads, compressed, reuse, cut=None):
         self.heads, self.reuse, self.cut = heads, reuse, cut
@@ -420,45 +456,50 @@ for N, M, D in ((64, 9, 96), (196, 25, 384), (1024, 25, 384)):
     tokens, cost = np.zeros((1, N, D), "float32"), {}
     for reuse in (*REUSE, "separate"):
         counted, ways = tt.macs(ThereAndBack(D, 3, M, reuse), tokens), 4 if reuse == "separate" else 3
-        assert counted.by_op["linear"] == ways * (M + N) * D**2 and counted.total == ways * ((M + N) * D**2 + N * M * D)
+        assert counted.by_op["linear"] == ways * (M + N) * D**2 and counted.total == ways * ((M + N) * D**2
+                                                                                             + N * M * D)
         cost[reuse] = counted.total
     direct = tt.macs(tt.nn.Attention(D, 3), tokens).total
     assert direct == 4 * N * D**2 + 2 * N**2 * D
     print(f"{N:>5}{M:>4}{D:>5}{cost['probs']:>16,}{cost['separate']:>16,}{direct:>16,}")
 
 # %% [markdown]
-# The last column is self-attention among the lookup tokens, whose place this takes. There is no N^2 in the others.
+# The last column is self-attention among the lookup tokens, whose place this takes. There is no N^2 in the
+# others.
 #
 # ## A task: read here, write there
 #
-# 16 lookup tokens belong to 4 groups of 4, in random order. A token knows its group (one-hot), whether it leads the group (one
-# does), and 4 random numbers x. It is to say, in the task
+# 16 lookup tokens belong to 4 groups of 4, in random order. A token knows its group (one-hot), whether it
+# leads the group (one does), and 4 random numbers x. It is to say, in the task
 #
 # - **mean**: the mean of x over its group. All members should hear each other alike.
 # - **leader**: the x of its group's leader. It is read in one place and written in four.
 #
-# A model embeds the tokens (D = 32), adds what `ThereAndBack` writes to them, and has a linear layer for the answer. There are 8
-# compressed tokens, and one head unless it says two. We measure the mean squared error as a share of the answers' mean square.
-# Think first:
+# A model embeds the tokens (D = 32), adds what `ThereAndBack` writes to them, and has a linear layer for the
+# answer. There are 8 compressed tokens, and one head unless it says two. We measure the mean squared error as
+# a share of the answers' mean square. Think first:
 #
-# - **No way back.** The best guess is c times one's own x. For the mean, c = 1/4 leaves 3/4. For the leader the error is
-#   (1 - c)^2 in a quarter of the tokens, the leaders, and 1 + c^2 in the others: at best 15/16, with c = 1/4 again.
-# - **One head of `probs`.** T is symmetric. Let all compressed tokens of a group take 1 part from its leader and t from each
-#   other member. The work in between and the last layer scale what comes back, by alpha say, and add c times one's own x.
-#   Then a member hears its leader with alpha t, the others with alpha t^2 and itself with alpha t^2 + c; the leader hears itself
-#   with alpha + c and the members with alpha t. The best t, alpha and c are 1/3, 5/4 and -1/6. A then has weights 1/2
-#   and 1/6, and **5/12 = 41.7 %** is left (exercise 3; the cell below tries all t). This takes for granted that the weights do
-#   not depend on x. The keys do see x, so it is what to expect, not a bound.
+# - **No way back.** The best guess is c times one's own x. For the mean, c = 1/4 leaves 3/4. For the leader
+#   the error is (1 - c)^2 in a quarter of the tokens, the leaders, and 1 + c^2 in the others: at best 15/16,
+#   with c = 1/4 again.
+# - **One head of `probs`.** T is symmetric. Let all compressed tokens of a group take 1 part from its leader
+#   and t from each other member. The work in between and the last layer scale what comes back, by alpha say,
+#   and add c times one's own x. Then a member hears its leader with alpha t, the others with alpha t^2 and
+#   itself with alpha t^2 + c; the leader hears itself with alpha + c and the members with alpha t. The best
+#   t, alpha and c are 1/3, 5/4 and -1/6. A then has weights 1/2 and 1/6, and **5/12 = 41.7 %** is left
+#   (exercise 3; the cell below tries all t). This takes for granted that the weights do not depend on x. The
+#   keys do see x, so it is what to expect, not a bound.
 # - **Two heads of `probs`** can share the errand: one reads, the other writes.
-# - **The others** can do it with one head. What raises a leader's scores for all compressed tokens, a softmax over m does not
-#   see, and so writing is free to go to all members.
+# - **The others** can do it with one head. What raises a leader's scores for all compressed tokens, a softmax
+#   over m does not see, and so writing is free to go to all members.
 #
 # Two more arms have `probs` with one of its uses cut off.
 
 # %%
 def compromise(t):
     """% left with the best alpha and c."""
-    # What is heard, rows: by a leader of itself, of others; by another of the leader, of itself, of the others.
+    # What is heard, rows: by a leader of itself, of others; by another of the leader, of itself, of the
+    # others.
     design = np.array([[1, 1], [t, 0], [t, 0], [t * t, 1], [t * t, 0]])
     often = np.sqrt(np.array([1, 3, 3, 3, 6]) / 4)  # of each pair, per token
     return 100 * np.linalg.lstsq(design * often[:, None], np.array([1, 0, 1, 0, 0]) * often, rcond=None)[1][0]
@@ -470,14 +511,16 @@ assert abs(best_t - 1 / 3) < 1e-9 and abs(compromise(best_t) - 500 / 12) < 1e-9
 
 MODELS = {"no way back": dict(reuse="none"), "probs": dict(reuse="probs"), "renorm": dict(reuse="renorm"),
           "resoftmax": dict(reuse="resoftmax"), "separate": dict(reuse="separate"),
-          "probs, two heads": dict(reuse="probs", heads=2), "probs, writing cut": dict(reuse="probs", cut="write"),
+          "probs, two heads": dict(reuse="probs", heads=2),
+          "probs, writing cut": dict(reuse="probs", cut="write"),
           "probs, reading cut": dict(reuse="probs", cut="read")}
 GROUPS, MEMBERS, NUMBERS = 4, 4, 4
 N = GROUPS * MEMBERS
 
 
 def make_groups(rng, count, shuffled=True):
-    """-> tokens (count, N, 9) float32 and {task: answers (count, N, 4)}. Not shuffled: group by group, the leader first."""
+    """-> tokens (count, N, 9) float32 and {task: answers (count, N, 4)}. Not shuffled: group by group, the
+    leader first."""
     order = np.tile(np.arange(N), (count, 1))
     order = rng.permuted(order, axis=1) if shuffled else order
     group, leads = np.eye(GROUPS)[order // MEMBERS], (order % MEMBERS == 0)[..., None]
@@ -529,16 +572,20 @@ with tqdm.tqdm(total=2 * len(MODELS) * len(seeds) * steps, desc="steps of all ru
         left[task][name].append(float(of_token.mean()))
         trained.setdefault((task, name), model)  # of the first seed
 
-print(f"% of the answers' mean square left after {steps} steps, each seed\n{'':<20}" + "".join(f"{task:>34}" for task in left))
+print(f"% of the answers' mean square left after {steps} steps, each seed\n{'':<20}"
+      + "".join(f"{task:>34}" for task in left))
 for name in MODELS:
-    print(f"{name:<20}" + "".join(f"{', '.join(f'{share:.1f}' for share in left[task][name]):>34}" for task in left))
+    print(f"{name:<20}" + "".join(f"{', '.join(f'{share:.1f}' for share in left[task][name]):>34}"
+                                  for task in left))
 
 # %% [markdown]
-# The task "mean" all readings can do, also with either use cut off: reading and writing want the same there. In the task "leader"
-# one head of `probs` comes out at about the 41.7 % that we worked out, and two heads near 0. A run that stands out got stuck: two
-# groups share their compressed tokens, or one group has none. (For the task leader, the last part prints errors by group.)
+# The task "mean" all readings can do, also with either use cut off: reading and writing want the same there.
+# In the task "leader" one head of `probs` comes out at about the 41.7 % that we worked out, and two heads
+# near 0. A run that stands out got stuck: two groups share their compressed tokens, or one group has none.
+# (For the task leader, the last part prints errors by group.)
 #
-# Where do the trained models look? In the tests tokens are sorted, group by group and the leader first, so we may take means.
+# Where do the trained models look? In the tests tokens are sorted, group by group and the leader first, so we
+# may take means.
 
 # %%
 leader, maps, masses_learned = np.arange(N) % MEMBERS == 0, {}, {}
@@ -546,7 +593,8 @@ for name in list(MODELS)[1:]:
     model = trained["leader", name]
     with tt.no_grad():
         _, A, S = (output.data for output in ops.lookup_gather(*model.layer.project(model.embed(tests[0]))[1:]))
-    masses_learned[name] = [[float(m[leader].mean()), float(m[~leader].mean())] for m in A.sum(axis=2).mean(axis=0)]
+    masses_learned[name] = [[float(m[leader].mean()), float(m[~leader].mean())]
+                            for m in A.sum(axis=2).mean(axis=0)]
     print(f"{name:<20} mass of a leader, of another token: "
           + "; ".join(f"head {h} {a:.2f}, {b:.2f}" for h, (a, b) in enumerate(masses_learned[name])))
     if name in REUSE:
@@ -570,13 +618,15 @@ def draw_maps(figure):
 here.picture("maps", draw_maps, width=12, height=3.5)
 
 # %% [markdown]
-# The map of `probs` is symmetric: members hear their leader, so the leader hears the members, and members hear each other. Where
-# it has two heads, one reads leaders and the other writes to the rest (seed 0). `renorm` and `resoftmax` read mostly leaders, and
-# the columns of the others, small as they are, still say which compressed token is theirs.
+# The map of `probs` is symmetric: members hear their leader, so the leader hears the members, and members
+# hear each other. Where it has two heads, one reads leaders and the other writes to the rest (seed 0).
+# `renorm` and `resoftmax` read mostly leaders, and the columns of the others, small as they are, still say
+# which compressed token is theirs.
 #
-# The cut arms fail in opposite ways. Without the gradient of writing, A learns what is good to read: nearly all mass goes to
-# leaders, and nothing is written to the others, which are 3/4. Without that of reading, it learns where something should
-# be written, and reads there too. Uncut, the two pull against each other. To see it, give each use its own copy of S:
+# The cut arms fail in opposite ways. Without the gradient of writing, A learns what is good to read: nearly
+# all mass goes to leaders, and nothing is written to the others, which are 3/4. Without that of reading, it
+# learns where something should be written, and reads there too. Uncut, the two pull against each other. To
+# see it, give each use its own copy of S:
 
 # %%
 def by_use(model, tokens, answers):
@@ -590,15 +640,18 @@ def by_use(model, tokens, answers):
     return read.grad[:, 0], write.grad[:, 0]
 
 
-reading, writing = (part.sum(axis=0) for part in by_use(trained["leader", "probs"], tests[0], tests[1]["leader"]))
+reading, writing = (part.sum(axis=0)
+                    for part in by_use(trained["leader", "probs"], tests[0], tests[1]["leader"]))
 uses = {"reading": reading, "writing": writing, "both uses, added": reading + writing}
 pull = {name: float(part[:, leader].sum()) for name, part in uses.items()}
-print("probs, trained: gradient of the leaders' scores: " + ", ".join(f"{name} {g:+.3f}" for name, g in pull.items()))
+print("probs, trained: gradient of the leaders' scores: "
+      + ", ".join(f"{name} {g:+.3f}" for name, g in pull.items()))
 
 
 def draw_uses(figure):
     axes, limit = figure.subplots(3, 1), np.abs([reading, writing]).max()
-    rows = np.abs(reading).argmax(axis=1).argsort(kind="stable")  # compressed tokens in the order of the groups they serve
+    # compressed tokens in the order of the groups they serve
+    rows = np.abs(reading).argmax(axis=1).argsort(kind="stable")
     for axis, (name, part) in zip(axes, uses.items()):
         image = axis.imshow(part[rows], cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
         axis.set(title=name, ylabel="compressed", yticks=[], xticks=range(0, N, 4))
@@ -610,17 +663,18 @@ def draw_uses(figure):
 here.picture("uses", draw_uses, width=9, height=5.2)
 
 # %% [markdown]
-# Reading wants more weight on the leaders, writing wants it on the others. Training has stopped where they nearly cancel.
+# Reading wants more weight on the leaders, writing wants it on the others. Training has stopped where they
+# nearly cancel.
 #
-# **How far does this carry?** The task was made for this. It shows what one layer of each reading can express, not which reading
-# is best on pictures. In a LookupViT block the compressed tokens also attend to each other between the two ways, so what one
-# has read another can write; there are several heads; and the small masses of `probs` make a gentle start. Lesson 09
-# compares the readings on pictures.
+# **How far does this carry?** The task was made for this. It shows what one layer of each reading can
+# express, not which reading is best on pictures. In a LookupViT block the compressed tokens also attend to
+# each other between the two ways, so what one has read another can write; there are several heads; and the
+# small masses of `probs` make a gentle start. Lesson 09 compares the readings on pictures.
 #
 # ## What was measured
-# Exact, and asserted at every size: both ops and all gradients against our own, which tokens are never read, row and column
-# sums, what a number added to a row or column of S moves, the symmetry of T, two uses adding up, multiply-adds. Measured: the
-# masses on pictures, and the task.
+# Exact, and asserted at every size: both ops and all gradients against our own, which tokens are never read,
+# row and column sums, what a number added to a row or column of S moves, the symmetry of T, two uses adding
+# up, multiply-adds. Measured: the masses on pictures, and the task.
 
 # %%
 share = {name: f"{np.median(shares):.1f}" for name, shares in left["leader"].items()}
@@ -628,33 +682,37 @@ here.says(f"From 8 x 8 to 3 x 3 a plain bilinear resize never reads {never_read[
           "patches. On an errand that reads in one place and writes in others, one head of `probs` leaves "
           f"{share['probs']} % of the error, `renorm` {share['renorm']}, `resoftmax` {share['resoftmax']}, "
           f"two heads of `probs` {share['probs, two heads']} (medians of {len(seeds)} seeds).")
-here.measured(never_read={kernel: dict(zip((f"{a} to {b}" for a, b in CASES), n)) for kernel, n in never_read.items()},
+here.measured(never_read={kernel: dict(zip((f"{a} to {b}" for a, b in CASES), n)) for kernel,
+                          n in never_read.items()},
               masses_on_pictures={name: float(value) for name, value in found.items()}, gradient_norms=parts,
               steps=steps, seeds=seeds, percent_left=left, compromise_percent_left=compromise(best_t),
               percent_left_by_group={f"{task}, {name}": groups for (task, name), groups in by_group.items()},
               masses_learned=masses_learned, pull_on_leaders=pull)
 print(f"task leader, % left: mean over {len(seeds)} seeds, and the worst of them by group")
 for name, shares in left["leader"].items():
-    print(f"{name:<20}{np.mean(shares):5.1f}   " + ", ".join(f"{g:.1f}" for g in by_group["leader", name][np.argmax(shares)]))
+    print(f"{name:<20}{np.mean(shares):5.1f}   "
+          + ", ".join(f"{g:.1f}" for g in by_group["leader", name][np.argmax(shares)]))
 
 # %% [markdown]
 # ## Exercises
-# 1. By hand: M = 2, N = 3, d = 1 and S = [[0, 0, log 2], [0, log 3, 0]]. Compute A, the three R and all masses. Check with
-#    `reverse`.
-# 2. Adaptive average pooling, as PyTorch has it, averages inputs floor(o s) to ceil((o + 1) s) - 1 with equal weights. Add it to
-#    `axis_weights`. For which of CASES is it the same as "area"? Does every token count the same?
-# 3. Derive t = 1/3, alpha = 5/4, c = -1/6 and 5/12. (Write the error per token with the five kinds of pairs in `compromise`.) How
-#    much is left in groups of 8? Change MEMBERS and see.
-# 4. Cut the uses of `resoftmax` as well, on the task leader, and print its masses. Which cut hurts? Explain it with what each
-#    softmax sees of S.
+# 1. By hand: M = 2, N = 3, d = 1 and S = [[0, 0, log 2], [0, log 3, 0]]. Compute A, the three R and all
+#    masses. Check with `reverse`.
+# 2. Adaptive average pooling, as PyTorch has it, averages inputs floor(o s) to ceil((o + 1) s) - 1 with equal
+#    weights. Add it to `axis_weights`. For which of CASES is it the same as "area"? Does every token count
+#    the same?
+# 3. Derive t = 1/3, alpha = 5/4, c = -1/6 and 5/12. (Write the error per token with the five kinds of pairs
+#    in `compromise`.) How much is left in groups of 8? Change MEMBERS and see.
+# 4. Cut the uses of `resoftmax` as well, on the task leader, and print its masses. Which cut hurts? Explain
+#    it with what each softmax sees of S.
 # 5. Let the compressed tokens attend to each other in between: in `infuse`, z = z + attention(z) with a
-#    `tt.nn.Attention(32, 1)`. Show that T becomes A^T P A with some P (M, M), and need not be symmetric. Does one head of `probs`
-#    now learn the task leader? Try 200 and 1,000 steps.
+#    `tt.nn.Attention(32, 1)`. Show that T becomes A^T P A with some P (M, M), and need not be symmetric. Does
+#    one head of `probs` now learn the task leader? Try 200 and 1,000 steps.
 #
 # ## The paper
-# Koner et al. 2024, "LookupViT: Compressing visual information to a limited number of tokens" (arXiv 2407.12753), of which we had
-# the abstract. The programs: (1) `pjjajal/EfficientTTMs`, (2) `lokiwizard/LookupViT_Reproduction`, (3) `look_vit.py` in
-# `lucidrains/vit-pytorch`. Norms belong to the block, lesson 09.
+# Koner et al. 2024, "LookupViT: Compressing visual information to a limited number of tokens" (arXiv
+# 2407.12753), of which we had the abstract. The programs: (1) `pjjajal/EfficientTTMs`, (2)
+# `lokiwizard/LookupViT_Reproduction`, (3) `look_vit.py` in `lucidrains/vit-pytorch`. Norms belong to the
+# block, lesson 09.
 #
 # | step | the programs | our line |
 # |---|---|---|

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Lesson 12: A GPU
-# You will be able to move a model to a GPU, say what its training step waits for, say what a narrower number format costs, and
-# write a kernel of your own and prove it right.
+# You will be able to move a model to a GPU, say what its training step waits for, say what a narrower number
+# format costs, and write a kernel of your own and prove it right.
 #
-# All of tinytoken is written once, for NumPy arrays and CuPy arrays alike: `backend.array_module(x)` is the module that x belongs
-# to, and an op takes its functions from there. With a GPU, run this lesson with `--device cuda`. Without one it runs too: what can
-# be counted is counted, the kernel of the last part runs on the CPU, and what needs a GPU is left out and says so.
+# All of tinytoken is written once, for NumPy arrays and CuPy arrays alike: `backend.array_module(x)` is the
+# module that x belongs to, and an op takes its functions from there. With a GPU, run this lesson with
+# `--device cuda`. Without one it runs too: what can be counted is counted, the kernel of the last part runs
+# on the CPU, and what needs a GPU is left out and says so.
 
 # %%
 import ctypes
@@ -49,40 +50,45 @@ def seconds(run, rounds=here.pick(2, 7, 15)):
 
 # %% [markdown]
 # ## What moves to the device, and what must not
-# A GPU has its own memory. The processor that runs Python, the *host*, does not compute there; it puts work into a queue, a
-# *stream*, and goes on. That is why a GPU can be fast, and why it can be slow:
+# A GPU has its own memory. The processor that runs Python, the *host*, does not compute there; it puts work
+# into a queue, a *stream*, and goes on. That is why a GPU can be fast, and why it can be slow:
 #
 # - **Parameters, gradients, moments** live on the device: `model.to("cuda")`, before the optimiser is made.
-# - **Pictures** too, all of them, once, as bytes. A batch is then picked, moved, mirrored and normalised on the device
-#   (`data.Batches`), and the host sends nothing but the number of the step. Random numbers are a function of that number, so they
-#   need no transfer either, and are the same on both.
-# - **Looking at a value** (`float(loss)`, `.item()`, printing, `if x.sum() > 0`) waits for everything that is in the queue. One
-#   look per step, and the host can no longer work ahead. `fit` keeps the losses where they are and looks every 20 steps.
-# - **An index that is a condition**, `x[x > 0]`, has a size that only the device knows: it is a look as well. That is why
-#   DynamicViT takes the k best tokens, never "those above 0.5".
+# - **Pictures** too, all of them, once, as bytes. A batch is then picked, moved, mirrored and normalised on
+#   the device (`data.Batches`), and the host sends nothing but the number of the step. Random numbers are a
+#   function of that number, so they need no transfer either, and are the same on both.
+# - **Looking at a value** (`float(loss)`, `.item()`, printing, `if x.sum() > 0`) waits for everything that is
+#   in the queue. One look per step, and the host can no longer work ahead. `fit` keeps the losses where they
+#   are and looks every 20 steps.
+# - **An index that is a condition**, `x[x > 0]`, has a size that only the device knows: it is a look as well.
+#   That is why DynamicViT takes the k best tokens, never "those above 0.5".
 
 # %%
 model = ViT(**SIZES).to(here.device)
 train, _ = here.pictures(here.pick(64, 2000, 16000), 1)
 learned = sum(p.data.nbytes for p in model.parameters())
-sizes = {"parameters": learned, "gradients": learned, "moments of AdamW": 2 * learned, "pictures, as bytes": train.images.nbytes,
+sizes = {"parameters": learned, "gradients": learned, "moments of AdamW": 2 * learned,
+         "pictures, as bytes": train.images.nbytes,
          "the same as float32": 4 * train.images.nbytes}
 for name, size in sizes.items():
     print(f"{name:<22}{size / 1e6:>8.1f} MB")
 images, labels = backend.to_device(train.images, here.device), backend.to_device(train.labels, here.device)
-batches = {size: tt.data.Batches(images, labels, size, seed=here.seed) for size in here.pick((1, 4), (1, 4, 16, 64), (1, 4, 16, 64, 256))}
+batches = {size: tt.data.Batches(images, labels, size, seed=here.seed)
+           for size in here.pick((1, 4), (1, 4, 16, 64), (1, 4, 16, 64, 256))}
 LARGEST = max(batches)
 
 # %% [markdown]
 # ## How many launches is a step?
-# Each call of an array function is at least one *kernel*, a program that the device runs once per element, and to start one
-# costs the host some microseconds, whatever its size. So count the calls of a training step. No GPU is needed for that: NumPy
-# tells a subclass of its arrays of every function that is called with one. What is computed from a counted array is counted.
+# Each call of an array function is at least one *kernel*, a program that the device runs once per element,
+# and to start one costs the host some microseconds, whatever its size. So count the calls of a training step.
+# No GPU is needed for that: NumPy tells a subclass of its arrays of every function that is called with one.
+# What is computed from a counted array is counted.
 
 
 # %%
 class Counted(np.ndarray):
-    """An array that counts the functions it is computed with. Views (reshape, transpose, slices) launch nothing."""
+    """An array that counts the functions it is computed with. Views (reshape, transpose, slices) launch
+    nothing."""
     calls = 0
 
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
@@ -128,12 +134,14 @@ def launches(task, size):
     part = [np.ones(4, "float32").view(Counted) for _ in range(4)]
     Counted.calls = 0
     optimizer._update(*part, 1e-3, 0.05, (0.1, 0.001))
-    return {"forward": forward, "backward": whole - forward, "AdamW": Counted.calls * len(optimizer.flat.segments) + 5}
+    return {"forward": forward, "backward": whole - forward,
+            "AdamW": Counted.calls * len(optimizer.flat.segments) + 5}
 
 
 pruned = here.pick(dict(prune_before=(1,), keep_ratios=(0.5,)), {}, {})
 coarse = here.pick(dict(compressed=(2, 2)), {}, {})
-counted = {"ViT": launches(Classify(ViT(**SIZES)), 4), "DynamicViT": launches(Distil(DynamicViT(**SIZES, **pruned), ViT(**SIZES)), 4),
+counted = {"ViT": launches(Classify(ViT(**SIZES)), 4),
+           "DynamicViT": launches(Distil(DynamicViT(**SIZES, **pruned), ViT(**SIZES)), 4),
            "LookupViT": launches(Classify(LookupViT(**SIZES, **coarse)), 4)}
 assert launches(Classify(ViT(**SIZES)), 8) == counted["ViT"]  # it does not depend on the size of the batch
 print(f"{'array calls of a step':<24}{'forward':>9}{'backward':>10}{'AdamW':>7}{'all':>7}")
@@ -141,13 +149,14 @@ for name, row in counted.items():
     print(f"{name:<24}{row['forward']:>9}{row['backward']:>10}{row['AdamW']:>7}{sum(row.values()):>7}")
 
 # %% [markdown]
-# (Arrays that are made from nothing, `zeros` or `arange`, are not seen by this count, nor are the pictures' crop and normalising.
-# So it is a lower bound.)
+# (Arrays that are made from nothing, `zeros` or `arange`, are not seen by this count, nor are the pictures'
+# crop and normalising. So it is a lower bound.)
 #
 # ## Why small models wait
-# The time of a step is at least launches x cost of a launch, and at least the work divided by the speed of the device. Below
-# some size of the batch the first is larger: then the device is idle most of the time, and a smaller batch is no faster. To
-# see it, time a call that has next to nothing to do, and steps at growing batches.
+# The time of a step is at least launches x cost of a launch, and at least the work divided by the speed of
+# the device. Below some size of the batch the first is larger: then the device is idle most of the time, and
+# a smaller batch is no faster. To see it, time a call that has next to nothing to do, and steps at growing
+# batches.
 
 # %%
 tiny = xp.ones(1, "float32")
@@ -166,20 +175,25 @@ def step(size, look=False):
 
 
 times = {size: seconds(lambda: step(size)) for size in batches}
-print(f"a call with nothing to do: {1e6 * per_launch:.1f} us; {sum(counted['ViT'].values())} of them: {1e3 * floor:.1f} ms")
+print(f"a call with nothing to do: {1e6 * per_launch:.1f} us; {sum(counted['ViT'].values())} of them: "
+      f"{1e3 * floor:.1f} ms")
 print(f"{'batch':>6}{'ms per step':>13}{'us per picture':>16}{'of it launches':>16}")
 for size, spent in times.items():
     print(f"{size:>6}{1e3 * spent:>13.1f}{1e6 * spent / size:>16.0f}{100 * min(1, floor / spent):>14.0f} %")
 MORE = here.pick(2, 10, 50)
-looked = seconds(lambda: [step(LARGEST, look=True) for _ in range(MORE)], 3) / seconds(lambda: [step(LARGEST) for _ in range(MORE)], 3)
-print(f"with a look at the loss in every step: {looked:.2f} times the time" + ("" if on_gpu else " (on a CPU nothing is waited for)"))
+looked = seconds(lambda: [step(LARGEST, look=True) for _ in range(MORE)],
+                 3) / seconds(lambda: [step(LARGEST) for _ in range(MORE)], 3)
+print(f"with a look at the loss in every step: {looked:.2f} times the time"
+      + ("" if on_gpu else " (on a CPU nothing is waited for)"))
 
 
 def draw_times(figure):
     axes = figure.subplots()
     axes.plot(list(times), [1e3 * t for t in times.values()], "o-", color="#0072b2", label="measured")
     axes.axhline(1e3 * floor, color="#d55e00", ls="--", label="launches alone")
-    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms per step", title=f"A training step of the ViT on the {here.device}")
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms per step", title=f"A training step of "
+                                                                                     f"the ViT on the "
+                                                                                     f"{here.device}")
     axes.legend()
 
 
@@ -187,8 +201,9 @@ here.picture("times", draw_times, 5, 3.6)
 
 # %% [markdown]
 # ## A time line of one step
-# When does the host ask for an op, and when has the device done it? `tensor.observe` tells of each op of the forward pass.
-# On a GPU an event is put into the stream behind each; on a CPU an op is done when it returns, and the two lines are one.
+# When does the host ask for an op, and when has the device done it? `tensor.observe` tells of each op of the
+# forward pass. On a GPU an event is put into the stream behind each; on a CPU an op is done when it returns,
+# and the two lines are one.
 
 
 # %%
@@ -209,7 +224,8 @@ class TimeLine:
     def read(self):
         wait()
         host = [1e3 * (moment - self.host[0]) for moment in self.host]
-        return host, [xp.cuda.get_elapsed_time(self.device[0], event) for event in self.device] if on_gpu else host
+        return host, [xp.cuda.get_elapsed_time(self.device[0], event)
+                      for event in self.device] if on_gpu else host
 
 
 step(LARGEST)
@@ -224,7 +240,8 @@ line.mark("backward")
 optimizer.step(0.0)
 line.mark("AdamW")
 asked, done = line.read()
-print(f"the host has asked for everything after {asked[-1]:.1f} ms, the device has done it after {done[-1]:.1f} ms")
+print(f"the host has asked for everything after {asked[-1]:.1f} ms, the device has done it after "
+      f"{done[-1]:.1f} ms")
 
 
 def draw_line(figure):
@@ -232,23 +249,28 @@ def draw_line(figure):
     for name, start, stop in zip(line.names[1:], done, done[1:]):
         spent[name] = spent.get(name, 0.0) + stop - start
     longest = sorted(spent, key=spent.get, reverse=True)[:7]
-    colours = dict(zip(longest, ("#cc79a7", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#f0e442")))
+    colours = dict(zip(longest, ("#cc79a7", "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9",
+                                 "#f0e442")))
     rows = {"done by the device": done, "asked by the host": asked} if on_gpu else {"on the CPU": done}
     for row, moments in enumerate(rows.values()):
         for name, start, stop in zip(line.names[1:], moments, moments[1:]):
             label = name if name in colours else "other"
-            axes.barh(row, stop - start, left=start, height=0.6, color=colours.get(name, "#999999"), label=label)
+            axes.barh(row, stop - start, left=start, height=0.6, color=colours.get(name, "#999999"),
+                      label=label)
     found = dict(zip(*axes.get_legend_handles_labels()[::-1]))
-    axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="ms", title=f"One step of {LARGEST} pictures")
-    axes.legend(found.values(), found.keys(), fontsize=8, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="ms", title=f"One step of {LARGEST} "
+                                                                                 f"pictures")
+    axes.legend(found.values(), found.keys(), fontsize=8, ncols=8, loc="upper center",
+                bbox_to_anchor=(0.5, -0.25))
 
 
 here.picture("line", draw_line, 10, 3.4)
 
 # %% [markdown]
 # ## Precision
-# A float32 has 23 bits after the leading one. The fast units of a GPU multiply shorter numbers: TF32 keeps 10 bits, bf16 keeps 7, and
-# both add up in float32. What does that cost? Rounding can be imitated: cut the bits off the factors, and multiply.
+# A float32 has 23 bits after the leading one. The fast units of a GPU multiply shorter numbers: TF32 keeps 10
+# bits, bf16 keeps 7, and both add up in float32. What does that cost? Rounding can be imitated: cut the bits
+# off the factors, and multiply.
 
 
 # %%
@@ -259,7 +281,8 @@ def rounded(x, bits):
     return (words >> cut << cut).astype(np.uint32).view(np.float32)
 
 
-assert rounded(np.array([1 + 2**-8 + 2**-20, 1 + 2**-8, 1 + 3 * 2**-8]), 7).tolist() == [1 + 2**-7, 1.0, 1 + 2**-6]
+assert rounded(np.array([1 + 2**-8 + 2**-20, 1 + 2**-8, 1 + 3 * 2**-8]), 7).tolist() == [1 + 2**-7, 1.0,
+                                                                                         1 + 2**-6]
 rng = np.random.default_rng(here.seed)
 FORMATS = {"float32": 23, "TF32": 10, "bf16": 7}
 product_errors = {name: [] for name in FORMATS}
@@ -269,20 +292,23 @@ for width in WIDTHS:
     exact = a.astype("float32").astype("float64") @ b.astype("float32").astype("float64").T
     for name, bits in FORMATS.items():
         left, right = (x.astype("float32") if bits == 23 else rounded(x, bits) for x in (a, b))
-        product_errors[name].append(float(np.sqrt(((left @ right.T - exact) ** 2).mean() / (exact ** 2).mean())))
+        product_errors[name].append(float(np.sqrt(((left @ right.T - exact) ** 2).mean()
+                                                  / (exact ** 2).mean())))
 print(f"{'error of a product, relative':<30}" + "".join(f"{f'{w} long':>12}" for w in WIDTHS))
 for name, row in product_errors.items():
     print(f"{name:<30}" + "".join(f"{error:>12.1e}" for error in row))
 assert all(f32 < tf32 / 100 and tf32 < bf16 for f32, tf32, bf16 in zip(*product_errors.values()))
 
 # %% [markdown]
-# The error hardly grows with the length: the signs of the errors differ, so they add up as slowly as the sum itself. A network
-# bears an error of 1 in 300 in its products, since the noise of its batches is larger. What it does not bear is *weights* of so
-# few bits. A step changes a weight by about the learning rate; if that is less than half of the weight's last bit, nothing happens,
-# again and again. So the weights stay float32, and the products read rounded copies (Micikevicius et al. 2018, section 3.1).
+# The error hardly grows with the length: the signs of the errors differ, so they add up as slowly as the sum
+# itself. A network bears an error of 1 in 300 in its products, since the noise of its batches is larger. What
+# it does not bear is *weights* of so few bits. A step changes a weight by about the learning rate; if that is
+# less than half of the weight's last bit, nothing happens, again and again. So the weights stay float32, and
+# the products read rounded copies (Micikevicius et al. 2018, section 3.1).
 
 # %%
-weights = np.concatenate([p.ravel() for name, p in ViT(**SIZES).state_dict().items() if name.endswith("weight") and p.ndim == 2])
+weights = np.concatenate([p.ravel() for name, p in ViT(**SIZES).state_dict().items()
+                          if name.endswith("weight") and p.ndim == 2])
 lost = {}
 for rate in (1e-3, 1e-4, 1e-5):
     moved = rounded(weights, 7) + rate * np.sign(rng.standard_normal(weights.size)).astype("float32")
@@ -291,8 +317,9 @@ for rate in (1e-3, 1e-4, 1e-5):
 
 # %% [markdown]
 # ## A kernel of your own
-# GELU is x Phi(x). Written with array functions it is a handful of launches, each of which reads and writes the whole array. One
-# kernel reads x once and writes once. In CUDA C, a kernel is what one thread does; it finds out which element is its own:
+# GELU is x Phi(x). Written with array functions it is a handful of launches, each of which reads and writes
+# the whole array. One kernel reads x once and writes once. In CUDA C, a kernel is what one thread does; it
+# finds out which element is its own:
 
 # %%
 SOURCE = r"""
@@ -311,12 +338,14 @@ extern "C" __global__ void gelu_backward(const float* x, const float* g, float* 
 """
 
 # %% [markdown]
-# Four traps, each of which costs an evening: a constant without its `f` is a double, and the thread computes in double; the array
-# is rarely a multiple of the block, so threads past the end must do nothing (`if (i < n)`); a kernel knows nothing of strides, so
-# what it is given must be contiguous; a Python number as an argument arrives as 64 bits, so say `np.int32(n)`.
+# Four traps, each of which costs an evening: a constant without its `f` is a double, and the thread computes
+# in double; the array is rarely a multiple of the block, so threads past the end must do nothing (`if (i <
+# n)`); a kernel knows nothing of strides, so what it is given must be contiguous; a Python number as an
+# argument arrives as 64 bits, so say `np.int32(n)`.
 #
-# Without a GPU the same source runs on the CPU. A dozen lines of C++ make the words that C++ does not know, and run one thread after
-# another. That is slow and proves no speed, but indices, tails and formulas are checked by it.
+# Without a GPU the same source runs on the CPU. A dozen lines of C++ make the words that C++ does not know,
+# and run one thread after another. That is slow and proves no speed, but indices, tails and formulas are
+# checked by it.
 
 # %%
 SHIM = r"""
@@ -341,14 +370,16 @@ compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None
 
 
 def build(source):
-    """{name: function(*arrays)} of a kernel source: on the GPU, else on the CPU; None where there is no compiler either."""
+    """{name: function(*arrays)} of a kernel source: on the GPU, else on the CPU; None where there is no
+    compiler either."""
     if on_gpu:
         load = xp.RawModule(code=source).get_function
     elif compiler:
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder) / "kernel.cpp"
             file.write_text(SHIM + source + RUN)
-            subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(file), "-o", str(file.with_suffix(".so"))], check=True)
+            subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(file), "-o",
+                            str(file.with_suffix(".so"))], check=True)
             library = ctypes.CDLL(str(file.with_suffix(".so")))
         load = lambda name: getattr(library, f"run_{name}")
     else:
@@ -370,9 +401,10 @@ kernels = build(SOURCE)
 
 
 # %% [markdown]
-# And it becomes an implementation of the op: the same contract, a function from arrays to the output and its vjp. The plain op stays
-# the definition; `@op.implementation("cupy")` registers another one for the arrays of that module, and nothing else in the
-# package changes. Here a copy of the op is used, so that the package's own stays as it is.
+# And it becomes an implementation of the op: the same contract, a function from arrays to the output and its
+# vjp. The plain op stays the definition; `@op.implementation("cupy")` registers another one for the arrays of
+# that module, and nothing else in the package changes. Here a copy of the op is used, so that the package's
+# own stays as it is.
 
 
 # %%
@@ -396,7 +428,8 @@ def _(x):
 
 
 def largest_difference():
-    """Of values and gradients from the plain op's in float64, over sizes with and without a tail, transposed arrays included."""
+    """Of values and gradients from the plain op's in float64, over sizes with and without a tail, transposed
+    arrays included."""
     worst = 0.0
     for shape in ((1,), (127,), (128,), (129,), (3, 1000), (0,), (40, 30)):
         x, g = rng.standard_normal((2, *shape)) * 3
@@ -424,7 +457,8 @@ kernel_error = kernel_past = careless_past = None
 if kernels:
     kernel_error, kernel_past = largest_difference(), writes_past_the_end(kernels)
     careless_past = writes_past_the_end(build(SOURCE.replace("if (i < n) out", "out")))
-    print(f"largest difference from the plain op in float64: {kernel_error:.1e}; written past the end: {kernel_past} elements, "
+    print(f"largest difference from the plain op in float64: {kernel_error:.1e}; written past the end: "
+          f"{kernel_past} elements, "
           f"and {careless_past} without the test `i < n`")
     assert kernel_error < 5e-6 and kernel_past == 0 and careless_past > 0
 else:
@@ -445,28 +479,32 @@ here.says(f"A ViT's training step is {sum(counted['ViT'].values())} array calls,
           "more, whatever the batch. Rounded to bf16 the factors of a product cost "
           f"{100 * product_errors['bf16'][-1]:.2f} % of it; of starting weights, {100 * lost[1e-4]:.0f} % "
           "would not feel a step of 1e-4.")
-print(f"array calls of a ViT's step: {sum(counted['ViT'].values())}; launches alone {1e3 * floor:.1f} ms, a step of {LARGEST} "
+print(f"array calls of a ViT's step: {sum(counted['ViT'].values())}; launches alone {1e3 * floor:.1f} ms, a "
+      f"step of {LARGEST} "
       f"{1e3 * times[LARGEST]:.1f} ms on the {here.device}")
 here.measured(on_gpu=on_gpu, bytes=sizes, array_calls=counted, launch_seconds=per_launch, floor_seconds=floor,
-              step_seconds=times, look_costs=looked, line={"names": line.names, "asked_ms": asked, "done_ms": done},
+              step_seconds=times, look_costs=looked,
+              line={"names": line.names, "asked_ms": asked, "done_ms": done},
               product_errors={"widths": WIDTHS, **product_errors}, updates_lost=lost,
-              kernel={"error": kernel_error, "past_the_end": kernel_past, "past_the_end_without_test": careless_past,
+              kernel={"error": kernel_error, "past_the_end": kernel_past,
+                      "past_the_end_without_test": careless_past,
                       "seconds": kernel_times})
 
 # %% [markdown]
 # ## Exercises
-# 1. Which ops of a block make the most array calls? Count with `tensor.observe` and `Counted` together. Which of them could be
-#    one kernel, and what would that make of the floor?
-# 2. `x[x > 0].sum()` and `(x * (x > 0)).sum()` give the same number. Which one would you write in a step, and why?
-# 3. Add a bias to `gelu_forward`: out[i] = gelu(x[i] + b[i % width]). What is the gradient of b, and why can the same kernel not
-#    write it?
+# 1. Which ops of a block make the most array calls? Count with `tensor.observe` and `Counted` together. Which
+#    of them could be one kernel, and what would that make of the floor?
+# 2. `x[x > 0].sum()` and `(x * (x > 0)).sum()` give the same number. Which one would you write in a step, and
+#    why?
+# 3. Add a bias to `gelu_forward`: out[i] = gelu(x[i] + b[i % width]). What is the gradient of b, and why can
+#    the same kernel not write it?
 # 4. Write `0.5` instead of `0.5f` and check again. Does the test notice? How would you find it out?
 # 5. Measure the share of lost steps for weights that have been trained. Which layers suffer most?
 #
 # ## The paper
-# Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.1: a copy of the weights in float32 takes
-# the updates, since an update that is smaller than 2^-11 of its weight is lost in float16. Here the same is measured for bf16
-# (2^-8 of the weight): `lost`.
+# Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.1: a copy of the weights
+# in float32 takes the updates, since an update that is smaller than 2^-11 of its weight is lost in float16.
+# Here the same is measured for bf16 (2^-8 of the weight): `lost`.
 
 # %%
 here.end()

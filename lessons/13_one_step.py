@@ -1,12 +1,13 @@
 # %% [markdown]
 # # Lesson 13: From one kernel to a captured step
-# You will be able to count what a training step launches and what it moves through memory, say which numbers may be bf16,
-# compute attention without holding its weights, and repeat a whole step by one call without freezing what has to change in it.
+# You will be able to count what a training step launches and what it moves through memory, say which numbers
+# may be bf16, compute attention without holding its weights, and repeat a whole step by one call without
+# freezing what has to change in it.
 #
-# Lesson 12 found that a small model's step on a GPU waits for its launches. There are two remedies. **Fusing** makes one kernel of
-# many array calls: fewer launches, and less to read and write. **Capturing** keeps the launches of a step and repeats them by one
-# call, as a *CUDA graph*. `tinytoken/cuda/` does both. Here each idea is taken apart on a CPU; what needs a GPU is left out without
-# one, and says so.
+# Lesson 12 found that a small model's step on a GPU waits for its launches. There are two remedies.
+# **Fusing** makes one kernel of many array calls: fewer launches, and less to read and write. **Capturing**
+# keeps the launches of a step and repeats them by one call, as a *CUDA graph*. `tinytoken/cuda/` does both.
+# Here each idea is taken apart on a CPU; what needs a GPU is left out without one, and says so.
 
 # %%
 import collections
@@ -42,10 +43,13 @@ def table(title, columns, rows, form):
 # `named`. And bytes are counted: each array that a call gets is read once, its result written once.
 
 # %%
-launches, moved = collections.Counter(), collections.Counter()  # by group of ops: calls; bytes read and written
+# by group of ops: calls; bytes read and written
+launches, moved = collections.Counter(), collections.Counter()
 running = ["no op"]  # the ops that are being computed, the innermost last
-GROUPS = {"linear": "linear", "layer_norm": "layer norm", "attention": "attention", "gelu": "GELU", "attention_branch": "whole branches",
-          "mlp_branch": "whole branches", "gradients": "adding gradients", "no op": "AdamW, and all outside ops"}
+GROUPS = {"linear": "linear", "layer_norm": "layer norm", "attention": "attention", "gelu": "GELU",
+          "attention_branch": "whole branches",
+          "mlp_branch": "whole branches", "gradients": "adding gradients", "no op": "AdamW, and all outside "
+                                                                                    "ops"}
 
 
 def named(op, way, shapes, run):
@@ -65,15 +69,18 @@ def note(read, written):
 
 
 class Counted(np.ndarray):
-    """An array that notes the elementwise functions, sums and products that it is computed with. Views launch nothing."""
+    """An array that notes the elementwise functions, sums and products that it is computed with. Views launch
+    nothing."""
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
         bare = lambda arrays: tuple(a.view(np.ndarray) if isinstance(a, Counted) else a for a in arrays)
-        result = np.asarray(getattr(ufunc, method)(*bare(inputs), **options, **({"out": bare(out)} if out else {})))
+        result = np.asarray(getattr(ufunc, method)(*bare(inputs), **options,
+                                                   **({"out": bare(out)} if out else {})))
         note(inputs, (result,))
         return out[0] if out else result.view(Counted)
 
-    def __array_function__(self, function, types, args, options):  # concatenate makes a plain array of Counted ones
+    # concatenate makes a plain array of Counted ones
+    def __array_function__(self, function, types, args, options):
         result = super().__array_function__(function, types, args, options)
         return result.view(Counted) if isinstance(result, np.ndarray) else result
 
@@ -97,7 +104,8 @@ def replaced(*places):
 def as_on_cupy():
     dot = lambda a, b: (a * b).sum(axis=-1)
     return replaced((ops.norm, "vecdot", dot), (ops.attend, "vecdot", dot),
-                    (ops.activation, "normal_cdf", lambda x: 0.5 * (1 + np.tanh(x * 0.7))))  # tanh: one call, as erf is
+                    # tanh: one call, as erf is
+                    (ops.activation, "normal_cdf", lambda x: 0.5 * (1 + np.tanh(x * 0.7))))
 
 
 def launched(kernel, blocks, threads, arguments, shared):
@@ -129,11 +137,14 @@ def counted_step(pictures, precision):
     task, shape = Classify(ViT(**SIZES)), (pictures, 3, 32, 32)
     optimizer = AdamW(task.model.parameters(), clip=1.0)
     flat = optimizer.flat
-    flat.data, flat.grad, optimizer.m, optimizer.v = (a.view(Counted) for a in (flat.data, flat.grad, optimizer.m, optimizer.v))
+    flat.data, flat.grad, optimizer.m, optimizer.v = (a.view(Counted)
+                                                      for a in (flat.data, flat.grad, optimizer.m,
+                                                                optimizer.v))
     batch = rng.standard_normal(shape).astype("float32").view(Counted), rng.integers(0, 10, pictures)
     launches.clear()
     moved.clear()
-    with on_paper(precision) if precision else as_on_cupy(), mock.patch.object(optim, "BLOCK", flat.data.size):
+    with on_paper(precision) if precision else as_on_cupy(), mock.patch.object(optim, "BLOCK",
+                                                                               flat.data.size):
         with Weights(flat).in_use() if precision else contextlib.nullcontext(), tensor.around(named):
             loss_and_grads(task, optimizer.params, batch, pictures, threads=1)
         optimizer.step(1e-3)
@@ -146,10 +157,13 @@ for precision in WAYS.values():
     (count, few), (same, more) = counted_step(4, precision), counted_step(8, precision)
     assert count == same  # whatever the batch
     counted.append(count)
-    per_picture.append((sum(more.values()) - sum(few.values())) / 4)  # what does not grow with the batch, AdamW's say, drops out
+    # what does not grow with the batch, AdamW's say, drops out
+    per_picture.append((sum(more.values()) - sum(few.values())) / 4)
 all_launches = [sum(count.values()) for count in counted]
-counts = {group: [count[group] for count in counted] for group in (*dict.fromkeys(GROUPS.values()), "other ops")}
-PER_LAUNCH, BANDWIDTH = 5e-6, 3.0e12  # seconds, assumed: lesson 12 measures it; bytes a second, of a copy on one H100, measured elsewhere
+counts = {group: [count[group] for count in counted]
+          for group in (*dict.fromkeys(GROUPS.values()), "other ops")}
+# seconds, assumed: lesson 12 measures it; bytes a second, of a copy on one H100, measured elsewhere
+PER_LAUNCH, BANDWIDTH = 5e-6, 3.0e12
 breaks_even = [n * PER_LAUNCH / (size / BANDWIDTH) for n, size in zip(all_launches, per_picture)]
 table("launches of a ViT's training step", WAYS, counts | {"together": all_launches}, "d")
 table("", WAYS, {"ms, at 5 us for a launch": [1e3 * n * PER_LAUNCH for n in all_launches],
@@ -176,21 +190,23 @@ def draw_launches(figure):
 here.picture("launches", draw_launches, 9, 3.2)
 
 # %% [markdown]
-# (Arrays that are made from nothing, copies, and the batch itself are not seen, so it is a lower bound. Lesson 12 counted NumPy's own
-# forms, and not the sums of gradients into flat storage.)
+# (Arrays that are made from nothing, copies, and the batch itself are not seen, so it is a lower bound.
+# Lesson 12 counted NumPy's own forms, and not the sums of gradients into flat storage.)
 #
-# A step takes at least launches x 5 us, and at least bytes / bandwidth. In batches smaller than the last line says, the launches
-# take longer. bf16 halves the bytes and saves few launches, so this line *rises* again. What is left of the launches has to
-# go another way: see "A graph repeats what was captured".
+# A step takes at least launches x 5 us, and at least bytes / bandwidth. In batches smaller than the last line
+# says, the launches take longer. bf16 halves the bytes and saves few launches, so this line *rises* again.
+# What is left of the launches has to go another way: see "A graph repeats what was captured".
 #
 # ## One kernel: layer norm
-# y = (x - mean) / sqrt(variance + eps) weight + bias, for each row of x. The plain op (`tinytoken/ops/norm.py`) is array calls. By hand,
-# in arrays of x's size: the mean reads 1; the difference reads 1 and writes 1; its square the same; the sum of that reads 1; times
-# the scale, times the weight, plus the bias read and write 1 each. Together 12 passes.
+# y = (x - mean) / sqrt(variance + eps) weight + bias, for each row of x. The plain op
+# (`tinytoken/ops/norm.py`) is array calls. By hand, in arrays of x's size: the mean reads 1; the difference
+# reads 1 and writes 1; its square the same; the sum of that reads 1; times the scale, times the weight, plus
+# the bias read and write 1 each. Together 12 passes.
 #
-# A kernel has a *warp*, 32 threads in step, for each row. Each thread, or lane, adds up every 32nd number; then five exchanges, with the
-# lane 16, 8, 4, 2 and 1 away, give each lane the sum over all. x is read from memory once (later it is found in the cache) and y
-# written once: 2 passes. In NumPy, all rows at once, it is `layer_norm_forward` of `tinytoken/cuda/sources/norm.cu`:
+# A kernel has a *warp*, 32 threads in step, for each row. Each thread, or lane, adds up every 32nd number;
+# then five exchanges, with the lane 16, 8, 4, 2 and 1 away, give each lane the sum over all. x is read from
+# memory once (later it is found in the cache) and y written once: 2 passes. In NumPy, all rows at once, it is
+# `layer_norm_forward` of `tinytoken/cuda/sources/norm.cu`:
 
 
 # %%
@@ -209,7 +225,8 @@ def norm_by_warps(x, weight, bias, eps=1e-6):
     return (centred * factor[:, None]).reshape(x.shape) * weight + bias
 
 
-WIDTH, OPERATIONS = SIZES.get("dim", 96), 8  # for each number: 1 and 1 up to the difference, 2 for its square's sum, then 2, 1, 1
+# for each number: 1 and 1 up to the difference, 2 for its square's sum, then 2, 1, 1
+WIDTH, OPERATIONS = SIZES.get("dim", 96), 8
 x, weight, bias = (rng.standard_normal(shape).astype("float32") for shape in ((64 * 65, WIDTH), WIDTH, WIDTH))
 exact = ops.layer_norm(*(a.astype("float64") for a in (x, weight, bias))).data
 norm_error = float(np.abs(norm_by_warps(x, weight, bias) - exact).max())
@@ -224,29 +241,34 @@ print(f"by warps, float32: at most {norm_error:.1e} from the plain op in float64
 assert 12 <= passes["plain op"] < 13 and 2 <= passes["one kernel"] < 2.2 and norm_error < 1e-5
 
 # %% [markdown]
-# **Why bytes decide.** A device that moves b bytes and does p operations a second does at most min(p, b I) of them, in a kernel with I
-# operations for each byte, its *arithmetic intensity*. That is the roofline (Williams et al. 2009); below I = p / b a kernel waits
-# for memory. On one H100, measured elsewhere: b = 3.0 TB/s, and p = 798 TFLOP/s in a bf16 product of 8192^3. For float32, p = 45
-# TFLOP/s is an estimate. A product (m, k) (k, n) does 2 m k n operations on m k + k n + m n numbers.
+# **Why bytes decide.** A device that moves b bytes and does p operations a second does at most min(p, b I) of
+# them, in a kernel with I operations for each byte, its *arithmetic intensity*. That is the roofline
+# (Williams et al. 2009); below I = p / b a kernel waits for memory. On one H100, measured elsewhere: b = 3.0
+# TB/s, and p = 798 TFLOP/s in a bf16 product of 8192^3. For float32, p = 45 TFLOP/s is an estimate. A product
+# (m, k) (k, n) does 2 m k n operations on m k + k n + m n numbers.
 
 # %%
-PEAK, SHAPES = {"float32": 45e12, "bf16": 798e12}, {"qkv, width 96": (256 * 65, 96, 288), "fc1, width 96": (256 * 65, 96, 384),
-                                                    "fc1, width 384": (256 * 65, 384, 1536), "8192^3": (8192, 8192, 8192)}
+PEAK, SHAPES = {"float32": 45e12, "bf16": 798e12}, {"qkv, width 96": (256 * 65, 96, 288),
+                                                    "fc1, width 96": (256 * 65, 96, 384),
+                                                    "fc1, width 384": (256 * 65, 384, 1536),
+                                                    "8192^3": (8192, 8192, 8192)}
 intensities = {("layer norm, " + way, "float32"): OPERATIONS / (4 * n) for way, n in passes.items()}
-intensities |= {(name, "bf16"): 2 * m * k * n / (2 * (m * k + k * n + m * n)) for name, (m, k, n) in SHAPES.items()}
+intensities |= {(name, "bf16"): 2 * m * k * n / (2 * (m * k + k * n + m * n)) for name,
+                (m, k, n) in SHAPES.items()}
 attainable = {name: min(1, BANDWIDTH * I / PEAK[kind]) for (name, kind), I in intensities.items()}
 for (name, kind), I in intensities.items():
     wanted, share = PEAK[kind] / BANDWIDTH, 100 * attainable[name]
-    print(f"{name:<24}{I:>8.1f} operations a byte, {kind} wants {wanted:>4.0f}: {share:5.1f} % of the peak at most")
+    print(f"{name:<24}{I:>8.1f} operations a byte, {kind} wants {wanted:>4.0f}: {share:5.1f} % of the peak "
+          f"at most")
 assert attainable["layer norm, one kernel"] < 0.1 and attainable["fc1, width 96"] < 1 == attainable["8192^3"]
 
 # %% [markdown]
-# In bf16 even the products of a small ViT wait for memory. So what lies between two products had better not go through memory, or
-# in half as many bytes.
+# In bf16 even the products of a small ViT wait for memory. So what lies between two products had better not
+# go through memory, or in half as many bytes.
 #
 # ## From float32 to bf16
-# bf16 is the upper half of a float32: all 8 bits of its exponent, and 7 of the 23 bits after the leading one. One rounding is wrong
-# by at most 2^-8 of the number, 0.4 %. A sum is many roundings.
+# bf16 is the upper half of a float32: all 8 bits of its exponent, and 7 of the 23 bits after the leading one.
+# One rounding is wrong by at most 2^-8 of the number, 0.4 %. A sum is many roundings.
 
 
 # %%
@@ -260,7 +282,9 @@ assert bf16([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20]).tolist() == [1.0, 1 
 assert bf16(np.float32(256) + 1) == 256  # so 1 + 1 + ... ends at 256
 LENGTHS = (16, 256, 4096)
 terms, in_bf16, in_float32 = bf16(rng.random((4096, 100), dtype="float32")), np.float32(0), np.float32(0)
-exact, sum_errors = terms.cumsum(axis=0, dtype="float64"), {"in bf16": [], "in float32, rounded at the end": [], "in float32": []}
+exact, sum_errors = terms.cumsum(axis=0, dtype="float64"), {"in bf16": [],
+                                                            "in float32, rounded at the end": [],
+                                                            "in float32": []}
 for n, term in enumerate(terms, 1):
     in_bf16, in_float32 = bf16(in_bf16 + term), in_float32 + term
     if n in LENGTHS:
@@ -271,11 +295,11 @@ assert sum_errors["in bf16"][-1] > 0.5 and max(sum_errors["in float32"]) < 1e-5
 assert max(sum_errors["in float32, rounded at the end"]) < 2**-8
 
 # %% [markdown]
-# A bf16 sum of positive terms does not only get less accurate, it *stops*: a term below half of the last bit changes nothing. So
-# products add up in float32. So do a layer norm's means, and they are kept in float32: a rounded mean is off by a share of the
-# mean, and what counts is its share of the spread. And so does the third long sum, the **residual stream**, to which every branch of
-# every block adds. What a branch adds may be bf16: it is rounded once. A stream in bf16 rounds all that came before, at each
-# addition.
+# A bf16 sum of positive terms does not only get less accurate, it *stops*: a term below half of the last bit
+# changes nothing. So products add up in float32. So do a layer norm's means, and they are kept in float32: a
+# rounded mean is off by a share of the mean, and what counts is its share of the spread. And so does the
+# third long sum, the **residual stream**, to which every branch of every block adds. What a branch adds may
+# be bf16: it is rounded once. A stream in bf16 rounds all that came before, at each addition.
 
 
 # %%
@@ -300,16 +324,20 @@ def last_tokens(model, of_branch, of_stream):
     return model.norm(tt.Tensor(x)).data
 
 
-MEANS, DEPTHS, images = (0, 1, 4, 16), here.pick((2, 4), (6, 12, 24), (6, 12, 24)), rng.standard_normal((4, 3, 32, 32)).astype("float32")
+MEANS, DEPTHS, images = (0, 1, 4, 16), here.pick((2, 4), (6, 12, 24),
+                                                 (6, 12, 24)), rng.standard_normal((4, 3, 32, 32)).astype("float32")
 rms, as_it_is, row_mean = lambda x: float(np.sqrt((x ** 2).mean())), lambda x: x, lambda x: x.mean(axis=1, keepdims=True)
-averages = {"float32": row_mean, "float32, then rounded to bf16": lambda x: bf16(row_mean(x)), "bf16, each sum": summed_in_bf16}
+averages = {"float32": row_mean, "float32, then rounded to bf16": lambda x: bf16(row_mean(x)),
+            "bf16, each sum": summed_in_bf16}
 rows = [(rng.standard_normal((1000, 96)) + mean).astype("float32") for mean in MEANS]
 norm_errors = {name: [rms(bf16(normed(x, average)) - normed(x.astype("float64"), row_mean)) for x in rows]
                for name, average in averages.items()}
 with tt.no_grad():
     models = [ViT(**SIZES | {"depth": depth}) for depth in DEPTHS]
-    stream_errors = {name: [rms(last_tokens(m, bf16, stream) - last_tokens(m, as_it_is, as_it_is)) for m in models]
-                     for name, stream in (("branches in bf16", as_it_is), ("branches and stream in bf16", bf16))}
+    stream_errors = {name: [rms(last_tokens(m, bf16, stream) - last_tokens(m, as_it_is, as_it_is))
+                            for m in models]
+                     for name, stream in (("branches in bf16", as_it_is),
+                                          ("branches and stream in bf16", bf16))}
 table("error of a layer norm, statistics in", [f"mean {mean}" for mean in MEANS], norm_errors, ".1e")
 table("error of a ViT's last tokens", [f"{depth} blocks" for depth in DEPTHS], stream_errors, ".1e")
 assert max(norm_errors["float32"]) < 2**-8 and norm_errors["float32, then rounded to bf16"][-1] > 4 * 2**-8
@@ -318,13 +346,14 @@ assert all(2 * good < bad for good, bad in zip(*stream_errors.values()))
 
 # %% [markdown]
 # ## Attention in one kernel
-# The plain op writes A = softmax(q k^T / sqrt d), (B, H, T, T), and reads it again. A kernel takes 16 keys at a time and keeps,
-# for each query, the largest score so far, m, and the sums of e^(score - m) and of e^(score - m) v. When a tile brings a larger
-# score, both sums are scaled down by e^(m_old - m_new): **online softmax** (Milakov & Gimelshein 2018). A is never in memory.
-# Masking is removing (lesson 05): a dropped key counts 0 and has no say in m. A row that has seen no key yet has m = -1e30.
+# The plain op writes A = softmax(q k^T / sqrt d), (B, H, T, T), and reads it again. A kernel takes 16 keys at
+# a time and keeps, for each query, the largest score so far, m, and the sums of e^(score - m) and of e^(score
+# - m) v. When a tile brings a larger score, both sums are scaled down by e^(m_old - m_new): **online
+# softmax** (Milakov & Gimelshein 2018). A is never in memory. Masking is removing (lesson 05): a dropped key
+# counts 0 and has no say in m. A row that has seen no key yet has m = -1e30.
 #
-# The backward pass needs A, and computes it again tile by tile: e^(score_ij - m_i) / total_i. For that the forward pass has saved m and
-# total, two numbers for each row in place of T.
+# The backward pass needs A, and computes it again tile by tile: e^(score_ij - m_i) / total_i. For that the
+# forward pass has saved m and total, two numbers for each row in place of T.
 
 # %%
 TILE, LOWEST = 16, -1e30
@@ -332,17 +361,21 @@ TILE, LOWEST = 16, -1e30
 
 @tt.op
 def tiled_attention(q, k, v, keep, *, rescale=True):
-    """ops.attention(q, k, v, keep), 16 keys at a time. rescale=False, a mistake: sums are not scaled when the maximum grows."""
+    """ops.attention(q, k, v, keep), 16 keys at a time. rescale=False, a mistake: sums are not scaled when the
+    maximum grows."""
     (B, H, T, d), itself = q.shape, np.eye(q.shape[2], dtype=q.dtype)
     tiles = [slice(start, start + TILE) for start in range(0, T, TILE)]
 
     def scores_and_seen(tile):
-        return q @ k[:, :, tile].swapaxes(-1, -2) / math.sqrt(d), np.maximum(keep[:, None, None, tile], itself[:, tile])
-    most, total, out = np.full((B, H, T, 1), LOWEST, q.dtype), np.zeros((B, H, T, 1), q.dtype), np.zeros_like(q)
+        return q @ k[:, :, tile].swapaxes(-1, -2) / math.sqrt(d), np.maximum(keep[:, None, None, tile],
+                                                                             itself[:, tile])
+    most, total, out = np.full((B, H, T, 1), LOWEST,
+                               q.dtype), np.zeros((B, H, T, 1), q.dtype), np.zeros_like(q)
     for tile in tiles:
         scores, seen = scores_and_seen(tile)
         larger = np.maximum(most, np.where(seen > 0, scores, LOWEST).max(axis=-1, keepdims=True))
-        weights, shrink = np.exp(np.minimum(scores - larger, 0)) * seen, np.exp(most - larger) if rescale else 1
+        weights, shrink = np.exp(np.minimum(scores - larger,
+                                            0)) * seen, np.exp(most - larger) if rescale else 1
         most, total, out = larger, total * shrink + weights.sum(axis=-1, keepdims=True), out * shrink + weights @ v[:, :, tile]
     out /= total
 
@@ -373,9 +406,11 @@ q, k, v, g = rng.standard_normal((4, 2, 3, 40, 8))  # 40 keys: two tiles and a h
 keep, attention_errors = (rng.random((2, 40)) < 0.5).astype("float64"), {}
 keep[0, :TILE] = 0  # a tile that only its own tokens see
 for spread in (1, 20):
-    plain, tiled = attended(ops.attention, spread * q, k, v, keep), attended(tiled_attention, spread * q, k, v, keep)
+    plain, tiled = attended(ops.attention, spread * q, k, v, keep), attended(tiled_attention, spread * q, k,
+                                                                             v, keep)
     attention_errors[spread] = max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(plain, tiled))
-    print(f"scores of standard deviation {spread:>2}: values and gradients at most {attention_errors[spread]:.0e} from ops.attention's")
+    print(f"scores of standard deviation {spread:>2}: values and gradients at most "
+          f"{attention_errors[spread]:.0e} from ops.attention's")
 mistake = float(np.abs(tiled_attention(20 * q, k, v, keep, rescale=False).data - plain[0]).max())
 print(f"the same without the scaling: values {mistake:.1f} off")
 assert max(attention_errors.values()) < 1e-12 and mistake > 0.1
@@ -383,15 +418,20 @@ for b, kept in enumerate(keep > 0):  # masking is removing
     gathered = ops.attention(*(array[b:b + 1, :, kept] for array in (q, k, v))).data
     assert np.abs(tiled_attention(q, k, v, keep).data[b:b + 1, :, kept] - gathered).max() < 1e-12
 few, some = here.pick(20, 160, 512), [array[:1, :2, :TILE + 4, :4] for array in (q, k, v)]
-tt.gradcheck(lambda q, k, v: tiled_attention(q, k, v, keep[:1, :TILE + 4]), *some, max_elements=few, seed=here.seed)  # a hard mask
-tt.gradcheck(tiled_attention, *some, rng.random((1, TILE + 4)), max_elements=few, seed=here.seed)  # a soft one, and its gradient
+# a hard mask
+tt.gradcheck(lambda q, k, v: tiled_attention(q, k, v, keep[:1, :TILE + 4]), *some, max_elements=few,
+             seed=here.seed)
+# a soft one, and its gradient
+tt.gradcheck(tiled_attention, *some, rng.random((1, TILE + 4)), max_elements=few, seed=here.seed)
 
 # %% [markdown]
-# The price is one product more: forward 2, backward 5 of T^2 d multiply-adds for each head, in place of 2 and 4.
+# The price is one product more: forward 2, backward 5 of T^2 d multiply-adds for each head, in place of 2 and
+# 4.
 #
 # ## A graph repeats what was captured
-# To make a CUDA graph, a step is run while its stream *captures*: nothing is computed, and each launch is kept, with the addresses of
-# its arrays and the values of its numbers. Here is one in Python, with kernels that write into fixed arrays.
+# To make a CUDA graph, a step is run while its stream *captures*: nothing is computed, and each launch is
+# kept, with the addresses of its arrays and the values of its numbers. Here is one in Python, with kernels
+# that write into fixed arrays.
 
 
 # %%
@@ -422,15 +462,17 @@ def adamw(w, g, m, v, lr, corrections):  # as optim.AdamW without decay
 
 
 # %% [markdown]
-# The problem: y = x w + noise, 16 numbers w from batches of 32. Three things change from step to step: the batch, the learning rate,
-# which rises and falls, and the step number, on which AdamW's corrections 1 - beta^t depend. Each is written into a buffer before each
-# replay. What is *frozen* is given to the capture as it is at that time: the number, or the array that holds the first batch.
+# The problem: y = x w + noise, 16 numbers w from batches of 32. Three things change from step to step: the
+# batch, the learning rate, which rises and falls, and the step number, on which AdamW's corrections 1 -
+# beta^t depend. Each is written into a buffer before each replay. What is *frozen* is given to the capture as
+# it is at that time: the number, or the array that holds the first batch.
 
 # %%
 STEPS, truth = 100, rng.standard_normal(16)
 inputs = rng.standard_normal((STEPS, 32, 16))
 answers = inputs @ truth + 0.1 * rng.standard_normal((STEPS, 32))
-at = lambda t: (inputs[t - 1], answers[t - 1], 0.1 * optim.warmup_cosine(t - 1, STEPS), (1 - 0.9 ** t, 1 - 0.999 ** t))
+at = lambda t: (inputs[t - 1], answers[t - 1], 0.1 * optim.warmup_cosine(t - 1, STEPS),
+                (1 - 0.9 ** t, 1 - 0.999 ** t))
 
 
 def ordinary():
@@ -466,7 +508,8 @@ print(f"{'frozen':<20}{'first wrong step':>18}{'w, from the truth':>20}")
 for name, frozen in {"nothing": (), "learning rate": (2,), "step number": (3,), "batch": (0, 1)}.items():
     found = replayed(frozen)
     wrong = np.flatnonzero((found != expected).any(axis=1))  # to the bit
-    toy[name] = {"first_wrong": int(wrong[0]) + 1 if wrong.size else None, "distance": float(np.linalg.norm(found[-1] - truth))}
+    toy[name] = {"first_wrong": int(wrong[0]) + 1 if wrong.size else None,
+                 "distance": float(np.linalg.norm(found[-1] - truth))}
     print(f"{name:<20}{toy[name]['first_wrong'] or 'none':>18}{toy[name]['distance']:>20.3f}")
 assert [row["first_wrong"] for row in toy.values()] == [None, 2, 2, 2]
 
@@ -481,8 +524,8 @@ assert [row["first_wrong"] for row in toy.values()] == [None, 2, 2, 2]
 # step that reads a value on the host (lesson 12) cannot be captured at all.
 #
 # ## On a device
-# With a GPU: the ViT's step with each kernel launched by itself and as one graph, timed by events in the stream; whether both
-# end in the same weights; and a short training in both precisions.
+# With a GPU: the ViT's step with each kernel launched by itself and as one graph, timed by events in the
+# stream; whether both end in the same weights; and a short training in both precisions.
 
 # %%
 step_seconds, reached = {}, {}
@@ -511,18 +554,24 @@ if on_gpu:
     train_set = [backend.to_device(array, "cuda") for array in (train.images, train.labels)]
     for precision in ("fp32", "bf16"):
         for size in here.pick((4,), (16, 64, 256), (16, 64, 256, 1024)):
-            (eager, weights), (graph, same) = (on_device(precision, captured, size) for captured in (False, True))
+            (eager, weights), (graph, same) = (on_device(precision, captured, size)
+                                               for captured in (False, True))
             assert all(np.array_equal(weights[name], same[name]) for name in weights)  # to the bit
             step_seconds[f"{precision}, batch {size}"] = eager, graph
         tt.manual_seed(here.seed)
-        model, batches = ViT(**SIZES).to("cuda"), tt.data.Batches(*train_set, here.pick(4, 64, 64), seed=here.seed)
+        model, batches = ViT(**SIZES).to("cuda"), tt.data.Batches(*train_set, here.pick(4, 64, 64),
+                                                                  seed=here.seed)
         fit(model, Classify(model), batches, steps=here.pick(4, 400, 2000), bar=False, precision=precision)
-        prepare = lambda images: tt.data.normalise(backend.to_device(images, "cuda"), batches.mean, batches.std)
+        prepare = lambda images: tt.data.normalise(backend.to_device(images, "cuda"), batches.mean,
+                                                   batches.std)
         reached[precision] = accuracy(infer(model, test.images, prepare, precision=precision), test.labels)
-    table("ms for a training step", ("eager", "captured"), {name: [1e3 * t for t in row] for name, row in step_seconds.items()}, ".3f")
-    print("accuracy after a short training:", ", ".join(f"{name} {100 * share:.1f} %" for name, share in reached.items()))
+    table("ms for a training step", ("eager", "captured"),
+          {name: [1e3 * t for t in row] for name, row in step_seconds.items()}, ".3f")
+    print("accuracy after a short training:",
+          ", ".join(f"{name} {100 * share:.1f} %" for name, share in reached.items()))
 else:
-    print("not run, for want of a GPU: the times of a step, eager and captured, and the accuracies. The package's kernels were compiled "
+    print("not run, for want of a GPU: the times of a step, eager and captured, and the accuracies. The "
+          "package's kernels were compiled "
           "for GPUs and emulated on a CPU, but not yet run on a GPU.")
 
 # %% [markdown]
@@ -535,25 +584,33 @@ here.says(f"Such a step is {all_launches[0]} array calls as CuPy makes them, sum
           f"{LENGTHS[-1]:,} bf16 numbers is off by {100 * sum_errors['in bf16'][-1]:.0f} %. A graph that "
           "froze its learning rate or its step number is wrong from step "
           f"{toy['step number']['first_wrong']} on, and says nothing.")
-here.measured(on_gpu=on_gpu, ways=list(WAYS), launches=counts, all_launches=all_launches, bytes_per_picture=per_picture,
-              pictures_as_long_as_launches=breaks_even, norm={"passes": passes, "error": norm_error}, attainable=attainable,
-              sums={"terms": LENGTHS, **sum_errors}, norms={"means": MEANS, **norm_errors}, streams={"depths": DEPTHS, **stream_errors},
-              attention={"errors": attention_errors, "without_scaling": mistake}, frozen=toy, step_seconds=step_seconds,
+here.measured(on_gpu=on_gpu, ways=list(WAYS), launches=counts, all_launches=all_launches,
+              bytes_per_picture=per_picture,
+              pictures_as_long_as_launches=breaks_even, norm={"passes": passes, "error": norm_error},
+              attainable=attainable,
+              sums={"terms": LENGTHS, **sum_errors}, norms={"means": MEANS, **norm_errors},
+              streams={"depths": DEPTHS, **stream_errors},
+              attention={"errors": attention_errors, "without_scaling": mistake}, frozen=toy,
+              step_seconds=step_seconds,
               accuracy=reached)
 
 # %% [markdown]
 # ## Exercises
-# 1. "Adding gradients" is many launches with plain ops and few with fused ones. Which additions are left? (Print shapes in `note`.)
-#    Where are the others? (Look for `Into`, and for `add=` in `tinytoken/cuda/gradients.py`, `weights.py`.)
+# 1. "Adding gradients" is many launches with plain ops and few with fused ones. Which additions are left?
+#    (Print shapes in `note`.) Where are the others? (Look for `Into`, and for `add=` in
+#    `tinytoken/cuda/gradients.py`, `weights.py`.)
 # 2. Count the bytes of a GELU, plain and fused, by hand as for the layer norm, and check them with `moved`.
 # 3. Sum 4096 bf16 numbers in bf16 by pairs, pairs of pairs and so on. How large is the error, and why?
-# 4. Freeze a temporary: write into `residual` between two replays, then between two kernels of one. When is it harmless?
-# 5. Let the graph itself count the step and look up the learning rate in an array. What does the host still write?
+# 4. Freeze a temporary: write into `residual` between two replays, then between two kernels of one. When is
+#    it harmless?
+# 5. Let the graph itself count the step and look up the learning rate in an array. What does the host still
+#    write?
 #
 # ## The paper
-# Milakov & Gimelshein 2018, "Online normalizer calculation for softmax" (arXiv 1805.02867), algorithm 3: m_j = max(m_(j-1), x_j) and
-# d_j = d_(j-1) e^(m_(j-1) - m_j) + e^(x_j - m_j); here `larger` and `total`, 16 keys at a time, and `shrink`. Dao et al. 2022,
-# "FlashAttention" (arXiv 2205.14135), carry the output along and compute A again in the backward pass, as `bf16_attention.cu` does.
+# Milakov & Gimelshein 2018, "Online normalizer calculation for softmax" (arXiv 1805.02867), algorithm 3: m_j
+# = max(m_(j-1), x_j) and d_j = d_(j-1) e^(m_(j-1) - m_j) + e^(x_j - m_j); here `larger` and `total`, 16 keys
+# at a time, and `shrink`. Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), carry the output along and
+# compute A again in the backward pass, as `bf16_attention.cu` does.
 
 # %%
 here.end()

@@ -144,6 +144,16 @@ def cifar10(results):
 
 
 @part
+def photographs(results):
+    """README's sentence on CIFAR-10."""
+    tables = comparisons(results, "compare_cifar10")
+    reached = [f"{row['model']} {spread_text([100 * table['rows'][i]['accuracy'] for table in tables])} %"
+               for i, row in enumerate(tables[0]["rows"][:3])]
+    return (f"On CIFAR-10, after {tables[0]['recipe']['steps']:,} steps ("
+            f"{seeds_text([table['recipe']['seed'] for table in tables])}): {', '.join(reached)}.")
+
+
+@part
 def longer(results):
     table = load(results / "scenes_1500_steps.json")
     reached = {row["model"]: f"{100 * row['accuracy']:.1f} %" for row in table["rows"]}

@@ -146,8 +146,7 @@ def out_of_memory(error: BaseException) -> bool:
 # Implementations. A plain function defines what is computed; arrays of another module may have a faster one.
 
 class Mode(threading.local):
-    """Whose implementations this thread uses: a module's name, "plain" for none, or None for those of the
-    arrays' own module."""
+    """Whose implementations this thread uses: a module's name, "plain" for none, None for its arrays' own."""
     implementations: str | None = None
 
 
@@ -182,8 +181,7 @@ def faster(plain: Callable[..., Any], xp: Any, /, *args: Any, **settings: Any) -
 
 
 def using_implementations(module: str | None) -> AbstractContextManager[Any]:
-    """Context: this thread uses the implementations of that array module, whatever its arrays are ("plain":
-    none; None: those of the arrays' own module)."""
+    """Context: this thread uses that module's implementations, whatever its arrays are; see Mode."""
     return swapped(mode, "implementations", module)
 
 
@@ -273,7 +271,7 @@ def scatter_add(target: Array, index: Array, values: Array) -> None:
 # train.parallel, which training and inference run on.
 
 MALLOPT = {"M_MMAP_THRESHOLD": (-3, 1 << 30), "M_TRIM_THRESHOLD": (-1, (1 << 31) - 1),
-           "M_TOP_PAD": (-2, 1 << 26)}  # name: (glibc's number of the parameter, value)
+           "M_TOP_PAD": (-2, 1 << 26)}  # name: (glibc's code of the parameter, value)
 
 
 @functools.cache

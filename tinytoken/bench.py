@@ -17,10 +17,9 @@ from .train import AdamW, infer, loss_and_grads, slice_size
 
 
 class Job:
-    """A model, by its name, with random pictures: a training step of its own task and an inference pass, both
-    to be timed.
+    """A model with random pictures: a training step of its own task and an inference pass, both to be timed.
 
-    micro: images of a slice of the step, as in fit. sizes: of the model. Sets the global seed to 0.
+    name, sizes: of the model. micro: images of a slice of the step, as in fit. Sets the global seed to 0.
     """
 
     def __init__(self, name: str, batch: int = 64, micro: int | None = None, threads: int | None = None,

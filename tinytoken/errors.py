@@ -23,20 +23,21 @@ class GraphError(RuntimeError):
     """A backward pass over a graph that was never recorded, or that is already freed."""
 
 
-def expect(ok: Any, where: str, message: str | Callable[[], str], likely: str = "", lesson: str = "") -> None:
-    """Raise InputError(f"{where}: {message}") unless ok.
+def expect(ok: Any, where: str, found: str | Callable[[], str], likely: str = "", lesson: str = "") -> None:
+    """Raise InputError(f"{where}: {found}") unless ok.
 
-    message: a string, or a function that makes it. Formatting a message costs time, and the ops run thousands
-    of times a second, so they pass a function. likely: what the caller probably meant; lesson: its number.
+    found: what is wrong, a string or a function that makes it. Formatting a string costs time, and the ops
+    run thousands of times a second, so they pass a function. likely: what the caller probably meant; lesson:
+    the one that explains it, "03".
     """
     if ok:
         return
-    text = f"{where}: {message() if callable(message) else message}"
+    message = f"{where}: {found() if callable(found) else found}"
     if likely:
-        text += f"\n  likely: {likely}"
+        message += f"\n  likely: {likely}"
     if lesson:
-        text += f"   (lesson {lesson})" if likely else f"\n  see lesson {lesson}"
-    raise InputError(text)
+        message += f"   (lesson {lesson})" if likely else f"\n  see lesson {lesson}"
+    raise InputError(message)
 
 
 def shape_of(name: str, array: Any) -> str:

@@ -1,5 +1,7 @@
-"""Files that are written whole or not at all (beside the target, flushed, then renamed over it), and claims:
-locks that keep two processes from working on the same file."""
+"""Files that are written whole or not at all, and locks against two processes working on the same file.
+
+A file is written beside its target, flushed, and then renamed over it.
+"""
 import contextlib
 import json
 import os

@@ -92,9 +92,9 @@ def gradcheck(fn: Callable[..., Any], *inputs: Any, wrt: Sequence[int | str] | N
     tensors = [x if x is None or isinstance(x, Tensor) else Tensor(x.copy() if is_array(x) else np.array(x))
                for x in inputs]
     names = _names(fn, len(tensors), names)
-    wrt = _positions(wrt, tensors, names)
-    with _borrowed([t for t in tensors if t is not None], [tensors[i] for i in wrt]):
-        return _Check(fn, tensors, names, wrt, (eps, rtol, atol), seed).run(max_elements)
+    positions = _positions(wrt, tensors, names)
+    with _borrowed([t for t in tensors if t is not None], [tensors[i] for i in positions]):
+        return _Check(fn, tensors, names, positions, (eps, rtol, atol), seed).run(max_elements)
 
 
 def _names(fn, count, names):
@@ -174,13 +174,15 @@ def _root(*outputs, upstream):
 
 
 class _Check:
-    """One function at one point. `wanted` are the tensors to check; `which` lists the outputs that have an
-    upstream gradient."""
+    """One function at one point.
 
-    def __init__(self, fn, tensors, names, wrt, tolerances, seed):
+    `wanted` are the tensors to check; `which`, in the methods, lists the outputs with an upstream gradient.
+    """
+
+    def __init__(self, fn, tensors, names, positions, tolerances, seed):
         self.fn, self.seed = fn, seed
         self.tensors, self.all_names = tensors, names
-        self.wanted, self.names = [tensors[i] for i in wrt], [names[i] for i in wrt]
+        self.wanted, self.names = [tensors[i] for i in positions], [names[i] for i in positions]
         self.eps, self.rtol, self.atol = tolerances
         self.label = _label(fn)
         self.rng = np.random.default_rng([seed, STREAM])

@@ -171,7 +171,7 @@ def not_summed(e: Evidence) -> Reading | None:
 
 
 def duplicates(e: Evidence) -> Reading | None:
-    """Some elements are right, those that are used once; the others have the gradient of one of their uses."""
+    """Elements that are used once are right; the others have the gradient of one of their uses."""
     contributions = None if e.wrong.all() else e.contributions()
     if not contributions:
         return None
@@ -221,7 +221,8 @@ def read_refusal(message: str) -> Reading:
                               "the extra axes are those along which this input was repeated")
     if math.prod(returned) == math.prod(shape):
         return "shape", "the values may be right: reshape them to the input's shape"
-    return "shape", "a gradient has its input's shape: was an axis summed away (keepdims), or not brought back?"
+    return "shape", ("a gradient has its input's shape: "
+                     "was an axis summed away (keepdims), or not brought back?")
 
 
 def read_crash(error: Exception) -> str:

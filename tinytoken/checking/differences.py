@@ -106,12 +106,12 @@ class Slopes:
     def excuse(self, line: Line, gap: float, which: Any) -> tuple[str, str] | None:
         """(reason, sentence) where a gap of this size need not be a mistake in the gradient, else None.
 
-        The reason is rounding, or that there is no slope here: the steps h/2, h and 2h disagree, or the slopes
-        to the left and right do, and stay apart as the step shrinks.
+        The reason is rounding, or that there is no slope here: the steps h/2, h and 2h disagree, or the
+        slopes to the left and right do, and stay apart as the step shrinks.
         """
         if gap <= self.rounding(which) / line[1]:
-            return "rounding", ("the difference drowns in rounding: the outputs are large beside their slopes. "
-                                "Take a larger eps")
+            return "rounding", ("the difference drowns in rounding: "
+                                "the outputs are large beside their slopes. Take a larger eps")
         central = [float(self.central(line, scale)[which].sum()) for scale in (0.5, 1, 2)]
         left, right = (self.sided(line, side, which) for side in (-1, 1))
         closer_left, closer_right = (self.sided(line, 0.5 * side, which) for side in (-1, 1))

@@ -1,2 +1,1 @@
-"""The course: student's copies made from the instructor's files, and a grader that runs anywhere Python
-does."""
+"""The course: students' copies made from the instructor's files, and a grader that needs only Python."""

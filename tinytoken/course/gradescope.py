@@ -2,9 +2,13 @@
 import json
 import pathlib
 import zipfile
+from collections.abc import Sequence
+from typing import Any
 
-from ..files import replacing
 from ..errors import expect
+from ..files import FilePath, replacing
+from .assignment import Assignment
+from .grade import Report
 from .release import leaks
 
 SETUP = """#!/usr/bin/env bash
@@ -20,44 +24,49 @@ $python -m venv /autograder/venv
 /autograder/venv/bin/pip install -q numpy tqdm threadpoolctl pytest
 """
 RUN = """#!/usr/bin/env bash
-# Runs for each submission. What is handed in lies in /autograder/submission; results.json is what Gradescope reads.
+# Runs for each submission, which lies in /autograder/submission. Gradescope reads results.json.
 cd /autograder/source
-/autograder/venv/bin/python -m tinytoken grade {name} --assignment assignment --submission /autograder/submission \\
+/autograder/venv/bin/python -m tinytoken grade {name} --assignment assignment \\
+    --submission /autograder/submission \\
     --gradescope /autograder/results/results.json --leaderboard {options}
 """
 
 
-def results(report, hidden=False, leaderboard=()):
-    """The report as Gradescope's results.json -> a dictionary. hidden: say hidden cases too, with their
-    visibility. Any hidden case hides the student's total at Gradescope, so without it they are left out.
-    leaderboard: [(name, value, "asc" or "desc")], which end is better."""
+def results(report: Report, hidden: bool = False, leaderboard: Sequence[Any] = ()) -> dict[str, Any]:
+    """The report as the contents of Gradescope's results.json.
+
+    hidden: include hidden cases, with their visibility. Gradescope hides the total from the student if any
+    case is hidden, so by default they are left out. leaderboard: [(name, value, "asc" or "desc")]; the order
+    says which end is better.
+    """
     rows = [row for row in report.rows if hidden or row.visibility == "visible"]
-    tests = [{"score": row.points, "max_score": row.max_points, "status": "passed"
-              if row.points == row.max_points else "failed",
+    points = sum(row.points for row in rows)
+    tests = [{"score": row.points, "max_score": row.max_points,
+              "status": "passed" if row.points == row.max_points else "failed",
               "name": row.name, "number": row.number, "output": row.output, "visibility": row.visibility,
               "tags": [row.number]}
              for row in rows]
-    said = {"score": sum(row.points for row in rows), "execution_time": round(report.seconds, 2),
-            "visibility": "visible",
-            "output": report.problem
-            or f"{sum(row.points for row in rows):g} of {sum(row.max_points for row in rows):g} points",
-            "tests": tests}
+    contents = {"score": points, "execution_time": round(report.seconds, 2), "visibility": "visible",
+                "output": report.problem or f"{points:g} of {sum(row.max_points for row in rows):g} points",
+                "tests": tests}
     if leaderboard:
-        said["leaderboard"] = [{"name": name, "value": value, "order": order} for name, value,
-                               order in leaderboard]
-    return said
+        contents["leaderboard"] = [{"name": name, "value": value, "order": order}
+                                   for name, value, order in leaderboard]
+    return contents
 
 
-def write_results(report, path, **options):
-    """Write results.json, whole or not at all."""
+def write_results(report: Report, path: FilePath, **options: Any) -> None:
+    """Write results.json, whole or not at all. options: those of `results`."""
     with replacing(pathlib.Path(path), "w") as file:
         json.dump(results(report, **options), file, indent=1)
 
 
-def autograder_zip(assignment, out, hidden=False):
-    """Write the zip that Gradescope takes -> its path: setup.sh, run_autograder, the package, and the
-    assignment without its solutions and planted mistakes. hidden: hidden cases are told and counted there as
-    well."""
+def autograder_zip(assignment: Assignment, out: FilePath, hidden: bool = False) -> pathlib.Path:
+    """Write the zip that Gradescope takes -> its path.
+
+    It holds setup.sh, run_autograder, the package, and the assignment without its solutions and planted
+    mistakes. hidden: Gradescope is told of hidden cases as well, and counts them.
+    """
     out, package = pathlib.Path(out), pathlib.Path(__file__).parents[1]
     files = {"setup.sh": SETUP,
              "run_autograder": RUN.format(name=assignment.name, options="--hidden" if hidden else "")}

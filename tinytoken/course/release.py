@@ -1,46 +1,51 @@
-"""A student's copy of an assignment: solutions cut out, hidden tests left out, and a check that nothing has
-leaked."""
+"""A student's copy of an assignment: without solutions and hidden tests, and checked for leaks of them."""
 import ast
 import pathlib
 import re
+from collections.abc import Collection
 
-from ..files import replacing
 from ..errors import InputError, expect
+from ..files import FilePath, replacing
+from .assignment import Assignment
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"  # nbgrader's words
-LEAK = 12  # a solution's line of so many characters may not be in a student's copy, if it is not given text
+# A solution's line of so many characters may not be in a student's copy, unless it is outside a solution too.
+LEAK = 12
 
 
-def regions(text, where="the script"):
-    """The solutions in a text: (first line, last line), markers included, counted from 0. InputError for a
-    marker without its partner, one inside another, or nothing between."""
-    found, begun = [], None
-    for number, line in enumerate(text.splitlines()):
+def regions(text: str, where: str = "the script") -> list[tuple[int, int]]:
+    """The solutions in a text: (first line, last line), markers included, counted from 0.
+
+    InputError for a marker without its partner, one inside another, or nothing between the two.
+    """
+    spans = []
+    begin: int | None = None
+    for i, line in enumerate(text.splitlines()):
         if BEGIN in line:
-            expect(begun is None, where,
-                   f"line {number + 1}: a solution begins inside the one of line {(begun or 0) + 1}")
-            begun = number
+            expect(begin is None, where,
+                   f"line {i + 1}: a solution begins inside the one of line {(begin or 0) + 1}")
+            begin = i
         elif END in line:
-            expect(begun is not None, where, f"line {number + 1}: a solution ends that has not begun")
-            expect(number > begun + 1, where, f"line {number + 1}: an empty solution")
-            found.append((begun, number))
-            begun = None
-    expect(begun is None, where, f"line {(begun or 0) + 1}: a solution that does not end")
-    return found
+            if begin is None:
+                raise InputError(f"{where}: line {i + 1}: a solution ends that has not begun")
+            expect(i > begin + 1, where, f"line {i + 1}: an empty solution")
+            spans.append((begin, i))
+            begin = None
+    expect(begin is None, where, f"line {(begin or 0) + 1}: a solution that does not end")
+    return spans
 
 
-def without_solutions(assignment, text):
-    """The text with `raise NotImplementedError` in place of each solution. A text without solutions stays as
-    it is."""
+def without_solutions(assignment: Assignment, text: str) -> str:
+    """The text with `raise NotImplementedError` in place of each solution; unchanged if it has none."""
     lines, tree = text.splitlines(), ast.parse(text)
     for first, last in reversed(regions(text, assignment.script)):
         exercise = _exercise_of(assignment, tree, first + 1)
-        indent = re.match(r"\s*", lines[first]).group()
+        indent = lines[first][:len(lines[first]) - len(lines[first].lstrip())]
         message = f"Exercise {exercise.number}: {exercise.title}; see lessons/{exercise.lesson}"
         lines[first:last + 1] = [f"{indent}raise NotImplementedError({message!r})"]
-    made = "\n".join(lines) + "\n"
-    ast.parse(made)
-    return made
+    stub = "\n".join(lines) + "\n"
+    ast.parse(stub)  # raises SyntaxError where a solution's markers do not enclose whole statements
+    return stub
 
 
 def _exercise_of(assignment, tree, line):
@@ -54,9 +59,12 @@ def _exercise_of(assignment, tree, line):
                      f"exercise")
 
 
-def write_copy(assignment, out, notebook=False):
-    """Write the student's copy into the new or empty folder `out`, or over an earlier copy of the same
-    assignment -> the paths written. Nothing is written if something would leak."""
+def write_copy(assignment: Assignment, out: FilePath, notebook: bool = False) -> list[pathlib.Path]:
+    """Write the student's copy into the folder `out` -> the paths written.
+
+    The folder is new or empty, or has an earlier copy of the same assignment, which is replaced. Nothing is
+    written if something would leak.
+    """
     out, source = pathlib.Path(out), (assignment.folder / assignment.script).read_text()
     expect(regions(source, assignment.script), "stub",
            f"{assignment.script} has no solutions: it is a student's copy already")
@@ -80,7 +88,7 @@ def write_copy(assignment, out, notebook=False):
     return written + ([_notebook(out / assignment.script)] if notebook else [])
 
 
-def without_functions(text, names):
+def without_functions(text: str, names: Collection[str]) -> str:
     """The text without the top-level functions `names`, decorators and comments right above them included."""
     lines = text.splitlines()
     for node in reversed(ast.parse(text).body):
@@ -94,29 +102,30 @@ def without_functions(text, names):
     return "\n".join(lines) + "\n"
 
 
-def leaks(assignment, files):
-    """What of the instructor's would be in a copy with these {name: text}: one line for each thing found."""
+def leaks(assignment: Assignment, files: dict[str, str]) -> list[str]:
+    """What a copy with these files, {name: text}, would give away: a line for each leak."""
     source = (assignment.folder / assignment.script).read_text()
     lines = source.splitlines()
-    solved = {number for first, last in regions(source) for number in range(first, last + 1)}
-    given = {line.strip() for number, line in enumerate(lines) if number not in solved}
-    secret = {lines[number].strip() for number in solved} - given
-    wrong = assignment.folder / "mistakes.py"
-    secret |= {line.strip() for line in wrong.read_text().splitlines()} - given if wrong.exists() else set()
+    solved = {i for first, last in regions(source) for i in range(first, last + 1)}
+    public = {line.strip() for i, line in enumerate(lines) if i not in solved}
+    secret = {lines[i].strip() for i in solved} - public
+    mistakes = assignment.folder / "mistakes.py"
+    if mistakes.exists():
+        secret |= {line.strip() for line in mistakes.read_text().splitlines()} - public
     secret = {line for line in secret if len(line) >= LEAK
               and not line.startswith(("#", '"""', "import ", "from "))}
     hidden = [case.name for case in assignment.cases() if case.visibility != "visible"]
-    found = []
+    leaked = []
     for name, text in files.items():
-        held = {line.strip() for line in text.splitlines()}
-        found += [f"{name} holds a line of a solution or planted mistake: {line!r}"
-                  for line in sorted(held & secret)]
-        found += [f"{name} holds the marker {marker!r}" for marker in (BEGIN, END) if marker in text]
-        found += [f"{name} holds the hidden test {case}" for case in hidden if f"def {case}(" in text]
-        if name.endswith((".pyc", ".npz",
-                          ".so")) or name.startswith((".git", "__pycache__")) or "mistakes" in name:
-            found.append(f"{name} is no file for students")
-    return found
+        own = {line.strip() for line in text.splitlines()}
+        leaked += [f"{name} holds a line of a solution or planted mistake: {line!r}"
+                   for line in sorted(own & secret)]
+        leaked += [f"{name} holds the marker {marker!r}" for marker in (BEGIN, END) if marker in text]
+        leaked += [f"{name} holds the hidden test {case}" for case in hidden if f"def {case}(" in text]
+        if (name.endswith((".pyc", ".npz", ".so")) or name.startswith((".git", "__pycache__"))
+                or "mistakes" in name):
+            leaked.append(f"{name} is no file for students")
+    return leaked
 
 
 def _notebook(script):
@@ -127,11 +136,12 @@ def _notebook(script):
         raise InputError("stub: --notebook needs nbformat (pip install 'tinytoken-vit[notebook]')") from error
     cells = []
     for part in re.split(r"^# %%", script.read_text(), flags=re.MULTILINE)[1:]:
-        kind, _, body = part.partition("\n")
-        if "[markdown]" in kind:
+        marker, _, body = part.partition("\n")
+        new_cell = nbformat.v4.new_code_cell
+        if "[markdown]" in marker:
+            new_cell = nbformat.v4.new_markdown_cell
             body = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.splitlines())
-        make = nbformat.v4.new_markdown_cell if "[markdown]" in kind else nbformat.v4.new_code_cell
-        cells.append(make(body.strip("\n"), id=f"cell-{len(cells)}"))
+        cells.append(new_cell(body.strip("\n"), id=f"cell-{len(cells)}"))
     path = script.with_suffix(".ipynb")
     with replacing(path, "w") as file:
         nbformat.write(nbformat.v4.new_notebook(cells=cells), file)

@@ -1,35 +1,37 @@
-"""What a submission may contain: read off its syntax before any of it runs, and held to once more while it
-runs.
+"""What a submission may contain: checked in its syntax before any of it runs, and again while it runs.
 
 An exercise needs arithmetic, arrays and functions of its own. It needs no files, no processes, no code made
-from text and nothing of how Python itself is made: with those it could read the tests or change what checks
-it. This keeps honest mistakes and simple tricks out. It is no prison: whoever grades strangers' code does it
-in a container.
+from text and none of Python's internals: with those it could read the tests, or change what checks it. These
+rules stop honest mistakes and simple tricks, no more: whoever grades strangers' code does it in a container.
 """
 import ast
 import builtins
+from collections.abc import Collection
+from typing import Any
 
-# Of the builtins, what reads or makes files, code, or names that are only known at run time.
-FORBIDDEN = {"open", "exec", "eval", "compile", "__import__", "globals", "locals", "vars", "setattr",
-             "delattr", "getattr", "input",
-             "breakpoint", "memoryview", "help", "exit", "quit", "copyright", "credits", "license", "dir",
-             "__builtins__",
-             "__loader__", "__spec__"}
+from .assignment import Assignment
+
+# Builtins that read or make files, code, or names that are only known at run time.
+FORBIDDEN = {"open", "input", "exec", "eval", "compile", "breakpoint", "memoryview",
+             "globals", "locals", "vars", "dir", "getattr", "setattr", "delattr",
+             "help", "exit", "quit", "copyright", "credits", "license",
+             "__import__", "__builtins__", "__loader__", "__spec__"}
 # Attributes that lead from a value to files, memory, other modules or the interpreter.
-OUTSIDE = {"os", "sys", "subprocess", "ctypes", "ctypeslib", "testing", "lib", "f2py", "distutils", "core",
-           "_core", "load", "save",
-           "savez", "savez_compressed", "savetxt", "loadtxt", "genfromtxt", "fromfile", "tofile", "dump",
-           "dumps", "memmap",
-           "DataSource", "format_map", "setflags", "data_as"}
-FRAMES = ("__", "tb_", "gi_", "cr_", "ag_", "f_", "co_")  # how names of the interpreter's own begin
+OUTSIDE = {"os", "sys", "subprocess", "ctypes", "ctypeslib",
+           "testing", "lib", "f2py", "distutils", "core", "_core",
+           "load", "loadtxt", "genfromtxt", "fromfile", "memmap", "DataSource",
+           "save", "savez", "savez_compressed", "savetxt", "tofile", "dump", "dumps",
+           "format_map", "setflags", "data_as"}
+FRAMES = ("__", "tb_", "gi_", "cr_", "ag_", "f_", "co_")  # how the names of the interpreter's internals begin
 DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem__", "__add__", "__mul__",
-           "__neg__"}
+           "__neg__"}  # those that a submission may use all the same
 
 
-def breaches(source, assignment):
-    """Why a submission is refused, or some of its exercises: {exercise number: ["line 3: ...", ...]}, and
-    None for what is in no exercise's function and so concerns the whole file. Empty if there is nothing. A
-    SyntaxError concerns the whole file."""
+def breaches(source: str, assignment: Assignment) -> dict[str | None, list[str]]:
+    """Why a submission, or some of its exercises, is refused: {exercise number: ["line 3: ...", ...]}.
+
+    Under None is what concerns the whole file: a syntax error, and what lies in no exercise's function.
+    """
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
@@ -38,26 +40,30 @@ def breaches(source, assignment):
         return {None: [f"the file cannot be read: {error}"]}
     solves = {name: exercise.number for exercise in assignment.exercises for name in exercise.names}
     taken = [statement for statement in tree.body if is_taken(statement)]
-    modules = {name: dotted for statement in taken for node in ast.walk(statement) for name, dotted,
-               _ in _imported(node)}
-    found = {}
+    modules = {name: dotted for statement in taken for node in ast.walk(statement)
+               for name, dotted, _ in _imported(node)}
+    lines: dict[str | None, list[str]] = {}
     for reasons_of in (_import_reasons, _reasons):
         for statement in taken:
-            reasons = {(node.lineno, reason) for node in ast.walk(statement)
+            nodes: Any = ast.walk(statement)
+            reasons = {(node.lineno, reason) for node in nodes
                        for reason in reasons_of(node, modules, assignment)}
+            exercise = solves.get(getattr(statement, "name", ""))
             for line, reason in sorted(reasons):
-                found.setdefault(solves.get(getattr(statement, "name", None)),
-                                 []).append(f"line {line}: {reason}")
-    return found
+                lines.setdefault(exercise, []).append(f"line {line}: {reason}")
+    return lines
 
 
 def _imported(node):
     """(name here, its dotted name, alias) of each name that an import brings; nothing for other nodes."""
     for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+        first = alias.name.split(".")[0]
         if isinstance(node, ast.ImportFrom):
             yield alias.asname or alias.name, f"{'.' * node.level}{node.module or ''}.{alias.name}", alias
+        elif alias.asname:
+            yield alias.asname, alias.name, alias
         else:
-            yield alias.asname or alias.name.split(".")[0], alias.name if alias.asname else alias.name.split(".")[0], alias
+            yield first, first, alias
 
 
 def _import_reasons(node, modules, assignment):
@@ -66,16 +72,19 @@ def _import_reasons(node, modules, assignment):
             yield f"may not import {alias.name if isinstance(node, ast.Import) else dotted}"
 
 
-def is_taken(node, others=()):
-    """Whether a statement at the top of a submission is run by the grader: imports, functions, classes, small
-    functions and constants with a name, but nothing that bears one of the names `others`. Training and
-    printing is not."""
+def is_taken(node: ast.stmt, others: Collection[str] = ()) -> bool:
+    """Whether the grader runs this statement at the top level of a submission.
+
+    It runs imports, functions, classes, and assignments of lambdas and constants, unless they define one of
+    the names `others`. It does not run what trains or prints.
+    """
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return node.name not in others
     if isinstance(node, ast.Assign) and all(isinstance(target, (ast.Name, ast.Tuple))
                                             for target in node.targets):
-        if any(name.id in others for name in ast.walk(node) if isinstance(name, ast.Name)
-               and isinstance(name.ctx, ast.Store)):
+        stored = {name.id for name in ast.walk(node)
+                  if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+        if stored & set(others):
             return False
         if isinstance(node.value, ast.Lambda):
             return True
@@ -87,7 +96,7 @@ def is_taken(node, others=()):
     return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
-def importable(node, alias, assignment):
+def importable(node: ast.Import | ast.ImportFrom, alias: ast.alias, assignment: Assignment) -> bool:
     """Whether the assignment allows one name of an import statement."""
     if isinstance(node, ast.ImportFrom):
         if node.level or alias.name == "*" or alias.name in OUTSIDE:
@@ -96,7 +105,7 @@ def importable(node, alias, assignment):
     return alias.name in assignment.imports or (alias.name == "tinytoken" and bool(assignment.tinytoken))
 
 
-def allowed(dotted, assignment):
+def allowed(dotted: str, assignment: Assignment) -> bool:
     """Whether a dotted name of the package is one that the assignment lists, leads to one, or lies in one."""
     return any(dotted == name or name.startswith(dotted + ".") or dotted.startswith(name + ".")
                for name in (f"tinytoken.{name}" for name in assignment.tinytoken))
@@ -108,16 +117,17 @@ def _reasons(node, modules, assignment):
     if isinstance(node, ast.Attribute):
         if _leads_out(node.attr):
             yield f"may not use .{node.attr}"
-        chain = _chain(node)
-        if chain and chain.split(".")[0] in modules:
-            whole = modules[chain.split(".")[0]] + chain[len(chain.split(".")[0]):]
+        root, dot, rest = (_chain(node) or "").partition(".")
+        if root in modules:
+            whole = modules[root] + dot + rest
             if whole.startswith("tinytoken") and not allowed(whole, assignment):
                 yield f"may not use {whole}"
             if isinstance(node.ctx, (ast.Store, ast.Del)):
                 yield f"may not change {whole}"
     if isinstance(node, ast.MatchClass):  # case X(name=y) reads an attribute as well
         yield from (f"may not use .{name}" for name in node.kwd_attrs if _leads_out(name))
-    if isinstance(node, ast.Constant) and isinstance(node.value, str) and "__" in node.value and "{" in node.value:
+    if (isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and "__" in node.value and "{" in node.value):
         yield "may not format a text with names of Python's own"
 
 
@@ -134,13 +144,13 @@ def _chain(node):
     return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else None
 
 
-def safe_builtins(assignment):
-    """The builtins that a submission runs with: without the forbidden ones, and with an import that knows the
-    rules."""
-    # NumPy imports parts of itself late, in the name of whoever called it: so the first part of the name
-    # decides here.
-    roots = {name.split(".")[0] for name in assignment.imports} | ({"tinytoken"} if assignment.tinytoken
-                                                                   else set())
+def safe_builtins(assignment: Assignment) -> dict[str, Any]:
+    """The builtins that a submission runs with: none forbidden, and an import that keeps the rules."""
+    # Here only the first part of a name is checked. NumPy imports some of its parts when they are first used,
+    # and such an import is made in the submission's name.
+    roots = {name.split(".")[0] for name in assignment.imports}
+    if assignment.tinytoken:
+        roots.add("tinytoken")
 
     def guarded(name, globals=None, locals=None, fromlist=(), level=0):
         if name.split(".")[0] not in roots or level:

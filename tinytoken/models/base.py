@@ -1,7 +1,7 @@
 """What all models share: the registry, sizes, the output, and what training and the command line call."""
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -32,7 +32,6 @@ class Sizes:
     _: dataclasses.KW_ONLY
     channels: int = 3
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # {option: the values that it may have}
-    positive: ClassVar[tuple[str, ...]] = ("mlp_ratio",)  # options that must be above 0
 
     def __post_init__(self):
         for name, values in self.choices.items():
@@ -46,11 +45,12 @@ class Sizes:
         for name, size in sizes:
             self.check(isinstance(size, (int, np.integer)) and size > 0,
                        f"{name} {getattr(self, name)!r}, expected a positive whole number")
-        for name in self.positive:
-            self.check(getattr(self, name) > 0, f"{name} {getattr(self, name)}, expected a positive number")
-        for field in dataclasses.fields(self):  # a config read from JSON has lists for tuples
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+            self.check(not field.name.endswith("mlp_ratio") or value > 0,
+                       f"{field.name} {value}, expected a positive number")
+            if isinstance(value, list):  # a config read from JSON has lists for tuples
+                object.__setattr__(self, field.name, tuple(value))
 
     def check(self, ok: Any, message: str) -> None:
         """InputError with the model's name and the message unless ok."""
@@ -100,16 +100,21 @@ class Model(nn.Module):
         raise NotImplementedError
 
     def loss(self, out: Any, targets: Array, teacher: Any = None, *, smoothing: float = 0.0,
-             weights: Sequence[float] | None = None) -> Loss:
-        """Cross-entropy of the outputs `out` of this model -> (loss, parts).
+             weights: tuple[float, ...] | None = None) -> Loss:
+        """The loss of the outputs `out` of this model -> (loss, parts): that of the labels, `class_loss`.
 
         teacher: the Output of a better model, whose answers are learned too (KL divergence). weights: of the
-        two parts then."""
-        parts = {"class": ops.cross_entropy(out.logits, targets, smoothing=smoothing)}
+        two losses then."""
+        loss, parts = self.class_loss(out, targets, smoothing=smoothing)
         if teacher is None:
-            return parts["class"], parts
+            return loss, parts
         parts["kl"] = ops.kl_divergence(out.logits, teacher.logits)
-        return weighted_sum(weights or self.loss_weights, parts), parts
+        return weighted_sum(weights or self.loss_weights, {"class": loss, "kl": parts["kl"]}), parts
+
+    def class_loss(self, out: Any, targets: Array, *, smoothing: float = 0.0) -> Loss:
+        """Cross-entropy -> (loss, parts)."""
+        loss = ops.cross_entropy(out.logits, targets, smoothing=smoothing)
+        return loss, {"class": loss}
 
     def noise(self, size: int, step: int | None, seed: int | None, xp: Any = np) -> dict[str, Array]:
         """What a training step draws for a batch of `size` images: {argument of the call: array (B, ...)}.
@@ -124,7 +129,7 @@ class Model(nn.Module):
         return []
 
 
-def weighted_sum(weights: Sequence[float], parts: Mapping[str, Tensor]) -> Tensor:
+def weighted_sum(weights: tuple[float, ...], parts: Mapping[str, Tensor]) -> Tensor:
     """The sum of the parts, each times its weight, from first to last."""
     loss: Any = 0
     for weight, part in zip(weights, parts.values()):

@@ -8,7 +8,6 @@ Column 0 of a predictor's output is "keep", as in the official code.
 """
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -113,19 +112,19 @@ class DynamicViT(ViT):
     def build(self, c: Any) -> None:
         self.prune_before, self.keep_ratios = c.prune_before, c.keep_ratios
         self.official = c.official
-        self.score_predictor = [Predictor(c.dim) for _ in c.prune_before]
+        self.score_predictor: list[Any] = [Predictor(c.dim) for _ in c.prune_before]
         super().build(c)
         self.counts = [int(self.num_patches * ratio) for ratio in c.keep_ratios]
         expect(self.counts[-1] > 0, "DynamicViT",
                f"keep ratio {c.keep_ratios[-1]} of {self.num_patches} tokens keeps none")
-        # The untrained predictors are biased to the ratios that they are to reach. The official ones start at
-        # one half per stage, and a short fine-tuning spends most of its steps on the way from there.
+        # The untrained predictors are biased to the ratios that they are to reach. The official ones start
+        # at one half per stage, and a short fine-tuning spends most of its steps on the way from there.
         for predictor, ratio, before in zip(self.score_predictor, c.keep_ratios, (1.0, *c.keep_ratios)):
             share = min(ratio / before, 0.99)
             predictor.out_conv[-1].bias.data[...] = math.log(share), math.log(1 - share)
 
-    def forward(self, images: Tensor | Array, noise: Array | list | None = None, hard: bool = True,
-                keep: list | None = None, trace: bool = False, paths: Array | None = None) -> DynamicOutput:
+    def forward(self, images: Tensor | Array, noise: Any = None, hard: bool = True, keep: list | None = None,
+                trace: bool = False, paths: Array | None = None) -> DynamicOutput:
         """noise: Gumbel draws that are added to the log-probabilities, (B, N, 2) per stage or (B, S, N, 2)
         for all; None draws them. hard=False: decisions stay soft. paths: as in ViT. These three belong to
         train mode.
@@ -137,8 +136,8 @@ class DynamicViT(ViT):
             expect(arrays is None or len(arrays) == len(self.prune_before), "DynamicViT",
                    f"{len(arrays or ())} arrays of {name} for {len(self.prune_before)} stages")
         expect(self.training or noise is None and hard and paths is None, "DynamicViT",
-               "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is drawn: "
-               "call .train() first")
+               "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is "
+               "drawn: call .train() first")
         tokens = self.start(images, trace, paths, DynamicTokens, official=self.official, noise=draws,
                             hard=hard, forced=keep)
         if self.training and self.official:
@@ -192,7 +191,7 @@ class DynamicViT(ViT):
         return DynamicOutput(**vars(out), kept=tokens.kept, decisions=tokens.decisions, keep=keep)
 
     def loss(self, out: DynamicOutput, targets: Array, teacher: Any = None, *, smoothing: float = 0.0,
-             weights: Sequence[float] | None = None, token_norm: str = "image") -> Loss:
+             weights: tuple[float, ...] | None = None, token_norm: str = "image") -> Loss:
         """The paper's four losses, see `dynamicvit_loss`; without a teacher, only class and ratio."""
         logits, tokens = (None, None) if teacher is None else (teacher.logits, teacher.tokens)
         return dynamicvit_loss(out, targets, logits, tokens, self.keep_ratios, token_norm=token_norm,
@@ -227,7 +226,7 @@ def _places(mask):
 
 
 def dynamicvit_loss(out: DynamicOutput, targets: Array, teacher_logits: Any, teacher_tokens: Any,
-                    keep_ratios: Sequence[float], *, weights: Sequence[float] = (1, 2, 0.5, 0.5),
+                    keep_ratios: tuple[float, ...], *, weights: tuple[float, ...] = (1, 2, 0.5, 0.5),
                     token_norm: str = "pooled", smoothing: float = 0.0) -> Loss:
     """The four losses of the paper -> (loss, parts).
 
@@ -240,18 +239,17 @@ def dynamicvit_loss(out: DynamicOutput, targets: Array, teacher_logits: Any, tea
     keeps. token_norm="pooled" averages over all kept tokens of the batch (official); "image" over those of
     each image, then over the images, so a batch may be cut into slices.
     """
-    expect(len(keep_ratios) == len(out.decisions), "dynamicvit_loss",
-           f"{len(keep_ratios)} keep ratios for {len(out.decisions)} stages")
-    expect(token_norm in ("pooled", "image"), "dynamicvit_loss",
-           f"token_norm {token_norm!r}, expected pooled or image")
-    expect(len(weights) == 4, "dynamicvit_loss", f"{len(weights)} weights, expected 4: class, ratio, kl, token")
+    where, stages = "dynamicvit_loss", len(out.decisions)
+    expect(len(keep_ratios) == stages, where, f"{len(keep_ratios)} keep ratios for {stages} stages")
+    expect(token_norm in ("pooled", "image"), where, f"token_norm {token_norm!r}, expected pooled or image")
+    expect(len(weights) == 4, where, f"{len(weights)} weights, expected 4: class, ratio, kl, token")
     ratio = sum(((decision.mean(axis=1) - wanted) ** 2).mean()
                 for decision, wanted in zip(out.decisions, keep_ratios))
     parts = {"class": ops.cross_entropy(out.logits, targets, smoothing=smoothing), "ratio": ratio}
     if teacher_logits is not None:
         parts["kl"] = ops.kl_divergence(out.logits, teacher_logits)
         parts["token"] = _token_loss(out, teacher_tokens, token_norm)
-    return weighted_sum((weights[0], weights[1] / len(keep_ratios), *weights[2:]), parts), parts
+    return weighted_sum((weights[0], weights[1] / stages, *weights[2:]), parts), parts
 
 
 def _token_loss(out, teacher_tokens, token_norm):

@@ -1,69 +1,71 @@
-"""ToMe, token merging (Bolya et al. 2023, arXiv 2210.09461): no token is dropped, the most alike are
-averaged.
+"""ToMe, token merging (Bolya et al. 2023, arXiv 2210.09461): the most similar tokens are averaged.
 
-In every block, between attention and MLP, r tokens merge into others. Which ones is found by bipartite soft
-matching: the tokens are dealt alternately into two sets; each token of the first is joined to the one of the
-second whose key is most like its own (cosine); the r strongest joins are made. A token remembers how many
-patches it stands for, and attention counts it as often. Nothing is learned, so a trained ViT's weights serve
-as they are, and training with merging goes on from them.
+In every block, between attention and MLP, r tokens merge into others. Bipartite soft matching chooses them:
+the tokens are dealt alternately into two sets; each token of the first set is paired with the token of the
+second whose key is most like its own (cosine); the r most similar pairs merge. A token remembers how many
+patches it stands for, and attention counts it as often. Nothing new is learned: a trained ViT's weights serve
+as they are, and training with merging can go on from them.
 """
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from .. import nn, ops
-from ..backend import array_module, to_numpy
-from ..errors import expect
-from .base import Output, Sizes, model
+from ..backend import Array, array_module, to_numpy
+from ..tensor import Tensor
+from .base import Output, model
 from .vit import Tokens, ViT, ViTConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToMeConfig(ViTConfig):
-    """r: how many tokens each block merges away, one number for all or one per block; at most half of the
-    tokens that may merge go in one block, and the class token stays."""
+    """r: how many tokens each block merges away: the same for all, or a tuple with one entry per block.
+
+    In one block, at most half of the patch tokens merge. The class token never does."""
     r: int | tuple[int, ...] = 8
 
     def __post_init__(self):
         super().__post_init__()
         each = self.r if isinstance(self.r, tuple) else (self.r,) * self.depth
-        expect(len(each) == self.depth and all(isinstance(n, (int, np.integer)) and n >= 0 for n in each),
-               self.where,
-               f"r {self.r!r}, expected a whole number that is not negative, or one per block ({self.depth})")
+        self.check(len(each) == self.depth and all(isinstance(n, (int, np.integer)) and n >= 0 for n in each),
+                   f"r {self.r!r}, expected a whole number that is not negative, or one per block "
+                   f"({self.depth})")
 
 
 @dataclasses.dataclass
 class MergedOutput(Output):
-    """tokens (B, n, D): those that are left. size (B, n): how many patches each stands for; together all N.
+    """tokens (B, n, D): those that are left. size (B, n): how many patches each stands for; they sum to N.
     source (B, N): for each patch, the place of its token among them."""
-    size: object = None
-    source: object = None
+    size: Array | None = None
+    source: Array | None = None
 
 
 @dataclasses.dataclass
 class MergedTokens(Tokens):
-    """source (B, N): for each patch, the place in x of the token that it has become part of; None before any
-    merge."""
-    source: object = None
+    """source (B, N): for each patch, the place in x of the token that it is part of; None: no merge yet."""
+    source: Array | None = None
 
 
 @model("tome")
 class ToMe(ViT):
-    """A ViT that merges r tokens in each block. images (B, channels, H, W) -> MergedOutput. r = 0 is the
-    ViT."""
-    Config: type[Sizes] = ToMeConfig
+    """A ViT that merges r tokens in each block; with r = 0, the ViT itself.
 
-    def start(self, images, trace=False, paths=None):
+    images (B, channels, H, W) -> MergedOutput."""
+    Config = ToMeConfig
+
+    def start(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None) -> MergedTokens:
         return super().start(images, trace, paths, MergedTokens)
 
-    def merged_by(self, i, tokens):
+    def merged_by(self, i: int, tokens: Tokens) -> int:
         """How many tokens block i merges away."""
         r = self.config.r
         return min(r[i] if isinstance(r, tuple) else r, (tokens.x.shape[1] - tokens.extra) // 2)
 
-    def run_block(self, i, tokens):
+    def run_block(self, i: int, tokens: MergedTokens) -> None:
         """Block i, with the merge between its two branches."""
-        r, block, paths = self.merged_by(i, tokens), self.blocks[i], nn.column(tokens.paths, i)
+        r, block = self.merged_by(i, tokens), self.blocks[i]
+        paths = nn.column(tokens.paths, i)
         if not r and tokens.size is None:
             super().run_block(i, tokens)
             return
@@ -75,8 +77,9 @@ class ToMe(ViT):
             self.merge(tokens, matching(k.data.mean(axis=1), r, tokens.extra), r)
         tokens.x = nn.mlp_branch(tokens.x, block.norm2, block.mlp, nn.column(paths, 1))
 
-    def merge(self, tokens, target, r):
-        """Average tokens by size. target (B, T): the place that each goes to, out of T - r."""
+    def merge(self, tokens: MergedTokens, target: Array, r: int) -> None:
+        """Average the tokens that merge, weighted by size. target (B, T): the place, out of T - r, that each
+        token goes to."""
         xp, (batch, T, _) = array_module(target), tokens.x.shape
         size = xp.ones((batch, T), tokens.x.dtype) if tokens.size is None else tokens.size
         total = ops.put_tokens(size[:, :, None], target, length=T - r).data
@@ -85,24 +88,25 @@ class ToMe(ViT):
         places = xp.arange(tokens.extra, T) if tokens.source is None else tokens.source
         tokens.source = xp.take_along_axis(target, xp.broadcast_to(places, (batch, self.num_patches)), axis=1)
 
-    def read(self, tokens):
+    def read(self, tokens: MergedTokens) -> MergedOutput:
         out, xp = super().read(tokens), array_module(tokens.x.data)
         shape = (len(tokens.x), self.num_patches)
+        unmerged = xp.broadcast_to(xp.arange(shape[1]), shape)
         size = xp.ones(shape, tokens.x.dtype) if tokens.size is None else tokens.size[:, tokens.extra:]
-        source = xp.broadcast_to(xp.arange(shape[1]),
-                                 shape) if tokens.source is None else tokens.source - tokens.extra
+        source = unmerged if tokens.source is None else tokens.source - tokens.extra
         return MergedOutput(**vars(out), size=size, source=source)
 
-    def show(self, out):
+    def show(self, out: Any) -> list[tuple[str, np.ndarray]]:
         size, source = to_numpy(out.size), to_numpy(out.source)
         left = f"{size.shape[1]} of {source.shape[1]} tokens"
         return [(f"ToMe: {left}, red: merged most", np.take_along_axis(size, source, axis=1))]
 
 
-def matching(keys, r, extra):
-    """Bipartite soft matching (section 3, appendix D). keys (B, T, d); r >= 1 tokens merge, but not the
-    first, if extra is 1 and it is the class token -> (B, T): the new place of each token, of T - r: the first
-    set's that are left, then the second set."""
+def matching(keys: Array, r: int, extra: int) -> Array:
+    """Bipartite soft matching (section 3, appendix D) of r >= 1 tokens -> (B, T): each token's new place.
+
+    There are T - r places: first the tokens of the first set that are left, then the second set. keys (B, T,
+    d). extra = 1: the first token is the class token, which does not merge."""
     xp = array_module(keys)
     unit = keys / xp.sqrt((keys * keys).sum(axis=2, keepdims=True))
     first, second = unit[:, 0::2], unit[:, 1::2]

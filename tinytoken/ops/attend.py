@@ -187,11 +187,10 @@ REUSE = ("probs", "renorm", "resoftmax")
 
 @op
 def lookup_infuse(A, logits, v, *, reuse):
-    """LookupViT's global context infusion: the compressed tokens write back to the lookup tokens, through the
-    attention of the gather read in the other direction.
+    """LookupViT's global context infusion: the compressed tokens write back to the lookup tokens.
 
-    A and logits (B, H, M, N) from `lookup_gather`, v (B, H, M, d) -> R^T v (B, H, N, d). The paper leaves R
-    open; `reuse` chooses one of three readings:
+    The attention of the gather is read in the other direction: A and logits (B, H, M, N) from
+    `lookup_gather`, v (B, H, M, d) -> R^T v (B, H, N, d). The paper leaves R open; `reuse` chooses a reading:
 
     probs: R = A. Token n receives sum_m A_mn of mass, M / N on average.
     renorm: R = A / sum_m A, so every token receives 1.

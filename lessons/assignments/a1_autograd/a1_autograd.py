@@ -1,10 +1,12 @@
 # %% [markdown]
 # # Assignment 1: Autograd from nothing
-# You build a tape: values that remember how they were made, and a walk back over them that finds every gradient. Then the three
-# gradients on which attention rests, and a check that tells a right gradient from a wrong one. 25 points.
+# You build a tape: values that remember how they were made, and a walk back over them that finds every
+# gradient. Then the three gradients on which attention rests, and a check that tells a right gradient from a
+# wrong one. 25 points.
 #
-# Write your code where `raise NotImplementedError` stands. Keep names and arguments. You may write more functions. Only numpy and
-# math may be imported. `python -m tinytoken grade a1 --submission .` says at any time what you have.
+# Write your code where `raise NotImplementedError` stands. Keep names and arguments. You may write more
+# functions. Only numpy and math may be imported. `python -m tinytoken grade a1 --submission .` says at any
+# time what you have.
 
 # %%
 import math
@@ -13,14 +15,15 @@ import numpy as np
 
 # %% [markdown]
 # ## The tape
-# A node holds a value (a NumPy array), the nodes it was made from, and a **vjp** (vector-Jacobian product): a function from the
-# upstream gradient, dL/d(this node), to a list with dL/d(parent) for each parent. A node without parents is a leaf.
+# A node holds a value (a NumPy array), the nodes it was made from, and a **vjp** (vector-Jacobian product): a
+# function from the upstream gradient, dL/d(this node), to a list with dL/d(parent) for each parent. A node
+# without parents is a leaf.
 
 
 # %%
 class Node:
-    """value: array. parents: tuple of nodes. vjp: upstream gradient -> list of one gradient for each parent. grad: dL/d(value) after
-    backward, an array, or None."""
+    """value: array. parents: tuple of nodes. vjp: upstream gradient -> list of one gradient for each parent.
+    grad: dL/d(value) after backward, an array, or None."""
 
     def __init__(self, value, parents=(), vjp=None):
         self.value, self.parents, self.vjp, self.grad = np.asarray(value, dtype=float), tuple(parents), vjp, None
@@ -28,13 +31,14 @@ class Node:
 
 def add(a, b):
     """The node a + b, for values of shapes that broadcast."""
-    return Node(a.value + b.value, (a, b), lambda g: [unbroadcast(g, a.value.shape), unbroadcast(g, b.value.shape)])
+    return Node(a.value + b.value, (a, b),
+                lambda g: [unbroadcast(g, a.value.shape), unbroadcast(g, b.value.shape)])
 
 
 # %% [markdown]
 # ### Exercise 1.1 (3 points)
-# The product of two nodes, number by number. Shapes may broadcast: use `unbroadcast` (exercise 1.4) as `add` does. What if both are
-# the same node?
+# The product of two nodes, number by number. Shapes may broadcast: use `unbroadcast` (exercise 1.4) as `add`
+# does. What if both are the same node?
 
 
 # %%
@@ -49,10 +53,10 @@ def multiply(a, b):
 
 # %% [markdown]
 # ### Exercise 1.2 (4 points)
-# The gradient of a node is complete when everything that was made from it has passed its gradient on. So the walk back needs an
-# order: all nodes that `end` was made from, directly or not, each **once**, parents before what was made from them, `end` last. A
-# graph may be 10,000 nodes deep, so recursion will not do. And a value that is used twice must not be walked twice: with twenty such
-# steps in a row that would be a million walks.
+# The gradient of a node is complete when everything that was made from it has passed its gradient on. So the
+# walk back needs an order: all nodes that `end` was made from, directly or not, each **once**, parents before
+# what was made from them, `end` last. A graph may be 10,000 nodes deep, so recursion will not do. And a value
+# that is used twice must not be walked twice: with twenty such steps in a row that would be a million walks.
 
 
 # %%
@@ -74,9 +78,10 @@ def order(end):
 
 # %% [markdown]
 # ### Exercise 1.3 (4 points)
-# Walk the order from its end to its start, and give each node's gradient to its parents. `grad` of `end` is 1 (in its shape). A node
-# that is used several times gets the **sum**. Start from clean gradients: calling `backward` twice gives the same result, not twice
-# the gradient. Never change an array that a vjp gave you: it may be shared.
+# Walk the order from its end to its start, and give each node's gradient to its parents. `grad` of `end` is 1
+# (in its shape). A node that is used several times gets the **sum**. Start from clean gradients: calling
+# `backward` twice gives the same result, not twice the gradient. Never change an array that a vjp gave you:
+# it may be shared.
 
 
 # %%
@@ -95,8 +100,9 @@ def backward(end):
 
 # %% [markdown]
 # ### Exercise 1.4 (3 points)
-# When shapes broadcast, one number is used in several places, and its gradient is the sum over them. Given g in the shape of the
-# result, sum it down to the shape of the input: axes in front that the input does not have, and axes in which it has length 1.
+# When shapes broadcast, one number is used in several places, and its gradient is the sum over them. Given g
+# in the shape of the result, sum it down to the shape of the input: axes in front that the input does not
+# have, and axes in which it has length 1.
 
 
 # %%
@@ -112,8 +118,9 @@ def unbroadcast(g, shape):
 # %% [markdown]
 # ## Three gradients
 # ### Exercise 1.5 (3 points)
-# C = A B with A (n, k), B (k, m). Write the change of L for a small change of A, and of B, and read the gradients off. Then let both
-# have the same number of axes in front, as attention has: A (..., n, k), B (..., k, m).
+# C = A B with A (n, k), B (k, m). Write the change of L for a small change of A, and of B, and read the
+# gradients off. Then let both have the same number of axes in front, as attention has: A (..., n, k), B (...,
+# k, m).
 
 
 # %%
@@ -145,8 +152,8 @@ def softmax_vjp(p, g):
 
 # %% [markdown]
 # ### Exercise 1.7 (3 points)
-# y = (x - mean) / sqrt(var + eps) over the last axis; var is the mean of (x - mean)^2. Mean and variance depend on x too. Check
-# yourself: the result sums to 0 over the axis. Why?
+# y = (x - mean) / sqrt(var + eps) over the last axis; var is the mean of (x - mean)^2. Mean and variance
+# depend on x too. Check yourself: the result sums to 0 over the axis. Why?
 
 
 # %%
@@ -168,15 +175,17 @@ def layer_norm_vjp(x, g, eps=1e-5):
 # %% [markdown]
 # ## Is it right?
 # ### Exercise 1.8 (2 points)
-# With L = sum(g * f(x)), the gradient of L at x can be found without any calculus: for each number of x, (L(x + h) - L(x - h)) / 2h.
-# Return how far the vjp is from that, relative to the larger of 1 and the largest numerical gradient. The upstream gradient g must be
-# random: with ones a softmax's gradient is zero, and a vjp that returns zeros would pass. x must be as before when you are done.
+# With L = sum(g * f(x)), the gradient of L at x can be found without any calculus: for each number of x, (L(x
+# + h) - L(x - h)) / 2h. Return how far the vjp is from that, relative to the larger of 1 and the largest
+# numerical gradient. The upstream gradient g must be random: with ones a softmax's gradient is zero, and a
+# vjp that returns zeros would pass. x must be as before when you are done.
 
 
 # %%
 def largest_error(f, vjp, x, rng, h=1e-5):
-    """The largest difference between vjp(g) and central differences of sum(g * f(x)), over max(1, largest difference quotient). f:
-    array -> array; vjp: upstream gradient, shaped as f(x) -> gradient, shaped as x; rng: numpy Generator, for g."""
+    """The largest difference between vjp(g) and central differences of sum(g * f(x)), over max(1, largest
+    difference quotient). f: array -> array; vjp: upstream gradient, shaped as f(x) -> gradient, shaped as x;
+    rng: numpy Generator, for g."""
     ### BEGIN SOLUTION
     g = rng.standard_normal(f(x).shape)
     numeric = np.zeros(x.shape)
@@ -190,8 +199,9 @@ def largest_error(f, vjp, x, rng, h=1e-5):
 
 # %% [markdown]
 # ## All together
-# Your pieces train a small network on scenes: pictures with a shape among clutter, ten classes, shrunk to 8 x 8 pixels. It works only
-# if all of them are right. A tenth of the answers is right by chance; the network should end well above a fifth.
+# Your pieces train a small network on scenes: pictures with a shape among clutter, ten classes, shrunk to 8 x
+# 8 pixels. It works only if all of them are right. A tenth of the answers is right by chance; the network
+# should end well above a fifth.
 
 
 # %%
@@ -225,7 +235,8 @@ def train(pictures, labels, steps=1000, rate=0.005, seed=0):
     """Gradient descent with momentum on batches of 64 -> weights"""
     rng = np.random.default_rng(seed)
     sizes = ((pictures.shape[1], 64), (64,), (64, 10), (10,))
-    weights = [Node(rng.standard_normal(size) / math.sqrt(size[0]) if len(size) > 1 else np.zeros(size)) for size in sizes]
+    weights = [Node(rng.standard_normal(size) / math.sqrt(size[0]) if len(size) > 1 else np.zeros(size))
+               for size in sizes]
     speed = [np.zeros(size) for size in sizes]
     for step in range(steps):
         chosen = rng.choice(len(labels), 64, replace=False)

@@ -1,4 +1,5 @@
-"""Functions of this assignment by other means, for the tests of the exercises that use them: a slip in one costs nothing in another."""
+"""Functions of this assignment by other means, for the tests of the exercises that use them: a slip in one
+costs nothing in another."""
 import graphlib
 
 import numpy as np

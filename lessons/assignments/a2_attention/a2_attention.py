@@ -1,12 +1,14 @@
 # %% [markdown]
 # # Assignment 2: Attention, heads, and masks that are exact
-# You write attention and its gradient, cut it into heads, hide tokens so that nothing of them is left, let one set of tokens read
-# another, and put a block of a ViT together. 25 points.
+# You write attention and its gradient, cut it into heads, hide tokens so that nothing of them is left, let
+# one set of tokens read another, and put a block of a ViT together. 25 points.
 #
-# Write your code where `raise NotImplementedError` stands. Keep names and arguments. You may write more functions. All is plain NumPy;
-# in the exercises only numpy and math may be imported. `python -m tinytoken grade a2 --submission .` says at any time what you have.
+# Write your code where `raise NotImplementedError` stands. Keep names and arguments. You may write more
+# functions. All is plain NumPy; in the exercises only numpy and math may be imported. `python -m tinytoken
+# grade a2 --submission .` says at any time what you have.
 #
-# Letters: B pictures, H heads, T tokens (Tq that ask, Tk that are asked), D numbers per token, d = D / H numbers per head.
+# Letters: B pictures, H heads, T tokens (Tq that ask, Tk that are asked), D numbers per token, d = D / H
+# numbers per head.
 
 # %%
 import math
@@ -15,7 +17,8 @@ import numpy as np
 
 # %% [markdown]
 # ### Exercise 2.1 (3 points)
-# Shares over the last axis, for scores of any size, of any number of axes. `exp(1000)` is infinite; the scores may be 1000.
+# Shares over the last axis, for scores of any size, of any number of axes. `exp(1000)` is infinite; the
+# scores may be 1000.
 
 
 # %%
@@ -43,8 +46,8 @@ def attention(q, k, v):
 
 # %% [markdown]
 # ### Exercise 2.3 (4 points)
-# The three gradients, from the upstream gradient g of the answers. Go back line by line: answers = weights v; weights = softmax(scores);
-# scores = q k^T / sqrt(d).
+# The three gradients, from the upstream gradient g of the answers. Go back line by line: answers = weights v;
+# weights = softmax(scores); scores = q k^T / sqrt(d).
 
 
 # %%
@@ -59,7 +62,8 @@ def attention_vjp(q, k, v, weights, g):
 
 # %% [markdown]
 # ### Exercise 2.4 (3 points)
-# The D numbers of a token are H runs of d. Bring the heads in front of the tokens, and back. Mind the order of what lies in memory.
+# The D numbers of a token are H runs of d. Bring the heads in front of the tokens, and back. Mind the order
+# of what lies in memory.
 
 
 # %%
@@ -81,10 +85,11 @@ def merge_heads(x):
 
 # %% [markdown]
 # ### Exercise 2.5 (4 points)
-# keep[j] is 1 for a token that stays and 0 for one that is dropped. Row i sees column j with K_ij = keep_j, but every token sees itself,
-# K_ii = 1. The weights are K_ij exp(s_ij) over their row's sum. For kept rows this must be **exactly** what attention among the kept
-# tokens alone gives: also if a dropped key has a score of 1000 more than the others, and also if only one token is left. So choose well
-# what you take off before exp.
+# keep[j] is 1 for a token that stays and 0 for one that is dropped. Row i sees column j with K_ij = keep_j,
+# but every token sees itself, K_ii = 1. The weights are K_ij exp(s_ij) over their row's sum. For kept rows
+# this must be **exactly** what attention among the kept tokens alone gives: also if a dropped key has a score
+# of 1000 more than the others, and also if only one token is left. So choose well what you take off before
+# exp.
 
 
 # %%
@@ -101,16 +106,18 @@ def masked_weights(scores, keep):
 
 # %% [markdown]
 # ### Exercise 2.6 (3 points)
-# Some tokens, x, read others, `memory`: queries from x, keys and values from the memory, H heads, answers side by side, then the output
-# matrix. keep says which tokens of the memory are there; there is no "itself" here, and at least one is kept. `w` has the matrices: `q`,
-# `k`, `v`, `out`, each (D, D), used as x @ w["q"].T; no biases.
+# Some tokens, x, read others, `memory`: queries from x, keys and values from the memory, H heads, answers
+# side by side, then the output matrix. keep says which tokens of the memory are there; there is no "itself"
+# here, and at least one is kept. `w` has the matrices: `q`, `k`, `v`, `out`, each (D, D), used as x @
+# w["q"].T; no biases.
 
 
 # %%
 def cross_attention(x, memory, keep, w, heads):
     """x (B, Tq, D), memory (B, Tk, D), keep (B, Tk) of 0 and 1 -> (B, Tq, D)."""
     ### BEGIN SOLUTION
-    q, k, v = split_heads(x @ w["q"].T, heads), split_heads(memory @ w["k"].T, heads), split_heads(memory @ w["v"].T, heads)
+    q, k, v = split_heads(x @ w["q"].T, heads), split_heads(memory @ w["k"].T,
+                                                            heads), split_heads(memory @ w["v"].T, heads)
     scores = np.where(keep[:, None, None, :] > 0, q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), -np.inf)
     return merge_heads(softmax(scores) @ v) @ w["out"].T
     ### END SOLUTION
@@ -118,8 +125,9 @@ def cross_attention(x, memory, keep, w, heads):
 
 # %% [markdown]
 # ### Exercise 2.7 (4 points)
-# A block of a ViT, without biases: x + attention(norm(x)), and to that again + mlp(norm(...)). `w` has `qkv` (3 D, D), rows of the queries
-# first, then of the keys, then of the values; `proj` (D, D); `fc1` (4 D, D); `fc2` (D, 4 D). The norms have no weights.
+# A block of a ViT, without biases: x + attention(norm(x)), and to that again + mlp(norm(...)). `w` has `qkv`
+# (3 D, D), rows of the queries first, then of the keys, then of the values; `proj` (D, D); `fc1` (4 D, D);
+# `fc2` (D, 4 D). The norms have no weights.
 
 
 # %%
@@ -143,8 +151,9 @@ def block(x, w, heads):
 
 # %% [markdown]
 # ## All together
-# Your attention takes the place of the package's in a small ViT, which is trained on scenes: pictures with a shape among clutter, ten
-# classes. By chance a tenth is right. It works only if the answers, the gradients and the heads are right.
+# Your attention takes the place of the package's in a small ViT, which is trained on scenes: pictures with a
+# shape among clutter, ten classes. By chance a tenth is right. It works only if the answers, the gradients
+# and the heads are right.
 
 
 # %%

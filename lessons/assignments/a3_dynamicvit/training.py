@@ -1,4 +1,5 @@
-"""Your draw, decisions and removal take the place of the package's in a DynamicViT, which is trained on scenes."""
+"""Your draw, decisions and removal take the place of the package's in a DynamicViT, which is trained on
+scenes."""
 import numpy as np
 
 import tinytoken as tt
@@ -9,7 +10,8 @@ from tinytoken.train import Classify, Distil, accuracy, fit, infer
 
 
 def run(student, steps=(200, 100), pictures=(6000, 1000)):
-    """Train a ViT, then the DynamicViT that starts from it -> what a leaderboard shows: (name, value, which end is better)."""
+    """Train a ViT, then the DynamicViT that starts from it -> what a leaderboard shows: (name, value, which
+    end is better)."""
     @tt.op
     def yours(log_probs, noise, *, tau=1.0, hard=True):
         choice, vjp = student.straight_through(log_probs, noise, tau)
@@ -34,7 +36,8 @@ def run(student, steps=(200, 100), pictures=(6000, 1000)):
         fit(dynamic, Distil(dynamic, vit), batches, steps=steps[1], lr=5e-4, phase="DynamicViT")
         tt.ops.take_tokens = removed
         prepare = lambda images: normalise(images, batches.mean, batches.std)
-        right = [100 * accuracy(infer(model, test.images, prepare, threads=1), test.labels) for model in (vit, dynamic)]
+        right = [100 * accuracy(infer(model, test.images, prepare, threads=1), test.labels)
+                 for model in (vit, dynamic)]
         kept = kept_on_object(dynamic, test, prepare, 4)
         counted = tt.macs(dynamic, prepare(test.images[:1])).total
     finally:
@@ -42,5 +45,6 @@ def run(student, steps=(200, 100), pictures=(6000, 1000)):
     print(f"right: ViT {right[0]:.1f} %, DynamicViT {right[1]:.1f} %")
     print(f"object share of all patches {kept['all']:.3f}, of those kept at each stage",
           ", ".join(f"{share:.3f}" for share in kept["stages"]))
-    print(f"multiply-adds: {counted:,} counted, {student.multiply_adds(64, 48, 48, 10, 3, (1, 2), 0.5):,} by your formula")
+    print(f"multiply-adds: {counted:,} counted, {student.multiply_adds(64, 48, 48, 10, 3, (1, 2), 0.5):,} by "
+          f"your formula")
     return [("accuracy, %", round(right[1], 1), "desc"), ("M multiply-adds", round(counted / 1e6, 2), "asc")]

@@ -1,12 +1,14 @@
 # %% [markdown]
 # # Assignment 4: LookupViT
-# You make few tokens from many, let the few read the many and write back by the same scores, put the block together, count what it
-# costs, and run one set of weights at several costs. 25 points.
+# You make few tokens from many, let the few read the many and write back by the same scores, put the block
+# together, count what it costs, and run one set of weights at several costs. 25 points.
 #
-# Write your code where `raise NotImplementedError` stands. Keep names and arguments. You may write more functions. All is plain NumPy;
-# in the exercises only numpy and math may be imported. `python -m tinytoken grade a4 --submission .` says at any time what you have.
+# Write your code where `raise NotImplementedError` stands. Keep names and arguments. You may write more
+# functions. All is plain NumPy; in the exercises only numpy and math may be imported. `python -m tinytoken
+# grade a4 --submission .` says at any time what you have.
 #
-# Letters: B pictures, N lookup tokens (all patches), M compressed tokens (few), D numbers per token, H heads, d = D / H.
+# Letters: B pictures, N lookup tokens (all patches), M compressed tokens (few), D numbers per token, H heads,
+# d = D / H.
 
 # %%
 import math
@@ -15,9 +17,10 @@ import numpy as np
 
 # %% [markdown]
 # ### Exercise 4.1 (4 points)
-# On one axis, a inputs become b outputs. With s = a / b, output o has its centre at c = (o + 1/2) s - 1/2, and input i weighs
-# max(0, 1 - |i - c| / max(s, 1)): a triangle that is made wider where the axis shrinks, so that every input is read. Each output's weights
-# are then divided by their sum. On a grid both axes are resized by themselves; with tokens row by row that is **one** matrix.
+# On one axis, a inputs become b outputs. With s = a / b, output o has its centre at c = (o + 1/2) s - 1/2,
+# and input i weighs max(0, 1 - |i - c| / max(s, 1)): a triangle that is made wider where the axis shrinks, so
+# that every input is read. Each output's weights are then divided by their sum. On a grid both axes are
+# resized by themselves; with tokens row by row that is **one** matrix.
 
 
 # %%
@@ -40,8 +43,8 @@ def resize_matrix(grid, size):
 
 # %% [markdown]
 # ### Exercise 4.2 (3 points)
-# The compressed tokens ask, the lookup tokens answer: attention, with the softmax over the N lookup tokens. Return the weights and the
-# (divided) scores too; both are wanted again.
+# The compressed tokens ask, the lookup tokens answer: attention, with the softmax over the N lookup tokens.
+# Return the weights and the (divided) scores too; both are wanted again.
 
 
 # %%
@@ -61,9 +64,10 @@ def gather(q, k, v):
 
 # %% [markdown]
 # ### Exercise 4.3 (4 points)
-# Backward, each lookup token n gets a mixture of the compressed values: sum over m of R_mn values_m. `reuse` says what R is:
-# "probs": A as it is; "renorm": A, each column divided by its sum, so that every lookup token gets 1 in all; "resoftmax": the softmax of
-# the scores over the M compressed tokens. A column that nobody looks at (sum 0) gives zeros with "renorm".
+# Backward, each lookup token n gets a mixture of the compressed values: sum over m of R_mn values_m. `reuse`
+# says what R is: "probs": A as it is; "renorm": A, each column divided by its sum, so that every lookup token
+# gets 1 in all; "resoftmax": the softmax of the scores over the M compressed tokens. A column that nobody
+# looks at (sum 0) gives zeros with "renorm".
 
 
 # %%
@@ -82,14 +86,16 @@ def infuse(A, scores, values, reuse):
 
 # %% [markdown]
 # ### Exercise 4.4 (4 points)
-# With "probs" A is used twice: answers = A v, and written = A^T values. What arrives at `answers` is g_answers, what arrives at `written`
-# is g_written. A gets the sum of what comes back through both. Then it goes on through the softmax. (`values` are made from the answers;
-# what comes back on that way is in g_answers already.)
+# With "probs" A is used twice: answers = A v, and written = A^T values. What arrives at `answers` is
+# g_answers, what arrives at `written` is g_written. A gets the sum of what comes back through both. Then it
+# goes on through the softmax. (`values` are made from the answers; what comes back on that way is in
+# g_answers already.)
 
 
 # %%
 def scores_gradient(A, v, values, g_answers, g_written):
-    """dL/d(scores) (B, H, M, N). A (B, H, M, N), v (B, H, N, d), values and g_answers (B, H, M, d), g_written (B, H, N, d)."""
+    """dL/d(scores) (B, H, M, N). A (B, H, M, N), v (B, H, N, d), values and g_answers (B, H, M, d), g_written
+    (B, H, N, d)."""
     ### BEGIN SOLUTION
     d_A = g_answers @ v.swapaxes(-1, -2) + values @ g_written.swapaxes(-1, -2)
     return A * (d_A - (A * d_A).sum(axis=-1, keepdims=True))
@@ -115,7 +121,8 @@ def linear(x, w, name):
 
 def norm(x, w, name, eps=1e-6):
     centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt((centred ** 2).mean(axis=-1, keepdims=True) + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    return centred / np.sqrt((centred ** 2).mean(axis=-1, keepdims=True)
+                             + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def gelu(x):
@@ -139,15 +146,17 @@ def lookup_block(F_l, F_p, w, heads, refine):
     F_p = refine(F_p + linear(merge_heads(answers), w, "gather_proj"))
     values = split_heads(linear(norm(F_p, w, "infuse_norm"), w, "infuse_v"), heads)
     F_l = F_l + linear(merge_heads(infuse(A, scores, values, "probs")), w, "infuse_proj")
-    return F_l + linear(gelu(linear(norm(F_l, w, "lookup_norm"), w, "lookup_mlp.fc1")), w, "lookup_mlp.fc2"), F_p
+    return F_l + linear(gelu(linear(norm(F_l, w, "lookup_norm"), w, "lookup_mlp.fc1")), w,
+                        "lookup_mlp.fc2"), F_p
     ### END SOLUTION
 
 
 # %% [markdown]
 # ### Exercise 4.6 (3 points)
-# Multiply-adds of the block above, with (b) a block of a ViT whose MLP is 4 D wide and the light MLP of (d) D / 2 wide. Then of a model:
-# the patch embedding (N P D for P numbers per patch), `depth` blocks, and the compressed head (D K). With `both_heads` False only the
-# compressed head is asked for, and (c) and (d) of the last block are left out; with True the lookup head costs D K too.
+# Multiply-adds of the block above, with (b) a block of a ViT whose MLP is 4 D wide and the light MLP of (d) D
+# / 2 wide. Then of a model: the patch embedding (N P D for P numbers per patch), `depth` blocks, and the
+# compressed head (D K). With `both_heads` False only the compressed head is asked for, and (c) and (d) of the
+# last block are left out; with True the lookup head costs D K too.
 
 
 # %%
@@ -168,8 +177,8 @@ def model_cost(N, M, D, P, K, depth, both_heads):
 
 # %% [markdown]
 # ### Exercise 4.7 (2 points)
-# The compressed tokens at any grid: the patches X, which lie on `grid`, resized to `size`, plus the table of positions, which was made for
-# `table_grid`, resized to `size` as well.
+# The compressed tokens at any grid: the patches X, which lie on `grid`, resized to `size`, plus the table of
+# positions, which was made for `table_grid`, resized to `size` as well.
 
 
 # %%
@@ -182,8 +191,8 @@ def compressed_tokens(X, grid, table, table_grid, size):
 
 # %% [markdown]
 # ## All together
-# Your gather and infusion take the place of the package's in a LookupViT, which is trained on scenes at a random grid for each step. Then
-# one set of weights is run at four costs; your formula says what each is.
+# Your gather and infusion take the place of the package's in a LookupViT, which is trained on scenes at a
+# random grid for each step. Then one set of weights is run at four costs; your formula says what each is.
 
 
 # %%

@@ -24,5 +24,6 @@ def block_cost(N, M, D):
     """By the package's counter: two blocks of a model less one."""
     side, small = round(N**0.5), round(M**0.5)
     picture = np.zeros((1, 3, 2 * side, 2 * side), "float32")
-    one, two = (tt.macs(tt.models.LookupViT(2 * side, 2, D, depth, 1, compressed=(small, small)), picture).total for depth in (1, 2))
+    one, two = (tt.macs(tt.models.LookupViT(2 * side, 2, D, depth, 1, compressed=(small, small)),
+                        picture).total for depth in (1, 2))
     return two - one

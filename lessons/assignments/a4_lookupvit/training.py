@@ -1,4 +1,5 @@
-"""Your gather and infusion take the place of the package's in a LookupViT, which is trained at a random grid for each step."""
+"""Your gather and infusion take the place of the package's in a LookupViT, which is trained at a random grid
+for each step."""
 import math
 
 import numpy as np
@@ -27,7 +28,8 @@ def ops_of(student):
         def vjp(g, g_A, g_scores):
             # g_A comes from the infusion, and is added to what scores_gradient makes of the first use alone
             none = np.zeros_like(answers[..., :1])
-            d = student.scores_gradient(A, v, none, np.zeros_like(answers) if g is None else g, np.zeros_like(v[..., :1]))
+            d = student.scores_gradient(A, v, none, np.zeros_like(answers) if g is None else g,
+                                        np.zeros_like(v[..., :1]))
             if g_A is not None:
                 d = d + A * (g_A - (A * g_A).sum(axis=-1, keepdims=True))
             d = (d + (0 if g_scores is None else g_scores)) * scale
@@ -42,7 +44,8 @@ def ops_of(student):
 
 
 def run(student, steps=300, pictures=(6000, 1000)):
-    """Train one set of weights, run it at four costs -> what a leaderboard shows: (name, value, which end is better)."""
+    """Train one set of weights, run it at four costs -> what a leaderboard shows: (name, value, which end is
+    better)."""
     theirs = tt.ops.lookup_gather, tt.ops.lookup_infuse
     tt.ops.lookup_gather, tt.ops.lookup_infuse = ops_of(student)
     try:
@@ -56,8 +59,11 @@ def run(student, steps=300, pictures=(6000, 1000)):
         for side in (2, 3, 4, 5):
             right = 100 * accuracy(infer(model, test.images, prepare, compressed=(side, side)), test.labels)
             cost = student.model_cost(64, side**2, 48, 48, 10, 3, False) / 1e6
-            print(f"{side} x {side}: {cost:5.2f} M multiply-adds by your formula, {right:.1f} % right (by chance 10 %)")
-            board += [(f"accuracy at {side} x {side}, %", round(right, 1), "desc"), (f"M multiply-adds at {side} x {side}", round(cost, 2), "asc")]
+            print(f"{side} x {side}: {cost:5.2f} M multiply-adds by your formula, {right:.1f} % right (by "
+                  f"chance 10 %)")
+            board += [(f"accuracy at {side} x {side}, %", round(right, 1), "desc"), (f"M multiply-adds at "
+                                                                                     f"{side} x {side}",
+                                                                                     round(cost, 2), "asc")]
     finally:
         tt.ops.lookup_gather, tt.ops.lookup_infuse = theirs
     return board

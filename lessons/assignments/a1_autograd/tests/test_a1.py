@@ -1,4 +1,5 @@
-"""Each case is given `student`, the functions of the submission. Values are compared as plain arrays of numbers."""
+"""Each case is given `student`, the functions of the submission. Values are compared as plain arrays of
+numbers."""
 import numpy as np
 import pytest
 
@@ -17,7 +18,8 @@ def test_the_product_and_its_parents(student):
     assert product.parents == (a, b)
 
 
-@pytest.mark.points(1, number="1.1", hint="dL/da = g * b; the vjp returns a gradient for each parent, in their order")
+@pytest.mark.points(1, number="1.1", hint="dL/da = g * b; the vjp returns a gradient for each parent, in "
+                                          "their order")
 def test_the_products_gradients(student):
     a, b = leaf(student, 2, 3), leaf(student, 2, 3, seed=1)
     g = np.random.default_rng(2).standard_normal((2, 3))
@@ -41,7 +43,8 @@ def is_an_order(student, end, count):
     place = {id(node): number for number, node in enumerate(nodes)}
     assert len(place) == count and nodes[-1] is end
     for each in nodes:
-        assert all(place[id(parent)] < place[id(each)] for parent in each.parents), "a node stands before one of its parents"
+        assert all(place[id(parent)] < place[id(each)]
+                   for parent in each.parents), "a node stands before one of its parents"
 
 
 @pytest.mark.points(1, number="1.2", hint="a chain: leaf, middle, end")
@@ -51,7 +54,8 @@ def test_a_chain(student):
     is_an_order(student, student.Node(a.value, (middle,)), 3)
 
 
-@pytest.mark.points(1, number="1.2", hint="a node used by two others stands once, before both, however the walk goes")
+@pytest.mark.points(1, number="1.2", hint="a node used by two others stands once, before both, however the "
+                                          "walk goes")
 def test_a_node_that_is_used_again_further_on(student):
     a = leaf(student, 2)
     b = student.Node(a.value, (a,))
@@ -59,7 +63,8 @@ def test_a_node_that_is_used_again_further_on(student):
     is_an_order(student, student.Node(a.value, (a, c, b)), 4)
 
 
-@pytest.mark.points(1, number="1.2", hint="forty doublings: a walk over all paths would take 2 to the power 40 steps")
+@pytest.mark.points(1, number="1.2", hint="forty doublings: a walk over all paths would take 2 to the power "
+                                          "40 steps")
 def test_every_node_is_visited_once(student):
     node = leaf(student, 1)
     for _ in range(40):
@@ -106,7 +111,8 @@ def test_backward_again_starts_anew(student):
     close(a.grad, np.full(3, 2.0))
 
 
-@pytest.mark.points(1, number="1.3", visibility="hidden", hint="an array that a vjp returned may be shared: add to a new one")
+@pytest.mark.points(1, number="1.3", visibility="hidden", hint="an array that a vjp returned may be shared: "
+                                                               "add to a new one")
 def test_no_array_of_a_vjp_is_changed(student):
     a, shared = leaf(student, 3), np.full(3, 4.0)
     left, right = (student.Node(a.value, (a,), lambda g: [shared]) for _ in range(2))
@@ -130,7 +136,8 @@ def test_axes_of_length_one(student):
     close(student.unbroadcast(g, (1, 3)), g.sum(axis=(0, 1))[None])
 
 
-@pytest.mark.points(1, number="1.4", visibility="hidden", hint="same shape: nothing to do; shape (): everything is summed")
+@pytest.mark.points(1, number="1.4", visibility="hidden", hint="same shape: nothing to do; shape (): "
+                                                               "everything is summed")
 def test_the_two_ends(student):
     g = np.random.default_rng(0).standard_normal((1, 3))
     close(student.unbroadcast(g, (1, 3)), g)
@@ -174,7 +181,8 @@ def test_the_softmax(student):
     close(refuse_changes(student.softmax_vjp, softmax(x), g), numeric(softmax, x, g), 1e-6)
 
 
-@pytest.mark.points(1, number="1.6", visibility="hidden", hint="each row by itself, whatever axes stand in front")
+@pytest.mark.points(1, number="1.6", visibility="hidden", hint="each row by itself, whatever axes stand in "
+                                                               "front")
 def test_rows_of_a_softmax(student):
     rng = np.random.default_rng(1)
     x, g = rng.standard_normal((2, 4, 3)), rng.standard_normal((2, 4, 3))
@@ -205,7 +213,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-@pytest.mark.points(1, number="1.8", hint="a right vjp is off by rounding, a factor of 2 by more than a tenth; x stays as it was")
+@pytest.mark.points(1, number="1.8", hint="a right vjp is off by rounding, a factor of 2 by more than a "
+                                          "tenth; x stays as it was")
 def test_right_and_wrong(student):
     x = np.random.default_rng(0).standard_normal((2, 3))
     right = lambda g: g * sigmoid(x) * (1 - sigmoid(x))
@@ -215,7 +224,8 @@ def test_right_and_wrong(student):
     close(x, before)
 
 
-@pytest.mark.points(1, number="1.8", hint="the upstream gradient must be random: zeros are no gradient of a softmax")
+@pytest.mark.points(1, number="1.8", hint="the upstream gradient must be random: zeros are no gradient of a "
+                                          "softmax")
 def test_zeros_do_not_pass(student):
     x = np.random.default_rng(0).standard_normal(4)
     softmax = lambda x: np.exp(x) / np.exp(x).sum()

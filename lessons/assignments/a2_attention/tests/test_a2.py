@@ -1,4 +1,5 @@
-"""Each case is given `student`, the functions of the submission. What they are compared with is the package's, or loops."""
+"""Each case is given `student`, the functions of the submission. What they are compared with is the
+package's, or loops."""
 import numpy as np
 import pytest
 
@@ -61,7 +62,8 @@ def test_the_gradient_of_the_values(student):
     close(student.attention_vjp(q, k, v, A, g)[2], d_v)
 
 
-@pytest.mark.points(2, number="2.3", hint="through the softmax: A (u - sum(u A)) with u = g v^T; and the 1 / sqrt(d)")
+@pytest.mark.points(2, number="2.3", hint="through the softmax: A (u - sum(u A)) with u = g v^T; and the 1 / "
+                                          "sqrt(d)")
 def test_the_gradients_of_queries_and_keys(student):
     q, k, v, g = normal(1, 2, 4, 3), normal(1, 2, 5, 3, seed=1), normal(1, 2, 5, 3, seed=2), normal(1, 2, 4, 3, seed=3)
     A, wanted = gradients(q, k, v, g)
@@ -93,7 +95,8 @@ def test_merge(student):
         close(found[:, :, 2 * head:2 * head + 2], x[:, head])
 
 
-@pytest.mark.points(1, number="2.4", visibility="hidden", hint="merging undoes splitting, for any number of heads")
+@pytest.mark.points(1, number="2.4", visibility="hidden", hint="merging undoes splitting, for any number of "
+                                                               "heads")
 def test_there_and_back(student):
     x = normal(2, 5, 12)
     for heads in (1, 2, 4, 12):
@@ -127,7 +130,8 @@ def test_dropped_rows_see_themselves(student):
     close(student.masked_weights(scores, keep)[0, 0, 1], np.array([*row / row.sum(), 0.0]))
 
 
-@pytest.mark.points(1, number="2.5", hint="take off the largest score that the row sees, not the largest of all")
+@pytest.mark.points(1, number="2.5", hint="take off the largest score that the row sees, not the largest of "
+                                          "all")
 def test_a_dropped_key_that_stands_out(student):
     scores = normal(1, 2, 5, 5)
     scores[..., 2] += 1000
@@ -144,32 +148,38 @@ def test_one_none_all(student):
 
 
 def cross(x, memory, keep, w, heads):
-    q, k, v = (tt.ops.split_heads(a @ w[name].T, heads=heads) for a, name in ((x, "q"), (memory, "k"), (memory, "v")))
+    q, k, v = (tt.ops.split_heads(a @ w[name].T, heads=heads) for a,
+               name in ((x, "q"), (memory, "k"), (memory, "v")))
     return tt.ops.merge_heads(tt.ops.attention(q, k, v, keep, sees_itself=False)).data @ w["out"].T
 
 
-@pytest.mark.points(2, number="2.6", hint="queries from x, keys and values from the memory; then the output matrix")
+@pytest.mark.points(2, number="2.6", hint="queries from x, keys and values from the memory; then the output "
+                                          "matrix")
 def test_reading_a_memory(student):
     w = {name: normal(6, 6, seed=s) for s, name in enumerate(("q", "k", "v", "out"))}
     x, memory, keep = normal(2, 3, 6, seed=8), normal(2, 5, 6, seed=9), np.ones((2, 5))
     close(student.cross_attention(x, memory, keep, w, 2), cross(x, memory, keep, w, 2))
 
 
-@pytest.mark.points(1, number="2.6", hint="what is dropped is never read, however it is scored; there is no diagonal here")
+@pytest.mark.points(1, number="2.6", hint="what is dropped is never read, however it is scored; there is no "
+                                          "diagonal here")
 def test_reading_what_is_left_of_a_memory(student):
     w = {name: 3 * normal(6, 6, seed=s) for s, name in enumerate(("q", "k", "v", "out"))}
-    x, memory, keep = normal(2, 5, 6, seed=8), normal(2, 5, 6, seed=9), np.array([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0.0]])
+    x, memory, keep = normal(2, 5, 6, seed=8), normal(2, 5, 6, seed=9), np.array([[1, 0, 1, 0, 0],
+                                                                                  [0, 0, 0, 1, 0.0]])
     close(student.cross_attention(x, memory, keep, w, 3), cross(x, memory, keep, w, 3))
 
 
 def weights_of_block(width):
-    shapes = {"qkv": (3 * width, width), "proj": (width, width), "fc1": (4 * width, width), "fc2": (width, 4 * width)}
+    shapes = {"qkv": (3 * width, width), "proj": (width, width), "fc1": (4 * width, width),
+              "fc2": (width, 4 * width)}
     return {name: normal(*shape, seed=s) / 2 for s, (name, shape) in enumerate(shapes.items())}
 
 
 def packages_block(x, w, heads):
     made = tt.nn.Block(x.shape[2], heads).astype("float64")
-    names = {"attn.qkv.weight": "qkv", "attn.proj.weight": "proj", "mlp.fc1.weight": "fc1", "mlp.fc2.weight": "fc2"}
+    names = {"attn.qkv.weight": "qkv", "attn.proj.weight": "proj", "mlp.fc1.weight": "fc1",
+             "mlp.fc2.weight": "fc2"}
     for name, p in made.named_parameters():
         p.data[...] = w[names[name]] if name in names else 1.0 if "norm" in name and name.endswith("weight") else 0.0
     return made(tt.Tensor(x)).data

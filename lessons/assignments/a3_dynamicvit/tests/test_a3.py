@@ -1,4 +1,5 @@
-"""Each case is given `student`, the functions of the submission. What they are compared with is the package's, or loops."""
+"""Each case is given `student`, the functions of the submission. What they are compared with is the
+package's, or loops."""
 import numpy as np
 import pytest
 
@@ -23,7 +24,8 @@ def test_draws_are_one_hot(student):
     close(found, ((logits + noise) == (logits + noise).max(axis=-1, keepdims=True)).astype(float))
 
 
-@pytest.mark.points(1, number="3.1", visibility="hidden", hint="a token kept with probability 0.7 is kept in 70 % of many draws")
+@pytest.mark.points(1, number="3.1", visibility="hidden", hint="a token kept with probability 0.7 is kept in "
+                                                               "70 % of many draws")
 def test_draws_have_their_probabilities(student):
     logits = np.log(np.array([0.7, 0.2, 0.1]))
     u = np.random.default_rng(0).uniform(1e-12, 1, (20000, 3))
@@ -56,13 +58,15 @@ def test_the_temperature(student):
     logits, noise, g = normal(5, 3), normal(5, 3, seed=1), normal(5, 3, seed=2)
     for tau in (0.5, 2.0):
         s = soft(logits, noise, tau)
-        close(student.straight_through(logits, noise, tau)[1](g), s * (g - (s * g).sum(axis=-1, keepdims=True)) / tau)
+        close(student.straight_through(logits, noise, tau)[1](g),
+              s * (g - (s * g).sum(axis=-1, keepdims=True)) / tau)
 
 
 def weights(D):
     shapes = {"in": (D, D), "out1": (D // 2, D), "out2": (D // 4, D // 2), "out3": (2, D // 4)}
     w = {name: normal(*shape, seed=s) / 2 for s, (name, shape) in enumerate(shapes.items())}
-    return w | {f"{name}_bias": normal(shape[0], seed=9 + s) for s, (name, shape) in enumerate(shapes.items())}
+    return w | {f"{name}_bias": normal(shape[0], seed=9 + s) for s,
+                (name, shape) in enumerate(shapes.items())}
 
 
 def packages_scores(x, keep, w):
@@ -70,14 +74,17 @@ def packages_scores(x, keep, w):
     names = {"in_conv.1": "in", "out_conv.0": "out1", "out_conv.2": "out2", "out_conv.4": "out3"}
     for name, p in made.named_parameters():
         layer, what = name.rsplit(".", 1)
-        p.data[...] = (w[names[layer] + ("_bias" if what == "bias" else "")] if layer in names else float(what == "weight"))
+        p.data[...] = (w[names[layer] + ("_bias" if what == "bias" else "")] if layer in names
+                       else float(what == "weight"))
     return made(tt.Tensor(x), keep).data
 
 
-@pytest.mark.points(2, number="3.3", hint="halves of z; the mean goes to every token; three layers, two with gelu")
+@pytest.mark.points(2, number="3.3", hint="halves of z; the mean goes to every token; three layers, two with "
+                                          "gelu")
 def test_scores_of_all_tokens(student):
     x, w, keep = normal(2, 5, 8, seed=20), weights(8), np.ones((2, 5))
-    close(refuse_changes(lambda x, keep: student.predictor(x, keep, w), x, keep), packages_scores(x, keep, w), 1e-6)
+    close(refuse_changes(lambda x, keep: student.predictor(x, keep, w), x, keep),
+          packages_scores(x, keep, w), 1e-6)
 
 
 @pytest.mark.points(1, number="3.3", hint="the mean is over the kept tokens, divided by their number")
@@ -86,7 +93,8 @@ def test_scores_of_what_is_left(student):
     close(student.predictor(x, keep, w), packages_scores(x, keep, w), 1e-6)
 
 
-@pytest.mark.points(1, number="3.3", visibility="hidden", hint="a dropped token changes nothing for the others")
+@pytest.mark.points(1, number="3.3", visibility="hidden", hint="a dropped token changes nothing for the "
+                                                               "others")
 def test_what_is_dropped_has_no_say(student):
     x, w, keep = normal(1, 5, 8, seed=20), weights(8), np.array([[1, 1, 0, 1, 1.0]])
     other = x.copy()
@@ -122,7 +130,8 @@ def losses(student, seed=0, kept=None):
     return z, z_t, f, f_t, keep, student.distillation(z, z_t, f, f_t, keep)
 
 
-@pytest.mark.points(2, number="3.5", hint="the teacher's probabilities stand in front; the mean is over pictures")
+@pytest.mark.points(2, number="3.5", hint="the teacher's probabilities stand in front; the mean is over "
+                                          "pictures")
 def test_the_kl_divergence(student):
     z, z_t, _, _, _, (kl, _) = losses(student)
     p, p_t = (np.exp(a) / np.exp(a).sum(axis=1, keepdims=True) for a in (z, z_t))
@@ -135,7 +144,8 @@ def test_the_token_loss(student):
     close(token, np.mean([((f[b] - f_t[b]) ** 2)[keep[b] == 1].mean() for b in range(3)]))
 
 
-@pytest.mark.points(1, number="3.5", visibility="hidden", hint="a picture that kept none counts 0, and is counted")
+@pytest.mark.points(1, number="3.5", visibility="hidden", hint="a picture that kept none counts 0, and is "
+                                                               "counted")
 def test_a_picture_without_tokens(student):
     keep = np.array([[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1.0]])
     _, _, f, f_t, keep, (_, token) = losses(student, kept=keep)
@@ -143,7 +153,8 @@ def test_a_picture_without_tokens(student):
     close(token, (gaps[0, :2].mean() + gaps[2, 5]) / 3)
 
 
-@pytest.mark.points(2, number="3.6", hint="the highest scores, in the order in which the tokens stood; the class token in front")
+@pytest.mark.points(2, number="3.6", hint="the highest scores, in the order in which the tokens stood; the "
+                                          "class token in front")
 def test_the_best_stay_in_order(student):
     x, scores = normal(3, 8, 4), normal(3, 7, seed=1)
     found, places = refuse_changes(lambda x, scores: student.keep_best(x, scores, 3), x, scores)
@@ -178,7 +189,8 @@ def test_one_stage(student):
     close(student.multiply_adds(64, 48, 24, 10, 2, (1,), 0.5), counted(24, 2, (1,), 0.5))
 
 
-@pytest.mark.points(1, number="3.7", hint="the predictor works on what is left before it; the class token is a token of each block")
+@pytest.mark.points(1, number="3.7", hint="the predictor works on what is left before it; the class token is "
+                                          "a token of each block")
 def test_three_stages(student):
     close(student.multiply_adds(64, 48, 96, 10, 6, (1, 3, 5), 0.7), counted(96, 6, (1, 3, 5), 0.7))
 

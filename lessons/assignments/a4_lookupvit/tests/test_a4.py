@@ -1,4 +1,5 @@
-"""Each case is given `student`, the functions of the submission. What they are compared with is the package's, or loops."""
+"""Each case is given `student`, the functions of the submission. What they are compared with is the
+package's, or loops."""
 import numpy as np
 import pytest
 
@@ -10,7 +11,8 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-@pytest.mark.points(2, number="4.1", hint="the triangle's half width is max(s, 1); divide each row by its sum")
+@pytest.mark.points(2, number="4.1",
+                    hint="the triangle's half width is max(s, 1); divide each row by its sum")
 def test_one_axis(student):
     for a, b in ((8, 2), (8, 3), (7, 7), (3, 5)):
         close(student.axis_weights(a, b), tt.ops.resize_matrix((1, a), (1, b)))
@@ -21,7 +23,8 @@ def test_both_axes(student):
     close(student.resize_matrix((6, 8), (2, 3)), tt.ops.resize_matrix((6, 8), (2, 3)))
 
 
-@pytest.mark.points(1, number="4.1", visibility="hidden", hint="an axis of one output is the mean; the same size changes nothing")
+@pytest.mark.points(1, number="4.1", visibility="hidden", hint="an axis of one output is the mean; the same "
+                                                               "size changes nothing")
 def test_the_two_ends_of_a_resize(student):
     close(student.resize_matrix((4, 4), (4, 4)), np.eye(16))
     close(student.resize_matrix((3, 5), (1, 1)), tt.ops.resize_matrix((3, 5), (1, 1)))
@@ -38,7 +41,8 @@ def test_the_gather(student):
         close(found, expected.data)
 
 
-@pytest.mark.points(1, number="4.2", visibility="hidden", hint="masses: each row of A sums to 1, all columns together to M")
+@pytest.mark.points(1, number="4.2", visibility="hidden", hint="masses: each row of A sums to 1, all columns "
+                                                               "together to M")
 def test_masses(student):
     q, k, v = tokens()
     _, A, scores = student.gather(30 * q, k, v)
@@ -68,10 +72,12 @@ def test_renorm(student):
 @pytest.mark.points(1, number="4.3", hint="a softmax of the scores, over the compressed tokens")
 def test_resoftmax(student):
     A, S, values = of_gather()
-    close(student.infuse(A, S, values, "resoftmax"), tt.ops.lookup_infuse(A, S, values, reuse="resoftmax").data)
+    close(student.infuse(A, S, values, "resoftmax"),
+          tt.ops.lookup_infuse(A, S, values, reuse="resoftmax").data)
 
 
-@pytest.mark.points(1, number="4.3", visibility="hidden", hint="a lookup token that nobody looks at gets zeros, not 0 / 0")
+@pytest.mark.points(1, number="4.3", visibility="hidden", hint="a lookup token that nobody looks at gets "
+                                                               "zeros, not 0 / 0")
 def test_a_column_of_zeros(student):
     A, S, values = of_gather()
     A[..., 2] = 0
@@ -79,7 +85,8 @@ def test_a_column_of_zeros(student):
 
 
 def by_the_tape(q, k, v, values, g_answers, g_written):
-    """dL/d(scores), through the package's ops: from that of q, whose scores are q k^T / sqrt(d) with square k."""
+    """dL/d(scores), through the package's ops: from that of q, whose scores are q k^T / sqrt(d) with square
+    k."""
     Q = tt.Tensor(q, requires_grad=True)
     answers, A, S = tt.ops.lookup_gather(Q, k, v)
     written = tt.ops.lookup_infuse(A, S, values, reuse="probs")
@@ -87,9 +94,11 @@ def by_the_tape(q, k, v, values, g_answers, g_written):
     return A.data, Q.grad @ np.linalg.pinv(k / np.sqrt(q.shape[-1]))
 
 
-@pytest.mark.points(1, number="4.4", hint="through the answers: d_A = g_answers v^T, then the softmax's A (d_A - sum(A d_A))")
+@pytest.mark.points(1, number="4.4", hint="through the answers: d_A = g_answers v^T, then the softmax's A "
+                                          "(d_A - sum(A d_A))")
 def test_the_first_use(student):
-    q, k, v, values, g = normal(1, 2, 3, 4), normal(1, 2, 4, 4, seed=1), *(normal(1, 2, n, 4, seed=s) for n, s in ((4, 2), (3, 3), (3, 4)))
+    q, k, v, values, g = normal(1, 2, 3, 4), normal(1, 2, 4, 4, seed=1), *(normal(1, 2, n, 4, seed=s) for n,
+                                                                           s in ((4, 2), (3, 3), (3, 4)))
     nothing = np.zeros((1, 2, 4, 4))
     A, expected = by_the_tape(q, k, v, values, g, nothing)
     close(refuse_changes(student.scores_gradient, A, v, values, g, nothing), expected, 1e-7)
@@ -97,7 +106,8 @@ def test_the_first_use(student):
 
 @pytest.mark.points(1, number="4.4", hint="through what is written: d_A = values g_written^T")
 def test_the_second_use(student):
-    q, k, v, values, g = normal(1, 2, 3, 4), normal(1, 2, 4, 4, seed=1), *(normal(1, 2, n, 4, seed=s) for n, s in ((4, 2), (3, 3), (4, 4)))
+    q, k, v, values, g = normal(1, 2, 3, 4), normal(1, 2, 4, 4, seed=1), *(normal(1, 2, n, 4, seed=s) for n,
+                                                                           s in ((4, 2), (3, 3), (4, 4)))
     nothing = np.zeros((1, 2, 3, 4))
     A, expected = by_the_tape(q, k, v, values, nothing, g)
     close(student.scores_gradient(A, v, values, nothing, g), expected, 1e-7)
@@ -120,7 +130,8 @@ def a_block():
     return made, refine, F_l, F_p, [part.data for part in made(tt.Tensor(F_l), tt.Tensor(F_p))]
 
 
-@pytest.mark.points(2, number="4.5", hint="(a) and (b): norms after the projections, the output projection, then refine")
+@pytest.mark.points(2, number="4.5", hint="(a) and (b): norms after the projections, the output projection, "
+                                          "then refine")
 def test_the_compressed_tokens(student):
     made, refine, F_l, F_p, (_, expected) = a_block()
     w = made.state_dict()
@@ -128,13 +139,15 @@ def test_the_compressed_tokens(student):
     close(found[1], expected, 1e-6)
 
 
-@pytest.mark.points(2, number="4.5", hint="(c) and (d): values from the refined tokens; both parts add to F_l")
+@pytest.mark.points(2, number="4.5",
+                    hint="(c) and (d): values from the refined tokens; both parts add to F_l")
 def test_the_lookup_tokens(student):
     made, refine, F_l, F_p, (expected, _) = a_block()
     close(student.lookup_block(F_l, F_p, made.state_dict(), 3, refine)[0], expected, 1e-6)
 
 
-@pytest.mark.points(1, number="4.5", visibility="hidden", hint="lookup tokens in another order give the same, in that order")
+@pytest.mark.points(1, number="4.5", visibility="hidden", hint="lookup tokens in another order give the "
+                                                               "same, in that order")
 def test_the_order_of_lookup_tokens(student):
     made, refine, F_l, F_p, (expected, same) = a_block()
     order = np.random.default_rng(3).permutation(16)
@@ -148,7 +161,8 @@ def count(m, dim, depth, both):
     return tt.macs(model, np.zeros((1, 3, 32, 32), "float32"), mean_of_heads=both).total
 
 
-@pytest.mark.points(1, number="4.6", hint="4 N + 15 M products with D x D matrices; 3 N M + 2 M^2 products of D numbers")
+@pytest.mark.points(1, number="4.6", hint="4 N + 15 M products with D x D matrices; 3 N M + 2 M^2 products "
+                                          "of D numbers")
 def test_a_blocks_cost(student):
     close(student.block_cost(64, 9, 96), count(3, 96, 3, True) - count(3, 96, 2, True))
 
@@ -158,7 +172,8 @@ def test_a_models_cost(student):
     close(student.model_cost(64, 9, 96, 48, 10, 6, True), count(3, 96, 6, True))
 
 
-@pytest.mark.points(1, number="4.6", hint="without the lookup head nobody reads what (c) and (d) of the last block write")
+@pytest.mark.points(1, number="4.6", hint="without the lookup head nobody reads what (c) and (d) of the last "
+                                          "block write")
 def test_the_cost_of_one_head(student):
     for m in (2, 5):
         close(student.model_cost(64, m * m, 48, 48, 10, 4, False), count(m, 48, 4, False))
