@@ -1,4 +1,4 @@
-"""The house rules of design.md section 1, read off the sources: sizes, floors, what may be imported, names."""
+"""The house rules, read off the sources: sizes, floors, what may be imported, names."""
 import ast
 import graphlib
 import importlib

@@ -51,7 +51,7 @@ def plain() -> contextlib.AbstractContextManager:
     return using_implementations("plain")
 
 
-def around(wrapper):
+def around(wrapper: Callable) -> contextlib.AbstractContextManager:
     """Context: this thread computes an op's parts by wrapper(op, way, shapes, run), which returns run().
 
     way: "forward", the op's function; "backward", its vjp and the entries that are wanted; "add", inside of
@@ -59,7 +59,7 @@ def around(wrapper):
     return swapped(_mode, "around", wrapper)
 
 
-def observe(observer):
+def observe(observer: Callable) -> contextlib.AbstractContextManager:
     """Context: observer(op, shapes of the array arguments) is called after each op that this thread runs."""
     def observed(op, way, shapes, run):
         result = run()
@@ -194,11 +194,11 @@ class Op:
         self.index = {i for i, p in enumerate(positional) if p.annotation is Index}
         registry[self.module, self.name] = self
 
-    def implementation(self, module="cupy", covers=lambda *arrays, **settings: True):
-        """Decorator: a faster function with the same contract, see backend.implementation."""
+    def implementation(self, module: str = "cupy", covers: Callable = lambda *_, **__: True) -> Callable:
+        """See backend.implementation."""
         return implementation(self, module, covers)
 
-    def macs(self, shapes_to_macs):
+    def macs(self, shapes_to_macs: Callable) -> Callable:
         """Decorator: declares the op's multiply-adds, as a function of the shapes of its array arguments."""
         self.shapes_to_macs = shapes_to_macs
         return shapes_to_macs
@@ -334,7 +334,7 @@ class Node:
         self.shapes = _shapes(arrays)
         self.outputs = [o.shape for o in outputs]
 
-    def parents(self):
+    def parents(self) -> list["Node"]:
         """The nodes that made its inputs."""
         return [edge[0][0] for edge in self.edges if edge and isinstance(edge[0], tuple)]
 
@@ -347,7 +347,7 @@ def _key(tensor):
     return (tensor.node, tensor.place) if tensor.node else tensor
 
 
-def topological_order(root):
+def topological_order(root: "Node") -> list["Node"]:
     """The nodes under `root`, each after all that it depends on. Iterative: a graph may be very deep."""
     found, stack = {root}, [root]
     while stack:

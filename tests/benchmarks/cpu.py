@@ -54,7 +54,7 @@ class Work:
 
 
 def workloads(quick):
-    """Those of shared cpu.md (A, B, C), then the two token methods as wide as A and as B. quick: toy sizes."""
+    """Three ViTs (A, B, C), then the two token methods as wide as A and as B. quick: toy sizes."""
     def sizes(image, patch, dim, depth, heads, classes=10, **more):
         return dict(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=classes, **more)
 

@@ -223,6 +223,17 @@ def test_a_gradient_is_added_to_its_place_however_that_lies_in_memory(order, dty
         np.testing.assert_allclose(to_numpy(place) - 1, to_numpy(entry.run(None)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [
+    lambda *shape, seed=0: normal_there(*shape, seed=seed).astype("float64"),
+    lambda *shape, seed=0: normal_there(0, *shape[1:], seed=seed)], ids=["float64", "no rows"])
+def test_other_arrays_are_left_to_the_plain_op(make, place):
+    for op, shapes in {ops.gelu: [(3, 4)], ops.linear: [(3, 4), (5, 4)], ops.log_softmax: [(3, 4)],
+                       ops.layer_norm: [(3, 4)], ops.attention: [(1, 2, 3, 4)] * 3}.items():
+        arrays = [make(*shape, seed=i) for i, shape in enumerate(shapes)]
+        assert emulate.implementation_of(op, *arrays) is None, op
+        assert emulate.implementation_of(op, *(normal_there(*shape) for shape in shapes)) is not None, op
+
+
 def test_every_registered_op_is_checked_here():
     text = pathlib.Path(__file__).read_text()
     assert [name for name in registered.registry if f"agree(ops.{name}," not in text] == []

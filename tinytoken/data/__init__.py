@@ -1,5 +1,4 @@
-"""Pictures: procedural scenes with exact masks, CIFAR from its binary archives, corruptions, and batches of
-them.
+"""Pictures: procedural scenes with exact masks, CIFAR, a folder of images, corruptions, and batches of them.
 
 Every file of this folder is imported, so a new data set needs no line here: @dataset registers it.
 """
@@ -13,8 +12,7 @@ from .scenes import Scenes, make_scenes
 from .sets import dataset, load_pictures
 
 __all__ = ["Batches", "CORRUPTIONS", "Pictures", "Scenes", "channel_statistics", "corrupt", "dataset",
-           "download_cifar",
-           "find_data", "load_cifar", "load_pictures", "make_scenes", "normalise"]
+           "download_cifar", "find_data", "load_cifar", "load_pictures", "make_scenes", "normalise"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

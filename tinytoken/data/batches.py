@@ -1,12 +1,12 @@
-"""Batches for training: shuffled, cropped, flipped and normalised, from pictures that stay where they are as
-uint8.
+"""Batches for training: shuffled, cropped, flipped and normalised, from a set of uint8 pictures.
 
 The same code serves NumPy and CuPy: on a GPU the whole set lies in its memory, and all of this happens there.
 """
 import functools
+from typing import Any
 
 from .. import random
-from ..backend import array_module, faster
+from ..backend import Array, array_module, faster
 from ..errors import expect, shape_of
 from . import mix
 
@@ -30,58 +30,60 @@ class Batches:
     classes: how many there are (default: the largest label + 1).
     mean, std: per channel, in units of [0, 1]; by default those of `images`. Give the training set's to a
         test set.
-    labels: class numbers (B,); or any arrays, one per image, for a task that knows what they are. Those of
+    labels: class indices (B,); or any arrays, one per image, for a task that knows what they are. Those of
         the picture's size are maps of its pixels, which would have to move along: pad or flip refuse them.
 
-    Raises InputError for images that are not uint8 (B, 3, H, W), another number of labels, or a batch that
-    is larger than the set.
+    Raises InputError for images that are not uint8 (B, 3, H, W), more or fewer labels than images, or a
+    batch that is larger than the set.
     """
 
-    def __init__(self, images, labels, batch_size, *, seed=0, pad=0, flip=False, mean=None, std=None,
-                 erase=0.0, mixup=0.0, cutmix=0.0, classes=None):
+    def __init__(self, images: Array, labels: Array, batch_size: int, *, seed: int = 0, pad: int = 0,
+                 flip: bool = False, mean: tuple[float, ...] | None = None,
+                 std: tuple[float, ...] | None = None, erase: float = 0.0, mixup: float = 0.0,
+                 cutmix: float = 0.0, classes: int | None = None) -> None:
         _check_images("Batches", images)
         classes_known = labels.ndim == 1 and labels.dtype.kind in "iu"
-        expect(labels.ndim >= 1 and len(labels) == len(images), "Batches",
-               f"{shape_of('labels', labels)} {labels.dtype} for {len(images)} images, expected "
-               f"({len(images)},) integers, "
+        count, shape = len(images), shape_of("labels", labels)
+        expect(labels.ndim >= 1 and len(labels) == count, "Batches",
+               f"{shape} {labels.dtype} for {count} images, expected ({count},) integers, "
                f"or one array per image")
         expect(classes_known or not (mixup or cutmix), "Batches",
-               f"mixup or cutmix with {shape_of('labels', labels)} {labels.dtype}, expected class numbers "
-               f"({len(images)},)")
+               f"mixup or cutmix with {shape} {labels.dtype}, expected class numbers ({count},)")
         expect(not (pad or flip) or labels.shape[1:][-2:] != images.shape[2:], "Batches",
-               f"pad or flip with {shape_of('labels', labels)}, maps of the pictures: they would not move "
-               f"along")
-        expect(1 <= batch_size <= len(images), "Batches",
-               f"batch size {batch_size}, expected 1 to the set's {len(images)}")
+               f"pad or flip with {shape}, maps of the pictures: they would not move along")
+        expect(1 <= batch_size <= count, "Batches",
+               f"batch size {batch_size}, expected 1 to the set's {count}")
         expect(0 <= pad < min(images.shape[2:]), "Batches",
                f"pad is {pad}, expected 0 to {min(images.shape[2:]) - 1}")
         expect(0 <= erase <= 1 and min(mixup, cutmix) >= 0, "Batches",
-               f"erase {erase}, mixup {mixup}, cutmix {cutmix}: a share from 0 to 1 and two numbers not "
-               f"below 0 expected")
+               f"erase {erase}, mixup {mixup}, cutmix {cutmix}: a share from 0 to 1 "
+               f"and two numbers not below 0 expected")
         if mean is None or std is None:
             mean, std = channel_statistics(images)
-        self.erase, self.ways = erase, {way: alpha for way, alpha in (("mixup", mixup), ("cutmix", cutmix))
-                                        if alpha}
+        self.images, self.labels = images, labels
+        self.batch_size, self.seed = batch_size, seed
+        self.pad, self.flip = pad, flip
+        self.mean, self.std = mean, std
+        self.erase = erase
+        self.ways = {way: alpha for way, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha}
         self.classes = int(labels.max()) + 1 if classes is None and classes_known else classes
-        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
-        self.pad, self.flip, self.mean, self.std = pad, flip, mean, std
-        self.steps_per_epoch = len(images) // batch_size
+        self.steps_per_epoch = count // batch_size
         # the epoch drawn last, and its order: drawing it at each step would cost more than the step
-        self._order = (None, None)
+        self._order: tuple[Any, Any] = (None, None)
 
     def __len__(self):
         return self.steps_per_epoch
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> tuple[Array, Array]:
         return self.make(self.chosen(step), step)
 
-    def chosen(self, step):
-        """The numbers of the step's pictures (batch_size,), on their device."""
+    def chosen(self, step: int) -> Array:
+        """Which pictures of the set the step's batch has: their indices (batch_size,), on their device."""
         epoch, place = divmod(step, self.steps_per_epoch)
         return self._epoch_order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
 
-    def make(self, chosen, step):
-        """The batch of these pictures. step: for what is drawn, see random.bits."""
+    def make(self, chosen: Array, step: int) -> tuple[Array, Array]:
+        """The batch of these pictures. step: of what is drawn for it, see random.bits."""
         fast = faster(Batches.pictures, array_module(self.images), self, chosen, step)
         images = fast(self, chosen, step) if fast else self.pictures(chosen, step)
         if self.erase:
@@ -91,7 +93,7 @@ class Batches:
         return mix.mixed(images, self.labels[chosen], self.classes, self.ways, SITE + "way", step=step,
                          seed=self.seed)
 
-    def pictures(self, chosen, step):
+    def pictures(self, chosen: Array, step: int) -> Array:
         """The chosen pictures, moved and mirrored, normalised."""
         if self.pad or self.flip:
             return self._moved(chosen, step)
@@ -106,27 +108,28 @@ class Batches:
         return order
 
     def _moved(self, chosen, step):
-        """The chosen pictures, moved and mirrored, by one gather: source row and column of every pixel of
-        every picture."""
+        """The chosen pictures, moved and mirrored, by one gather from the source row and column of every
+        pixel."""
         xp, (height, width) = array_module(self.images), self.images.shape[2:]
         draw = dict(step=step, seed=self.seed, xp=xp)
-        shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site=SITE + "crop",
-                                **draw) - self.pad
+        shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site=SITE + "crop", **draw)
+        shift = shift - self.pad
         rows, columns = xp.arange(height) + shift[:, 0], xp.arange(width) + shift[:, 1]
         if self.flip:
             mirrored = random.integers((self.batch_size, 1), 2, site=SITE + "flip", **draw) == 1
             columns = xp.where(mirrored, columns[:, ::-1], columns)
-        inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0)
-                                                                      & (columns < width))[:, None, None, :]
+        in_rows, in_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+        inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
         rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
         picked = self.images[chosen[:, None, None, None], xp.arange(3)[:, None, None],
                              rows[:, None, :, None], columns[:, None, None, :]]
         return normalise(picked, self.mean, self.std) * inside
 
 
-def normalise(images, mean, std):
-    """uint8 (B, 3, H, W) -> float32, (images / 255 - mean) / std per channel. mean and std: three floats in
-    units of [0, 1]."""
+def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """uint8 (B, 3, H, W) -> float32, (images / 255 - mean) / std per channel.
+
+    mean, std: three floats each, in units of [0, 1]."""
     _check_images("normalise", images)
     expect(len(mean) == len(std) == 3 and min(std) > 0, "normalise",
            f"mean {mean} and std {std}, expected three of each, std above 0")
@@ -139,17 +142,17 @@ def normalise(images, mean, std):
 
 @functools.lru_cache(maxsize=32)
 def _line(mean, std, xp):
-    """Scale and offset (3, 1, 1) of `normalise` on the device, made once: a copy to it in every step would
-    hold the step up."""
+    """Scale and offset (3, 1, 1) of `normalise` on the device. They are made once: a copy to the device in
+    every step would hold the step up."""
     return tuple(xp.asarray(three, dtype="float32")[:, None, None] for three in line(mean, std))
 
 
-def line(mean, std):
+def line(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list[float], list[float]]:
     """`normalise` as a scale and an offset for each channel."""
     return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
 
 
-def channel_statistics(images):
+def channel_statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 (B, 3, H, W), in units of [0, 1]: two tuples of
     three floats."""
     _check_images("channel_statistics", images)

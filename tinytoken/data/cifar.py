@@ -1,5 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from the binary archives of
-https://www.cs.toronto.edu/~kriz/cifar.html.
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from the binary archives of www.cs.toronto.edu/~kriz/cifar.html.
 
 A binary file is a row of records and nothing else: one label byte (CIFAR-100: the coarse label, then the fine
 one), then 1,024 bytes each of red, green and blue, row by row. So a file is checked by its size and its
@@ -16,7 +15,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -26,13 +25,12 @@ from .sets import dataset
 
 PIXELS = 3 * 32 * 32
 DEFAULT_FOLDER = "data"  # where "cifar10" and "cifar100" are looked for when TINYTOKEN_DATA is not set
-TIMEOUT = 60  # seconds without a byte before a download is given up
+TIMEOUT = 60  # seconds without a byte after which a download ends with an error
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one of the two data sets consists of. `train` and `test` map a file's name to its number of
-    records."""
+    """What one of the two data sets consists of. train, test: {name of a file: how many records it has}."""
     title: str
     folder: str
     archive: str
@@ -44,7 +42,8 @@ class Layout:
     names: tuple
 
     @property
-    def url(self):
+    def url(self) -> str:
+        """Where the archive is."""
         return f"https://www.cs.toronto.edu/~kriz/{self.archive}"
 
 
@@ -57,34 +56,35 @@ LAYOUTS = {
     "cifar100": Layout(
         "CIFAR-100", "cifar-100-binary", "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8",
         {"train.bin": 50_000}, {"test.bin": 10_000}, 2, "fine_label_names.txt",
-        tuple("""apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
-              castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
-              elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
-              man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
-              pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
-              skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
-              tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split())),
+        tuple("""apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+              butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
+              crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
+              lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+              oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+              possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+              spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+              train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split())),
 }
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A labelled set of B photographs: images (B, 3, H, W) uint8, labels (B,) int64, an index into `names`.
-    Photographs stay what they are when moved or mirrored."""
+    """A labelled set of B photographs: images (B, 3, H, W) uint8; labels (B,) int64, indices into `names`."""
     images: np.ndarray
     labels: np.ndarray
-    names: tuple
-    moves: ClassVar[dict] = {"pad": 4, "flip": True}
+    names: tuple[str, ...]
+    moves: ClassVar[dict] = {"pad": 4, "flip": True}  # a photograph moved or mirrored stays what it is
 
     def __len__(self):
         return len(self.images)
 
 
-def load_cifar(path, kind="cifar10"):
-    """Read CIFAR from `path` -> (train, test), two Pictures. `path` is the folder of .bin files, the .tar.gz
-    archive, or a folder that holds one of the two under its official name. kind: "cifar10" or "cifar100" (the
-    100 fine labels). Raises InputError, naming the file, where one is missing, not of the official size, or
-    has a label out of range."""
+def load_cifar(path: str | os.PathLike, kind: str = "cifar10") -> tuple[Pictures, Pictures]:
+    """Read CIFAR from `path` -> (train, test).
+
+    path: the folder of .bin files, the .tar.gz archive, or a folder that holds one of the two under its
+    official name. kind: "cifar10" or "cifar100" (the 100 fine labels). Raises InputError, naming the file,
+    where one is missing, not of the official size, or has a label out of range."""
     layout = _layout(kind)
     source = _locate(path, layout)
     expect(source is not None, "load_cifar", f"no {layout.title} in {path}; {_how_to_get(kind)}")
@@ -92,36 +92,41 @@ def load_cifar(path, kind="cifar10"):
     names = layout.names
     if layout.names_file in files:
         names = tuple(files.pop(layout.names_file).decode("utf-8", "replace").split())
-        expect(len(names) == len(layout.names), source / layout.names_file,
+        expect(len(names) == len(layout.names), str(source / layout.names_file),
                f"{len(names)} class names found, expected {len(layout.names)}")
-    return tuple(_parse(files, source, split, layout, names) for split in (layout.train, layout.test))
+    train, test = (_parse(files, source, split, layout, names) for split in (layout.train, layout.test))
+    return train, test
 
 
-def find_data(name_or_dir=None):
-    """Where the pictures are -> (path, kind) for `load_cifar`. name_or_dir: "cifar10", "cifar100", a folder
-    or an archive; None takes the environment variable TINYTOKEN_DATA. A name is looked for in TINYTOKEN_DATA,
-    or else in ./data. Raises InputError, which says how to get the data, where there is none."""
+def find_data(name_or_dir: str | os.PathLike | None = None) -> tuple[Path, str]:
+    """Where the pictures are -> (path, kind) for `load_cifar`.
+
+    name_or_dir: "cifar10", "cifar100", a folder or an archive; None takes the environment variable
+    TINYTOKEN_DATA. A name is looked for in TINYTOKEN_DATA, or else in ./data. Raises InputError, which says
+    how to get the data, where there is none."""
     setting = os.environ.get("TINYTOKEN_DATA")
-    given = setting if name_or_dir is None else name_or_dir
-    expect(given, "find_data", f"no data given; {_how_to_get('cifar10')}")
-    named = given in LAYOUTS
-    place = given if not named else DEFAULT_FOLDER if setting in (None, "", *LAYOUTS) else setting
-    kinds = [given] if named else list(LAYOUTS)
-    found = [(source, kind) for kind in kinds if (source := _locate(place, LAYOUTS[kind]))]
-    titles = " or ".join(LAYOUTS[kind].title for kind in kinds)
-    expect(found, "find_data", f"no {titles} in {place}; {_how_to_get(kinds[0])}")
-    expect(len(found) == 1, "find_data",
-           f"{place} holds both {' and '.join(LAYOUTS[kind].title for kind in kinds)}; "
-           f"give one of {', '.join(str(source) for source, _ in found)}")
-    return found[0]
+    asked: Any = setting if name_or_dir is None else name_or_dir
+    expect(asked, "find_data", f"no data given; {_how_to_get('cifar10')}")
+    place, layouts = asked, LAYOUTS
+    if asked in LAYOUTS:
+        place = DEFAULT_FOLDER if setting in (None, "", *LAYOUTS) else setting
+        layouts = {asked: LAYOUTS[asked]}
+    sources = [(source, name) for name, layout in layouts.items() if (source := _locate(place, layout))]
+    titles = [layout.title for layout in layouts.values()]
+    expect(sources, "find_data", f"no {' or '.join(titles)} in {place}; {_how_to_get(next(iter(layouts)))}")
+    expect(len(sources) == 1, "find_data", f"{place} holds both {' and '.join(titles)}; "
+                                           f"give one of {', '.join(str(source) for source, _ in sources)}")
+    return sources[0]
 
 
-def download_cifar(dest, kind="cifar10", url=None, checksum=None):
-    """Download the official archive into the folder `dest` -> its path. url and checksum (an MD5 in hex) are
-    the official ones unless given. It is written to a temporary file, which takes the archive's name once the
-    checksum agrees, so nothing half-written is left; an archive that is already there with the right checksum
-    is not fetched again. Raises InputError where the server cannot be read, the folder cannot be written, or
-    the checksum differs."""
+def download_cifar(dest: str | os.PathLike, kind: str = "cifar10", url: str | None = None,
+                   checksum: str | None = None) -> Path:
+    """Download the official archive into the folder `dest` -> its path.
+
+    url and checksum (an MD5 in hex): None takes the official ones. The archive is written to a temporary
+    file, which takes its name once the checksum agrees, so nothing half-written is left. An archive that is
+    already there with the right checksum is not fetched again. Raises InputError where the server cannot be
+    read, the folder cannot be written, or the checksum differs."""
     layout = _layout(kind)
     url, checksum = url or layout.url, checksum or layout.md5
     target, part = Path(dest) / layout.archive, None
@@ -132,9 +137,9 @@ def download_cifar(dest, kind="cifar10", url=None, checksum=None):
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=layout.archive, suffix=".part",
                                          delete=False) as file:
             part = Path(file.name)
-            found = _fetch(url, file)
-        expect(found == checksum, "download_cifar",
-               f"{url} has MD5 {found}, expected {checksum}: damaged, or another file")
+            digest = _fetch(url, file)
+        expect(digest == checksum, "download_cifar",
+               f"{url} has MD5 {digest}, expected {checksum}: damaged, or another file")
         part.replace(target)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, InputError):
@@ -164,16 +169,16 @@ def _md5(path):
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _layout(kind):
-    expect(kind in LAYOUTS, "cifar", f"kind is {kind!r}, expected one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[kind]
+def _layout(name):
+    expect(name in LAYOUTS, "cifar", f"kind is {name!r}, expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
 
 
-def _how_to_get(kind):
+def _how_to_get(name):
+    layout = LAYOUTS[name]
     return (f"download it (about 170 MB) with\n  python -c \"from tinytoken.data import download_cifar; "
-            f"download_cifar('{DEFAULT_FOLDER}', '{kind}')\"\n  or name a folder that has "
-            f"{LAYOUTS[kind].folder}/ or "
-            f"{LAYOUTS[kind].archive}: --data DIR or TINYTOKEN_DATA=DIR")
+            f"download_cifar('{DEFAULT_FOLDER}', '{name}')\"\n  or name a folder that has {layout.folder}/ "
+            f"or {layout.archive}: --data DIR or TINYTOKEN_DATA=DIR")
 
 
 def _locate(path, layout):
@@ -188,13 +193,13 @@ def _locate(path, layout):
 
 
 def _sizes(layout):
-    return {name: records * (layout.label_bytes + PIXELS) for name,
-            records in (layout.train | layout.test).items()}
+    """{name of a file: its official size in bytes}."""
+    record = layout.label_bytes + PIXELS
+    return {name: records * record for name, records in (layout.train | layout.test).items()}
 
 
-def _check_size(where, found, expected):
-    expect(found == expected, where,
-           f"{found:,} bytes, expected {expected:,}: truncated, or not a CIFAR file")
+def _check_size(where, size, expected):
+    expect(size == expected, where, f"{size:,} bytes, expected {expected:,}: truncated, or not a CIFAR file")
 
 
 def _from_folder(folder, layout):
@@ -208,7 +213,7 @@ def _from_folder(folder, layout):
 
 
 def _from_archive(archive, layout):
-    """The same from a .tar.gz, read once from front to back: members we do not know are passed over."""
+    """The same from a .tar.gz, read once from front to back; members we do not know are skipped."""
     sizes, files = _sizes(layout), {}
     known = {f"{layout.folder}/{name}": name for name in (*sizes, layout.names_file)}
     try:
@@ -219,11 +224,11 @@ def _from_archive(archive, layout):
                            f"its member {member.name} is a link or a folder, expected a plain file")
                     _check_size(f"{archive}: {member.name}", member.size, sizes.get(name, member.size))
                     files[name] = tar.extractfile(member).read()
-            # the checksum of the whole stands at its end, and is compared when that is read
-            while stream.read(1 << 20):
+            while stream.read(1 << 20):  # gzip compares its checksum at the end of the file
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{archive}: {archive.stat().st_size:,} bytes that are not a whole .tar.gz ({error})") from error
+        size = archive.stat().st_size
+        raise InputError(f"{archive}: {size:,} bytes that are not a whole .tar.gz ({error})") from error
     missing = [name for name in sizes if name not in files]
     expect(not missing, archive, f"{', '.join(missing)} missing, expected in its folder {layout.folder}/")
     return files
@@ -232,7 +237,8 @@ def _from_archive(archive, layout):
 def _parse(files, source, split, layout, names):
     """Take the split's files out of `files` and put their records together."""
     total = sum(split.values())
-    images, labels, start = np.empty((total, 3, 32, 32), "uint8"), np.empty(total, "int64"), 0
+    images, labels = np.empty((total, 3, 32, 32), "uint8"), np.empty(total, "int64")
+    start = 0
     for name, records in split.items():
         table = np.frombuffer(files.pop(name), "uint8").reshape(records, layout.label_bytes + PIXELS)
         part = slice(start, start + records)
@@ -241,7 +247,7 @@ def _parse(files, source, split, layout, names):
         wrong = np.flatnonzero(labels[part] >= len(names))
         expect(not len(wrong), f"{source}: {name}",
                lambda: f"record {wrong[0]} has label {labels[part][wrong[0]]}, "
-               f"expected 0 to {len(names) - 1}")
+                       f"expected 0 to {len(names) - 1}")
         start += records
     return Pictures(images, labels, names)
 
@@ -251,12 +257,12 @@ def _recognised(path):
 
 
 @dataset("cifar10", recognises=_recognised)
-def cifar10(place, **_):
+def cifar10(place: os.PathLike | None, **_: Any) -> tuple[Pictures, Pictures]:
     """CIFAR-10; of a folder or archive, whichever of the two sets it holds."""
     return load_cifar(*find_data("cifar10" if place is None else str(place)))
 
 
 @dataset("cifar100")
-def cifar100(place, **_):
+def cifar100(place: os.PathLike | None, **_: Any) -> tuple[Pictures, Pictures]:
     """CIFAR-100, fine labels."""
     return load_cifar(*find_data("cifar100"))

@@ -3,20 +3,22 @@
     DIR/train/CLASS/*.png and DIR/test/CLASS/*.png (or DIR/val/CLASS/*.png, where there is no test)
     DIR/CLASS/*.png, of which the seed sends one in five of each class, at least one, to the test part
 
-The classes are called what their folders are called, in sorted order. Which files are pictures goes by the
-endings of their names. Left out is what is hidden, has another ending or lies deeper, and a picture that
-cannot be read; one line on stderr counts them. A class of which nothing is left is an error.
+The classes have the names of their folders, in sorted order. Files are recognised as pictures by the endings
+of their names. Files that are hidden, have another ending or lie deeper are left out, and so are pictures
+that cannot be read; one line on stderr counts them. A class of which nothing is left is an error.
 """
-import concurrent.futures
+import os
 import pathlib
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from .. import random
-from ..backend import cpu_count
 from ..errors import InputError, expect
+from ..threads import share_out
 from .cifar import Pictures
 from .sets import dataset
 
@@ -31,13 +33,13 @@ EXPECTED = "expected DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or DIR/CLAS
 
 # One picture
 
-def read_image(path, size, where="imagefolder"):
+def read_image(path: str | os.PathLike, size: tuple[int, int], where: str = "imagefolder") -> np.ndarray:
     """The picture at `path` -> (3, H, W) uint8. size: (H, W); where: who asks, for messages.
 
-    It is turned upright (EXIF), 16-bit grey is scaled to 8 bits, transparent parts are laid on white, the
-    largest central part of the shape H : W is cut out (for a square model, the central square) and scaled
-    with bilinear weights, which average where it shrinks. Of an animation it is the first picture. InputError
-    for what pillow cannot read."""
+    It is turned upright (EXIF), 16-bit grey is scaled to 8 bits, and transparent parts become white. Then the
+    largest central part of the shape H : W is cut out (for a square model, the central square), and scaled
+    with bilinear weights, which average where it shrinks. Of an animation, this is the first picture.
+    InputError for what pillow cannot read."""
     Image, ImageOps = _pillow(where)
     try:
         with Image.open(path) as image:
@@ -69,8 +71,10 @@ def _rgb(image, Image):
 
 
 def _eight_bits(grey, transparent):
-    """16-bit grey (H, W) as 8 bits: 65535 becomes 255. It comes in wider integers too; of floats, and of what
-    does not fit, nobody can know which value is white. transparent: the one value that is (or None)."""
+    """16-bit grey (H, W) as 8 bits: 65535 becomes 255. transparent: the value that means so, or None.
+
+    The 16 bits may come in wider integers. ValueError for floats and larger values: nobody can know which
+    value is white."""
     if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 65535:
         raise ValueError("grey of more than 16 bits: which value is white?")
     scaled = np.rint(grey / 257).astype("uint8")
@@ -80,14 +84,17 @@ def _eight_bits(grey, transparent):
 # What a folder holds
 
 class Folder:
-    """What is in a folder, sorted by name: folders, pictures and others, all paths; hidden: how many more."""
+    """What is in a folder, sorted by name: folders, pictures and others, all paths. hidden: how many more."""
 
-    def __init__(self, path):
+    def __init__(self, path: pathlib.Path) -> None:
         try:
             entries = sorted(path.iterdir(), key=lambda entry: entry.name)
         except OSError as error:
             raise InputError(f"{path}: the folder cannot be read ({error.strerror or error})") from error
-        self.folders, self.pictures, self.others, self.hidden = [], [], [], 0
+        self.folders: list[pathlib.Path] = []
+        self.pictures: list[pathlib.Path] = []
+        self.others: list[pathlib.Path] = []
+        self.hidden = 0
         for entry in entries:
             if entry.name.startswith("."):
                 self.hidden += 1
@@ -98,7 +105,8 @@ class Folder:
 
 
 def _is_picture(path):
-    """Whether a file is to be read. A link to nowhere is, and counted as broken; a pipe would hang."""
+    """Whether a file is to be read. A link to nowhere is read, so that it counts as broken; a pipe is not: to
+    read it would hang."""
     named = path.suffix.lower() in ENDINGS and not path.name.endswith(WRITTEN)
     return named and (path.is_file() or not path.exists())
 
@@ -109,7 +117,8 @@ def _by_class(path):
 
 
 def _recognised(path):
-    """Whether the path is a folder of pictures: by class, or loose, which load_images refuses, saying why."""
+    """Whether the path is a folder of pictures: by class, or loose. Loose ones load_images refuses, and says
+    why."""
     if not path.is_dir():
         return False
     here = Folder(path)
@@ -134,7 +143,7 @@ def _classes(path, left_out):
 
 
 def _parts(path, left_out, seed):
-    """({class: its pictures} of the training part, the same of the test part)."""
+    """({class: its pictures} of the training part, the same for the test part)."""
     expect(path.is_dir(), path, f"{'not a folder' if path.exists() else 'does not exist'}; {EXPECTED}")
     if not _by_class(path / "train"):
         return _split(path, _classes(path, left_out), seed)
@@ -150,8 +159,9 @@ def _parts(path, left_out, seed):
 
 
 def _split(path, classes, seed):
-    """{class: pictures} -> the same of the training part, and of the test part. The draw of a class knows its
-    name and how many pictures it has, nothing else."""
+    """{class: pictures} -> the same for the training part, and for the test part.
+
+    The draw of a class depends on its name and on how many pictures it has, on nothing else."""
     train, test = {}, {}
     for name, files in classes.items():
         expect(len(files) > 1, path / name, "one picture only; expected at least one for each part")
@@ -164,20 +174,24 @@ def _split(path, classes, seed):
 # Many pictures
 
 class LeftOut:
-    """What is not taken of the folder `path`, to be said in one line. broken: [(file, why it is broken)]."""
+    """What is left out of the folder `path`, to be told in one line. broken: [(file, why it is broken)]."""
 
-    def __init__(self, path):
-        self.path, self.hidden, self.others, self.broken = path, 0, [], []
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path, self.hidden = path, 0
+        self.others: list[pathlib.Path] = []
+        self.broken: list[tuple[pathlib.Path, str]] = []
 
-    def add(self, folder, misplaced):
+    def add(self, folder: Folder, misplaced: list[pathlib.Path]) -> None:
+        """Leave out what `folder` has that is no picture of a class; misplaced: further files and folders."""
         self.hidden += folder.hidden
         self.others += folder.others + misplaced
 
-    def names(self, paths):
+    def names(self, paths: Iterable[pathlib.Path]) -> str:
+        """The first of the paths, as seen from the folder."""
         return _some([path.relative_to(self.path) for path in paths])
 
-    def say(self, pictures):
-        """pictures: how many there were, the broken ones among them."""
+    def say(self, pictures: int) -> None:
+        """Print the line. pictures: how many there were, with the broken ones."""
         texts = []
         if self.broken:
             files, reasons = zip(*self.broken)
@@ -201,31 +215,34 @@ def _only(folders):
     return f", only folders ({_some([folder.name for folder in folders])})" if folders else ""
 
 
-def load_images(path, size=(32, 32), seed=0):
-    """Read a folder of images by class (see the top of this file) -> (train, test), two Pictures. size: their
-    (H, W); seed: of the split, where there is one. Their order is mixed, the same for every seed. Raises
-    InputError, naming the folder, for another layout, parts that differ in their classes, fewer than two
-    classes, or one of which no picture can be read."""
+def load_images(path: str | os.PathLike, size: tuple[int, int] = (32, 32),
+                seed: int = 0) -> tuple[Pictures, Pictures]:
+    """Read a folder of images by class (see the top of this file) -> (train, test).
+
+    size: the pictures' (H, W). seed: of the split, where there is one. The order is mixed, the same for every
+    seed. Raises InputError, naming the folder, for another layout, parts that differ in their classes, fewer
+    than two classes, or a class of which no picture can be read."""
     path = pathlib.Path(path)
     left_out = LeftOut(path)
     parts = _parts(path, left_out, seed)
     _pillow("imagefolder")  # refuses here, not once for each picture
-    sets = [_read(classes, size, left_out) for classes in parts]
+    train, test = (_read(classes, size, left_out) for classes in parts)
     left_out.say(sum(len(files) for classes in parts for files in classes.values()))
-    for part, classes, pictures in zip(("training", "test"), parts, sets):
+    for part, classes, pictures in zip(("training", "test"), parts, (train, test)):
         counts = np.bincount(pictures.labels, minlength=len(classes))
         for files, count in zip(classes.values(), counts):
-            expect(count, files[0].parent, lambda: f"of its {len(files)} pictures for the {part} part none "
-                   f"can be read ({dict(left_out.broken)[files[0]]})")
-    return tuple(sets)
+            expect(count, str(files[0].parent),
+                   lambda: f"of its {len(files)} pictures for the {part} part none can be read "
+                           f"({dict(left_out.broken)[files[0]]})")
+    return train, test
 
 
 def _read(classes, size, left_out):
-    """{class: files} -> Pictures, in a mixed order: the first hundred are not of one class."""
+    """{class: files} -> Pictures, in a mixed order, so that a part of them has all classes."""
     files = [file for those in classes.values() for file in those]
     labels = np.repeat(np.arange(len(classes), dtype="int64"), [len(those) for those in classes.values()])
     order = random.permutation(len(files), site=SITE + "order", step=0, seed=0)
-    images, reasons = np.empty((len(files), 3, *size), "uint8"), {}
+    images, reasons = np.empty((len(files), 3, *size), "uint8"), {}  # reasons: why a picture is broken
     bar = tqdm(total=len(files), desc="reading pictures", unit="picture", delay=2, leave=False)
 
     def read(start):
@@ -235,9 +252,8 @@ def _read(classes, size, left_out):
             except InputError as error:
                 reasons[k] = str(error.__cause__)
             bar.update()
-    # pillow decodes without holding the GIL
-    with bar, concurrent.futures.ThreadPoolExecutor(cpu_count()) as pool:
-        list(pool.map(read, range(0, len(files), CHUNK)))
+    with bar:
+        share_out(read, range(0, len(files), CHUNK))  # pillow decodes without holding the GIL
     left_out.broken += sorted((files[order[k]], reason) for k, reason in reasons.items())
     labels = labels[order]
     if reasons:
@@ -246,7 +262,7 @@ def _read(classes, size, left_out):
 
 
 @dataset("imagefolder", recognises=_recognised)
-def imagefolder(place, *, seed, size, **_):
+def imagefolder(place: Any, *, seed: int, size: int, **_: Any) -> tuple[Pictures, Pictures]:
     """A folder of images by class."""
     expect(place is not None, "imagefolder", f"a sort of folder, not one: say which, --data DIR; {EXPECTED}")
     return load_images(place, (size, size), seed)

@@ -1,75 +1,79 @@
-"""What may be done to a batch of normalised pictures after the crop: a rectangle of each is erased, or
-pictures are mixed in pairs.
+"""What may be done to a batch of normalised pictures after the crop: erasing a rectangle, mixing in pairs.
 
-Every choice is a pure function of (seed, step, number of the picture), with the same bits on NumPy and CuPy.
+Every choice is a pure function of (seed, step, place in the batch), with the same bits on NumPy and CuPy.
 Pictures are mixed with the batch in reverse order: batches are shuffled, so any partner is as good as
 another.
 """
 import functools
+from typing import Any
 
 import numpy as np
 
 from .. import random
-from ..backend import array_module, faster
+from ..backend import Array, array_module, faster
 from ..errors import expect
 
 AREA, ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of an erased rectangle: Zhong et al., section 4.1
 SITE = "tinytoken.data.mix."
 
 
-def erase(images, share, *, step, seed):
-    """Random erasing (Zhong et al. 2020, algorithm 1) with the mean colour, which is 0 here: in a `share` of
-    the pictures a rectangle. images (B, C, H, W) float -> a new array. Its area is uniform in AREA of the
-    picture's, its aspect ratio (height over width) log-uniform in ASPECT; one that sticks out is cut, where
-    the paper draws again."""
+def erase(images: Array, share: float, *, step: int, seed: int) -> Array:
+    """Random erasing (Zhong et al. 2020, algorithm 1): a rectangle, in a `share` of the pictures, gets the
+    mean colour, which is 0 here. images (B, C, H, W) float -> a new array.
+
+    The rectangle's area, as a share of the picture's, is uniform in AREA; its aspect ratio (height over
+    width) is log-uniform in ASPECT. One that sticks out is cut; the paper draws again."""
     boxes = erased_boxes(images, share, step, seed)
     fast = faster(blank, array_module(images), images, boxes)
     return (fast or blank)(images, boxes)
 
 
-def blank(images, boxes):
+def blank(images: Array, boxes: Array) -> Array:
     """The images with the mean colour, 0, in their rectangles (4, B)."""
     xp = array_module(images)
     return xp.where(_inside(images, boxes)[:, None], xp.zeros((), images.dtype), images)
 
 
-def erased_boxes(images, share, step, seed):
-    """The rectangles that `erase` erases, (4, B): first row, the row after the last, and columns likewise. Of
-    pictures that are left whole they are empty."""
+def erased_boxes(images: Array, share: float, step: int, seed: int) -> Array:
+    """The rectangles that `erase` erases, (4, B): first row, the row after the last, and columns likewise.
+
+    For a picture that is left whole the rectangle is empty."""
     xp, (count, _, height, width) = array_module(images), images.shape
     draw = random.uniform((count, 5), site=SITE + "erase", step=step, seed=seed, xp=xp, dtype="float64")
     area = (AREA[0] + (AREA[1] - AREA[0]) * draw[:, 1]) * (height * width)
     aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** draw[:, 2]
-    tall, wide = xp.minimum(xp.rint(xp.sqrt(area * aspect)),
-                            height), xp.minimum(xp.rint(xp.sqrt(area / aspect)), width)
+    tall = xp.minimum(xp.rint(xp.sqrt(area * aspect)), height)
+    wide = xp.minimum(xp.rint(xp.sqrt(area / aspect)), width)
     top, left = xp.floor(draw[:, 3] * (height - tall + 1)), xp.floor(draw[:, 4] * (width - wide + 1))
     return xp.stack([top, top + tall * (draw[:, 0] < share), left, left + wide])
 
 
-def mixup(images, targets, alpha, *, step, seed):
-    """mixup (Zhang et al. 2018, section 2): x_i <- l_i x_i + (1 - l_i) x_j, and so the targets (B, K), l_i ~
-    Beta(alpha, alpha) for each picture -> new arrays."""
+def mixup(images: Array, targets: Array, alpha: float, *, step: int, seed: int) -> tuple[Array, Array]:
+    """mixup (Zhang et al. 2018, section 2): x_i <- l_i x_i + (1 - l_i) x_j, and the targets (B, K) likewise
+    -> new arrays. l_i ~ Beta(alpha, alpha), for each picture."""
     kept = mixup_shares(images, alpha, step, seed)
     whole = kept[:, None, None, None]
     return images * whole + images[::-1] * (1 - whole), _mixed(targets, kept)
 
 
-def cutmix(images, targets, alpha, *, step, seed):
-    """CutMix (Yun et al. 2019, section 3.1): a rectangle of x_j, of the picture's aspect ratio and share 1 -
-    l of its area, around a point that is uniform in the picture, comes into x_i; l ~ Beta(alpha, alpha).
-    Targets (B, K) are mixed by the area that is left after the rectangle is cut at the border -> new
-    arrays."""
+def cutmix(images: Array, targets: Array, alpha: float, *, step: int, seed: int) -> tuple[Array, Array]:
+    """CutMix (Yun et al. 2019, section 3.1): a rectangle of x_j replaces the same rectangle of x_i -> new
+    arrays.
+
+    It has the picture's aspect ratio and the share 1 - l of its area, l ~ Beta(alpha, alpha), around a point
+    that is uniform in the picture. The targets (B, K) are mixed by the area that is left after the rectangle
+    is cut at the border."""
     xp, inside = array_module(images), _inside(images, cutmix_boxes(images, alpha, step, seed))
     kept = 1 - inside.mean(axis=(1, 2), dtype=images.dtype)
     return xp.where(inside[:, None], images[::-1], images), _mixed(targets, kept)
 
 
-def mixup_shares(images, alpha, step, seed):
-    """What `mixup` keeps of each picture (B,)."""
+def mixup_shares(images: Array, alpha: float, step: int, seed: int) -> Array:
+    """The share that `mixup` keeps of each picture, (B,)."""
     return _kept(images, alpha, "mixup", step, seed).astype(images.dtype)
 
 
-def cutmix_boxes(images, alpha, step, seed):
+def cutmix_boxes(images: Array, alpha: float, step: int, seed: int) -> Array:
     """The rectangles that `cutmix` pastes, (4, B) as in erased_boxes."""
     xp, (count, _, height, width) = array_module(images), images.shape
     side = xp.sqrt(1 - _kept(images, alpha, "cutmix", step, seed))
@@ -84,26 +88,28 @@ def cutmix_boxes(images, alpha, step, seed):
 WAYS = {"mixup": mixup, "cutmix": cutmix}
 
 
-def mixed(images, labels, classes, ways, site, *, step, seed):
-    """Pictures, and targets of their labels (B,), mixed in one of the `ways`, {name: alpha}, which is drawn
-    from `site` for the whole batch -> (images, targets (B, classes))."""
+def mixed(images: Array, labels: Array, classes: Any, ways: dict[str, float], site: str, *, step: int,
+          seed: int) -> tuple[Array, Array]:
+    """Pictures, and targets made of their labels (B,), mixed -> (images, targets (B, classes)).
+
+    The whole batch is mixed in one of the `ways`, {name: alpha}, which is drawn from `site`."""
     arguments, draw = (images, labels, classes, ways, site), dict(step=step, seed=seed)
     fast = faster(mixed, array_module(images), *arguments, **draw)
     if fast:
         return fast(*arguments, **draw)
-    number = random.integers(1, len(ways), site=site, **draw)
-    name, alpha = list(ways.items())[int(number[0])]
+    way = random.integers(1, len(ways), site=site, **draw)
+    name, alpha = list(ways.items())[int(way[0])]
     return WAYS[name](images, one_hot(labels, classes), alpha, **draw)
 
 
-def one_hot(labels, classes, dtype="float32"):
+def one_hot(labels: Array, classes: int, dtype: str = "float32") -> Array:
     """Labels (B,) -> targets (B, classes)."""
     return (labels[:, None] == array_module(labels).arange(classes)).astype(dtype)
 
 
 def _kept(images, alpha, what, step, seed):
-    """Draws of Beta(alpha, alpha), one for each picture. float64, so that what is rounded is rounded alike on
-    every device."""
+    """Draws of Beta(alpha, alpha), one for each picture. They are float64, so that edges of rectangles, which
+    are rounded to whole pixels, are the same on every device."""
     xp = array_module(images)
     u = random.uniform(len(images), site=SITE + what, step=step, seed=seed, xp=xp, dtype="float64")
     return xp.interp(u, *_beta_table(alpha, xp))
@@ -111,17 +117,16 @@ def _kept(images, alpha, what, step, seed):
 
 @functools.lru_cache(maxsize=32)
 def _beta_table(alpha, xp):
-    """`beta_quantiles` on the device, where it is copied to once."""
+    """`beta_quantiles`, copied to the device once."""
     return tuple(xp.asarray(array) for array in beta_quantiles(alpha))
 
 
-def beta_quantiles(alpha, points=2049):
-    """The quantile function of Beta(alpha, alpha) as a table (u, x), both from 0 to 1, for linear
-    interpolation.
+def beta_quantiles(alpha: float, points: int = 2049) -> tuple[np.ndarray, np.ndarray]:
+    """The quantile function of Beta(alpha, alpha) as a table (u, x), both from 0 to 1, to be interpolated.
 
-    On [0, 1/2] put x = s^(1/alpha) / 2. Then the density x^(alpha - 1) (1 - x)^(alpha - 1) dx is (1 -
-    x)^(alpha - 1) ds up to a constant: smooth, also where alpha < 1 and the density itself is infinite at 0.
-    The other half is its mirror image."""
+    On [0, 1/2] put x = s^(1/alpha) / 2. Then, up to a constant, the density x^(alpha - 1) (1 - x)^(alpha - 1)
+    dx is (1 - x)^(alpha - 1) ds. That is smooth even for alpha < 1, where the density itself is infinite at
+    0. The other half is the mirror image."""
     expect(alpha > 0, "beta_quantiles", f"alpha {alpha}, expected a positive number")
     s = np.linspace(0, 1, points) ** max(1.0, alpha)  # dense near 0 where x rises steeply there
     x = 0.5 * s ** (1 / alpha)
@@ -136,8 +141,9 @@ def _mixed(targets, kept):
 
 
 def _inside(images, boxes):
-    """(B, H, W): True inside of each picture's rectangle."""
-    xp, (height, width), (top, bottom, left, right) = array_module(images), images.shape[2:], boxes
+    """(B, H, W): True inside each picture's rectangle."""
+    xp, (height, width) = array_module(images), images.shape[2:]
+    top, bottom, left, right = boxes[:, :, None]
     rows, columns = xp.arange(height), xp.arange(width)
-    return (((rows >= top[:, None]) & (rows < bottom[:, None]))[:, :, None]
-            & ((columns >= left[:, None]) & (columns < right[:, None]))[:, None, :])
+    in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return in_rows[:, :, None] & in_columns[:, None, :]

@@ -1,7 +1,7 @@
-"""Data sets by name or folder: what `--data` may say. A set is a function that a file of this folder
-registers."""
+"""Data sets by name or folder: what `--data` may say. Each is a function that a file here registers."""
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import InputError, expect
@@ -11,17 +11,17 @@ from ..registry import Registry
 class DataSets(Registry):
     """{name: load(place, *, train, test, seed, size) -> (training pictures, test pictures)}.
 
-    place: the folder or file that was asked for, None where the name was. train, test: how many pictures, of
-    a set that is made; size: the side of a picture in pixels, where the set can choose it. Pictures have
-    images (B, 3, H, W) uint8, labels (B, ...), the classes' names, and moves: what may be done to a picture
-    without changing its label (options of Batches)."""
+    place: the folder or file that was asked for; None where the set was asked for by name. train, test: how
+    many pictures, of a set that is made; size: the side of a picture in pixels, where the set can choose it.
+    Pictures have images (B, 3, H, W) uint8, labels (B, ...), the classes' names, and moves: what may be done
+    to a picture without changing its label (options of Batches)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("data")
-        self.readers = []  # (recognises, load) of sets that lie in a folder
+        self.readers: list[tuple[Callable, Callable]] = []  # (recognises, load) of sets that lie in a folder
 
-    def __call__(self, name, recognises=None):
-        """Decorator: register a set. recognises(path): whether a folder or file is one of this kind."""
+    def __call__(self, name: str, recognises: Callable[[pathlib.Path], bool] | None = None) -> Callable:
+        """Decorator: register a set. recognises(path): whether a folder or file holds such a set."""
         def register(load):
             if recognises is not None:
                 self.readers.append((recognises, load))
@@ -34,7 +34,8 @@ dataset = DataSets()
 
 def load_pictures(name_or_dir: str | os.PathLike, *, train: int = 16000, test: int = 2000, seed: int = 0,
                   size: int = 32) -> tuple[Any, Any]:
-    """(training, test) pictures of a registered set, or of a folder or archive that one of them recognises.
+    """(training, test) pictures of a registered set, or of a folder or archive that a set recognises.
+
     InputError says what may be asked for."""
     name = str(name_or_dir)
     choices = f"expected one of {', '.join(dataset)}, or a folder of one of these kinds"

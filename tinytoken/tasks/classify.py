@@ -2,6 +2,7 @@
 import numpy as np
 
 from ..backend import Array, to_numpy
+from ..models.base import Loss
 from .base import Task, task
 
 
@@ -9,11 +10,11 @@ from .base import Task, task
 class Classify(Task):
     """The model's own loss of class labels (B,), or of probabilities (B, K); accuracy."""
 
-    def __call__(self, images, labels, **draws):
+    def __call__(self, images: Array, labels: Array, **draws: Array) -> Loss:
         return self.model.loss(self.model(images, **draws), labels, smoothing=self.smoothing)
 
     @staticmethod
-    def metrics(answers, labels):
+    def metrics(answers: np.ndarray, labels: Array) -> dict[str, float]:
         return {"accuracy": accuracy(answers, labels)}
 
 

@@ -1,7 +1,8 @@
 """Classification with a teacher."""
-from collections.abc import Sequence
 from typing import Any
 
+from ..backend import Array
+from ..models.base import Loss
 from ..tensor import no_grad
 from .base import task
 from .classify import Classify
@@ -9,18 +10,20 @@ from .classify import Classify
 
 @task("distil")
 class Distil(Classify):
-    """The model's own loss with a teacher's Output: DynamicViT's four losses. teacher: the dense network that
-    it starts from; it is run in eval mode and never changed. weights: of the parts of the loss (None: the
-    model's)."""
+    """The model's own loss with a teacher's Output: for DynamicViT, the paper's four losses.
+
+    teacher: a trained model, for DynamicViT the dense network that it starts from; it runs in eval mode and
+    is never changed. weights: of the parts of the loss (None: the model's)."""
     taught = True
 
-    def __init__(self, model: Any, teacher: Any, smoothing: float = 0.0, weights: Sequence[float] | None = None,
-                 drop_path: float = 0.0) -> None:
+    def __init__(self, model: Any, teacher: Any, smoothing: float = 0.0,
+                 weights: tuple[float, ...] | None = None, drop_path: float = 0.0) -> None:
         super().__init__(model, smoothing, drop_path)
-        self.teacher, self.weights = teacher.eval(), model.loss_weights if weights is None else weights
-        self.settings: dict = {"smoothing": smoothing, "weights": self.weights} | self.settings
+        self.teacher = teacher.eval()
+        self.weights = model.loss_weights if weights is None else weights
+        self.settings = {"smoothing": smoothing, "weights": self.weights} | self.settings
 
-    def __call__(self, images, labels, **draws):
+    def __call__(self, images: Array, labels: Array, **draws: Array) -> Loss:
         with no_grad():
             taught = self.teacher(images)
         out = self.model(images, **draws)

@@ -1,12 +1,14 @@
-"""Checkpoints: one .npz with arrays and a JSON header. No pickle, and written as a whole
-(files.replacing)."""
+"""Checkpoints: one .npz with arrays and a JSON header. No pickle; written as a whole (files.replacing)."""
 import dataclasses
 import json
+import os
 import pathlib
 import zipfile
+from typing import Any
 
 import numpy as np
 
+from .. import nn
 from ..backend import to_numpy
 from ..errors import InputError, expect
 from ..files import as_json, plain_number, replacing
@@ -14,13 +16,13 @@ from ..models import create, names
 from ..models import model as models
 
 FORMAT = "tinytoken checkpoint 1"
+Path = str | os.PathLike
 
 
-def save(path, model, optimizer=None, **header):
-    """Write the model's class, config and weights, the optimiser's moments if given, and whatever JSON
-    `header` adds."""
+def save(path: Path, model: nn.Module, optimizer: Any = None, **header: Any) -> None:
+    """Write the model's class, config and weights, with an optimiser its moments, and the JSON `header`."""
     header |= {"format": FORMAT, **description(model)}
-    arrays = {f"model/{name}": array for name, array in model.state_dict().items()}
+    arrays: dict[str, Any] = {f"model/{name}": array for name, array in model.state_dict().items()}
     if optimizer is not None:
         moments, header["optimizer_steps"] = optimizer.state()
         arrays |= {f"optimizer/{name}": to_numpy(array) for name, array in moments.items()}
@@ -28,12 +30,13 @@ def save(path, model, optimizer=None, **header):
         np.savez(file, header=np.array(json.dumps(header, default=plain_number)), **arrays)
 
 
-def load(path):
-    """(header, {group: {name: array}}) of a checkpoint. InputError says what is wrong with a file that is not
-    one."""
+def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """(header, {group: {name: array}}) of a checkpoint; the groups are "model" and "optimizer".
+
+    InputError says what is wrong with a file that is not a checkpoint."""
     path = pathlib.Path(path)
     expect(path.exists(), "checkpoint", f"{path} does not exist")
-    groups = {"model": {}, "optimizer": {}}
+    groups: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}}
     try:
         with open(path, "rb") as file:
             expect(zipfile.is_zipfile(file), "checkpoint",
@@ -51,19 +54,21 @@ def load(path):
                         groups[group][rest] = box[name]
     except InputError:
         raise
-    except Exception as error:  # zipfile, zlib, json and NumPy raise a dozen kinds for a damaged file
-        raise InputError(f"checkpoint: {path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
+    except Exception as error:  # of a damaged file zipfile, zlib, json and NumPy raise a dozen different ones
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"checkpoint: {path} is not a readable checkpoint ({reason})") from error
     return header, groups
 
 
-def description(model):
-    """What a header says of a model: its class and config, as JSON. A model without a config (a task's head
-    on another, say) has none to compare."""
+def description(model: nn.Module) -> dict[str, Any]:
+    """What a header says of a model: its class and config, as JSON.
+
+    The config is {} for a model without one, for example a task's head on another model."""
     config = getattr(model, "config", None)
     return {"model": type(model).__name__, "config": as_json(dataclasses.asdict(config)) if config else {}}
 
 
-def load_model(path):
+def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
     """The model that a checkpoint holds -> (model, header)."""
     header, groups = load(path)
     name = header["model"].lower()
@@ -77,9 +82,10 @@ def load_model(path):
     return model, header
 
 
-def restore(path, model, optimizer=None):
-    """Load a checkpoint into a model (and optimiser) made as the saved one was -> header. A checkpoint of
-    another class or size of model is refused, and nothing is changed."""
+def restore(path: Path, model: nn.Module, optimizer: Any = None) -> dict[str, Any]:
+    """Load a checkpoint into a model (and optimiser) made as the saved one was -> header.
+
+    A checkpoint of another class or size of model is refused, and nothing is changed."""
     header, groups = load(path)
     there, expected = {"model": header["model"], "config": header["config"]}, description(model)
     expect(same_model(there, expected), "checkpoint",
@@ -92,14 +98,15 @@ def restore(path, model, optimizer=None):
     return header
 
 
-def same_model(there, expected):
-    """Whether two descriptions are of one model. An option that a checkpoint does not name, since it is
-    newer, has its default."""
+def same_model(there: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether two descriptions are of one model.
+
+    An option that a checkpoint does not name is newer than the checkpoint, and counts as its default."""
     return there["model"] == expected["model"] and with_defaults(there) == with_defaults(expected)
 
 
-def with_defaults(description):
-    """The config of a description with the defaults of options that it does not name."""
+def with_defaults(description: dict[str, Any]) -> dict[str, Any]:
+    """The config of a description, with the defaults of the options that it does not name."""
     registered = models.get(description["model"].lower())
     fields = dataclasses.fields(registered.Config) if registered else ()
     defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}

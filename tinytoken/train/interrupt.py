@@ -4,8 +4,9 @@ import threading
 
 
 class Interrupt:
-    """Context: Ctrl-C sets `asked` instead of raising, so that a step is never left half done. A second
-    Ctrl-C raises. Only the main thread gets signals; elsewhere this does nothing."""
+    """Context: Ctrl-C sets `asked` instead of raising, so that a step is never left half done.
+
+    A second Ctrl-C raises. Only the main thread gets signals; elsewhere this does nothing."""
     asked = False
 
     def __enter__(self):

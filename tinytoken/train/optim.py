@@ -1,28 +1,32 @@
 """AdamW on flat storage, and the learning-rate schedule."""
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from .. import nn
-from ..backend import array_module, blas_threads, faster
+from ..backend import Array, array_module, blas_threads, faster
 from ..errors import expect
 
-# elements of a pass over the flat buffers: few enough that all its temporaries stay in the cache
-BLOCK = 32768
+BLOCK = 32768  # elements of a pass over the flat buffers: so few that all its temporaries stay in the cache
 
 
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the flat storage of `params`.
 
-    lr times each parameter's lr_scale is its learning rate; weight_decay goes to parameters with decay set
-    (matrices of linear layers). clip: the largest global gradient norm, or None. step(lr) applies what is in
-    the gradients; they are not cleared. average: None, or a in the running mean of the weights, mean <- a
-    mean + (1 - a) weights after each step, with a at most (1 + step) / (10 + step), so that it forgets where
-    it started (Polyak & Juditsky 1992; the form usual for networks).
+    A parameter's learning rate is lr times its lr_scale. weight_decay acts on parameters with decay set
+    (matrices of linear layers). clip: the largest global gradient norm, or None. step(lr) applies the
+    gradients as they are; it does not clear them.
+
+    average: None, or the a of a running mean of the weights (Polyak & Juditsky 1992; the form usual for
+    networks): mean <- a mean + (1 - a) weights after each step. a is at most (1 + step) / (10 + step), so
+    that the mean forgets where it started.
     """
 
-    def __init__(self, params, lr=1e-3, *, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, clip=None,
-                 average=None):
+    def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-3, *, weight_decay: float = 0.05,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, clip: float | None = None,
+                 average: float | None = None) -> None:
         expect(lr >= 0 and weight_decay >= 0 and eps > 0 and all(0 <= b < 1 for b in betas), "AdamW",
                f"lr {lr}, weight_decay {weight_decay}, betas {betas}, eps {eps}: "
                "not negative, eps positive, betas below 1 expected")
@@ -31,13 +35,16 @@ class AdamW:
                f"average {average}, expected 0 <= average < 1 or None")
         self.params = list(params)
         self.flat = nn.flatten(self.params)
-        self.lr, self.weight_decay, self.betas, self.eps, self.clip = lr, weight_decay, betas, eps, clip
+        self.lr, self.weight_decay = lr, weight_decay
+        self.betas, self.eps = betas, eps
+        self.clip, self.average = clip, average
         xp = array_module(self.flat.data)
-        self.m, self.v, self.steps = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data), 0
-        self.rates = None  # of an implementation: what changes from step to step, in device memory
-        self.average, self.mean = average, None if average is None else self.flat.data.copy()
+        self.m, self.v = xp.zeros_like(self.flat.data), xp.zeros_like(self.flat.data)
+        self.mean = None if average is None else self.flat.data.copy()
+        self.steps = 0
+        self.rates: Any = None  # for an implementation: what changes from step to step, in device memory
 
-    def step(self, lr=None):
+    def step(self, lr: float | None = None) -> Array:
         """One update with learning rate lr (default: the optimiser's). Returns the gradient's norm before
         clipping, a 0-d array."""
         expect(self.flat.holds(self.params), "AdamW",
@@ -49,7 +56,7 @@ class AdamW:
             return fast(self, lr)
         self.steps += 1
         corrections = self.corrections(self.steps)
-        with blas_threads(1):  # more of them would sum in another order
+        with blas_threads(1):  # more threads would sum in another order
             norm = clip_norm(flat.grad, math.inf if self.clip is None else self.clip)
         block = BLOCK if array_module(flat.data) is np else flat.data.size
         for start, stop, scale, decay in flat.segments:
@@ -63,16 +70,16 @@ class AdamW:
                     self.mean[cut] += change
         return norm
 
-    def corrections(self, t):
-        """1 - beta^t at step t, from 1, for both betas: what the moments, which begin at 0, are too small
-        by."""
+    def corrections(self, t: int) -> list[float]:
+        """1 - beta^t for both betas at step t, counted from 1: the moments begin at 0, and are too small by
+        these factors."""
         return [1 - beta ** t for beta in self.betas]
 
-    def mean_share(self, t):
+    def mean_share(self, t: int) -> float:
         """The share of the weights in their running mean at step t."""
-        return 0.0 if self.mean is None else 1 - min(self.average, (1 + t) / (10 + t))
+        return 0.0 if self.average is None else 1 - min(self.average, (1 + t) / (10 + t))
 
-    def use_average(self):
+    def use_average(self) -> None:
         """Put the running mean in the weights' place."""
         expect(self.mean is not None, "AdamW", "no average was asked for: AdamW(..., average=0.999)")
         self.flat.data[...] = self.mean
@@ -95,36 +102,40 @@ class AdamW:
             w *= 1 - lr * decay
         w -= change
 
-    def state(self):
+    def state(self) -> tuple[dict[str, Array], int]:
         """What a checkpoint needs: (arrays, steps)."""
         return {"m": self.m, "v": self.v} | ({} if self.mean is None else {"mean": self.mean}), self.steps
 
-    def load_state(self, arrays, steps):
-        """Continue from what state() gave."""
+    def load_state(self, arrays: dict[str, np.ndarray], steps: int) -> None:
+        """Continue from what state() returned."""
         moments, _ = self.state()
         expect(arrays.keys() == moments.keys(), "AdamW",
                f"arrays {', '.join(arrays)}, expected {', '.join(moments)}")
         for name, mine in moments.items():
-            given = arrays[name]
-            expect(given.shape == mine.shape and given.dtype == mine.dtype, "AdamW",
-                   f"moments {name} {given.shape} {given.dtype}, expected {mine.shape} {mine.dtype}")
+            new = arrays[name]
+            expect(new.shape == mine.shape and new.dtype == mine.dtype, "AdamW",
+                   f"moments {name} {new.shape} {new.dtype}, expected {mine.shape} {mine.dtype}")
         for name, mine in moments.items():
             mine[...] = array_module(mine).asarray(arrays[name])
         self.steps = steps
 
 
-def clip_norm(flat_grad, largest):
-    """Scale the flat gradient down in place to at most the Euclidean norm `largest`; returns the norm before,
-    a 0-d array on the gradient's device (it is not read here)."""
+def clip_norm(flat_grad: Array, largest: float) -> Array:
+    """Scale the flat gradient down, in place, to at most the Euclidean norm `largest`.
+
+    Returns the norm before, a 0-d array on the gradient's device; it is not read here, which would wait for
+    the device."""
     xp = array_module(flat_grad)
     norm = xp.sqrt(flat_grad @ flat_grad)
     flat_grad *= xp.minimum(largest / (norm + 1e-12), 1.0)
     return norm
 
 
-def warmup_cosine(step, steps, warmup=0.1):
-    """The share of the peak learning rate at `step` of `steps`: linear from 0 over the first `warmup` share
-    of the steps (the first step is not 0), then half a cosine down to 0 at the end."""
+def warmup_cosine(step: int, steps: int, warmup: float = 0.1) -> float:
+    """The learning rate at `step` of `steps`, as a share of its peak.
+
+    It rises linearly over the first `warmup` share of the steps (the first step is not 0), then falls as half
+    a cosine to 0 at the end."""
     rise = max(1, round(steps * warmup))
     if step < rise:
         return (step + 1) / rise

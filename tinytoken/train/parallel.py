@@ -1,24 +1,29 @@
-"""All CPU parallelism: `loss_and_grads` and `share_out` share the cores out, and nothing else does."""
-import concurrent.futures
+"""Loss and gradients of a batch, cut into slices that the CPU's cores share."""
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from .. import nn
-from ..backend import array_module, blas_threads, cpu_count, prepare_cpu, quick_switches
+from ..backend import Array, array_module, cpu_count
 from ..errors import expect
 from ..tensor import Tensor, grad
+from ..threads import share_out
 
 
-def loss_and_grads(loss_fn, params, batch, micro=16, threads=None, draws=None):
-    """Loss and gradients of a batch -> (loss, parts), floats; the gradients are left in .grad (flat storage),
-    overwritten. On CuPy 0-d arrays: reading them would wait for the GPU.
+def loss_and_grads(loss_fn: Callable[..., Any], params: Iterable[nn.Parameter], batch: tuple[Array, ...],
+                   micro: int = 16, threads: int | None = None,
+                   draws: dict[str, Array] | None = None) -> tuple[Any, dict[str, Any]]:
+    """Loss and gradients of a batch -> (loss, parts), floats; on CuPy 0-d arrays, since reading them would
+    wait for the GPU. The gradients are left in .grad (flat storage), overwritten.
 
     batch: a tuple of arrays, cut along axis 0 into micro-batches of `micro` images; draws: {name: array} of
     what was drawn for it, cut likewise. loss_fn(*slice, **draws) is a mean over the slice's images, a Tensor
-    or (Tensor, parts): it is weighted by the slice's share. threads: Python threads that share the
-    micro-batches, by number (thread i takes i, i + threads, ...), each with a gradient buffer of its own,
-    added up in a fixed order: the same thread count gives the same bits. None: the CPUs of this process. BLAS
-    is held to one thread inside. On CuPy the batch is one slice on one thread.
+    or (Tensor, parts): it is weighted by the slice's share. On CuPy the batch is one slice on one thread.
+
+    threads: Python threads that share the micro-batches (thread i takes i, i + threads, ...); None: the CPUs
+    of this process. Each has a gradient buffer of its own, and these are added up in a fixed order: the same
+    thread count gives the same bits. BLAS is held to one thread inside.
     """
     params, draws = list(params), draws or {}
     flat = nn.flatten(params)
@@ -30,11 +35,11 @@ def loss_and_grads(loss_fn, params, batch, micro=16, threads=None, draws=None):
     cuts = [slice(a, min(a + micro, size)) for a in range(0, size, micro)]
     threads = min(threads or cpu_count(), len(cuts))
 
-    def work(number):
-        buffer = flat.grad if number == 0 else np.empty_like(flat.grad)
+    def work(first):
+        buffer = flat.grad if first == 0 else np.empty_like(flat.grad)
         buffer[...] = 0
         views, results = flat.cut(buffer), []
-        for cut in cuts[number::threads]:
+        for cut in cuts[first::threads]:
             share = (cut.stop - cut.start) / size
             out = loss_fn(*(array[cut] for array in batch),
                           **{name: array[cut] for name, array in draws.items()})
@@ -62,31 +67,3 @@ def _batch_size(batch):
     expect(len(sizes) == 1 and sizes != {0}, "loss_and_grads",
            lambda: f"batch arrays of {', '.join(str(len(a)) for a in batch)} images: one size expected")
     return sizes.pop()
-
-
-def share_out(function, items, threads=None):
-    """[function(item) for item in items] on threads, BLAS held to one thread each. The first exception is
-    raised when all have ended: nothing goes on writing into arrays that the caller uses again."""
-    prepare_cpu()
-    threads = min(threads or cpu_count(), max(1, len(items)))
-    with blas_threads(1):
-        if threads == 1:
-            return [function(item) for item in items]
-        with quick_switches():
-            futures = [_pool(threads).submit(function, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                for future in futures:
-                    future.cancel()
-                concurrent.futures.wait(futures)
-
-
-_pools: dict = {}
-
-
-def _pool(threads):
-    """Threads are kept: starting them for each step costs more than a small step's work."""
-    if threads not in _pools:
-        _pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "tinytoken")
-    return _pools[threads]

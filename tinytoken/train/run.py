@@ -1,27 +1,30 @@
 """Where a training run keeps its files, and how it goes on from them."""
 import json
+import os
 import pathlib
 import reprlib
+from typing import Any
 
+from .. import nn
 from ..errors import InputError, expect
 from ..files import as_json, plain_number, replacing
 from . import checkpoint
 
 
 class Run:
-    """The files of a training run: history.jsonl, one line per logged step of any phase, and a checkpoint per
-    phase, written every `every` steps."""
+    """The files of a training run: history.jsonl, with a line per logged step of any phase, and a checkpoint
+    per phase, written every `every` steps."""
 
-    def __init__(self, folder, every=200):
+    def __init__(self, folder: str | os.PathLike, every: int = 200) -> None:
         expect(every >= 1, "Run", f"a checkpoint every {every} steps, expected at least 1")
         self.folder, self.every = pathlib.Path(folder), every
         self.history = self.folder / "history.jsonl"
 
-    def checkpoint(self, phase):
+    def checkpoint(self, phase: str) -> pathlib.Path:
         """The path of a phase's checkpoint."""
         return self.folder / f"{phase}.npz"
 
-    def log(self, **row):
+    def log(self, **row: Any) -> None:
         """Append one line to the history."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -30,9 +33,9 @@ class Run:
         except OSError as error:
             raise InputError(f"cannot write {self.history}: {error.strerror}") from error
 
-    def forget(self, phase, step):
+    def forget(self, phase: str, step: int) -> None:
         """Drop the history of `phase` from `step` on: what an interrupted run logged after its last
-        checkpoint, and a last line cut off by a crash."""
+        checkpoint, and a last line that a crash cut off."""
         if self.history.exists():
             lines = self.history.read_text().splitlines()
             kept = [line for line in lines if _earlier(line, phase, step)]
@@ -40,10 +43,12 @@ class Run:
                 with replacing(self.history, "w") as file:
                     file.writelines(line + "\n" for line in kept)
 
-    def resume(self, phase, model, optimizer, header):
+    def resume(self, phase: str, model: nn.Module, optimizer: Any,
+               header: dict[str, Any]) -> tuple[int, dict[str, Any], list[dict[str, float]]]:
         """Load the checkpoint of a phase, if there is one -> (step to go on from, the report so far, losses
-        since the last logged step). One that does not say what `header` says, recipe and all, is another
-        run's, and refused."""
+        since the last logged step).
+
+        A checkpoint that does not say what `header` says, recipe and all, is another run's, and refused."""
         path, state = self.checkpoint(phase), fresh()
         if path.exists():
             there, _ = checkpoint.load(path)
@@ -56,8 +61,8 @@ class Run:
         return state
 
 
-def fresh():
-    """What `Run.resume` gives where there is no checkpoint."""
+def fresh() -> tuple[int, dict[str, Any], list[dict[str, float]]]:
+    """What `Run.resume` returns where there is no checkpoint."""
     return 0, {"seconds": 0.0}, []
 
 

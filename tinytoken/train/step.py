@@ -1,12 +1,15 @@
 """A training step: the batch and what is drawn for it, the gradients, the optimiser's update."""
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from ..backend import array_module, faster, out_of_memory, to_numpy
+from ..backend import Array, array_module, faster, out_of_memory, to_numpy
 from ..cost import recorded_macs
 from ..errors import InputError, expect
+from ..tasks import Task
 from .inference import slice_size
 from .optim import AdamW
 from .parallel import loss_and_grads
@@ -14,12 +17,14 @@ from .parallel import loss_and_grads
 
 @dataclasses.dataclass
 class Work:
-    """What the steps of a run are made of. task, batches, micro, threads, seed, offset: of `fit`. rates: the
-    learning rate of each step. advice: how a message about a loss that is no number ends."""
-    task: object
-    batches: object
+    """What the steps of a run are made of.
+
+    task, batches, micro, threads, seed, offset: as in `fit`. rates: the learning rate of each step. advice:
+    how the message ends about a loss that is not finite."""
+    task: Task
+    batches: Callable[[int], tuple[Array, ...]]
     optimizer: AdamW
-    rates: list
+    rates: list[float]
     seed: int = 0
     offset: int = 0
     micro: int | None = None
@@ -27,35 +32,38 @@ class Work:
     advice: str = ""
 
     @property
-    def xp(self):
+    def xp(self) -> Any:
+        """The array module of the parameters."""
         return array_module(self.optimizer.flat.data)
 
-    def noise(self, size, step):
+    def noise(self, size: int, step: int) -> dict[str, Array]:
         """What the task draws for a batch of `size` images at `step`, counted from the offset."""
         return self.task.noise(size, step, self.seed, self.xp)
 
-    def gradients(self, arrays, draws, micro, threads=None):
-        """`loss_and_grads` of a batch. Where it does not fit into memory, InputError with the largest that
-        does: by halving, tried."""
-        size, reason, params = len(arrays[0]), None, self.optimizer.params
+    def gradients(self, arrays: tuple[Array, ...], draws: dict[str, Array], micro: int,
+                  threads: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """`loss_and_grads` of a batch. For a batch that does not fit into memory, InputError with a size that
+        does: it is halved until one fits."""
+        params, whole = self.optimizer.params, len(arrays[0])
+        size, reason = whole, None
         while size:
+            part = tuple(array[:size] for array in arrays)
+            drawn = {name: draw[:size] for name, draw in draws.items()}
             try:
-                part = tuple(array[:size] for array in arrays), {name: draw[:size] for name,
-                                                                 draw in draws.items()}
-                found = loss_and_grads(self.task, params, part[0], min(micro, size), threads, part[1])
-                expect(reason is None, "fit",
-                       f"a batch of {len(arrays[0])} images does not fit into memory, one of {size} does "
-                       f"({reason})")
-                return found
+                result = loss_and_grads(self.task, params, part, min(micro, size), threads, drawn)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
                 reason = reason or " ".join(str(error).split())
+            else:
+                expect(reason is None, "fit",
+                       f"a batch of {whole} images does not fit into memory, one of {size} does ({reason})")
+                return result
             size //= 2  # not in the except block: the exception's frames hold arrays
         raise InputError(f"fit: not even one image fits into memory ({reason})")
 
 
-def stepper(work):
+def stepper(work: Work) -> Callable[[int], tuple[Any, dict[str, Any], Array]]:
     """take(step) -> (loss, parts, the gradient's norm): takes the steps of `work`, one after another."""
     fast = faster(stepper, work.xp, work)
     if fast:
@@ -64,16 +72,16 @@ def stepper(work):
 
     def take(step):
         nonlocal micro
-        number = work.offset + step
-        arrays = work.batches(number)
-        draws = work.noise(len(arrays[0]), number)
+        at = work.offset + step  # the step that the batch and the draws belong to
+        arrays = work.batches(at)
+        draws = work.noise(len(arrays[0]), at)
         if micro is None:
             micro = len(arrays[0])
             if work.xp is np:
-                count = recorded_macs(work.task, arrays, draws)
-                micro = slice_size(len(arrays[0]), work.threads, count)
+                macs = recorded_macs(work.task, arrays, draws)
+                micro = slice_size(len(arrays[0]), work.threads, macs)
         loss, parts = work.gradients(arrays, draws, micro, work.threads)
-        on_host = isinstance(loss, float)  # else nobody looks yet
+        on_host = isinstance(loss, float)  # on a GPU, Losses reads it when it is needed
         expect(not on_host or math.isfinite(loss), "fit",
                lambda: f"the loss is {loss} at step {step} {work.advice}")
         return loss, parts, work.optimizer.step(work.rates[step])
@@ -81,18 +89,21 @@ def stepper(work):
 
 
 class Losses:
-    """The losses of the steps since the last logged one. On a GPU nobody looks at one before it is needed: a
-    look waits for all work before it. advice: as of Work."""
+    """The losses of the steps since the last logged one. advice: as in Work.
 
-    def __init__(self, recent, advice):
-        self.recent, self.advice, self.unread = recent, advice, []
+    On a GPU they are read only when they are needed: reading one waits for all the work before it."""
 
-    def add(self, step, loss, parts, norm):
+    def __init__(self, recent: list[dict[str, float]], advice: str) -> None:
+        self.recent, self.advice = recent, advice
+        self.unread: list[tuple[int, dict[str, Any], Any]] = []
+
+    def add(self, step: int, loss: Any, parts: dict[str, Any], norm: Any) -> None:
+        """Note the loss and its parts, and the gradient's norm, of one step; nothing is read."""
         self.unread.append((step, {"loss": loss, **parts}, norm))
 
-    def read(self):
-        """Make the unread ones numbers: one copy from the device. InputError for a loss or norm that is not
-        finite."""
+    def read(self) -> None:
+        """Turn the unread ones into floats, with one copy from the device. InputError for a loss or norm that
+        is not finite."""
         xp = array_module(self.unread[0][2])
         scalars = [xp.asarray(value) for _, losses, norm in self.unread for value in (*losses.values(), norm)]
         values = iter(to_numpy(xp.stack(scalars)).tolist())
@@ -105,8 +116,8 @@ class Losses:
             self.recent.append(row)
         self.unread.clear()
 
-    def mean(self):
-        """{name: mean} of those read, which are then forgotten."""
+    def mean(self) -> dict[str, float]:
+        """{name: mean} of those that were read, which are then forgotten."""
         means = {name: sum(row[name] for row in self.recent) / len(self.recent) for name in self.recent[0]}
         self.recent.clear()
         return means

@@ -1,0 +1,37 @@
+"""All CPU parallelism: `share_out` shares work out to threads, and nothing else does."""
+import concurrent.futures
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .backend import blas_threads, cpu_count, prepare_cpu, quick_switches
+
+
+def share_out(function: Callable[[Any], Any], items: Sequence[Any], threads: int | None = None) -> list[Any]:
+    """[function(item) for item in items] on threads (None: the CPUs of this process), BLAS held to one thread
+    each.
+
+    The first exception is raised when all have ended: nothing goes on writing into arrays that the caller
+    uses again."""
+    prepare_cpu()
+    threads = min(threads or cpu_count(), max(1, len(items)))
+    with blas_threads(1):
+        if threads == 1:
+            return [function(item) for item in items]
+        with quick_switches():
+            futures = [_pool(threads).submit(function, item) for item in items]
+            try:
+                return [future.result() for future in futures]
+            finally:
+                for future in futures:
+                    future.cancel()
+                concurrent.futures.wait(futures)
+
+
+_pools: dict = {}
+
+
+def _pool(threads):
+    """Threads are kept: starting them for each step costs more than a small step's work."""
+    if threads not in _pools:
+        _pools[threads] = concurrent.futures.ThreadPoolExecutor(threads, "tinytoken")
+    return _pools[threads]
