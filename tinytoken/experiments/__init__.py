@@ -5,5 +5,4 @@ from .timing import images_per_second, machine
 from .trial import Trial, kept_on_object
 
 __all__ = ["Arm", "Recipe", "Trial", "difference", "images_per_second", "interval_text", "kept_on_object",
-           "machine",
-           "spread_text"]
+           "machine", "spread_text"]

@@ -1,33 +1,41 @@
 """Means, spreads and intervals."""
 import math
 import statistics
+from collections.abc import Sequence
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantiles for so many seeds
+import numpy as np
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # {seeds: the 97.5 % quantile}
 
 
-def difference(right, than):
-    """Points of accuracy of one arm above another, paired: (mean, low, high) with a 95 % interval. right,
-    than: for each seed whether each test picture was answered rightly (B,); as many seeds as both have. The
-    interval is Student's over the seeds, of one seed the normal one over the pictures (which says nothing of
-    how another seed would have come out)."""
+def difference(right: Sequence[np.ndarray], than: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """How many points of accuracy one arm is above another, paired: (mean, low, high) with a 95 % interval.
+
+    right, than: for each seed, whether each test picture was answered rightly (B,), for the one arm and for
+    the other; seeds that both have are compared. The interval is Student's over the seeds; of one seed, the
+    normal one over the pictures (which says nothing of how another seed would have come out)."""
     pairs = [100.0 * (a.astype(float) - b) for a, b in zip(right, than)]
     gaps = [pair.mean() for pair in pairs]
-    reach = (STUDENT[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1
-             else 1.96 * pairs[0].std() / math.sqrt(len(pairs[0])))
+    if len(gaps) > 1:
+        reach = STUDENT[len(gaps)] * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    else:
+        reach = 1.96 * pairs[0].std() / math.sqrt(len(pairs[0]))
     middle = statistics.mean(gaps)
     return float(middle), float(middle - reach), float(middle + reach)
 
 
-def spread_text(values, form=".1f"):
-    """Mean, and standard deviation where there are several. None, a value that is not known, is left out, and
-    said."""
+def spread_text(values: Sequence[float | None], form: str = ".1f") -> str:
+    """The mean, with the standard deviation where there are several values.
+
+    Values that are not known, None, are left out; how many are left is written behind."""
     known = [value for value in values if value is not None]
     if not known:
         return "not known"
     spread = f" ± {statistics.stdev(known):{form.removeprefix('+')}}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):{form}}{spread}" + f" ({len(known)} of {len(values)})" * (len(known) < len(values))
+    left = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{statistics.mean(known):{form}}{spread}{left}"
 
 
-def interval_text(middle, low, high):
-    """A difference in points with the ends of its interval, as `difference` gives them."""
+def interval_text(middle: float, low: float, high: float) -> str:
+    """A difference in points with the ends of its interval, as `difference` returns them."""
     return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"

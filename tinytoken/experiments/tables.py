@@ -1,23 +1,25 @@
 """Tables as Markdown."""
 import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from .stats import spread_text
 
 
-def table_text(*tables):
+def table_text(*tables: dict[str, Any]) -> str:
     """The table as Markdown. Of several, which differ in their seeds: mean and standard deviation of the
     accuracies, and the rest of the first."""
     table = tables[0]
     lines = ["| model | accuracy | M MACs | of ViT's | parameters | images/s, batch 1 | images/s, batch 128 |",
              "|---|---|---|---|---|---|---|"]
     for i, row in enumerate(table["rows"]):
-        speed, reached = row["images_per_second"], [100 * t["rows"][i]["accuracy"] for t in tables]
-        lines.append(f"| {row['model']} | {spread_text(reached)} % | {row['macs'] / 1e6:.2f} "
+        accuracies = [100 * t["rows"][i]["accuracy"] for t in tables]
+        speed = row["images_per_second"]
+        lines.append(f"| {row['model']} | {spread_text(accuracies)} % | {row['macs'] / 1e6:.2f} "
                      f"| {row['macs'] / table['rows'][0]['macs']:.2f} | {row['parameters']:,} "
                      f"| {speed['1'][0]:.0f} | {speed['128'][0]:.0f} |")
-    lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, counted by "
-                  f"the engine; "
-                  "images/s are medians."]
+    lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, "
+                  f"counted by the engine; images/s are medians."]
     if table["kept_on_object"]:
         stages = ", ".join(f"{100 * statistics.mean(shares):.1f} %"
                            for shares in zip(*(t["kept_on_object"]["stages"] for t in tables)))
@@ -27,30 +29,28 @@ def table_text(*tables):
     return "\n".join(lines)
 
 
-def conditions_text(*tables):
-    """What the numbers of table_text were measured with: recipe, seeds, machine."""
+def conditions_text(*tables: dict[str, Any]) -> str:
+    """What the results of table_text were measured with: recipe, seeds, machine."""
     recipe, on = tables[0]["recipe"], tables[0]["machine"]
-    seeds = [t["recipe"]["seed"] for t in tables]
+    seeds = ", ".join(str(t["recipe"]["seed"]) for t in tables)
+    whose = (f"One seed, {seeds}" if len(tables) == 1 else
+             f"Seeds {seeds}: accuracies are mean and standard deviation, "
+             f"speeds and times those of the first")
     minutes = {name: sum(part["seconds"] for phase, part in tables[0]["training"].items()
                          if phase.startswith(name)) / 60
                for name in ("vit", "dynamicvit", "lookupvit")}
     taught = tables[0]["training"]["vit-start"]["seconds"] / 60
     settings = " ".join(f"{k}={v}" for k, v in on["environment"].items()) or "no BLAS variables set"
-    seeds = (f"One seed, {seeds[0]}" if len(seeds) == 1 else
-             f"Seeds {', '.join(map(str, seeds))}: accuracies are mean and standard deviation, speeds and "
-             f"times those of the "
-             "first")
-    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, the last "
-            f"{recipe['steps'] // 4:,} "
-            f"at learning rate {recipe['further_lr']} after {recipe['lr']}; dim {recipe['dim']}, depth "
-            f"{recipe['depth']}, "
-            f"{recipe['heads']} heads, patch {recipe['patch']}. {seeds}. "
+    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, "
+            f"the last {recipe['steps'] // 4:,} at learning rate {recipe['further_lr']} after {recipe['lr']}; "
+            f"dim {recipe['dim']}, depth {recipe['depth']}, {recipe['heads']} heads, patch {recipe['patch']}. "
+            f"{whose}. "
             f"Training: ViT {minutes['vit']:.1f} min, DynamicViT {minutes['dynamicvit']:.1f} min "
             f"after the ViT's first {taught:.1f}, LookupViT {minutes['lookupvit']:.1f} min. "
             f"Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}, {settings}.")
 
 
-def markdown_table(heads, rows):
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table. heads: a text per column; rows: as many cells each."""
     line = lambda cells: f"| {' | '.join(map(str, cells))} |"
     return "\n".join([line(heads), "|---" * len(heads) + "|", *map(line, rows)])

@@ -3,17 +3,21 @@ import pathlib
 import platform
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 
 from .. import backend
+from ..backend import Array
 from ..train import infer
 
 
-def images_per_second(ways, images, threads=None, rounds=9):
-    """{name: [median, lowest, highest]} over interleaved rounds, so that whatever else the machine does meets
-    all alike. ways: {name: (model, further arguments of its call)}."""
-    rates = {name: [] for name in ways}
+def images_per_second(ways: dict[str, tuple[Any, dict[str, Any]]], images: Array, threads: int | None = None,
+                      rounds: int = 9) -> dict[str, list[float]]:
+    """{name: [median, lowest, highest]}. ways: {name: (model, further arguments of its call)}.
+
+    The rounds are interleaved, so that whatever else the machine does slows all models alike."""
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, (model, call) in ways.items():
             began = time.perf_counter()
@@ -23,8 +27,8 @@ def images_per_second(ways, images, threads=None, rounds=9):
     return {name: [round(f(r), 1) for f in (statistics.median, min, max)] for name, r in rates.items()}
 
 
-def machine(device):
-    """What the numbers were measured on."""
+def machine(device: str) -> dict[str, Any]:
+    """What the results were measured on."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -35,8 +39,8 @@ def machine(device):
             "device": device}
 
 
-def peak_memory():
-    """The most memory this process ever held, in MB (10**6 bytes), or None where the system does not say."""
+def peak_memory() -> int | None:
+    """The most memory this process ever held, in MB (10**6 bytes), or None where the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows
