@@ -287,6 +287,17 @@ def test_metrics_are_the_tasks(job, monkeypatch):
     assert issubclass(tasks.task.pick(ViT.task), Classify)
 
 
+def test_an_arms_own_task_measures_it(job):
+    class Counts(tasks.Task):
+        @staticmethod
+        def metrics(answers, labels):
+            return {"answers": len(answers)}
+    model = job.new("vit")
+    assert job.measure(model, None, task=Counts)["answers"] == 10
+    assert "accuracy" not in job.measure(model, None, task=Counts)
+    assert job.measure(model, None, task="distil") == job.measure(model, None)
+
+
 # Where the objects are
 
 def test_kept_on_object_is_the_mean_over_kept_patches_pixel_by_pixel():

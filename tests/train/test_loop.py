@@ -179,6 +179,19 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(most, said):
     assert task.tried == [16, 8, 4, 2] + [1] * (most == 0) and bits(task.model) == weights
 
 
+def test_the_refusal_is_not_taken_for_an_error_of_the_memory():
+    """CUDA's own message has a word by which such errors are known; the refusal quotes it."""
+    class OnDevice(Greedy):
+        def __call__(self, images, labels):
+            if len(images) > self.most:
+                raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+            return self.inner(images, labels)
+    task = OnDevice(ViT(**SIZES), 3)
+    with refuses("fit: a batch of 16 images does not fit into memory, one of 2 does "
+                 "(cudaErrorMemoryAllocation: out of memory)"):
+        fit(task.model, task, batches(16), steps=3, micro=16, threads=1, bar=False)
+
+
 def test_other_errors_in_a_step_pass():
     task = Greedy(ViT(**SIZES), 99)
     task.inner = lambda *_: 1 / 0

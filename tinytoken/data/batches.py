@@ -14,11 +14,10 @@ SITE = "tinytoken.data.batches."
 
 
 class Batches:
-    """batches(step) -> (images (batch_size, 3, H, W) float32, labels (batch_size, ...)): a pure function of
-    (seed, step).
+    """batches(step) -> (images (batch_size, 3, H, W) float32, labels (batch_size, ...)).
 
-    An epoch goes through the set once, in a new order; a last, incomplete batch is dropped. `len` is the
-    steps in an epoch.
+    A batch is a pure function of (seed, step). An epoch goes through the set once, in a new order; a last,
+    incomplete batch is dropped. `len` is the steps in an epoch.
 
     pad: each picture is moved by up to this many pixels each way; what comes in at the border is zero after
         normalisation, the mean colour (the usual crop with padding).
@@ -108,8 +107,7 @@ class Batches:
         return order
 
     def _moved(self, chosen, step):
-        """The chosen pictures, moved and mirrored, by one gather from the source row and column of every
-        pixel."""
+        """The chosen pictures, moved and mirrored by one gather: every pixel has a source row and column."""
         xp, (height, width) = array_module(self.images), self.images.shape[2:]
         draw = dict(step=step, seed=self.seed, xp=xp)
         shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site=SITE + "crop", **draw)
@@ -153,8 +151,8 @@ def line(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list[float], 
 
 
 def channel_statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 (B, 3, H, W), in units of [0, 1]: two tuples of
-    three floats."""
+    """Mean and standard deviation of each channel of uint8 (B, 3, H, W): three floats each, in units of [0,
+    1]."""
     _check_images("channel_statistics", images)
     xp = array_module(images)
     counts = xp.zeros((3, 256), "int64")  # exact, and no float copy of the set

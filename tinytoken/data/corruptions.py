@@ -70,8 +70,7 @@ def corrupt(images: np.ndarray, name: str, strength: int, seed: int = 0, first: 
 
 
 def _draw(name, seed, indices, distribution, *shape):
-    """One draw of this shape from `distribution` (random.uniform, random.normal) for each picture -> (B,
-    *shape) float32."""
+    """(B, *shape) float32: for each picture, a draw from `distribution` (random.uniform, random.normal)."""
     return np.stack([distribution(shape, site=f"tinytoken.data.corruptions.{name}", step=i, seed=seed)
                      for i in indices])
 
@@ -127,8 +126,8 @@ def _poisson(photons):
 @_strengths(1, 1.5, 2, 2.25, 2.5)
 def motion_blur(x: np.ndarray, std: float, draw: Any) -> np.ndarray:
     """Each pixel becomes a mean of those on a line from it to the right, weighted by half a Gaussian of their
-    distance. The line's angle is uniform in -45 to 45 degrees, so it has one pixel in each column. The border
-    is repeated.
+    distance. The line's angle is uniform in -45 to 45 degrees: one pixel in each column. The border is
+    repeated.
 
     Theirs is ImageMagick's blur, half a Gaussian, too, with (radius, std) = (6, 1), (6, 1.5), (6, 2), (8, 2),
     (9, 2.5). The strengths here are ours: std alone, since the radius hardly matters, with 2.25 for their
@@ -173,8 +172,7 @@ def _disc(radius, softness):
 
 @_strengths(0.75, 0.5, 0.4, 0.3, 0.15)
 def contrast(x: np.ndarray, factor: float, draw: Any) -> np.ndarray:
-    """Differences from the mean of each picture and channel, times factor. Definition and strengths are
-    theirs."""
+    """Differences from each picture's and channel's mean, times factor. Definition and strengths: theirs."""
     mean = x.mean(axis=(2, 3), keepdims=True)
     return mean + factor * (x - mean)
 

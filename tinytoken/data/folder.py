@@ -117,8 +117,8 @@ def _by_class(path):
 
 
 def _recognised(path):
-    """Whether the path is a folder of pictures: by class, or loose. Loose ones load_images refuses, and says
-    why."""
+    """Whether the path is a folder of pictures: by class; or loose, so that load_images can say what is
+    wrong."""
     if not path.is_dir():
         return False
     here = Folder(path)

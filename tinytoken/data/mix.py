@@ -1,8 +1,7 @@
 """What may be done to a batch of normalised pictures after the crop: erasing a rectangle, mixing in pairs.
 
 Every choice is a pure function of (seed, step, place in the batch), with the same bits on NumPy and CuPy.
-Pictures are mixed with the batch in reverse order: batches are shuffled, so any partner is as good as
-another.
+Pictures are mixed with the batch in reverse order: batches are shuffled, so every partner is as good.
 """
 import functools
 from typing import Any
@@ -57,8 +56,7 @@ def mixup(images: Array, targets: Array, alpha: float, *, step: int, seed: int) 
 
 
 def cutmix(images: Array, targets: Array, alpha: float, *, step: int, seed: int) -> tuple[Array, Array]:
-    """CutMix (Yun et al. 2019, section 3.1): a rectangle of x_j replaces the same rectangle of x_i -> new
-    arrays.
+    """CutMix (Yun et al. 2019, section 3.1): a rectangle of x_i is replaced by that of x_j -> new arrays.
 
     It has the picture's aspect ratio and the share 1 - l of its area, l ~ Beta(alpha, alpha), around a point
     that is uniform in the picture. The targets (B, K) are mixed by the area that is left after the rectangle

@@ -155,8 +155,7 @@ def make_scenes(count: int, *, seed: int = 0, split: str = "train", size: int = 
 
 
 class _Draws:
-    """What is drawn for one chunk of `rows` scenes. Each row's draws are the same whether the chunk is full
-    or not."""
+    """What is drawn for a chunk of `rows` scenes. A row's draws are the same in a chunk that is not full."""
 
     def __init__(self, rows, seed, split, chunk):
         self.rows, self.split = rows, split
@@ -189,8 +188,8 @@ def _background(draw, size):
 
 
 def _frame(size, centre, angle):
-    """Pixel centres as seen from `centre` (rows, 2), turned by `angle` (rows,): x and y, each (rows, size,
-    size)."""
+    """x and y, each (rows, size, size), of the pixels' centres, as seen from `centre` (rows, 2) and turned by
+    `angle` (rows,)."""
     pixel = ((np.arange(size) + 0.5) / size).astype("float32")
     across, down = pixel - centre[:, :1], pixel - centre[:, 1:]
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -233,8 +232,7 @@ def _paint_clutter(draw, picture):
 
 
 def _paint_objects(draw, picture, shapes):
-    """Draw each scene's objects -> instances (rows, size, size) uint8. shapes (rows, 3): indices into
-    SHAPES."""
+    """Draw each scene's objects; shapes (rows, 3) index SHAPES -> instances (rows, size, size) uint8."""
     centre, radius, present = _place(draw)
     angle = draw.uniform("object.angle", (len(RADII),), -TURN, TURN)
     colour = draw.colours("object", (len(RADII),))

@@ -1,14 +1,16 @@
-"""The main job: a ViT, a DynamicViT and a LookupViT trained side by side, a table of what they cost and
-reach, a picture of what they looked at.
+"""The main job: a ViT, a DynamicViT and a LookupViT trained side by side, with a table and a picture.
 
-All get the same number of steps of the same optimiser, in two parts: three quarters of the steps, then the
-last quarter with a smaller learning rate. DynamicViT has no first part of its own. It starts from the ViT's,
-which is also its teacher, and learns in the last quarter what to drop, while ViT and LookupViT simply go on:
-nobody wins by training longer.
+The table says what they cost and reach; the picture shows what they looked at. All get as many steps of the
+same optimiser, in two parts: three quarters of the steps, then the last quarter with a smaller learning rate.
+DynamicViT has no first part of its own. It starts from the ViT's, which is also its teacher, and learns in
+the last quarter what to drop, while ViT and LookupViT simply go on: none is ahead by longer training.
 """
 import dataclasses
+import os
 import pathlib
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from .. import backend, plot
 from ..backend import products_in, to_numpy
@@ -17,17 +19,17 @@ from ..files import check_writable, write_json
 from ..random import manual_seed
 from ..tensor import no_grad
 from ..train import Run
-from .arm import Arm
+from .arm import Arm, Recipe
 from .timing import images_per_second, machine, peak_memory
 from .trial import Trial, kept_on_object
 
 SHOWN = {"ViT": "vit", "DynamicViT": "dynamicvit", "LookupViT": "lookupvit"}  # the model's name: its arm
 
 
-def arms(recipe):
+def arms(recipe: Recipe) -> dict[str, Arm]:
     """The arms {phase: Arm}, in the order of their training."""
-    first, further = dict(steps=recipe.steps - recipe.further, lr=recipe.lr), dict(steps=recipe.further,
-                                                                                   lr=recipe.further_lr)
+    first: dict[str, Any] = dict(steps=recipe.steps - recipe.further, lr=recipe.lr)
+    further: dict[str, Any] = dict(steps=recipe.further, lr=recipe.further_lr)
     pruned = dict(prune_before=recipe.prune_before, keep_ratios=recipe.keep_ratios)
     grid = dict(compressed=recipe.compressed)
     return {"vit-start": Arm("vit", **first),
@@ -38,11 +40,14 @@ def arms(recipe):
             "lookupvit": Arm("lookupvit", grid, start="lookupvit-start", **further)}
 
 
-def run(recipe, out, device="auto", every=200, threads=None, bar=True):
-    """Run the comparison: writes the checkpoints, history.jsonl, table.json and tokens.png into the folder
-    `out` -> (table, a line that says where the picture is). What an interrupted run has finished there is not
-    done again."""
-    began, out, device = time.perf_counter(), pathlib.Path(out), backend.choose_device(device)
+def run(recipe: Recipe, out: str | os.PathLike, device: str = "auto", every: int = 200,
+        threads: int | None = None, bar: bool = True) -> tuple[dict[str, Any], str]:
+    """Run the comparison: write the checkpoints, history.jsonl, table.json and tokens.png into the folder
+    `out` -> (table, a line that says where the picture is).
+
+    What an interrupted run has finished there is not done again."""
+    began = time.perf_counter()
+    out, device = pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
     expect(threads is None or threads >= 1, "compare", f"{threads} threads, expected at least 1")
     products_in(recipe.precision, device)  # refuses now what training would
@@ -52,32 +57,31 @@ def run(recipe, out, device="auto", every=200, threads=None, bar=True):
     training = {phase: trial.train(phase)[1] for phase in trial.arms}
     trained = {name: trial.train(phase)[0] for name, phase in SHOWN.items()}
     table = measure(trial, trained)
-    table |= {"training": training,
-              "this_call": {"seconds": round(time.perf_counter() - began, 1),
-                            "peak_memory_mb": peak_memory()}}
+    seconds = round(time.perf_counter() - began, 1)
+    table |= {"training": training, "this_call": {"seconds": seconds, "peak_memory_mb": peak_memory()}}
     write_json(out / "table.json", table)
     return table, draw(trial, trained, out / "tokens.png")
 
 
-def measure(trial, trained):
+def measure(trial: Trial, trained: dict[str, Any]) -> dict[str, Any]:
     """The table: a row per way to run a trained model, and what it was measured on."""
-    ways = {name: (model, {}) for name, model in trained.items()}
+    ways: dict[str, tuple[Any, dict]] = {name: (model, {}) for name, model in trained.items()}
     ways["LookupViT, both heads"] = (trained["LookupViT"], {"mean_of_heads": True})
-    sample, threads = trial.prepare(trial.test.images[:128]), trial.threads if trial.device == "cpu" else 1
+    sample = trial.prepare(trial.test.images[:128])
+    threads = trial.threads if trial.device == "cpu" else 1
     speeds = {size: images_per_second(ways, sample[:size], threads) for size in (1, 128)}
     rows = []
     for name, (model, call) in ways.items():
         row = trial.measure(model, None, **call)
         del row["trained"]
-        rows.append({"model": name, **row,
-                     "images_per_second": {str(size): speeds[size][name] for size in speeds}})
+        speed = {str(size): speeds[size][name] for size in speeds}
+        rows.append({"model": name, **row, "images_per_second": speed})
+    kept = kept_on_object(trained["DynamicViT"], trial.test, trial.prepare, trial.recipe.patch)
     return {"rows": rows, "test_pictures": len(trial.test.images), "recipe": dataclasses.asdict(trial.recipe),
-            "machine": machine(trial.device),
-            "kept_on_object": kept_on_object(trained["DynamicViT"], trial.test, trial.prepare,
-                                             trial.recipe.patch)}
+            "machine": machine(trial.device), "kept_on_object": kept}
 
 
-def draw(trial, trained, path, count=6):
+def draw(trial: Trial, trained: dict[str, Any], path: str | os.PathLike, count: int = 6) -> str:
     """Write tokens.png -> a line that says so, or how to get it."""
     try:
         import matplotlib  # noqa: F401
@@ -85,12 +89,13 @@ def draw(trial, trained, path, count=6):
         return ("no tokens.png: matplotlib is not installed (pip install 'tinytoken-vit[plot]'); "
                 "run the command again for it, nothing is trained twice")
     test, images = trial.test, trial.prepare(trial.test.images[:count])
-    panels, predictions = [], {}
+    panels: list[tuple[str, Any]] = []
+    predictions: dict[str, Sequence[str]] = {}
     for name, model in trained.items():
         with no_grad():
             out = model.eval()(images, trace=True)
         panels += model.show(out)
         predictions[name] = [test.names[k] for k in to_numpy(out.logits.data).argmax(axis=1)]
-    plot.tokens(path, test.images[:count], [test.names[k] for k in test.labels[:count]], predictions, panels,
-                trial.recipe.patch)
+    labels = [test.names[k] for k in test.labels[:count]]
+    plot.tokens(path, test.images[:count], labels, predictions, panels, trial.recipe.patch)
     return f"picture: {path}"

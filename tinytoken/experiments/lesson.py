@@ -1,18 +1,21 @@
-"""What every lesson begins and ends with: three sizes, the same options, pictures, and a JSON of what was
-measured."""
+"""What every lesson begins and ends with: size, options, pictures, and a JSON of what was measured."""
 import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from .. import backend, random
 from ..data import dataset, load_pictures
 from ..errors import Busy, InputError, expect
 from ..files import as_json, check_writable, claimed, replacing, write_json
 from ..train import Run
+from .arm import Arm, Recipe
 from .timing import machine
 from .trial import Trial
 
@@ -20,40 +23,47 @@ SIZES = ("smoke", "default", "full")
 
 
 class Lesson:
-    """One run of a lesson: its size, its options (data, device, seed, out), and the results it has noted so
-    far."""
+    """One run of a lesson: its size, its options (data, device, seed, out), and its results so far."""
 
-    def __init__(self, name, size, data, device, seed, out):
-        self.name, self.size, self.data, self.seed = name, size, data, seed
-        self.results, self.claims, self.headline = {}, [], None
-        self.machines = []  # that parts of the results come from
-        self.device, self.out, self.began = backend.announced_device(device), pathlib.Path(out), time.perf_counter()
-        # of files
-        self.stem = "_".join([name] + ["full"] * (size == "full") + [pathlib.Path(data).name]
-                             * (data != "scenes"))
+    def __init__(self, name: str, size: str, data: str, device: str, seed: int,
+                 out: str | os.PathLike) -> None:
+        self.name, self.size = name, size
+        self.data, self.seed = data, seed
+        self.results: dict[str, Any] = {}
+        self.claims: list[dict[str, Any]] = []
+        self.headline: str | None = None
+        self.machines: list[dict[str, Any]] = []  # that parts of the results come from
+        self.device, self.out = backend.announced_device(device), pathlib.Path(out)
+        self.began = time.perf_counter()
+        # stem: what the names of all files begin with
+        self.stem = name + "_full" * (size == "full")
+        if data != "scenes":
+            self.stem += f"_{pathlib.Path(data).name}"
         check_writable(self.out)
         random.manual_seed(seed)
 
-    def pick(self, smoke, default, full):
+    def pick(self, smoke: Any, default: Any, full: Any) -> Any:
         """The one of the three that belongs to this run's size."""
         return {"smoke": smoke, "default": default, "full": full}[self.size]
 
     @property
-    def seeds(self):
+    def seeds(self) -> list[int]:
         """The seeds that models are trained with: three in a full run on scenes, one in any other."""
         return [self.seed + i for i in range(3 if self.size == "full" and self.data == "scenes" else 1)]
 
-    def pictures(self, train, test):
-        """(train, test) pictures of --data: so many scenes, or all of CIFAR."""
+    def pictures(self, train: int, test: int) -> tuple[Any, Any]:
+        """(train, test) pictures of --data: so many scenes, or all pictures of another set."""
         return load_pictures(self.data, train=train, test=test, seed=self.seed)
 
     @property
-    def checkpoints(self):
-        """The folder for the checkpoints of a full run, None in smaller ones. Lessons with the same --out
-        share it: what one has trained, another does not train again."""
+    def checkpoints(self) -> pathlib.Path | None:
+        """The folder for the checkpoints of a full run, None in smaller ones.
+
+        Lessons with the same --out share it: what one has trained, another does not train again."""
         return self.out / "checkpoints" / pathlib.Path(self.data).name if self.size == "full" else None
 
-    def trial(self, recipe, seed, arms=None, **changes):
+    def trial(self, recipe: Recipe, seed: int, arms: Mapping[str, Arm] | None = None,
+              **changes: Any) -> Trial:
         """A Trial of the recipe's arms with this seed, on this run's device and with its checkpoints.
         changes: as Trial takes them."""
         run, folder = None, self.checkpoints
@@ -64,13 +74,16 @@ class Lesson:
         recipe = dataclasses.replace(recipe, seed=seed)
         return Trial(recipe, arms, device=self.device, run=run, bar=self.size != "smoke", **changes)
 
-    def each(self, jobs, recipe):
-        """Do the `jobs`, {name: function without arguments -> a JSON value} -> {name: its value}. A full run
-        writes each value to OUT/STEM_parts/NAME.json, and one with the same --out does not compute it again:
-        so it goes on where it was stopped, on another machine too, and the same command in several terminals
-        (on a CPU each: taskset) shares the jobs. recipe: JSON that a part must agree with; InputError says
-        which does not."""
-        values, busy, recipe = {}, set(), as_json(recipe)
+    def each(self, jobs: Mapping[str, Callable[[], Any]], recipe: Any) -> dict[str, Any]:
+        """Do the `jobs`, {name: function without arguments -> a JSON value} -> {name: its value}.
+
+        A full run writes each value to OUT/STEM_parts/NAME.json, and one with the same --out does not compute
+        it again. So it goes on where it was stopped, also on another machine; and the same command in several
+        terminals (each on a CPU of its own: taskset) shares the jobs. recipe: JSON that a part must agree
+        with; InputError says which does not."""
+        values: dict[str, Any] = {}
+        busy: set[str] = set()
+        recipe = as_json(recipe)
         while missing := [name for name in jobs if name not in values]:
             for name in missing:
                 try:
@@ -86,9 +99,10 @@ class Lesson:
     def _part(self, name, job, recipe):
         if self.size != "full":
             return as_json(job())
-        path, began = self.out / f"{self.stem}_parts" / f"{name.replace(' ', '-')}.json", time.perf_counter()
+        path = self.out / f"{self.stem}_parts" / f"{name.replace(' ', '-')}.json"
+        began = time.perf_counter()
         with claimed(path) if not path.exists() else contextlib.nullcontext():
-            if not path.exists():  # still
+            if not path.exists():  # nor has another process written it meanwhile
                 write_json(path, {"value": job(), "recipe": recipe, "machine": machine(self.device),
                                   "seconds": round(time.perf_counter() - began, 1)})
         part = json.loads(path.read_text())
@@ -98,36 +112,36 @@ class Lesson:
             self.machines.append(part["machine"])
         return part["value"]
 
-    def claim(self, text, measured, low=None, high=None):
-        """Print, and note for the JSON, whether a figure is above `low` and at most `high`, bounds that were
+    def claim(self, text: str, measured: float, low: float | None = None, high: float | None = None) -> None:
+        """Print, and note for the JSON, whether a figure is above `low` and at most `high`: bounds that were
         set before the run."""
         holds = (low is None or measured > low) and (high is None or measured <= high)
         self.claims.append({"claim": text, "measured": measured, "bound": [low, high], "holds": holds})
-        bounds = (f"above {low:g}" if low is not None else "", f"at most {high:g}" if high is not None
-                  else "")
-        print(f"{'holds' if holds else 'FAILS'}  {text}: {measured:.2f} ({', '.join(filter(None, bounds))})")
+        bounds = [f"above {low:g}"] if low is not None else []
+        bounds += [f"at most {high:g}"] if high is not None else []
+        print(f"{'holds' if holds else 'FAILS'}  {text}: {measured:.2f} ({', '.join(bounds)})")
 
-    def says(self, headline):
-        """Note, and print, what this run has measured in a sentence or two: RESULTS.md quotes it."""
+    def says(self, headline: str) -> None:
+        """Print, and note for the JSON, what this run has measured: a sentence or two, for RESULTS.md."""
         self.headline = headline
         print(headline)
 
-    def measured(self, **values):
-        """Note results for the JSON: numbers, texts, lists and dictionaries of them."""
+    def measured(self, **values: Any) -> None:
+        """Note results for the JSON: figures, texts, lists and dictionaries of them."""
         expect(not values.keys() & self.results.keys(), "lesson",
                f"noted twice: {sorted(values.keys() & self.results.keys())}")
         self.results |= values
 
-    def picture(self, what, draw, width=9, height=4):
+    def picture(self, what: str, draw: Callable[[Any], Any], width: float = 9, height: float = 4) -> None:
         """Make a figure (inches), let draw(figure) fill it, write it as OUT/STEM_what.png, and show it in a
-        notebook. Without matplotlib it says how to get it."""
+        notebook. Without matplotlib, a line says how to get it."""
         try:
             from matplotlib.figure import Figure  # not pyplot: no window system, no global state
         except ImportError:
             print(f"no picture {what!r}: matplotlib is not installed (pip install 'tinytoken-vit[plot]')")
             return
-        figure, path = Figure(figsize=(width, height),
-                              layout="constrained"), self.out / f"{self.stem}_{what}.png"
+        path = self.out / f"{self.stem}_{what}.png"
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         with replacing(path) as file:
             figure.savefig(file, format="png", dpi=110)
@@ -136,9 +150,9 @@ class Lesson:
             from IPython.display import Image, display
             display(Image(path))
 
-    def end(self):
-        """Write OUT/STEM.json -> its path. STEM: the lesson's name, and _full, and the data where they are
-        not scenes."""
+    def end(self) -> pathlib.Path:
+        """Write OUT/STEM.json -> its path. STEM: the lesson's name; _full in a full run; the data where they
+        are not scenes."""
         path = self.out / f"{self.stem}.json"
         if self.claims:
             self.measured(claims=self.claims)
@@ -152,9 +166,10 @@ class Lesson:
         return path
 
 
-def begin(name, argv=None, data="scenes"):
-    """The lesson `name` with the options of the command line, or the defaults in a notebook -> Lesson. Leaves
-    the program with exit code 2 and one line for options that cannot be used. data: the default of --data."""
+def begin(name: str, argv: Sequence[str] | None = None, data: str = "scenes") -> Lesson:
+    """The lesson `name` with the options of the command line; in a notebook, with the defaults.
+
+    data: the default of --data. Options that cannot be used end the program with one line and exit code 2."""
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=f"Lesson {name}.")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke",

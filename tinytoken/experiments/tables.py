@@ -10,8 +10,8 @@ def table_text(*tables: dict[str, Any]) -> str:
     """The table as Markdown. Of several, which differ in their seeds: mean and standard deviation of the
     accuracies, and the rest of the first."""
     table = tables[0]
-    lines = ["| model | accuracy | M MACs | of ViT's | parameters | images/s, batch 1 | images/s, batch 128 |",
-             "|---|---|---|---|---|---|---|"]
+    heads = "| model | accuracy | M MACs | of ViT's | parameters | images/s, batch 1 | images/s, batch 128 |"
+    lines = [heads, "|---|---|---|---|---|---|---|"]
     for i, row in enumerate(table["rows"]):
         accuracies = [100 * t["rows"][i]["accuracy"] for t in tables]
         speed = row["images_per_second"]
@@ -41,10 +41,10 @@ def conditions_text(*tables: dict[str, Any]) -> str:
                for name in ("vit", "dynamicvit", "lookupvit")}
     taught = tables[0]["training"]["vit-start"]["seconds"] / 60
     settings = " ".join(f"{k}={v}" for k, v in on["environment"].items()) or "no BLAS variables set"
-    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, "
-            f"the last {recipe['steps'] // 4:,} at learning rate {recipe['further_lr']} after {recipe['lr']}; "
-            f"dim {recipe['dim']}, depth {recipe['depth']}, {recipe['heads']} heads, patch {recipe['patch']}. "
-            f"{whose}. "
+    return (f"Recipe: {recipe['steps']:,} steps of {recipe['batch']} pictures, the last "
+            f"{recipe['steps'] // 4:,} at learning rate {recipe['further_lr']} after {recipe['lr']}; "
+            f"dim {recipe['dim']}, depth {recipe['depth']}, {recipe['heads']} heads, "
+            f"patch {recipe['patch']}. {whose}. "
             f"Training: ViT {minutes['vit']:.1f} min, DynamicViT {minutes['dynamicvit']:.1f} min "
             f"after the ViT's first {taught:.1f}, LookupViT {minutes['lookupvit']:.1f} min. "
             f"Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}, {settings}.")

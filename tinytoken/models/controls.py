@@ -28,8 +28,9 @@ class Control(DynamicViT):
     """DynamicViT's places and counts without its predictors; a subclass says which tokens stay.
 
     Tokens are gathered in train mode, too: the choice needs no gradient, and for a hard choice masking is
-    removing. images -> DynamicOutput; in train mode its `tokens` are zero where a patch is gone. noise: as in
-    DynamicViT.
+    removing.
+
+    images -> DynamicOutput; in train mode its `tokens` are zero where a patch is gone. noise: DynamicViT's.
     """
     needs_attention = False  # whether `scores` reads the attention of the blocks before
 
@@ -193,8 +194,8 @@ def means_of_parts(n: int, k: int) -> np.ndarray:
 
 
 def morton_order(rows: int, columns: int) -> np.ndarray:
-    """The cells of a grid, counted row by row, in Morton's order: sorted by the interleaved bits of their row
-    and column."""
+    """The cells of a grid, counted row by row, in Morton's order: by their row's and column's bits,
+    interleaved."""
     row, column = np.divmod(np.arange(rows * columns), columns)
     code = sum(((row >> bit & 1) << 2 * bit + 1) + ((column >> bit & 1) << 2 * bit) for bit in range(16))
     return np.argsort(code, kind="stable")

@@ -71,11 +71,10 @@ class DynamicTokens(Tokens):
 
 
 class Predictor(nn.Module):
-    """The prediction module (section 3.2): half the channels stay local, half become their mean over the kept
-    tokens.
+    """The prediction module (section 3.2). x (B, n, dim) -> log-probabilities (B, n, 2), column 0 = keep.
 
-    x (B, n, dim), keep (B, n) or None for all -> log-probabilities (B, n, 2), column 0 = keep. Names as in
-    the official code."""
+    Half the channels stay local, half become their mean over the kept tokens: keep (B, n), None for all.
+    Names as in the official code."""
 
     def __init__(self, dim: int) -> None:
         self.in_conv = [nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, dim)]
@@ -125,12 +124,11 @@ class DynamicViT(ViT):
 
     def forward(self, images: Tensor | Array, noise: Any = None, hard: bool = True, keep: list | None = None,
                 trace: bool = False, paths: Array | None = None) -> DynamicOutput:
-        """noise: Gumbel draws that are added to the log-probabilities, (B, N, 2) per stage or (B, S, N, 2)
-        for all; None draws them. hard=False: decisions stay soft. paths: as in ViT. These three belong to
-        train mode.
+        """keep: per stage, a mask (B, N) that replaces the decision. It acts by masking in train mode and by
+        gathering in eval mode, where every image must keep as many patches.
 
-        keep: per stage, a mask (B, N) that replaces the decision. It acts by masking in train mode and by
-        gathering in eval mode, where every image must keep the same number."""
+        Only in train mode: noise, Gumbel draws that are added to the log-probabilities, (B, N, 2) per stage
+        or (B, S, N, 2) for all; None draws them. hard=False: decisions stay soft. paths: as in ViT."""
         draws = per_stage(noise)
         for name, arrays in (("noise", draws), ("keep", keep)):
             expect(arrays is None or len(arrays) == len(self.prune_before), "DynamicViT",
@@ -216,8 +214,7 @@ def _mask(keep, x, patches):
 
 
 def _places(mask):
-    """The places of the ones in each row, ascending. Every row must have as many, or there is no array to
-    gather into."""
+    """The places of the ones in each row, ascending: (B, k), so every row must have as many."""
     counts = {int(n) for n in (mask > 0.5).sum(axis=1)}
     expect(len(counts) == 1, "DynamicViT",
            lambda: f"forced decisions keep {min(counts)} to {max(counts)} tokens: in eval mode every image "

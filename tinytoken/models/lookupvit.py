@@ -84,8 +84,8 @@ class LookupBlock(nn.Module):
     def gather(self, lookup: Tensor, compressed: Tensor, factors: Array | None = None) -> tuple:
         """(a) information gathering -> the new compressed tokens, the attention A (B, H, M, N), its logits.
 
-        An implementation may return None for the logits where (c) does not read them. factors (B,): of what
-        is added."""
+        factors (B,): of what is added. An implementation may return None for logits that (c) does not
+        read."""
         asking, asked = compressed, lookup
         if self.norm == "pre":
             asking, asked = self.gather_norm_q(asking), self.gather_norm_k(asked)

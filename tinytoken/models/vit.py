@@ -91,8 +91,8 @@ class ViT(Model):
         return x + self.pos_embed
 
     def forward(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None) -> Output:
-        """trace: keep the weights of the attention. paths: factors (B, depth, 2) of the residual branches, in
-        training (tasks.drop_paths)."""
+        """trace: keep the weights of the attention. paths: factors (B, depth, 2) of the residual branches
+        (tasks.drop_paths), in training."""
         return self.read(self.encode(self.start(images, trace, paths)))
 
     def start(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None,

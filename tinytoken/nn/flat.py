@@ -48,8 +48,7 @@ class Flat:
         return [buffer[start:stop].reshape(shape) for start, stop, shape in self.bounds]
 
     def holds(self, params: list[Parameter]) -> bool:
-        """True while each of `params` is still in its place: the same views of the same buffers, in the same
-        group."""
+        """True while each of `params` is still in its place: the same views, in the same group."""
         return len(params) == len(self.views) and all(
             p.flat is self and p.data is view and p.grad is g and _group(p) == group
             for p, view, g, group in zip(params, self.views, self.grads, self.groups))

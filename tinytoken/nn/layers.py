@@ -98,7 +98,7 @@ def column(paths: Array | None, *index: Any) -> Array | None:
 @fused
 def attention_branch(x: Tensor, norm: LayerNorm, attn: Attention, factors: Array | None = None,
                      **options: Any) -> Tensor:
-    """x + factors attn(norm(x)). x (B, T, D), factors (B,) or None; options: those of Attention.attend."""
+    """x + factors attn(norm(x)). x (B, T, D), factors (B,) or None; options: of Attention.attend."""
     return x + scaled(attn(norm(x), **options), factors)
 
 
@@ -111,8 +111,7 @@ def mlp_branch(x: Tensor, norm: LayerNorm, mlp: MLP, factors: Array | None = Non
 class Block(Module):
     """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x).
 
-    x (B, T, dim) -> (B, T, dim). paths (B, 2): factors of the two branches. options: those of
-    Attention.attend."""
+    x (B, T, dim) -> (B, T, dim). paths (B, 2): the two branches' factors. options: of Attention.attend."""
     branches = 2
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True,

@@ -120,8 +120,9 @@ class Module:
                 p.grad[...] = 0
 
     def astype(self, dtype: str | np.dtype) -> Self:
-        """Cast all parameters and float buffers to float32 or float64. Returns self. The parameters leave
-        flat storage."""
+        """Cast all parameters and float buffers to float32 or float64. Returns self.
+
+        The parameters leave flat storage."""
         for p in self.parameters():
             p.data, p.grad = p.data.astype(dtype), None
         for _, buffer in self.named_buffers():

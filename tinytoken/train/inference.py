@@ -29,8 +29,7 @@ def slice_size(images: int, threads: int | None = None, macs: float = 0) -> int:
 def repeated(function: Callable[..., Array], xp: Any, what: str) -> Callable[..., Array]:
     """The function, which takes a list of arrays of the module xp, for many calls with the same shapes.
 
-    An implementation may keep what the first calls launch, and repeat it. what: the function's name, for
-    messages."""
+    An implementation may keep what the first calls launch, and repeat it. what: its name, for messages."""
     fast = faster(repeated, xp, function, xp, what)
     return fast(function, xp, what) if fast else function
 
@@ -38,8 +37,7 @@ def repeated(function: Callable[..., Array], xp: Any, what: str) -> Callable[...
 def infer(model: nn.Module, images: Array, prepare: Callable[[Array], Array] = lambda images: images,
           batch_size: int | None = None, threads: int | None = None, precision: str = "fp32",
           read: Callable[[Any], Any] = lambda out: out.logits, **call: Any) -> np.ndarray:
-    """Answers of a model in eval mode, in host memory: its logits (B, K), or what `read` takes from its
-    Output.
+    """Answers of a model in eval mode, in host memory: logits (B, K), or what `read` takes from its Output.
 
     prepare: raw images -> model input. batch_size: images of a slice (None: `slice_size`, on a GPU 128).
     precision: as in `products_in`. call: further arguments of the model."""

@@ -71,8 +71,8 @@ class AdamW:
         return norm
 
     def corrections(self, t: int) -> list[float]:
-        """1 - beta^t for both betas at step t, counted from 1: the moments begin at 0, and are too small by
-        these factors."""
+        """1 - beta^t for both betas at step t, from 1: the factors by which the moments, which begin at 0,
+        are too small."""
         return [1 - beta ** t for beta in self.betas]
 
     def mean_share(self, t: int) -> float:
@@ -123,8 +123,7 @@ class AdamW:
 def clip_norm(flat_grad: Array, largest: float) -> Array:
     """Scale the flat gradient down, in place, to at most the Euclidean norm `largest`.
 
-    Returns the norm before, a 0-d array on the gradient's device; it is not read here, which would wait for
-    the device."""
+    Returns the norm before, a 0-d array on the gradient's device: to read it here would wait for that."""
     xp = array_module(flat_grad)
     norm = xp.sqrt(flat_grad @ flat_grad)
     flat_grad *= xp.minimum(largest / (norm + 1e-12), 1.0)
