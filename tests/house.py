@@ -8,23 +8,29 @@ import tokenize
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "tinytoken"
 
-# Budgets in lines of code: without blanks, comments and docstrings. The sitting path is what a student reads in one sitting.
-SITTING = ("tensor.py", "ops/", "nn/layers.py", "models/vit.py", "models/dynamicvit.py", "models/lookupvit.py", "train/loop.py")
-BUDGETS = {"the sitting path": 1800, "a model": 120, "a task": 60, "an op": 40, "a model's tests": 150, "columns": 110}
+# Budgets in lines of code: without blanks, comments and docstrings. The sitting path is what a student reads
+# in one sitting.
+SITTING = ("tensor.py", "ops/", "nn/layers.py", "models/vit.py", "models/dynamicvit.py",
+           "models/lookupvit.py", "train/loop.py")
+BUDGETS = {"the sitting path": 1800, "a model": 120, "a task": 60, "an op": 40, "a model's tests": 150,
+           "columns": 110}
 
-# A file imports only from floors below, and without circles from its own. cuda/ stands near the top: it implements what is
-# defined below it, and nothing below knows it.
-FLOORS = (("errors",), ("registry", "files", "backend", "threads"), ("random",), ("tensor",), ("ops",), ("cost", "checking"), ("nn",),
-          ("models", "data"), ("tasks",), ("train",), ("cuda",), ("plot",), ("experiments", "predict", "doctor", "bench"),
+# A file imports only from floors below, and without circles from its own. cuda/ stands near the top: it
+# implements what is defined below it, and nothing below knows it.
+FLOORS = (("errors",), ("registry", "files", "backend", "threads"), ("random",), ("tensor",), ("ops",),
+          ("cost", "checking"), ("nn",),
+          ("models", "data"), ("tasks",), ("train",), ("cuda",), ("plot",),
+          ("experiments", "predict", "doctor", "bench"),
           ("course",), ("__init__", "__main__"))
 
-# Files that name a model, task or data set, beside its own: whatever lists them reads the registries, so a new one needs no
-# line here, and adding it touches its own file and its test.
+# Files that name a model, task or data set, beside its own: whatever lists them reads the registries, so a
+# new one needs no line here, and adding it touches its own file and its test.
 NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experiments/tables.py"},
             "dynamicvit": {"models/controls.py", "experiments/compare.py", "experiments/tables.py"},
             "lookupvit": {"cuda/mixed_lookup.py", "experiments/compare.py", "experiments/tables.py"},
             "classify": {"models/base.py", "tasks/distil.py"}, "distil": {"models/dynamicvit.py"},
-            "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py"}, "cifar10": {"experiments/lesson.py"}}
+            "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py"},
+            "cifar10": {"experiments/lesson.py"}}
 EXPORTS = ("models/__init__.py", "tasks/__init__.py", "train/__init__.py", "data/__init__.py")
 
 
@@ -35,7 +41,8 @@ class File:
     def __post_init__(self):
         self.text = self.path.read_text(encoding="utf-8")
         self.tree = ast.parse(self.text)
-        self.parts = self.path.relative_to(PACKAGE if self.path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts
+        self.parts = self.path.relative_to(PACKAGE if self.path.is_relative_to(PACKAGE)
+                                           else ROOT).with_suffix("").parts
 
     @property
     def name(self):
@@ -43,7 +50,8 @@ class File:
 
     @property
     def module(self):
-        """Dotted, without the package: 'ops.norm', and 'ops' for ops/__init__.py; the package itself is '__init__'."""
+        """Dotted, without the package: 'ops.norm', and 'ops' for ops/__init__.py; the package itself is
+        '__init__'."""
         parts = self.parts[:-1] if self.parts[-1] == "__init__" and len(self.parts) > 1 else self.parts
         return ".".join(parts)
 
@@ -59,17 +67,21 @@ class File:
         """What the code, not its comments, calls by name: (identifiers, texts)."""
         identifiers, texts = set(), set()
         for node in ast.walk(self.tree):
-            identifiers |= {word for key in ("id", "attr", "name") if isinstance(word := getattr(node, key, None), str)}
+            identifiers |= {word for key in ("id", "attr", "name")
+                            if isinstance(word := getattr(node, key, None), str)}
             texts |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
         return identifiers, texts
 
     def functions(self):
         """(name, lines) of every function, with decorators and docstring."""
-        found = [node for node in ast.walk(self.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        return [(f.name, f.end_lineno - min([f.lineno, *(d.lineno for d in f.decorator_list)]) + 1) for f in found]
+        found = [node for node in ast.walk(self.tree)
+                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        return [(f.name, f.end_lineno - min([f.lineno, *(d.lineno for d in f.decorator_list)]) + 1)
+                for f in found]
 
     def imports(self, inside=True):
-        """(modules of this package, others) that the file imports: dotted names. inside=False: only at its top level."""
+        """(modules of this package, others) that the file imports: dotted names. inside=False: only at its
+        top level."""
         own, others = set(), set()
         for node in ast.walk(self.tree) if inside else self.tree.body:
             if isinstance(node, ast.Import):
@@ -77,9 +89,11 @@ class File:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 others.add(node.module)
             elif isinstance(node, ast.ImportFrom):
-                base = self.parts[:len(self.parts) - node.level] + tuple((node.module or "").split(".") if node.module else ())
+                base = self.parts[:len(self.parts) - node.level] + tuple((node.module or "").split(".")
+                                                                         if node.module else ())
                 for alias in node.names:
-                    own.add(".".join(base + (alias.name,)) if exists(base + (alias.name,)) else ".".join(base) or "__init__")
+                    own.add(".".join(base + (alias.name,)) if exists(base + (alias.name,))
+                            else ".".join(base) or "__init__")
         for name in [name for name in others if name.split(".")[0] == PACKAGE.name]:
             others.remove(name)
             own.add(name.partition(".")[2] or "__init__")
@@ -88,13 +102,15 @@ class File:
 
 def code_lines_of(text):
     """The lines of code of a file's or function's text."""
-    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+             tokenize.ENDMARKER)
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in empty:
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+        if isinstance(node, (ast.Module, ast.ClassDef,
+                             ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
             lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
 
@@ -119,7 +135,8 @@ def ops_lines():
     for file in files():
         if file.name.startswith("ops/"):
             for node in file.tree.body:
-                if isinstance(node, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "op" for d in node.decorator_list):
+                if isinstance(node, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "op"
+                                                             for d in node.decorator_list):
                     lines[node.name] = code_lines_of(ast.get_source_segment(file.text, node))
     return lines
 
@@ -133,7 +150,8 @@ def sizes():
     tests = max(File(path).code_lines() for path in (ROOT / "tests" / "models").glob("test_*.py"))
     widest = max(len(line) for file in files() for line in file.text.splitlines())
     return {"the sitting path": sum(n for name, n in count.items() if name.startswith(SITTING)),
-            "a model": largest("models/", "models/controls.py"), "a task": largest("tasks/"), "an op": max(ops_lines().values()),
+            "a model": largest("models/", "models/controls.py"), "a task": largest("tasks/"),
+            "an op": max(ops_lines().values()),
             "a model's tests": tests, "columns": widest}
 
 

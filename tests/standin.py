@@ -1,8 +1,10 @@
-"""A stand-in for CuPy whose arrays lie in host memory and behave as if they did not. For what can be found out without a GPU:
-whether code hands NumPy arrays to the device's ops, reads device values on the host, or asks for a function that CuPy lacks.
+"""A stand-in for CuPy whose arrays lie in host memory and behave as if they did not. For what can be found
+out without a GPU: whether code hands NumPy arrays to the device's ops, reads device values on the host, or
+asks for a function that CuPy lacks.
 
-It also captures graphs: what is computed between begin_capture and end_capture is undone, and repeated by launch(), on the same
-memory with the same numbers. So a step that is frozen wrongly, with a rate or a batch of the step that was captured, shows.
+It also captures graphs: what is computed between begin_capture and end_capture is undone, and repeated by
+launch(), on the same memory with the same numbers. So a step that is frozen wrongly, with a rate or a batch
+of the step that was captured, shows.
 
 It computes with NumPy, so it says nothing of CuPy's own kernels: those are for the tests marked gpu on a GPU.
 `python -m pytest -m gpu --standin` runs the bodies of those tests on it.
@@ -17,8 +19,10 @@ import numpy as np
 from tinytoken import backend
 from tinytoken.tensor import plain
 
-LACKS = {"vecdot", "frompyfunc", "char", "vectorize", "nditer"}  # of what NumPy has and this project might reach for
-CUBLAS = {"matmul", "dot", "vdot", "inner", "tensordot", "einsum"}  # CuPy's wrappers of it refuse to be captured
+# of what NumPy has and this project might reach for
+LACKS = {"vecdot", "frompyfunc", "char", "vectorize", "nditer"}
+# CuPy's wrappers of it refuse to be captured
+CUBLAS = {"matmul", "dot", "vdot", "inner", "tensordot", "einsum"}
 counts = {"reads": 0, "copies": 0}  # device to host, host to device
 capturing = []  # the Graph that is being captured, or nothing
 
@@ -30,7 +34,8 @@ class Graph:
         self.calls, self.before = [], []
 
     def changes(self, *arrays):
-        """These are about to be written in place: a capture does nothing, so they are put back when it ends."""
+        """These are about to be written in place: a capture does nothing, so they are put back when it
+        ends."""
         self.before += [(array, array.copy()) for array in arrays]
 
     def undo(self):
@@ -54,7 +59,9 @@ def compute(function, args, options):
     if capturing:
         inputs = [a for a in flat(host) if isinstance(a, np.ndarray)] + [getattr(function, "__self__", None)]
         made = [] if out is not None else [r.host for r in flat(result) if isinstance(r, ndarray)]
-        made = [m for m in made if not any(isinstance(a, np.ndarray) and np.may_share_memory(m, a) for a in inputs)]  # views are nothing to do
+        # views are nothing to do
+        made = [m for m in made
+                if not any(isinstance(a, np.ndarray) and np.may_share_memory(m, a) for a in inputs)]
 
         def again():
             for old, new in zip(made, (np.asarray(n) for n in flat(function(*host, **settings)))):
@@ -94,8 +101,10 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __init__(self, host):
         self.host = host
 
-    shape, dtype, ndim, size = (property(lambda self, name=name: getattr(self.host, name)) for name in ("shape", "dtype", "ndim", "size"))
-    nbytes, flags, strides, itemsize = (property(lambda self, name=name: getattr(self.host, name)) for name in (
+    shape, dtype, ndim, size = (property(lambda self, name=name: getattr(self.host, name))
+                                for name in ("shape", "dtype", "ndim", "size"))
+    nbytes, flags, strides, itemsize = (property(lambda self, name=name: getattr(self.host, name))
+                                        for name in (
         "nbytes", "flags", "strides", "itemsize"))
     T = property(lambda self: ndarray(self.host.T))
 
@@ -135,7 +144,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
             if isinstance(part, np.ndarray):  # CuPy lets it pass, and copies it
                 synchronous("copies")
         raw = tuple(part.host if isinstance(part, ndarray) else part for part in parts)
-        return raw if any(part is Ellipsis for part in raw) else (*raw, Ellipsis)  # which gives an element as a view, as CuPy does
+        # which gives an element as a view, as CuPy does
+        return raw if any(part is Ellipsis for part in raw) else (*raw, Ellipsis)
 
     def __len__(self):
         return len(self.host)
@@ -159,7 +169,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __repr__(self):
         return repr(self.get())
 
-    __float__, __int__, __bool__, __index__ = (lambda self, kind=kind: kind(self.get()) for kind in (float, int, bool, int))
+    __float__, __int__, __bool__, __index__ = (lambda self, kind=kind: kind(self.get())
+                                               for kind in (float, int, bool, int))
     __hash__ = None
 
 
@@ -263,15 +274,19 @@ def modules():
     cupy.asarray = lambda value, *args, **options: value if isinstance(value, ndarray) and not args and not options else copied(
         value, *args, **options)
     cupy.array = copied
-    cupyx, scipy, special = (types.ModuleType(name) for name in ("cupyx", "cupyx.scipy", "cupyx.scipy.special"))
-    cupyx.scatter_add = lambda target, index, values: in_place(lambda: np.add.at(target.host, index.host, values.host), target.host)
-    cupy.cuda = types.SimpleNamespace(Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None), get_current_stream=Stream,
+    cupyx, scipy, special = (types.ModuleType(name)
+                             for name in ("cupyx", "cupyx.scipy", "cupyx.scipy.special"))
+    cupyx.scatter_add = lambda target, index, values: in_place(lambda: np.add.at(target.host, index.host,
+                                                                                 values.host), target.host)
+    cupy.cuda = types.SimpleNamespace(Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None),
+                                      get_current_stream=Stream,
                                       Device=lambda: types.SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024},
                                                                            synchronize=lambda: None),
                                       using_allocator=lambda malloc: contextlib.nullcontext(), Event=Event,
                                       get_elapsed_time=lambda start, stop: 1e3 * (stop.moment - start.moment))
     cupy.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(
-        as_strided=lambda x, shape, strides: ndarray(np.lib.stride_tricks.as_strided(x.host, shape, strides))))
+        as_strided=lambda x, shape,
+        strides: ndarray(np.lib.stride_tricks.as_strided(x.host, shape, strides))))
     special.erf = lambda x: ndarray(np.asarray(backend.erf(x.host)))
     return {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
 
@@ -283,8 +298,8 @@ def in_place_of_cupy():
 
 @contextlib.contextmanager
 def installed(kernels=False):
-    """Context: `--device cuda` is the stand-in, and the counts begin at 0. Ops are plain, but with kernels=True those of
-    tinytoken.cuda run: the caller says on what (launcher.running_on)."""
+    """Context: `--device cuda` is the stand-in, and the counts begin at 0. Ops are plain, but with
+    kernels=True those of tinytoken.cuda run: the caller says on what (launcher.running_on)."""
     before = {name: sys.modules.get(name) for name in modules()}
     sys.modules.update(modules())
     backend.cuda_ready.cache_clear()

@@ -1,4 +1,5 @@
-"""Every lesson runs at smoke size, is a percent script, and notes what it claims; the committed results are of longer runs."""
+"""Every lesson runs at smoke size, is a percent script, and notes what it claims; the committed results are
+of longer runs."""
 import contextlib
 import json
 import pathlib
@@ -59,7 +60,8 @@ def test_the_recipe_for_cifar10_runs(tmp_path, monkeypatch):
 
 def test_sizes_options_and_results(tmp_path, capsys):
     here = lesson.begin("00_test", ["--full", "--seed", "3", "--out", str(tmp_path), "--device", "cpu"])
-    assert (here.size, here.seed, here.data, here.pick(1, 2, 3)) == ("full", 3, "scenes", 3) and here.seeds == [3, 4, 5]
+    assert (here.size, here.seed, here.data, here.pick(1, 2, 3)) == ("full", 3, "scenes",
+                                                                     3) and here.seeds == [3, 4, 5]
     assert lesson.begin("00_test", ["--seed", "3", "--out", str(tmp_path)]).seeds == [3]
     assert lesson.begin("00_test", ["--out", str(tmp_path)]).size == "default"
     train, test = lesson.begin("00_test", ["--smoke", "--out", str(tmp_path)]).pictures(6, 4)
@@ -85,7 +87,8 @@ def test_sizes_options_and_results(tmp_path, capsys):
 def test_the_jobs_of_a_full_run_are_done_once_on_whatever_machine(tmp_path):
     def run(size="--full", recipe={"steps": (3, 4)}, **broken):
         here, did = lesson.begin("00_test", [size, "--out", str(tmp_path)]), []
-        jobs = {name: lambda name=name: did.append(name) or broken.get(name, {"of": [name, 0.1]}) for name in ("arm a", "arm b")}
+        jobs = {name: lambda name=name: did.append(name) or broken.get(name, {"of": [name, 0.1]})
+                for name in ("arm a", "arm b")}
         return here.each(jobs, recipe), did, here
 
     expected = {name: {"of": [name, 0.1]} for name in ("arm a", "arm b")}
@@ -104,12 +107,15 @@ def test_the_jobs_of_a_full_run_are_done_once_on_whatever_machine(tmp_path):
 
 def test_what_another_process_is_doing_is_left_for_later(tmp_path, monkeypatch, capsys):
     here = lesson.begin("00_test", ["--full", "--out", str(tmp_path)])
-    monkeypatch.setattr(lesson.time, "sleep", lambda seconds: others.close())  # it ends, and has written nothing
+    # it ends, and has written nothing
+    monkeypatch.setattr(lesson.time, "sleep", lambda seconds: others.close())
     with contextlib.ExitStack() as others:
         others.enter_context(files.claimed(here.out / "00_test_full_parts" / "a.json"))
         order = []
-        assert here.each({name: lambda name=name: order.append(name) or name for name in "abc"}, {}) == dict(zip("abc", "abc"))
-    assert order == ["b", "c", "a"] and capsys.readouterr().out.count("left for later: another process is at work on") == 1
+        assert here.each({name: lambda name=name: order.append(name) or name for name in "abc"},
+                         {}) == dict(zip("abc", "abc"))
+    assert order == ["b", "c", "a"] and capsys.readouterr().out.count("left for later: another process is at "
+                                                                      "work on") == 1
 
 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):

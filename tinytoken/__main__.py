@@ -110,7 +110,8 @@ def run_compare(args: argparse.Namespace) -> None:
     from .experiments import Recipe, compare, tables
     changes = {name: getattr(args, name) for name in ("data", "steps", "seed", "precision")
                if getattr(args, name) is not None}
-    out = args.out or pathlib.Path("runs") / f"compare-{pathlib.Path(args.data).name}-{args.seed}"
+    name = args.data if args.data in dataset else pathlib.Path(args.data).resolve().name
+    out = args.out or pathlib.Path("runs") / f"compare-{name}-{args.seed}"
     device = backend.announced_device(args.device)
     table, picture = compare.run(Recipe(**changes), out, device=device, threads=args.threads)
     print(f"\n{tables.table_text(table)}\n{picture}\neverything is in {out}")

@@ -1,13 +1,16 @@
-"""How fast tinytoken trains and infers on a CPU, beside PyTorch (stock, at its best, compiled), JAX, and MyGrad for scale.
+"""How fast tinytoken trains and infers on a CPU, beside PyTorch (stock, at its best, compiled), JAX, and
+MyGrad for scale.
 
     python tests/benchmarks/cpu.py [--quick] [--coretype Haswell] [--out FILE.json]
 
-Each contender is a process of its own and serves requests over a pipe. A round times every contender once on one workload, with
-a pause between and the order turned by one each round, so that whatever else the machine does meets all alike; ratios are
-taken inside a round. Before that, all must compute the same from the same weights and pictures: logits, first loss and gradient.
+Each contender is a process of its own and serves requests over a pipe. A round times every contender once on
+one workload, with a pause between and the order turned by one each round, so that whatever else the machine
+does meets all alike; ratios are taken inside a round. Before that, all must compute the same from the same
+weights and pictures: logits, first loss and gradient.
 
-A training step is the same everywhere: forward, loss, backward, clipping of the global gradient norm, AdamW with weight decay
-on the matrices of linear layers. DynamicViT's loss has its four parts and runs the frozen teacher. float32 throughout.
+A training step is the same everywhere: forward, loss, backward, clipping of the global gradient norm, AdamW
+with weight decay on the matrices of linear layers. DynamicViT's loss has its four parts and runs the frozen
+teacher. float32 throughout.
 """
 import argparse
 import contextlib
@@ -36,7 +39,8 @@ from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads, slic
 
 CONTENDERS = ("tinytoken", "torch", "torch-best", "torch-compile", "jax", "mygrad")
 ON_NUMPY = ("tinytoken", "mygrad")  # what OPENBLAS_CORETYPE reaches
-RECIPE = {"lr": 1e-5, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip": 1.0}  # nothing is to be learned
+# nothing is to be learned
+RECIPE = {"lr": 1e-5, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip": 1.0}
 PAUSE = 0.05  # seconds: BLAS threads of the contender before go on spinning for a while
 ENOUGH = 0.25  # seconds that a timing should last; shorter steps are repeated
 LIMIT = 900  # seconds a contender may take for one answer, compiling included
@@ -56,31 +60,37 @@ class Work:
 def workloads(quick):
     """Three ViTs (A, B, C), then the two token methods as wide as A and as B. quick: toy sizes."""
     def sizes(image, patch, dim, depth, heads, classes=10, **more):
-        return dict(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=classes, **more)
+        return dict(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads,
+                    num_classes=classes, **more)
 
     stages, grid = dict(prune_before=(1, 3, 5), keep_ratios=(0.7, 0.49, 0.343)), dict(compressed=(3, 3))
     if quick:
-        return [Work("quick A", "ViT", sizes(32, 4, 48, 2, 3), 8), Work("quick B", "ViT", sizes(32, 4, 24, 2, 3), 8),
+        return [Work("quick A", "ViT", sizes(32, 4, 48, 2, 3), 8),
+                Work("quick B", "ViT", sizes(32, 4, 24, 2, 3), 8),
                 Work("quick D", "DynamicViT", sizes(32, 4, 48, 6, 3, **stages), 8),
                 Work("quick L", "LookupViT", sizes(32, 4, 48, 2, 3, **grid), 8)]
     return [Work("A", "ViT", sizes(32, 4, 192, 6, 3)), Work("B", "ViT", sizes(32, 4, 96, 4, 3)),
             Work("C", "ViT", sizes(224, 16, 384, 12, 6, 1000), 8, ("infer",)),
-            *(Work(f"DynamicViT {dim}", "DynamicViT", sizes(32, 4, dim, 6, 3, **stages)) for dim in (192, 96)),
+            *(Work(f"DynamicViT {dim}", "DynamicViT", sizes(32, 4, dim, 6, 3, **stages))
+              for dim in (192, 96)),
             *(Work(f"LookupViT {dim}", "LookupViT", sizes(32, 4, dim, 6, 3, **grid)) for dim in (192, 96))]
 
 
 def write_arrays(work, path):
-    """Weights, pictures, labels, noise and teacher of a workload, for all contenders -> multiply-adds of one image."""
+    """Weights, pictures, labels, noise and teacher of a workload, for all contenders -> multiply-adds of one
+    image."""
     random = np.random.default_rng(0)
     tt.manual_seed(0)
     model = getattr(tt.models, work.kind)(**work.config)
-    images = random.standard_normal((work.batch, 3, work.config["image_size"], work.config["image_size"]), "float32")
+    images = random.standard_normal((work.batch, 3, work.config["image_size"], work.config["image_size"]),
+                                    "float32")
     arrays = {f"weights/{name}": array for name, array in model.state_dict().items()}
     arrays |= {"images": images, "labels": random.integers(0, work.config["num_classes"], work.batch)}
     if work.kind == "DynamicViT":
         tt.manual_seed(1)
         arrays |= {f"teacher/{name}": array for name, array in teacher(work).state_dict().items()}
-        arrays["noise"] = random.gumbel(size=(work.batch, len(model.keep_ratios), model.num_patches, 2)).astype("float32")
+        arrays["noise"] = random.gumbel(size=(work.batch, len(model.keep_ratios), model.num_patches,
+                                              2)).astype("float32")
     np.savez(path, **arrays)
     return tt.macs(model, images[:1]).total
 
@@ -134,7 +144,8 @@ class TinyToken:
         self.malloc = prepare_cpu()  # as training and `infer` do by themselves
 
     def about(self):
-        return {"version": f"in {pathlib.Path(tt.__file__).parent}", "numpy": np.__version__, "threads": cpu_count(),
+        return {"version": f"in {pathlib.Path(tt.__file__).parent}", "numpy": np.__version__,
+                "threads": cpu_count(),
                 "malloc": self.malloc, "blas": blas_description(), "note": "slices as fit makes them"}
 
     def product(self, a, b):
@@ -162,7 +173,8 @@ def make(name):
 
 
 def serve(name, path, quick):
-    """Answer requests on stdin, one JSON line each, until it closes. path: the arrays of the workload that it is named after."""
+    """Answer requests on stdin, one JSON line each, until it closes. path: the arrays of the workload that it
+    is named after."""
     work = next(work for work in workloads(quick) if work.name == pathlib.Path(path).stem)
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is not an answer
@@ -207,7 +219,8 @@ class Contender:
         special = {"OPENBLAS_CORETYPE": options.coretype if name in ON_NUMPY else None,
                    "LD_PRELOAD": preload if name == "torch-best" else None}
         command = [sys.executable, __file__, "--serve", name, str(path)] + ["--quick"] * options.quick
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors, text=True,
                                         env=os.environ | {k: v for k, v in special.items() if v})
 
     def read(self):
@@ -270,7 +283,8 @@ def measure(work, path, options, preload, rounds):
     """Everything about one workload."""
     row = {"workload": work.name, "kind": work.kind, "config": work.config, "batch": work.batch,
            "macs": write_arrays(work, path), "skipped": {}, "repeats": {}, "ms": {}}
-    print(f"{work.name}: {work.kind}, batch {work.batch}, {row['macs'] / 1e6:.2f} M MACs per image", flush=True)
+    print(f"{work.name}: {work.kind}, batch {work.batch}, {row['macs'] / 1e6:.2f} M MACs per image",
+          flush=True)
     with contextlib.closing(Field(row["skipped"])) as field:
         for name in options.contenders:
             field.running[name] = Contender(name, path, options, preload)
@@ -285,20 +299,24 @@ def measure(work, path, options, preload, rounds):
 
 
 def check(field, names, work):
-    """What each computes from the same weights and pictures, against the first. Too far off is dropped: it is another model."""
+    """What each computes from the same weights and pictures, against the first. Too far off is dropped: it is
+    another model."""
     got = field.each(names, lambda c: c.ask(do="check", train="train" in work.modes))
     first, *others = list(got) or [None]
     agreement = {"against": first}
     for name in others:
         mine, its = np.array(got[first]["logits"]), np.array(got[name]["logits"])
         gaps = np.abs(mine - its).max(axis=1) / np.abs(mine).max()
-        # In float32 two tokens with nearly the same score may swap at the edge of the kept: that image is then another one.
+        # In float32 two tokens with nearly the same score may swap at the edge of the kept: that image is
+        # then another one.
         allowed = 1 if work.kind == "DynamicViT" else 0
         one = {"logits": float(np.sort(gaps)[-1 - allowed]), "images_beyond": int((gaps > TOLERANCE).sum()),
-               **{key: abs(got[name][key] / got[first][key] - 1) if got[first][key] else 0.0 for key in ("loss", "norm")},
+               **{key: abs(got[name][key] / got[first][key] - 1) if got[first][key] else 0.0
+                  for key in ("loss", "norm")},
                "macs": got[name]["macs"]}
         agreement[name] = one
-        print(f"  {name} differs from {first}: logits {one['logits']:.1e}, loss {one['loss']:.1e}, gradient {one['norm']:.1e}"
+        print(f"  {name} differs from {first}: logits {one['logits']:.1e}, loss {one['loss']:.1e}, gradient "
+              f"{one['norm']:.1e}"
               + (f", {one['macs'] / 1e6:.2f} M MACs" if one["macs"] else ""), flush=True)
         if not all(one[key] <= TOLERANCE for key in ("logits", "loss", "norm")):  # nor if it is not a number
             field.drop(name, f"computes something else (beyond {TOLERANCE:g})")
@@ -307,7 +325,8 @@ def check(field, names, work):
 
 def time_rounds(field, names, mode, rounds):
     """(repeats, {name: [milliseconds, one per round]}): interleaved, a contender once per round."""
-    once = lambda repeats: lambda c: (time.sleep(PAUSE), c.ask(do="time", mode=mode, repeats=repeats)["ms"])[1]
+    once = lambda repeats: lambda c: (time.sleep(PAUSE),
+                                      c.ask(do="time", mode=mode, repeats=repeats)["ms"])[1]
     field.each(names, once(1))  # compiles, and warms up
     fastest = min(field.each(names, once(1)).values(), default=1)
     repeats = max(1, min(20, round(ENOUGH * 1e3 / fastest)))
@@ -319,8 +338,8 @@ def time_rounds(field, names, mode, rounds):
 
 
 def avx512_for_mkl(folder):
-    """(path of a library to preload, or None, and why). MKL keeps to AVX2 on processors that are not Intel's, unless it is told
-    that this is one. An experiment, to see PyTorch at its best."""
+    """(path of a library to preload, or None, and why). MKL keeps to AVX2 on processors that are not Intel's,
+    unless it is told that this is one. An experiment, to see PyTorch at its best."""
     info, compiler = pathlib.Path("/proc/cpuinfo"), shutil.which("cc")
     text = info.read_text() if info.exists() else ""
     reason = ("this processor has no AVX-512" if "avx512f" not in text else
@@ -329,25 +348,30 @@ def avx512_for_mkl(folder):
     if reason:
         return None, reason
     library, source = folder / "intel.so", "int mkl_serv_intel_cpu_true(void) { return 1; }\n"
-    failed = subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=source, text=True).returncode
-    return (None, "the C compiler fails") if failed else (str(library), "MKL is told that this is an Intel processor")
+    failed = subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=source,
+                            text=True).returncode
+    return (None, "the C compiler fails") if failed else (str(library), "MKL is told that this is an Intel "
+                                                                        "processor")
 
 
 # What comes out
 
 def summarise(row):
-    """Medians and quartiles of the times, and of each one's ratio to PyTorch (stock, and at its best) in the same round."""
+    """Medians and quartiles of the times, and of each one's ratio to PyTorch (stock, and at its best) in the
+    same round."""
     for mode, ms in row["ms"].items():
         row.setdefault("median_ms", {})[mode] = {name: quartiles(values) for name, values in ms.items()}
         for peer in ("torch", "torch-best"):
             if peer in ms:
                 row.setdefault(f"ratio_to_{peer}", {})[mode] = {
-                    name: quartiles([a / b for a, b in zip(values, ms[peer])]) for name, values in ms.items() if name != peer}
+                    name: quartiles([a / b for a, b in zip(values, ms[peer])]) for name, values in ms.items()
+                    if name != peer}
 
 
 def table(rows, key, title, form, contenders=CONTENDERS):
     """Markdown: a line per workload and mode, a column per contender."""
-    names = [name for name in contenders if any(name in cells for row in rows for cells in row.get(key, {}).values())]
+    names = [name for name in contenders
+             if any(name in cells for row in rows for cells in row.get(key, {}).values())]
     lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in rows:
         for mode, cells in row.get(key, {}).items():
@@ -370,8 +394,10 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes and 3 rounds: does it run?")
     parser.add_argument("--rounds", type=int, help="paired rounds (default 9, quick 3)")
-    parser.add_argument("--coretype", help="OPENBLAS_CORETYPE for the contenders on NumPy, for example Haswell")
-    parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS), help="some of them, a,b,c")
+    parser.add_argument("--coretype", help="OPENBLAS_CORETYPE for the contenders on NumPy, for example "
+                                           "Haswell")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS),
+                        help="some of them, a,b,c")
     parser.add_argument("--workloads", type=lambda text: text.split(","), help="some of them, by name")
     parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
     parser.add_argument("--serve", nargs=2, metavar=("NAME", "ARRAYS"), help=argparse.SUPPRESS)
@@ -384,10 +410,13 @@ def parse():
 
 def main(options):
     rounds = max(2, options.rounds or (3 if options.quick else 9))
-    chosen = [work for work in workloads(options.quick) if not options.workloads or work.name in options.workloads]
+    chosen = [work for work in workloads(options.quick) if not options.workloads
+              or work.name in options.workloads]
     result = {"machine": machine("cpu"), "coretype": options.coretype, "rounds": rounds, "recipe": RECIPE,
-              "spread": "median, lower and upper quartile", "began": time.strftime("%Y-%m-%d %H:%M:%S"), "rows": []}
-    print(json.dumps(result["machine"], indent=1), f"\nOPENBLAS_CORETYPE for NumPy: {options.coretype or 'not set'}")
+              "spread": "median, lower and upper quartile", "began": time.strftime("%Y-%m-%d %H:%M:%S"),
+              "rows": []}
+    print(json.dumps(result["machine"], indent=1), f"\nOPENBLAS_CORETYPE for NumPy: "
+                                                   f"{options.coretype or 'not set'}")
     with tempfile.TemporaryDirectory() as folder:
         preload, result["mkl_avx512"] = avx512_for_mkl(pathlib.Path(folder))
         print("AVX-512 in torch-best's MKL:", result["mkl_avx512"])
@@ -396,7 +425,8 @@ def main(options):
             result["rows"].append(measure(work, path, options, preload, rounds))
             summarise(result["rows"][-1])
             for name, about in result["rows"][0]["about"].items() if work is chosen[0] else ():
-                print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in about.items() if value != ""))
+                print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in about.items()
+                                                if value != ""))
     print(f"\n{report(result['rows'])}")
     if options.out:
         write_json(options.out, result)

@@ -1,10 +1,11 @@
-"""Loss curves of tinytoken and PyTorch from equal weights and equal batches: does the engine train as PyTorch does?
+"""Loss curves of tinytoken and PyTorch from equal weights and equal batches: does the engine train as PyTorch
+does?
 
     python tests/benchmarks/curves.py [--quick] [--threads 1] [--out FILE.json] [--png FILE.png]
 
-A small ViT on scenes, with fit's recipe (AdamW, warm-up and cosine, clip 1). Both begin with the same weights and differ by
-rounding, and float32's GELU by 4e-6; training makes such differences grow. The bounds: in float32 the first 30 losses agree to
-1e-3, in float64 the first 100 to 1e-6, relative to the loss.
+A small ViT on scenes, with fit's recipe (AdamW, warm-up and cosine, clip 1). Both begin with the same weights
+and differ by rounding, and float32's GELU by 4e-6; training makes such differences grow. The bounds: in
+float32 the first 30 losses agree to 1e-3, in float64 the first 100 to 1e-6, relative to the loss.
 """
 import argparse
 import pathlib
@@ -73,10 +74,13 @@ def curves(dtype, steps, threads):
     gap = np.abs(np.array(a) / np.array(b) - 1)
     within, bound = min(BOUNDS[dtype][0], steps), BOUNDS[dtype][1]
     largest = float(gap[:within].max())
-    print(f"{dtype}: loss {a[0]:.3f} to {a[-1]:.3f} in {steps} steps; largest relative difference of the first {within}: "
-          f"{largest:.1e} (bound {bound:g}: {'holds' if largest <= bound else 'MISSED'}); of all: {gap.max():.1e}", flush=True)
+    print(f"{dtype}: loss {a[0]:.3f} to {a[-1]:.3f} in {steps} steps; largest relative difference of the "
+          f"first {within}: "
+          f"{largest:.1e} (bound {bound:g}: {'holds' if largest <= bound else 'MISSED'}); of all: "
+          f"{gap.max():.1e}", flush=True)
     return {"tinytoken": a, "torch": b, "relative_difference": gap.tolist(), "steps": steps, "bound": bound,
-            "bound_on_first": within, "largest_on_first": largest, "largest": float(gap.max()), "holds": largest <= bound}
+            "bound_on_first": within, "largest_on_first": largest, "largest": float(gap.max()),
+            "holds": largest <= bound}
 
 
 def draw(path, found):
@@ -89,15 +93,18 @@ def draw(path, found):
     top.plot(single["torch"], color=ORANGE, linewidth=3.5, label=f"PyTorch {torch.__version__}")
     top.plot(single["tinytoken"], color=BLUE, linewidth=1.2, label="tinytoken")
     top.set_ylabel("cross-entropy of the step's batch")
-    top.set_title(f"A small ViT on scenes from equal weights and batches, float32, {single['steps']} steps", fontsize=11)
+    top.set_title(f"A small ViT on scenes from equal weights and batches, float32, {single['steps']} steps",
+                  fontsize=11)
     top.legend(frameon=False)
     for (dtype, one), colour in zip(found.items(), (BLUE, GREY)):
         gap = np.array(one["relative_difference"])
-        below.semilogy(np.where(gap > 0, gap, np.nan), ".", color=colour, markersize=4, label=f"difference in {dtype}")
+        below.semilogy(np.where(gap > 0, gap, np.nan), ".", color=colour, markersize=4,
+                       label=f"difference in {dtype}")
         below.hlines(one["bound"], 0, one["bound_on_first"] - 1, color=colour, linestyle="dashed",
                      label=f"bound on the first {one['bound_on_first']} steps")
     below.set(xlabel="step", ylabel="relative difference of the losses")
-    below.legend(frameon=False, fontsize=9, loc="lower right", title="not drawn: steps without any difference", title_fontsize=9)
+    below.legend(frameon=False, fontsize=9, loc="lower right",
+                 title="not drawn: steps without any difference", title_fontsize=9)
     for axes in (top, below):
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +118,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
     parser.add_argument("--png", type=pathlib.Path, help="draw the curves")
     options = parser.parse_args()
-    steps = {"float32": 5, "float64": 5} if options.quick else {"float32": STEPS, "float64": BOUNDS["float64"][0]}
+    steps = {"float32": 5, "float64": 5} if options.quick else {"float32": STEPS,
+                                                                "float64": BOUNDS["float64"][0]}
     found = {dtype: curves(dtype, count, options.threads) for dtype, count in steps.items()}
     if options.png:
         draw(options.png, found)

@@ -1,17 +1,20 @@
-"""How fast tinytoken trains and infers on a GPU, beside PyTorch (eager, its own CUDA graph, compiled), and its kernels beside what
-the device can do.
+"""How fast tinytoken trains and infers on a GPU, beside PyTorch (eager, its own CUDA graph, compiled), and
+its kernels beside what the device can do.
 
     python tests/benchmarks/gpu.py [--quick] [--minutes 9] [--only steps|inference|kernels] [--out FILE.json]
 
-Contenders share a process and the device. A round times each once, by device events, in an order that turns by one each round;
-ratios are taken inside a round. Before that, all must compute the same from the same weights and pictures: the first losses and
-the first gradient's norm, or the logits. What does not is not timed.
+Contenders share a process and the device. A round times each once, by device events, in an order that turns
+by one each round; ratios are taken inside a round. Before that, all must compute the same from the same
+weights and pictures: the first losses and the first gradient's norm, or the logits. What does not is not
+timed.
 
-A training step is the same everywhere: forward, loss, backward, clipping of the global gradient norm, AdamW with weight decay on
-the matrices of linear layers, from a batch that lies on the device. DynamicViT's loss has its four parts and runs the frozen teacher.
+A training step is the same everywhere: forward, loss, backward, clipping of the global gradient norm, AdamW
+with weight decay on the matrices of linear layers, from a batch that lies on the device. DynamicViT's loss
+has its four parts and runs the frozen teacher.
 
-FILE.json is written after every row. A run ends after --minutes, or sooner where the next row might not fit in; the same command
-goes on with what is missing. What failed (memory, compiling, capturing) is there with its reason.
+FILE.json is written after every row. A run ends after --minutes, or sooner where the next row might not fit
+in; the same command goes on with what is missing. What failed (memory, compiling, capturing) is there with
+its reason.
 """
 import argparse
 import gc
@@ -37,29 +40,44 @@ from tinytoken.files import as_json, write_json
 
 OURS = "tinytoken bf16"
 CONTENDERS = {  # in the order in which they take their memory
-    OURS: lambda: TinyToken("bf16"), "torch eager": lambda: torch_as("eager"), "torch graph": lambda: torch_as("graph"),
-    "torch compile": lambda: torch_as("compile"), "tinytoken bf16 launched": lambda: TinyToken("bf16", captured=False),
+    OURS: lambda: TinyToken("bf16"), "torch eager": lambda: torch_as("eager"),
+              "torch graph": lambda: torch_as("graph"),
+    "torch compile": lambda: torch_as("compile"),
+              "tinytoken bf16 launched": lambda: TinyToken("bf16", captured=False),
     "tinytoken fp32": lambda: TinyToken("fp32")}
 POLICIES = {
-    "all": "Weights, their gradients, AdamW's moments, the residual stream, sums of layer norms and losses in float32; factors of "
-           "products in bf16. Batches are copied to the place that a graph reads. Inference rounds the weights of products once, before.",
-    OURS: "One CUDA graph with forward, backward, clipping and AdamW. A bf16 copy of all weights is made once per step. Between the "
-          "products of a block all is bf16; a layer norm gives bf16. LookupViT's gather and infusion, DynamicViT's predictors, the patch "
-          "embedding and the heads are float32, their products' factors rounded to bf16 as they are multiplied.",
-    "tinytoken bf16 launched": "The same kernels without a graph. In inference weights are rounded at each call.",
+    "all": "Weights, their gradients, AdamW's moments, the residual stream, sums of layer norms and losses "
+           "in float32; factors of "
+           "products in bf16. Batches are copied to the place that a graph reads. Inference rounds the "
+           "weights of products once, before.",
+    OURS: "One CUDA graph with forward, backward, clipping and AdamW. A bf16 copy of all weights is made "
+          "once per step. Between the "
+          "products of a block all is bf16; a layer norm gives bf16. LookupViT's gather and infusion, "
+          "DynamicViT's predictors, the patch "
+          "embedding and the heads are float32, their products' factors rounded to bf16 as they are "
+          "multiplied.",
+    "tinytoken bf16 launched": "The same kernels without a graph. In inference weights are rounded at each "
+                               "call.",
     "tinytoken fp32": "As tinytoken bf16, and nothing is rounded: no TF32 either.",
-    "torch eager": "torch.autocast in bf16, fused AdamW. Layer norms give float32, which is rounded again for the product after it; each "
-                   "weight is rounded by itself. DynamicViT's masked attention has its scores and their exponentials in bf16.",
+    "torch eager": "torch.autocast in bf16, fused AdamW. Layer norms give float32, which is rounded again "
+                   "for the product after it; each "
+                   "weight is rounded by itself. DynamicViT's masked attention has its scores and their "
+                   "exponentials in bf16.",
     "torch graph": "As torch eager, the whole step in one torch.cuda.CUDAGraph, AdamW fused and capturable.",
-    "torch compile": "torch.compile(mode='max-autotune', dynamic=False) of two regions: the model with its loss (and so their backward "
-                     "pass), and clipping with AdamW (foreach, capturable). The mode makes CUDA graphs of both. Inference: the model."}
+    "torch compile": "torch.compile(mode='max-autotune', dynamic=False) of two regions: the model with its "
+                     "loss (and so their backward "
+                     "pass), and clipping with AdamW (foreach, capturable). The mode makes CUDA graphs of "
+                     "both. Inference: the model."}
 KINDS, HEADS, PATCHES = ("ViT", "LookupViT", "DynamicViT"), {96: 3, 192: 3, 384: 6}, {64: 4, 256: 2}
 AIMED = ((192, 256, 64), (96, 128, 64))  # dim, batch, tokens of the issue's targets
-TARGETS = {"torch eager": {192: 0.40, 96: 0.40}, "torch graph": {192: 0.80, 96: 0.80}, "torch compile": {192: 1.0, 96: 0.7}}
+TARGETS = {"torch eager": {192: 0.40, 96: 0.40}, "torch graph": {192: 0.80, 96: 0.80},
+           "torch compile": {192: 1.0, 96: 0.7}}
 FIRST = 6  # calls that are compared before timing: graphs are captured by then
-TOLERANCES = {"loss": 0.02, "norm": 0.05, "logits": 0.05, "logits of DynamicViT": 0.2}  # relative; in bf16 another token may be kept
+# relative; in bf16 another token may be kept
+TOLERANCES = {"loss": 0.02, "norm": 0.05, "logits": 0.05, "logits of DynamicViT": 0.2}
 ENOUGH, ROUNDS = 0.05, 11  # seconds that a timing should last; rounds
-SAME = ("gpu", "driver", "versions", "quick", "rounds", "recipe", "sources")  # what the rows of one file have in common
+# what the rows of one file have in common
+SAME = ("gpu", "driver", "versions", "quick", "rounds", "recipe", "sources")
 
 
 def torch_as(how):
@@ -70,28 +88,33 @@ def torch_as(how):
 
 def work(kind, dim, batch, tokens, depth=6):
     """A model of 32 x 32 pictures in so many tokens."""
-    config = dict(image_size=32, patch_size=PATCHES[tokens], dim=dim, depth=depth, heads=HEADS[dim], num_classes=10)
+    config = dict(image_size=32, patch_size=PATCHES[tokens], dim=dim, depth=depth, heads=HEADS[dim],
+                  num_classes=10)
     if kind == "DynamicViT":
         stages = ((1, 0.7), (3, 0.49), (5, 0.343))
-        config |= dict(zip(("prune_before", "keep_ratios"), zip(*(stage for stage in stages if stage[0] < depth))))
+        config |= dict(zip(("prune_before", "keep_ratios"),
+                           zip(*(stage for stage in stages if stage[0] < depth))))
     if kind == "LookupViT":
         config["compressed"] = (3, 3) if tokens == 64 else (5, 5)
     return Work(f"{kind} {dim}, batch {batch}, {tokens} tokens", kind, config, batch)
 
 
 def step_works(quick=False):
-    """The issue's targets first: of the ViT, then of the others; then what is left, sizes by sizes. quick: toy sizes."""
+    """The issue's targets first: of the ViT, then of the others; then what is left, sizes by sizes. quick:
+    toy sizes."""
     if quick:
         return [work(kind, 96, 8, 64, depth=2) for kind in KINDS]
     aimed = [(kind, *sizes) for kinds in (KINDS[:1], KINDS[1:]) for sizes in AIMED for kind in kinds]
-    rest = [(kind, dim, batch, tokens) for tokens in PATCHES for dim in (192, 96, 384) for batch in (256, 128, 1024) for kind in KINDS]
+    rest = [(kind, dim, batch, tokens) for tokens in PATCHES for dim in (192, 96, 384)
+            for batch in (256, 128, 1024) for kind in KINDS]
     return [work(*sizes) for sizes in dict.fromkeys(aimed + rest)]
 
 
 def inference_works(quick=False):
     if quick:
         return [work(kind, 96, 2, 64, depth=2) for kind in KINDS]
-    return [work(kind, dim, batch, tokens) for tokens in PATCHES for dim in (192, 96, 384) for batch in (1, 128) for kind in KINDS]
+    return [work(kind, dim, batch, tokens) for tokens in PATCHES for dim in (192, 96, 384)
+            for batch in (1, 128) for kind in KINDS]
 
 
 def limit(one, peer):
@@ -103,7 +126,8 @@ def limit(one, peer):
 # What is kept
 
 class Results:
-    """The rows so far, in a file (None: only in memory) after every one of them, and what failed, by row and contender."""
+    """The rows so far, in a file (None: only in memory) after every one of them, and what failed, by row and
+    contender."""
 
     def __init__(self, path, about):
         self.path = path
@@ -111,13 +135,15 @@ class Results:
         if path and path.exists():
             self.data = json.loads(path.read_text())
             old, new = self.data["about"], as_json(about)
-            other = "; ".join(f"{name} {old[name]} there, {new[name]} now" for name in SAME if old[name] != new[name])
+            other = "; ".join(f"{name} {old[name]} there, {new[name]} now" for name in SAME
+                              if old[name] != new[name])
             if other:
                 sys.exit(f"gpu.py: {path} belongs to other conditions ({other}): choose another --out")
             self.find_broken_off()
 
     def find_broken_off(self):
-        """Where the last run ended, if in the middle of something. What two runs did not survive is not tried again."""
+        """Where the last run ended, if in the middle of something. What two runs did not survive is not tried
+        again."""
         where = self.data["under_way"]
         if where and where in self.data["broken_off"]:
             self.fail(*where, "two runs ended in the middle of it")
@@ -149,8 +175,8 @@ class Results:
 
 
 def go(todo, results, minutes, now=time.monotonic, bar=True):
-    """Do what `results` lack of todo, [(key, function that gives the row)], as long as the longest row of that part so far would still
-    be done in time -> how many are left. The first word of a key is its part."""
+    """Do what `results` lack of todo, [(key, function that gives the row)], as long as the longest row of
+    that part so far would still be done in time -> how many are left. The first word of a key is its part."""
     began, longest, left = now(), {}, [(key, job) for key, job in todo if not results.has(key)]
     with tqdm.tqdm(total=len(todo), initial=len(todo) - len(left), disable=not bar) as progress:
         for done, (key, job) in enumerate(left):
@@ -169,7 +195,8 @@ def go(todo, results, minutes, now=time.monotonic, bar=True):
 # Measuring
 
 class Bench:
-    """What times contenders beside each other. clock(call, repeats) -> seconds of a call; free(): gives memory back."""
+    """What times contenders beside each other. clock(call, repeats) -> seconds of a call; free(): gives
+    memory back."""
 
     def __init__(self, results, contenders, clock, rounds, free):
         self.results, self.contenders, self.clock, self.rounds, self.free = results, contenders, clock, rounds, free
@@ -184,7 +211,8 @@ class Bench:
         try:
             self.free()
         except Exception as error:
-            sys.exit(f"gpu.py: the device is lost after {name} ({reason}; {error}): the same command goes on without it")
+            sys.exit(f"gpu.py: the device is lost after {name} ({reason}; {error}): the same command goes on "
+                     f"without it")
 
     def measure(self, one, mode, key):
         """The row of a workload. mode: train or infer."""
@@ -193,7 +221,8 @@ class Bench:
         repeats, ms = self.timed(key, calls)
         del calls
         self.free(compiled=True)
-        return {"workload": one.name, "kind": one.kind, "config": one.config, "batch": one.batch, "macs": macs, "agreement": agreement,
+        return {"workload": one.name, "kind": one.kind, "config": one.config, "batch": one.batch,
+                "macs": macs, "agreement": agreement,
                 "skipped": self.results.failed(key), "repeats": repeats, **summary(one, mode, ms)}
 
     def agreed(self, one, mode, key, arrays):
@@ -234,42 +263,50 @@ class Bench:
 
 
 def prepared(contender, mode, one, arrays):
-    """(a function that does one call, what the first calls gave: losses and norms (FIRST, 2), or logits (FIRST, B, K))."""
+    """(a function that does one call, what the first calls gave: losses and norms (FIRST, 2), or logits
+    (FIRST, B, K))."""
     call = contender.train(one, arrays, RECIPE) if mode == "train" else contender.infer(one, arrays)
     read = lambda out: [float(contender.host(x)) for x in out] if mode == "train" else contender.host(out)
     return call, np.array([read(call()) for _ in range(FIRST)])
 
 
 def agreement_of(mode, kind, first):
-    """How far each is from PyTorch, or from the first that there is: relative gaps of the losses (the largest) and of the first
-    gradient's norm, or of the logits after capturing (of an image: the largest; their median)."""
+    """How far each is from PyTorch, or from the first that there is: relative gaps of the losses (the
+    largest) and of the first gradient's norm, or of the logits after capturing (of an image: the largest;
+    their median)."""
     logits = "logits of DynamicViT" if kind == "DynamicViT" else "logits"
     reference = "torch eager" if "torch eager" in first else next(iter(first), None)
     gaps = {}
     for name in first:
         mine, its = first[name], first[reference]
         if mode == "train":
-            gaps[name] = {"loss": float(np.abs(mine[:, 0] / its[:, 0] - 1).max()), "norm": float(abs(mine[0, 1] / its[0, 1] - 1))}
+            gaps[name] = {"loss": float(np.abs(mine[:, 0] / its[:, 0] - 1).max()),
+                          "norm": float(abs(mine[0, 1] / its[0, 1] - 1))}
         else:
-            gaps[name] = {logits: float(np.median(np.abs(mine[-1] - its[-1]).max(axis=1)) / np.abs(its[-1]).max())}
+            gaps[name] = {logits: float(np.median(np.abs(mine[-1] - its[-1]).max(axis=1))
+                                        / np.abs(its[-1]).max())}
     return {"reference": reference, "of": gaps}
 
 
 def summary(one, mode, ms):
-    """Medians and quartiles of the times and of tinytoken's ratio to each other in the same round, and the targets."""
-    peers, limits = [name for name in ms if name != OURS and OURS in ms], {name: limit(one, name) for name in ms if mode == "train"}
+    """Medians and quartiles of the times and of tinytoken's ratio to each other in the same round, and the
+    targets."""
+    peers, limits = [name for name in ms if name != OURS and OURS in ms], {name: limit(one, name)
+                                                                           for name in ms if mode == "train"}
     ratio = {name: quartiles([a / b for a, b in zip(ms[OURS], ms[name])]) for name in peers}
-    targets = [{"against": name, "limit": limits[name], "ratio": ratio[name], "met": ratio[name][0] <= limits[name]}
+    targets = [{"against": name, "limit": limits[name], "ratio": ratio[name],
+                "met": ratio[name][0] <= limits[name]}
                for name in ratio if limits.get(name)]
-    return {"ms": {mode: ms}, "median_ms": {mode: {name: quartiles(values) for name, values in ms.items()}}, "ratio": {mode: ratio},
+    return {"ms": {mode: ms}, "median_ms": {mode: {name: quartiles(values) for name, values in ms.items()}},
+            "ratio": {mode: ratio},
             "targets": targets}
 
 
 # The device
 
 def clock(call, repeats=1):
-    """Seconds of one call by device events, mean of `repeats`, after two that are not counted. PyTorch and CuPy both work on the
-    null stream here, where the events are."""
+    """Seconds of one call by device events, mean of `repeats`, after two that are not counted. PyTorch and
+    CuPy both work on the null stream here, where the events are."""
     cuda = module_for("cuda").cuda
     for _ in range(2):
         call()
@@ -283,7 +320,8 @@ def clock(call, repeats=1):
 
 
 def free(compiled=False):
-    """Give back the memory of what is no longer used; compiled: torch.compile forgets what it made. Raises where the device is lost."""
+    """Give back the memory of what is no longer used; compiled: torch.compile forgets what it made. Raises
+    where the device is lost."""
     cupy, torch = module_for("cuda"), sys.modules.get("torch")
     torch = torch if torch and torch.cuda.is_available() else None
     cupy.cuda.Device().synchronize()
@@ -313,18 +351,22 @@ def about(options, rounds):
     """What the numbers were measured on, and how."""
     cupy, torch = module_for("cuda"), sys.modules.get("torch")
     properties = cupy.cuda.runtime.getDeviceProperties(0)
-    versions = {"cuda": cupy.cuda.runtime.runtimeGetVersion(), "cupy": cupy.__version__, "numpy": np.__version__,
+    versions = {"cuda": cupy.cuda.runtime.runtimeGetVersion(), "cupy": cupy.__version__,
+                "numpy": np.__version__,
                 "cublaslt": gemm.library() and gemm.library().cublasLtGetVersion()}
     if torch:
         versions |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
-    return {"gpu": properties["name"].decode(), "driver": driver(cupy), "versions": versions, "machine": machine("cuda"), "seed": 0,
-            "quick": options.quick, "rounds": rounds, "recipe": RECIPE, "sources": fingerprint(), "l2_bytes": properties["l2CacheSize"],
+    return {"gpu": properties["name"].decode(), "driver": driver(cupy), "versions": versions,
+            "machine": machine("cuda"), "seed": 0,
+            "quick": options.quick, "rounds": rounds, "recipe": RECIPE, "sources": fingerprint(),
+            "l2_bytes": properties["l2CacheSize"],
             "policies": POLICIES, "tolerances": TOLERANCES, "spread": "median, lower and upper quartile"}
 
 
 def driver(cupy):
     try:
-        found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+        found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                               capture_output=True, text=True)
         return found.stdout.split()[0]
     except (OSError, IndexError):
         return f"for CUDA {cupy.cuda.runtime.driverGetVersion()}"
@@ -342,46 +384,59 @@ def fingerprint():
 
 def report(rows):
     """The tables, as text."""
-    timed, kernels = [row for row in rows if "ms" in row], [row for row in rows if "share" in row or "products" in row]
+    timed, kernels = [row for row in rows if "ms" in row], [row for row in rows if "share" in row
+                                                            or "products" in row]
     spread = "median [quartiles]"
     parts = [table(timed, "median_ms", f"ms, {spread}", "{:.3f} [{:.3f}, {:.3f}]", CONTENDERS),
-             table(timed, "ratio", f"{OURS} / each, in the same round, {spread}", "{:.2f} [{:.2f}, {:.2f}]", CONTENDERS),
+             table(timed, "ratio", f"{OURS} / each, in the same round, {spread}", "{:.2f} [{:.2f}, {:.2f}]",
+                   CONTENDERS),
              targets_text(timed), kernels_text(kernels)]
-    skipped = "\n".join(f"skipped: {row['key']}: {name}: {reason}" for row in rows for name, reason in row.get("skipped", {}).items())
+    skipped = "\n".join(f"skipped: {row['key']}: {name}: {reason}" for row in rows for name,
+                        reason in row.get("skipped", {}).items())
     return "\n\n".join([part for part in parts if part.count("\n") > 1] + [skipped] * bool(skipped))
 
 
 def targets_text(rows):
-    lines = [f"| target: {OURS} / peer, a training step | at most | measured, median [quartiles] | met |", "|---|---|---|---|"]
-    lines += [f"| {row['workload']}: {one['against']} | {one['limit']:.2f} | {'{:.2f} [{:.2f}, {:.2f}]'.format(*one['ratio'])} | "
+    lines = [f"| target: {OURS} / peer, a training step | at most | measured, median [quartiles] | met |",
+             "|---|---|---|---|"]
+    lines += [f"| {row['workload']}: {one['against']} | {one['limit']:.2f} | "
+              f"{'{:.2f} [{:.2f}, {:.2f}]'.format(*one['ratio'])} | "
               f"{'yes' if one['met'] else 'NO'} |" for row in rows for one in row["targets"]]
     return "\n".join(lines)
 
 
 def plan(bench, inspected, quick=False, only=None):
-    """[(key, function that gives the row)]: the steps with targets, the kernels, inference, the other steps."""
-    job = lambda part, mode, one: (f"{part} {one.name}", lambda: bench.measure(one, mode, f"{part} {one.name}"))
+    """[(key, function that gives the row)]: the steps with targets, the kernels, inference, the other
+    steps."""
+    job = lambda part, mode, one: (f"{part} {one.name}",
+                                   lambda: bench.measure(one, mode, f"{part} {one.name}"))
     steps = [job("steps", "train", one) for one in step_works(quick)]
-    rows = {name: lambda name=name: inspected.kernel(name) for name in launcher.kernels()} | {"products": inspected.products}
+    rows = {name: lambda name=name: inspected.kernel(name)
+            for name in launcher.kernels()} | {"products": inspected.products}
     parts = {"steps": steps[:6],
-             "kernels": [(f"kernels {name}", lambda a=(name, row, f"kernels {name}"): bench.inspect(*a)) for name, row in rows.items()],
-             "inference": [job("inference", "infer", one) for one in inference_works(quick)], "other steps": steps[6:]}
+             "kernels": [(f"kernels {name}", lambda a=(name, row, f"kernels {name}"): bench.inspect(*a))
+                         for name, row in rows.items()],
+             "inference": [job("inference", "infer", one) for one in inference_works(quick)],
+             "other steps": steps[6:]}
     return [one for part, jobs in parts.items() for one in jobs if not only or part.endswith(only)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy sizes and 3 rounds: does it run?")
-    parser.add_argument("--minutes", type=float, default=9, help="begin nothing that might end later (default 9)")
+    parser.add_argument("--minutes", type=float, default=9, help="begin nothing that might end later "
+                                                                 "(default 9)")
     parser.add_argument("--only", choices=("steps", "inference", "kernels"))
-    parser.add_argument("--out", type=pathlib.Path, help="JSON that is written after every row, and gone on with")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON that is written after every row, and gone on "
+                                                         "with")
     options = parser.parse_args()
     if reason := lacking(options.only):
         sys.exit(f"gpu.py: {reason}")
     rounds = 3 if options.quick else ROUNDS
     results = Results(options.out, about(options, rounds))
     sizes = (96, 8, 64, 2) if options.quick else (192, 256, 64)
-    inspected = Kernels([work(kind, *sizes) for kind in KINDS], clock, rounds, results.data["about"]["l2_bytes"])
+    inspected = Kernels([work(kind, *sizes) for kind in KINDS], clock, rounds,
+                        results.data["about"]["l2_bytes"])
     todo = plan(Bench(results, CONTENDERS, clock, rounds, free), inspected, options.quick, options.only)
     left = go(todo, results, options.minutes)
     print(f"\n{report(results.data['rows'])}")

@@ -1,4 +1,5 @@
-"""tinytoken as a contender of gpu.py: a training step as `fit` takes it, a forward pass as `infer` runs it."""
+"""tinytoken as a contender of gpu.py: a training step as `fit` takes it, a forward pass as `infer` runs
+it."""
 import dataclasses
 import itertools
 import warnings

@@ -21,7 +21,8 @@ def submissions(given, count, folder):
     """Write `count` submissions under `folder`."""
     mistakes = assignment.run_file(given.folder / "mistakes.py").MISTAKES
     solved = (given.folder / given.script).read_text()
-    texts = [solved, release.without_solutions(given, solved), *(solved.replace(old, new) for _, _, old, new in mistakes)]
+    texts = [solved, release.without_solutions(given, solved),
+             *(solved.replace(old, new) for _, _, old, new in mistakes)]
     for number in range(count):
         place = folder / f"student{number:02}"
         place.mkdir(parents=True)
@@ -45,8 +46,10 @@ def main():
             seconds.append(round(time.perf_counter() - began, 1))
             points.append((place / f"{turn}.csv").read_text())
     got = sorted(report.points for report in reports.values())
-    said = {"machine": machine("cpu"), "assignment": given.name, "submissions": args.count, "jobs": args.jobs, "seconds": seconds,
-            "at_most": AT_MOST, "same_points_twice": points[0] == points[1], "points": {"least": got[0], "most": got[-1]}}
+    said = {"machine": machine("cpu"), "assignment": given.name, "submissions": args.count,
+            "jobs": args.jobs, "seconds": seconds,
+            "at_most": AT_MOST, "same_points_twice": points[0] == points[1],
+            "points": {"least": got[0], "most": got[-1]}}
     print(json.dumps(said, indent=1))
     if args.out:
         write_json(args.out, said)

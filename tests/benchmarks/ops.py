@@ -1,13 +1,15 @@
-"""What the engine adds to NumPy: attention and layer norm beside the same formulas written by hand, and the graph's own cost.
+"""What the engine adds to NumPy: attention and layer norm beside the same formulas written by hand, and the
+graph's own cost.
 
     python tests/benchmarks/ops.py [--quick] [--rounds N] [--out FILE.json]
 
-By hand means one function, forward and backward, without the engine. Both are timed on one thread and in CPU time, which
-other programs disturb less, in alternation; a ratio above 1 says what the engine's op takes more.
+By hand means one function, forward and backward, without the engine. Both are timed on one thread and in CPU
+time, which other programs disturb less, in alternation; a ratio above 1 says what the engine's op takes more.
 
-The graph's cost is what a training step takes beyond its ops: a step is run once by the engine and once by calling the same
-functions and vjps in the same order on the same arrays, without a graph. At toy width the difference is nearly all there is;
-the cost does not depend on the width, so it is taken there and put beside the step of full size.
+The graph's cost is what a training step takes beyond its ops: a step is run once by the engine and once by
+calling the same functions and vjps in the same order on the same arrays, without a graph. At toy width the
+difference is nearly all there is; the cost does not depend on the width, so it is taken there and put beside
+the step of full size.
 """
 import argparse
 import math
@@ -23,10 +25,12 @@ from tinytoken.backend import blas_threads, prepare_cpu
 from tinytoken.experiments import machine
 from tinytoken.files import write_json
 
-SHAPES = ((16, 65, 192, 3), (16, 65, 96, 3), (8, 197, 384, 6))  # images, tokens, dim, heads: workloads A, B and C
+# images, tokens, dim, heads: workloads A, B and C
+SHAPES = ((16, 65, 192, 3), (16, 65, 96, 3), (8, 197, 384, 6))
 SMALL = dict(dim=12, heads=3, image_size=8)  # four patches: what is left is what Python does
 STEPS = {"A": ("vit", dict(dim=192, depth=6)), "B": ("vit", dict(dim=96, depth=4)),
-         "DynamicViT 96": ("dynamicvit", dict(dim=96, depth=6)), "LookupViT 96": ("lookupvit", dict(dim=96, depth=6))}
+         "DynamicViT 96": ("dynamicvit", dict(dim=96, depth=6)),
+         "LookupViT 96": ("lookupvit", dict(dim=96, depth=6))}
 
 
 # By hand
@@ -75,7 +79,8 @@ def layer_norm_by_hand(x, weight, bias, g, eps=1e-6):
     return out.reshape(x.shape), u.reshape(x.shape), d_weight, d_bias
 
 
-# By the engine's ops. In a graph gradients pass from node to node by reference, so the ops are called as the graph calls them.
+# By the engine's ops. In a graph gradients pass from node to node by reference, so the ops are called as the
+# graph calls them.
 
 def gradients(vjp, *upstream):
     """What a vjp returns, all of it asked for."""
@@ -103,7 +108,8 @@ def beside_hand(rounds):
     normal = lambda *shape: random.standard_normal(shape, "float32")
     for images, tokens, dim, heads in SHAPES:
         g = normal(images, tokens, dim)
-        pairs = {"attention": (attention_by_ops, attention_by_hand, (normal(images, tokens, 3 * dim), g, heads)),
+        pairs = {"attention": (attention_by_ops, attention_by_hand,
+                               (normal(images, tokens, 3 * dim), g, heads)),
                  "layer norm": (layer_norm_by_ops, layer_norm_by_hand,
                                 (normal(images, tokens, dim), normal(dim), normal(dim), g))}
         for name, (engine, hand, arguments) in pairs.items():
@@ -120,17 +126,20 @@ def alternating(first, second, rounds, repeats=1):
     """CPU milliseconds of both, and the ratio first / second of each round."""
     taken = []
     for turn in range(rounds + 1):
-        one = [seconds(call, repeats, time.thread_time) for call in ((first, second) if turn % 2 else (second, first))]
+        one = [seconds(call, repeats, time.thread_time)
+               for call in ((first, second) if turn % 2 else (second, first))]
         taken.append(one if turn % 2 else one[::-1])
     taken = taken[1:]  # the first is for warming up
-    return {"first_ms": quartiles([1e3 * a for a, _ in taken]), "second_ms": quartiles([1e3 * b for _, b in taken]),
+    return {"first_ms": quartiles([1e3 * a for a, _ in taken]),
+            "second_ms": quartiles([1e3 * b for _, b in taken]),
             "ratio": quartiles([a / b for a, b in taken])}
 
 
 # The graph
 
 class Replay:
-    """The functions and vjps that one gradient computation of a job runs, recorded by the engine, to be run without it."""
+    """The functions and vjps that one gradient computation of a job runs, recorded by the engine, to be run
+    without it."""
 
     def __init__(self, job):
         self.calls, plain = [], {op: op.function for op in tensor.registry.values()}
@@ -152,7 +161,8 @@ class Replay:
                 entries = vjp(*upstream)
                 call[3] = upstream
                 entries = entries if isinstance(entries, tuple) else (entries,)
-                return tuple(self.marked(call, i, entry) if callable(entry) else entry for i, entry in enumerate(entries))
+                return tuple(self.marked(call, i, entry) if callable(entry) else entry for i,
+                             entry in enumerate(entries))
             return out, vjp and recorded
         return run
 
@@ -164,7 +174,8 @@ class Replay:
         return run
 
     def __call__(self):
-        vjps = [(function(*arrays, **settings)[1], upstream, asked) for function, arrays, settings, upstream, asked in self.calls]
+        vjps = [(function(*arrays, **settings)[1], upstream, asked) for function, arrays, settings, upstream,
+                asked in self.calls]
         for vjp, upstream, asked in reversed(vjps):
             if upstream is not None:
                 entries = vjp(*upstream)
@@ -173,7 +184,8 @@ class Replay:
 
 
 def graph_cost(rounds):
-    """Per kind of step: nodes, the graph's microseconds per node, and its share of the full step's CPU time."""
+    """Per kind of step: nodes, the graph's microseconds per node, and its share of the full step's CPU
+    time."""
     rows = []
     for name, (kind, sizes) in STEPS.items():
         grid = {"compressed": (2, 2)} if kind == "lookupvit" else {}
@@ -182,14 +194,19 @@ def graph_cost(rounds):
         times = alternating(lambda: small.gradients(threads=1), replay, rounds, repeats=5)
         slices = -(-64 // full.micro)
         full.step()
-        step = statistics.median(seconds(lambda: (full.gradients(threads=1), full.optimizer.step()), 1, time.thread_time)
+        step = statistics.median(seconds(lambda: (full.gradients(threads=1), full.optimizer.step()), 1,
+                                         time.thread_time)
                                  for _ in range(3))
         cost = 1e-3 * (times["first_ms"][0] - times["second_ms"][0])
-        rows.append({"step": name, "ops": len(replay.calls), "slices": slices, "batch": 64, "engine_small_ms": times["first_ms"],
-                     "replay_small_ms": times["second_ms"], "microseconds_per_op": 1e6 * cost / len(replay.calls),
+        rows.append({"step": name, "ops": len(replay.calls), "slices": slices, "batch": 64,
+                     "engine_small_ms": times["first_ms"],
+                     "replay_small_ms": times["second_ms"],
+                     "microseconds_per_op": 1e6 * cost / len(replay.calls),
                      "step_ms": 1e3 * step, "share": slices * cost / step})
-        print(f"{name:<14}{len(replay.calls):>4} ops x {slices} slices, {rows[-1]['microseconds_per_op']:.1f} us each for the graph: "
-              f"{100 * rows[-1]['share']:.1f} % of a step of {1e3 * step:.0f} ms (CPU time, one thread)", flush=True)
+        print(f"{name:<14}{len(replay.calls):>4} ops x {slices} slices, "
+              f"{rows[-1]['microseconds_per_op']:.1f} us each for the graph: "
+              f"{100 * rows[-1]['share']:.1f} % of a step of {1e3 * step:.0f} ms (CPU time, one thread)",
+              flush=True)
     return rows
 
 
@@ -200,7 +217,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
     options = parser.parse_args()
     rounds = 3 if options.quick else max(3, options.rounds)
-    result = {"machine": machine("cpu"), "malloc": prepare_cpu(), "rounds": rounds, "clock": "CPU time of one thread",
+    result = {"machine": machine("cpu"), "malloc": prepare_cpu(), "rounds": rounds,
+              "clock": "CPU time of one thread",
               "spread": "median, lower and upper quartile"}
     with blas_threads(1):
         result |= {"by_hand": beside_hand(rounds), "graph": graph_cost(rounds)}

@@ -6,7 +6,8 @@ import numpy as np
 
 
 class Jax:
-    """One function that XLA compiles for the step (AdamW included, its buffers donated), one for inference."""
+    """One function that XLA compiles for the step (AdamW included, its buffers donated), one for
+    inference."""
 
     def __init__(self, name):
         global jax, jnp
@@ -16,7 +17,8 @@ class Jax:
 
     def about(self):
         return {"version": jax.__version__, "threads": "XLA's pool, the CPUs of the process",
-                "malloc": "as the system has it", "blas": "none: XLA's code for this processor", "note": "jit of the whole step"}
+                "malloc": "as the system has it", "blas": "none: XLA's code for this processor",
+                "note": "jit of the whole step"}
 
     def product(self, a, b):
         a, b, multiply = jnp.asarray(a), jnp.asarray(b), jax.jit(jnp.matmul)
@@ -56,15 +58,18 @@ def jax_vit(p, images, config):
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
-        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True)
+                                 + 1e-6) * p[f"{name}.weight"] + p[f"{name}.bias"]
 
-    patches = images.reshape(B, 3, cells, side, cells, side).transpose(0, 2, 4, 1, 3, 5).reshape(B, cells * cells, -1)
+    patches = images.reshape(B, 3, cells, side, cells, side).transpose(0, 2, 4, 1, 3,
+                                                                       5).reshape(B, cells * cells, -1)
     weight = p["patch_embed.proj.weight"].reshape(D, -1)
     x = patches @ weight.T + p["patch_embed.proj.bias"]
     x = jnp.concatenate([jnp.broadcast_to(p["cls_token"], (B, 1, D)), x], 1) + p["pos_embed"]
     for i in range(config["depth"]):
         block = f"blocks.{i}"
-        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").reshape(B, -1, 3, H, D // H).transpose(2, 0, 3, 1, 4)
+        q, k, v = linear(norm(x, f"{block}.norm1"),
+                         f"{block}.attn.qkv").reshape(B, -1, 3, H, D // H).transpose(2, 0, 3, 1, 4)
         A = jax.nn.softmax(q @ k.swapaxes(-1, -2) * (D // H) ** -0.5)
         x = x + linear((A @ v).transpose(0, 2, 1, 3).reshape(x.shape), f"{block}.attn.proj")
         hidden = jax.nn.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"), approximate=False)
@@ -82,7 +87,8 @@ def jax_step(loss_of, recipe, params, m, v, steps):
         gradient = g[name] * scale
         new[1][name] = b1 * m[name] + (1 - b1) * gradient
         new[2][name] = b2 * v[name] + (1 - b2) * gradient * gradient
-        change = new[1][name] / (1 - b1 ** steps) / (jnp.sqrt(new[2][name] / (1 - b2 ** steps)) + recipe["eps"])
+        change = new[1][name] / (1 - b1 ** steps) / (jnp.sqrt(new[2][name] / (1 - b2 ** steps))
+                                                     + recipe["eps"])
         decay = recipe["weight_decay"] if is_matrix(name, w) else 0.0
         new[0][name] = w * (1 - recipe["lr"] * decay) - recipe["lr"] * change
     return [*new, steps], (loss, norm)
@@ -94,7 +100,8 @@ def is_matrix(name, w):
 
 
 class MyGrad:
-    """A teaching autograd over NumPy, for scale: an op per arithmetic step, products of three axes, AdamW by parameter."""
+    """A teaching autograd over NumPy, for scale: an op per arithmetic step, products of three axes, AdamW by
+    parameter."""
 
     def __init__(self, name):
         global mygrad
@@ -104,7 +111,8 @@ class MyGrad:
     def about(self):
         from tinytoken.backend import blas_description
         return {"version": mygrad.__version__, "threads": "BLAS's own", "malloc": "as the system has it",
-                "blas": blas_description(), "note": "GELU in its tanh form (it has no erf), memory guarding off"}
+                "blas": blas_description(), "note": "GELU in its tanh form (it has no erf), memory guarding "
+                                                    "off"}
 
     def product(self, a, b):
         return lambda: a @ b
@@ -113,7 +121,8 @@ class MyGrad:
         if work.name not in ("B", "quick B"):
             raise NotImplementedError("only workload B is timed, for scale")
         params = {name: mygrad.tensor(array) for name, array in arrays["weights"].items()}
-        moments = {name: (np.zeros_like(array), np.zeros_like(array)) for name, array in arrays["weights"].items()}
+        moments = {name: (np.zeros_like(array), np.zeros_like(array)) for name,
+                   array in arrays["weights"].items()}
         steps = iter(range(1, 1 << 30))
 
         def step():
@@ -146,12 +155,14 @@ def mygrad_vit(p, images, config):
     def gelu(x):
         return 0.5 * x * (1.0 + mygrad.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
 
-    patches = images.reshape(B, 3, cells, side, cells, side).transpose(0, 2, 4, 1, 3, 5).reshape(B, cells * cells, -1)
+    patches = images.reshape(B, 3, cells, side, cells, side).transpose(0, 2, 4, 1, 3,
+                                                                       5).reshape(B, cells * cells, -1)
     x = mygrad.matmul(patches, p["patch_embed.proj.weight"].reshape(D, -1).T) + p["patch_embed.proj.bias"]
     x = mygrad.concatenate([mygrad.broadcast_to(p["cls_token"], (B, 1, D)), x], axis=1) + p["pos_embed"]
     for i in range(config["depth"]):
         block = f"blocks.{i}"
-        packed = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").reshape(B, -1, 3, H, D // H).transpose(2, 0, 3, 1, 4)
+        packed = linear(norm(x, f"{block}.norm1"),
+                        f"{block}.attn.qkv").reshape(B, -1, 3, H, D // H).transpose(2, 0, 3, 1, 4)
         q, k, v = packed[0], packed[1], packed[2]
         A = mygrad.nnet.softmax(mygrad.matmul(q, k.transpose(0, 1, 3, 2)) * (D // H) ** -0.5, axis=-1)
         x = x + linear(mygrad.matmul(A, v).transpose(0, 2, 1, 3).reshape(*x.shape), f"{block}.attn.proj")

@@ -1,6 +1,7 @@
 """The models of tinytoken written plainly in PyTorch, and PyTorch as a contender of cpu.py and of gpu.py.
 
-Sizes, multiply-adds, parameter names and results are tinytoken's: `load_state_dict` takes its weights as they are.
+Sizes, multiply-adds, parameter names and results are tinytoken's: `load_state_dict` takes its weights as they
+are.
 """
 import ctypes
 import os
@@ -29,7 +30,8 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(B, T, D))
 
     def masked(self, q, k, v, seen):
-        """K e^a / sum K e^a, as tinytoken has it: the maximum of the kept keys, at most which a dropped one counts."""
+        """K e^a / sum K e^a, as tinytoken has it: the maximum of the kept keys, at most which a dropped one
+        counts."""
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         highest = scores.detach().masked_fill(seen == 0, -torch.inf).amax(-1, keepdim=True)
         weights = (scores - highest).clamp(max=0).exp_() * seen
@@ -77,7 +79,8 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim, 1e-6), nn.Linear(dim, num_classes)
 
     def embed(self, images):
-        return torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)], 1) + self.pos_embed
+        return torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(images)],
+                         1) + self.pos_embed
 
     def features(self, images):
         x = self.embed(images)
@@ -96,7 +99,8 @@ class Predictor(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.in_conv = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        self.out_conv = nn.Sequential(nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(),
+        self.out_conv = nn.Sequential(nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4),
+                                      nn.GELU(),
                                       nn.Linear(dim // 4, 2))
 
     def forward(self, x, keep=None):
@@ -110,7 +114,8 @@ class Predictor(nn.Module):
 
 
 class DynamicViT(ViT):
-    """train mode: images, noise (B, S, N, 2) -> logits, final patch tokens, decisions; eval mode: images -> logits."""
+    """train mode: images, noise (B, S, N, 2) -> logits, final patch tokens, decisions; eval mode: images ->
+    logits."""
 
     def __init__(self, *, prune_before, keep_ratios, **sizes):
         super().__init__(**sizes)
@@ -155,7 +160,8 @@ class DynamicViT(ViT):
             wanted = teacher.head(seen[:, 0])
         logits, tokens, decisions = self(images, noise)
         ratio = sum(((d.mean(1) - r) ** 2).mean() for d, r in zip(decisions, self.keep_ratios))
-        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(wanted, -1), reduction="batchmean", log_target=True)
+        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(wanted, -1), reduction="batchmean",
+                      log_target=True)
         keep = decisions[-1].detach()
         errors = ((tokens - seen[:, 1:]) ** 2).mean(2) * keep
         token = (errors.sum(1) / keep.sum(1).clamp(min=1)).mean()
@@ -200,7 +206,8 @@ class LookupViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim, 1e-6), nn.Linear(dim, num_classes)
         self.lookup_norm, self.lookup_head = nn.LayerNorm(dim, 1e-6), nn.Linear(dim, num_classes)
         # As a product it is several times faster than F.interpolate(antialias=True), which gives the same.
-        self.register_buffer("resize", torch.tensor(resize_matrix(grid, compressed)).float(), persistent=False)
+        self.register_buffer("resize", torch.tensor(resize_matrix(grid, compressed)).float(),
+                             persistent=False)
 
     def forward(self, images):
         x = self.patch_embed(images)
@@ -234,7 +241,8 @@ def adamw(model, lr, weight_decay, **options):
 
 
 def macs(model, images):
-    """Multiply-adds of one image in eval mode. Attention by single products: the fused kernel is not counted."""
+    """Multiply-adds of one image in eval mode. Attention by single products: the fused kernel is not
+    counted."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(torch.from_numpy(images[:1]))
     return counter.get_total_flops() // 2
@@ -242,7 +250,8 @@ def macs(model, images):
 
 def arguments(work, arrays, device="cpu"):
     """What the loss is called with: images, labels, and for DynamicViT noise and teacher."""
-    batch = [torch.from_numpy(arrays[name]).to(device) for name in ("images", "labels", "noise") if name in arrays]
+    batch = [torch.from_numpy(arrays[name]).to(device) for name in ("images", "labels", "noise")
+             if name in arrays]
     if "teacher" in arrays:
         sizes = {k: v for k, v in work.config.items() if k not in ("prune_before", "keep_ratios")}
         batch.append(build("ViT", sizes, arrays["teacher"]).eval().to(device))
@@ -250,15 +259,16 @@ def arguments(work, arrays, device="cpu"):
 
 
 class Torch:
-    """PyTorch as a contender of cpu.py: "torch" as it comes, "torch-compile" with its functions compiled, "torch-best" with freed memory
-    kept in the process and the fused AdamW (and what cpu.py preloads)."""
+    """PyTorch as a contender of cpu.py: "torch" as it comes, "torch-compile" with its functions compiled,
+    "torch-best" with freed memory kept in the process and the fused AdamW (and what cpu.py preloads)."""
 
     def __init__(self, name):
         self.compiled, self.best = name == "torch-compile", name == "torch-best"
         self.malloc = prepare_cpu() if self.best else "as the system has it"
 
     def about(self):
-        return {"version": torch.__version__, "threads": torch.get_num_threads(), "malloc": self.malloc, "blas": mkl(),
+        return {"version": torch.__version__, "threads": torch.get_num_threads(), "malloc": self.malloc,
+                "blas": mkl(),
                 "elementwise": torch.backends.cpu.get_cpu_capability(),
                 "note": "fused AdamW" if self.best else "compiled model and loss" if self.compiled else "",
                 "preload": os.environ.get("LD_PRELOAD", "")}
@@ -295,8 +305,8 @@ class Torch:
 
 
 def mkl():
-    """What MKL says when it is told to talk: its version and, on Intel's processors, its instruction set. On others it names
-    none; the rate of a product tells. It introduces itself once per process."""
+    """What MKL says when it is told to talk: its version and, on Intel's processors, its instruction set. On
+    others it names none; the rate of a product tells. It introduces itself once per process."""
     a = torch.ones(64, 64)
     with tempfile.TemporaryFile() as said:
         usual = os.dup(1)
@@ -312,9 +322,11 @@ def mkl():
 
 
 class OnDevice:
-    """PyTorch in bf16 autocast as a contender of gpu.py. how: "eager", "graph" (a whole step as one CUDA graph) or "compile"."""
+    """PyTorch in bf16 autocast as a contender of gpu.py. how: "eager", "graph" (a whole step as one CUDA
+    graph) or "compile"."""
 
-    optimiser = {"eager": {"fused": True}, "graph": {"fused": True, "capturable": True}, "compile": {"foreach": True, "capturable": True}}
+    optimiser = {"eager": {"fused": True}, "graph": {"fused": True, "capturable": True},
+                 "compile": {"foreach": True, "capturable": True}}
 
     def __init__(self, how, device="cuda"):
         self.how, self.device = how, device
@@ -343,7 +355,8 @@ class OnDevice:
         return self.repeated(step, arguments(work, arrays, self.device))
 
     def infer(self, work, arrays):
-        """A function that gives the logits. Weights of products are rounded once, not at each call as autocast would."""
+        """A function that gives the logits. Weights of products are rounded once, not at each call as
+        autocast would."""
         model = build(work.kind, work.config, arrays["weights"]).to(self.device).eval()
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -359,7 +372,8 @@ class OnDevice:
         return torch.autocast(self.device, torch.bfloat16)
 
     def compiled(self, function):
-        return torch.compile(function, mode="max-autotune", dynamic=False) if self.how == "compile" else function
+        return torch.compile(function, mode="max-autotune",
+                             dynamic=False) if self.how == "compile" else function
 
     def repeated(self, call, arguments):
         call = Graphed(call, arguments) if self.how == "graph" else call
@@ -376,8 +390,8 @@ class OnDevice:
 
 
 class Graphed:
-    """call(*arguments) as one CUDA graph from the fourth time on; tensors are copied in. The first three are ordinary calls, on a
-    stream of their own, as PyTorch's manual has it."""
+    """call(*arguments) as one CUDA graph from the fourth time on; tensors are copied in. The first three are
+    ordinary calls, on a stream of their own, as PyTorch's manual has it."""
 
     def __init__(self, call, arguments):
         self.call, self.given = call, [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]

@@ -1,13 +1,16 @@
-"""What token methods save on this engine, beside what they save in multiply-adds, and how time and memory grow with tokens.
+"""What token methods save on this engine, beside what they save in multiply-adds, and how time and memory
+grow with tokens.
 
     python tests/benchmarks/tokens.py [--quick] [--part savings|growth] [--rounds N] [--out FILE.json]
 
-Savings: inference of DynamicViT (pruned before blocks 1, 3, 5 to keep, keep^2, keep^3) and LookupViT against the ViT of equal
-width and depth. A round times the ViT and every method once, in an order that turns by one each round; speed-ups are taken
-inside a round. Growth: time, and peak memory in a process of its own, over 64 to 1024 tokens; with --out also a picture.
+Savings: inference of DynamicViT (pruned before blocks 1, 3, 5 to keep, keep^2, keep^3) and LookupViT against
+the ViT of equal width and depth. A round times the ViT and every method once, in an order that turns by one
+each round; speed-ups are taken inside a round. Growth: time, and peak memory in a process of its own, over 64
+to 1024 tokens; with --out also a picture.
 
-Tokens are made by larger pictures at patch 4 (32, 64, 128 pixels), so that each is embedded from as many values and only their
-number changes. Weights are untrained: what is computed does not depend on them, since keep ratios fix how many tokens stay.
+Tokens are made by larger pictures at patch 4 (32, 64, 128 pixels), so that each is embedded from as many
+values and only their number changes. Weights are untrained: what is computed does not depend on them, since
+keep ratios fix how many tokens stay.
 """
 import argparse
 import json
@@ -31,8 +34,10 @@ ENOUGH = 0.2  # seconds that a timing should last; shorter calls are repeated
 CHUNK_TOKENS = 512, 8192  # the fewest and the most tokens in a slice of the batch that are tried
 LONG_ROUND, FEW = 120, 5  # a round of more than so many seconds is timed so few times
 
-# Of issue 3, inference at dim 192 and batch 128: tokens, model, the least speed-up, and the aim. Batch 1 has none.
-TARGETS = ((64, "DynamicViT 0.7", 1.35, 1.45), (256, "DynamicViT 0.7", 1.35, 1.45), (64, "LookupViT 3x3", 1.8, None),
+# Of issue 3, inference at dim 192 and batch 128: tokens, model, the least speed-up, and the aim. Batch 1 has
+# none.
+TARGETS = ((64, "DynamicViT 0.7", 1.35, 1.45), (256, "DynamicViT 0.7", 1.35, 1.45),
+           (64, "LookupViT 3x3", 1.8, None),
            (256, "LookupViT 5x5", 2.2, None))
 
 GROWTH = {"dim": 96, "batch": 8}  # of the second part
@@ -56,7 +61,8 @@ def models(side, dim, quick):
     keeps = (0.7,) if quick else (0.9, 0.8, 0.7, 0.6, 0.5)
     made = {"ViT": (make("ViT", side, dim), {})}
     for keep in keeps:
-        model = make("DynamicViT", side, dim, prune_before=STAGES, keep_ratios=[round(keep ** s, 6) for s in (1, 2, 3)])
+        model = make("DynamicViT", side, dim, prune_before=STAGES,
+                     keep_ratios=[round(keep ** s, 6) for s in (1, 2, 3)])
         made[f"DynamicViT {keep}"] = model, {"keep_ratios": model.keep_ratios, "kept": model.counts}
     for n in (3,) if quick else range(2, 8):
         made[f"LookupViT {n}x{n}"] = make("LookupViT", side, dim, compressed=(n, n)), {"compressed": [n, n]}
@@ -64,8 +70,9 @@ def models(side, dim, quick):
 
 
 def best_chunk(model, images, tokens):
-    """(images per slice at which the model infers fastest here, seconds for all images), of one try. Each model gets its own:
-    large slices leave the cache and small ones pay for calls, and one size for all would favour whom it suits."""
+    """(images per slice at which the model infers fastest here, seconds for all images), of one try. Each
+    model gets its own: large slices leave the cache and small ones pay for calls, and one size for all would
+    favour whom it suits."""
     share = -(-len(images) // cpu_count())
     least, most = CHUNK_TOKENS
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= share and least <= n * tokens <= most] or [share]
@@ -76,7 +83,8 @@ def best_chunk(model, images, tokens):
 
 
 def savings(side, dim, batch, options):
-    """The rows of one size: a model each, with milliseconds per batch and the speed-up over the ViT in the same round."""
+    """The rows of one size: a model each, with milliseconds per batch and the speed-up over the ViT in the
+    same round."""
     tokens, images, made, tried = side * side, pictures(batch, side), models(side, dim, options.quick), {}
     for name, (model, _) in made.items():
         tried[name] = best_chunk(model, images, tokens)
@@ -91,15 +99,17 @@ def savings(side, dim, batch, options):
     rows, counted = [], {name: tt.macs(model, images[:1]).total for name, (model, _) in made.items()}
     for name, (_, special) in made.items():
         fewer, speedup = counted["ViT"] / counted[name], quartiles([a / b for a, b in zip(ms["ViT"], ms[name])])
-        rows.append({"model": name, "tokens": tokens, "dim": dim, "batch": batch, **special, "macs": counted[name],
-                     "macs_ratio": fewer, "speedup": speedup, "realised": realised(fewer, speedup[0]), "ms": quartiles(ms[name]),
+        rows.append({"model": name, "tokens": tokens, "dim": dim, "batch": batch, **special,
+                     "macs": counted[name],
+                     "macs_ratio": fewer, "speedup": speedup, "realised": realised(fewer, speedup[0]),
+                     "ms": quartiles(ms[name]),
                      "chunk": tried[name][0], "rounds": rounds, "repeats": repeats, "ms_by_round": ms[name]})
     return rows
 
 
 def realised(fewer_macs, speedup):
-    """The share of time saved over the share of multiply-adds saved: 1 if all of the saving is real. None if less than 5 % of
-    the multiply-adds are saved."""
+    """The share of time saved over the share of multiply-adds saved: 1 if all of the saving is real. None if
+    less than 5 % of the multiply-adds are saved."""
     saved = 1 - 1 / fewer_macs
     return (1 - 1 / speedup) / saved if saved >= 0.05 else None
 
@@ -111,15 +121,18 @@ def savings_text(rows):
         here = [row for row in rows if (row["tokens"], row["dim"]) == (tokens, dim)]
         batches = list(dict.fromkeys(row["batch"] for row in here))
         lines = [f"{tokens} tokens, dim {dim}, depth {DEPTH}: rounds "
-                 + ", ".join(f"{next(r['rounds'] for r in here if r['batch'] == b)} at batch {b}" for b in batches),
-                 "| model | M MACs | times fewer |" + "".join(f" batch {b}: ms | speed-up [quartiles] | realised | slice |"
+                 + ", ".join(f"{next(r['rounds'] for r in here if r['batch'] == b)} at batch {b}"
+                             for b in batches),
+                 "| model | M MACs | times fewer |" + "".join(f" batch {b}: ms | speed-up [quartiles] | "
+                                                              f"realised | slice |"
                                                            for b in batches),
                  "|---" * (3 + 4 * len(batches)) + "|"]
         for name in dict.fromkeys(row["model"] for row in here):
             of_batch = [row for row in here if row["model"] == name]
             first = of_batch[0]
             cells = "".join(f" {row['ms'][0]:.1f} | {'{:.2f} [{:.2f}, {:.2f}]'.format(*row['speedup'])} | "
-                            + ("" if row["realised"] is None else f"{100 * row['realised']:.0f} %") + f" | {row['chunk']} |"
+                            + ("" if row["realised"] is None else f"{100 * row['realised']:.0f} %")
+                            + f" | {row['chunk']} |"
                             for row in of_batch)
             lines.append(f"| {name} | {first['macs'] / 1e6:.1f} | {first['macs_ratio']:.2f} |{cells}")
         parts.append("\n".join(lines))
@@ -127,14 +140,16 @@ def savings_text(rows):
 
 
 def check_targets(rows):
-    """The issue's targets -> [{target, measured [median, quartiles] or None, met}], and batch 1 beside them, without a target."""
+    """The issue's targets -> [{target, measured [median, quartiles] or None, met}], and batch 1 beside them,
+    without a target."""
     found = {(row["tokens"], row["dim"], row["batch"], row["model"]): row["speedup"] for row in rows}
     checked = []
     for tokens, model, least, aim in TARGETS:
         measured = found.get((tokens, 192, 128, model))
         checked.append({"target": f"{model}, {tokens} tokens, dim 192, batch 128: at least {least}x"
                         + (f" ({aim}x the aim)" if aim else ""), "measured": measured,
-                        "met": measured and measured[0] >= least, "aim_met": measured and aim and measured[0] >= aim,
+                        "met": measured and measured[0] >= least, "aim_met": measured and aim
+                        and measured[0] >= aim,
                         "batch_1": found.get((tokens, 192, 1, model))})
     return checked
 
@@ -152,7 +167,8 @@ def targets_text(checked):
 # Part 2: growth
 
 def make_job(kind, mode, side, threads):
-    """A call that infers or trains one step of the batch, as tinytoken.train does it: DynamicViT's step runs its teacher too."""
+    """A call that infers or trains one step of the batch, as tinytoken.train does it: DynamicViT's step runs
+    its teacher too."""
     model, images = make(kind, side, GROWTH["dim"]), pictures(GROWTH["batch"], side)
     micro = -(-len(images) // threads)
     if mode == "infer":
@@ -169,8 +185,10 @@ def make_job(kind, mode, side, threads):
 
 
 def growth(sides, rounds):
-    """Seconds (rounds interleaved over all points) and peak memory (a fresh process per point) -> a row per model and mode."""
-    jobs = {(kind, mode, side): make_job(kind, mode, side, cpu_count()) for kind in KINDS for mode in MODES for side in sides}
+    """Seconds (rounds interleaved over all points) and peak memory (a fresh process per point) -> a row per
+    model and mode."""
+    jobs = {(kind, mode, side): make_job(kind, mode, side, cpu_count()) for kind in KINDS for mode in MODES
+            for side in sides}
     taken = {key: [] for key in jobs}
     for turn in range(rounds + 1):
         for key in turned(jobs, turn):
@@ -183,7 +201,8 @@ def growth(sides, rounds):
             memory = [memory_of(kind, mode, side) for side in sides]
             row = {"model": KINDS[kind], "mode": mode, **GROWTH, "tokens": [side * side for side in sides],
                    "ms": [quartiles([1e3 * t for t in taken[kind, mode, side]]) for side in sides],
-                   "arrays_mb": [m["arrays_mb"] for m in memory], "process_mb": [m["process_mb"] for m in memory]}
+                   "arrays_mb": [m["arrays_mb"] for m in memory],
+                   "process_mb": [m["process_mb"] for m in memory]}
             by_round = zip(*(taken[kind, mode, side] for side in sides))
             row["time_slope"] = quartiles([slope(row["tokens"], times) for times in by_round])
             row["memory_slope"] = slope(row["tokens"], row["arrays_mb"])
@@ -203,13 +222,14 @@ def memory_of(kind, mode, side):
 
 
 def say_memory(kind, mode, side):
-    """Print the peak memory of one call, in MB (10**6 bytes), as JSON. arrays_mb: the most that NumPy's arrays held during the
-    call over what was there before it, by tracemalloc, to which NumPy reports every array. process_mb: VmHWM over its value
-    after the imports, or None where there is none.
+    """Print the peak memory of one call, in MB (10**6 bytes), as JSON. arrays_mb: the most that NumPy's
+    arrays held during the call over what was there before it, by tracemalloc, to which NumPy reports every
+    array. process_mb: VmHWM over its value after the imports, or None where there is none.
 
-    The slope is that of arrays_mb. process_mb also has weights, gradients, moments and BLAS buffers, which do not grow with
-    tokens and so flatten a logarithmic slope; it shows that, where the arrays are large, they are nearly all there is. One
-    thread has the whole batch: whether the halves of two peak together is chance.
+    The slope is that of arrays_mb. process_mb also has weights, gradients, moments and BLAS buffers, which do
+    not grow with tokens and so flatten a logarithmic slope; it shows that, where the arrays are large, they
+    are nearly all there is. One thread has the whole batch: whether the halves of two peak together is
+    chance.
     """
     imported = high_water()
     job = make_job(kind, mode, side, threads=1)
@@ -218,14 +238,17 @@ def say_memory(kind, mode, side):
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     job()
-    print(json.dumps({"arrays_mb": (tracemalloc.get_traced_memory()[1] - before) / 1e6, "process_mb": process}))
+    print(json.dumps({"arrays_mb": (tracemalloc.get_traced_memory()[1] - before) / 1e6,
+                      "process_mb": process}))
 
 
 def growth_text(rows):
     tokens = rows[0]["tokens"]
-    lines = [f"growth: dim {GROWTH['dim']}, depth {DEPTH}, batch {GROWTH['batch']}; ms are medians; MB: peak of a call's arrays "
+    lines = [f"growth: dim {GROWTH['dim']}, depth {DEPTH}, batch {GROWTH['batch']}; ms are medians; MB: peak "
+             f"of a call's arrays "
              "/ of the process, imports not counted",
-             f"| model | {' | '.join(f'{n} tokens' for n in tokens)} | slope of time [quartiles] | slope of memory |",
+             f"| model | {' | '.join(f'{n} tokens' for n in tokens)} | slope of time [quartiles] | slope of "
+             f"memory |",
              "|---" * (len(tokens) + 3) + "|"]
     for row in rows:
         cells = [f"{ms[0]:.1f} ms, {arrays:.1f} / " + ("?" if process is None else f"{process:.0f}") + " MB"
@@ -236,25 +259,30 @@ def growth_text(rows):
 
 
 def draw(rows, path):
-    """Two panels, time and peak memory over tokens, slopes in the legends -> a line that says where, or why not."""
+    """Two panels, time and peak memory over tokens, slopes in the legends -> a line that says where, or why
+    not."""
     try:
         from matplotlib import figure
     except ImportError:
         return "no picture: matplotlib is not installed"
     made = figure.Figure(figsize=(11, 5.2), layout="constrained")
     panels = (("time, ms", lambda row: [ms[0] for ms in row["ms"]], lambda row: row["time_slope"][0]),
-              ("peak memory of the arrays, MB", lambda row: row["arrays_mb"], lambda row: row["memory_slope"]))
+              ("peak memory of the arrays, MB", lambda row: row["arrays_mb"],
+               lambda row: row["memory_slope"]))
     for axis, (title, values, slope_of) in zip(made.subplots(1, 2), panels):
         for row in sorted(rows, key=lambda row: row["mode"], reverse=True):
-            axis.plot(row["tokens"], values(row), marker="o", markersize=4, linestyle="-" if row["mode"] == "train" else "--",
-                      color=f"C{list(KINDS.values()).index(row['model'])}", linewidth=4 if row["model"] == "ViT" else 1.5,
+            axis.plot(row["tokens"], values(row), marker="o", markersize=4, linestyle="-"
+                      if row["mode"] == "train" else "--",
+                      color=f"C{list(KINDS.values()).index(row['model'])}", linewidth=4
+                      if row["model"] == "ViT" else 1.5,
                       label=f"{row['model']}, {MODES[row['mode']]}: slope {slope_of(row):.2f}")
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=title)
         axis.set_xticks(rows[0]["tokens"], [str(n) for n in rows[0]["tokens"]], minor=False)
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
-    made.suptitle(f"dim {GROWTH['dim']}, depth {DEPTH}, batch {GROWTH['batch']}; log-log slopes by least squares", fontsize=9)
+    made.suptitle(f"dim {GROWTH['dim']}, depth {DEPTH}, batch {GROWTH['batch']}; log-log slopes by least "
+                  f"squares", fontsize=9)
     with replacing(path) as file:
         made.savefig(file, format="png", dpi=120)
     return f"picture: {path}"
@@ -265,7 +293,8 @@ def parse():
     parser.add_argument("--quick", action="store_true", help="few sizes and 3 rounds: does it run?")
     parser.add_argument("--part", choices=("savings", "growth"), help="only this part")
     parser.add_argument("--rounds", type=int, help="paired rounds, at least 2 (default 9, quick 3)")
-    parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON, and the picture beside it as .png")
+    parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON, and the picture beside "
+                                                         "it as .png")
     parser.add_argument("--point", nargs=3, metavar=("KIND", "MODE", "SIDE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else 9)
@@ -277,12 +306,15 @@ def parse():
 def main(options):
     tt.manual_seed(0)
     result = {"machine": machine("cpu"), "threads": cpu_count(), "malloc": prepare_cpu(),
-              "quick": options.quick, "rounds": options.rounds, "spread": "lower and upper quartile over rounds",
+              "quick": options.quick, "rounds": options.rounds, "spread": "lower and upper quartile over "
+                                                                          "rounds",
               "weights": "untrained", "patch": PATCH, "depth": DEPTH, "heads": HEADS, "pruned_before": STAGES,
-              "few_rounds": f"{FEW} where a round takes more than {LONG_ROUND} s", "began": time.strftime("%Y-%m-%d %H:%M:%S")}
+              "few_rounds": f"{FEW} where a round takes more than {LONG_ROUND} s",
+              "began": time.strftime("%Y-%m-%d %H:%M:%S")}
     print(json.dumps(result, indent=1), flush=True)
     if options.part != "growth":
-        sizes = [(8, 192, (1, 128))] if options.quick else [(side, dim, (1, 128)) for side in (8, 16, 32) for dim in (96, 192)]
+        sizes = [(8, 192, (1, 128))] if options.quick else [(side, dim, (1, 128)) for side in (8, 16, 32)
+                                                            for dim in (96, 192)]
         result["savings"] = []
         for side, dim, batches in sizes:
             rows = [row for batch in batches for row in savings(side, dim, batch, options)]

@@ -1,4 +1,5 @@
-"""The grader: the reference gets every point, the stub none, each planted mistake costs its exercise alone, and tricks gain nothing."""
+"""The grader: the reference gets every point, the stub none, each planted mistake costs its exercise alone,
+and tricks gain nothing."""
 import ast
 import concurrent.futures
 import csv
@@ -32,7 +33,8 @@ def points(source, given=A1, numbers=None):
     cases = given.cases()
     chosen = [e for e in given.exercises if numbers is None or e.number in numbers]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        rows = pool.map(lambda e: grade.run_exercise(given, e, source, [c for c in cases if c.number == e.number]), chosen)
+        rows = pool.map(lambda e: grade.run_exercise(given, e, source,
+                                                     [c for c in cases if c.number == e.number]), chosen)
         return {e.number: (sum(r.points for r in row.values()), sum(r.max_points for r in row.values()), row)
                 for e, row in zip(chosen, rows)}
 
@@ -56,7 +58,8 @@ def test_there_are_planted_mistakes_of_every_exercise():
     assert sum(len(mistakes(given)) for given in (A1, *OTHERS)) >= 50
 
 
-@pytest.mark.parametrize("given, all_of_them", [(A1, False), *(pytest.param(given, True, marks=pytest.mark.slow)
+@pytest.mark.parametrize("given, all_of_them",
+                         [(A1, False), *(pytest.param(given, True, marks=pytest.mark.slow)
                                                              for given in (A1, *OTHERS))])
 def test_each_planted_mistake_costs_its_exercise(given, all_of_them):
     source, planted = (given.folder / given.script).read_text(), mistakes(given)
@@ -66,7 +69,8 @@ def test_each_planted_mistake_costs_its_exercise(given, all_of_them):
     assert not [what for _, what, text in wrong if rules.breaches(text, given)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda job: points(job[2], given, [job[0]])[job[0]], wrong)
-        unnoticed = [f"{number}, {what}" for (number, what, _), (got, most, _) in zip(wrong, found) if got == most]
+        unnoticed = [f"{number}, {what}" for (number, what, _), (got, most, _) in zip(wrong, found)
+                     if got == most]
     assert not unnoticed
 
 
@@ -76,7 +80,8 @@ def test_of_a_mistake_nothing_reaches_another_exercise(given):
     run = lambda text, number: ast.dump(child.taken(text, given, number)[0])
     for number, what, old, new in mistakes(given):
         wrong = replaced(source, old, new)
-        assert [e.number for e in given.exercises if run(wrong, e.number) != run(source, e.number)] == [number], what
+        assert [e.number for e in given.exercises
+                if run(wrong, e.number) != run(source, e.number)] == [number], what
 
 
 @pytest.mark.slow
@@ -125,7 +130,8 @@ HOSTILE = {
     "code from text": "return eval('g')",
     "the function's globals": "return unbroadcast.__globals__",
     "classes of Python": "return ().__class__.__bases__[0].__subclasses__()",
-    "a frame": "try:\n    raise ValueError\nexcept ValueError as error:\n    return error.__traceback__.tb_frame",
+    "a frame": "try:\n    raise ValueError\nexcept ValueError as error:\n    return "
+               "error.__traceback__.tb_frame",
     "names from text": "return getattr(np, 'lo' + 'ad')('x')",
     "a name inside a format": "return '{0.__class__}'.format(g)",
     "numpy's own modules": "return np.lib.npyio",
@@ -149,23 +155,28 @@ def allowing(folder, *modules):
     """A1 as if it allowed these modules too, with little time."""
     shutil.copytree(A1.folder, folder / A1.name, ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / A1.name / "assignment.toml"
-    path.write_text(replaced(path.read_text(), 'imports = [', "imports = [" + "".join(f'"{name}", ' for name in modules)))
+    path.write_text(replaced(path.read_text(), 'imports = [',
+                             "imports = [" + "".join(f'"{name}", ' for name in modules)))
     return dataclasses.replace(assignment.load(path.parent), seconds=3.0)
 
 
 @pytest.mark.parametrize("body, said", [
     ("os._exit(0)", "ended by itself (exit code 0)"),
     pytest.param("time.sleep(1000)", "an endless loop, or sleep", marks=pytest.mark.slow),
-    pytest.param("if os.fork() == 0:\n    time.sleep(1000)\nraise ValueError('parent')", "parent", marks=pytest.mark.slow),
-    ("file = os.open('full', os.O_CREAT | os.O_WRONLY)\nwhile True:\n    os.write(file, bytes(10**6))", "File too large"),
+    pytest.param("if os.fork() == 0:\n    time.sleep(1000)\nraise ValueError('parent')", "parent",
+                 marks=pytest.mark.slow),
+    ("file = os.open('full', os.O_CREAT | os.O_WRONLY)\nwhile True:\n    os.write(file, bytes(10**6))",
+     "File too large"),
     ("os.kill(os.getpid(), 9)", "SIGKILL"),
-    ("os.write(1, b'{\"case\": \"test_axes_in_front\", \"passed\": true}')\nreturn None", "expected an array")])
+    ("os.write(1, b'{\"case\": \"test_axes_in_front\", \"passed\": true}')\nreturn None",
+     "expected an array")])
 def test_what_gets_past_the_rules_meets_the_limits(body, said, tmp_path):
     given = allowing(tmp_path, "os", "time")
     found = points("import os\nimport time\n" + solved_with("unbroadcast", body), given, ["1.4", "1.6"])
     assert found["1.4"][0] == 0 and found["1.6"][0] == found["1.6"][1]
     assert all(said in row.output for row in found["1.4"][2].values())
-    assert not [line for line in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout.splitlines()
+    assert not [line for line in subprocess.run(["ps", "ax"], capture_output=True,
+                                                text=True).stdout.splitlines()
                 if "tinytoken.course.child" in line and "defunct" not in line]
 
 
@@ -191,8 +202,10 @@ def test_lies_are_no_results(body):
 
 
 @pytest.mark.parametrize("source, said", [
-    ("def broken(:\n", "line 1: invalid syntax"), ("import torch\n", "may not import torch"), ("from numpy import *\n", "may not import"),
-    ("import numpy.lib\n", "may not import numpy.lib"), ("from numpy import testing\n", "may not import numpy.testing"),
+    ("def broken(:\n", "line 1: invalid syntax"), ("import torch\n", "may not import torch"),
+    ("from numpy import *\n", "may not import"),
+    ("import numpy.lib\n", "may not import numpy.lib"), ("from numpy import testing\n", "may not import "
+                                                                                        "numpy.testing"),
     ("from . import x\n", "may not import"), ("a = 1\0", "null")])
 def test_a_file_that_cannot_be_run_says_why_once(tmp_path, source, said):
     (tmp_path / A1.script).write_text(source)
@@ -201,7 +214,8 @@ def test_a_file_that_cannot_be_run_says_why_once(tmp_path, source, said):
 
 
 def test_training_and_printing_are_not_run_and_may_import_what_they_like():
-    assert not rules.breaches("import numpy as np\nprint(open('x'))\nif __name__ == '__main__':\n    import tinytoken\n", A1)
+    assert not rules.breaches("import numpy as np\nprint(open('x'))\nif __name__ == '__main__':\n    import "
+                              "tinytoken\n", A1)
 
 
 def test_only_the_named_file_of_a_submission_counts(tmp_path):
@@ -216,7 +230,8 @@ def test_only_the_named_file_of_a_submission_counts(tmp_path):
 
 
 def test_the_command_reports_and_the_same_submission_gives_the_same_report(tmp_path, capsys):
-    (tmp_path / A1.script).write_text(replaced(SOLVED, "parent.grad = parent.grad + part", "parent.grad = part"))
+    (tmp_path / A1.script).write_text(replaced(SOLVED, "parent.grad = parent.grad + part", "parent.grad = "
+                                                                                           "part"))
     texts = []
     for name in ("one.json", "two.json"):
         assert main(["grade", "a1", "--submission", str(tmp_path), "--json", str(tmp_path / name)]) == 0
@@ -227,7 +242,8 @@ def test_the_command_reports_and_the_same_submission_gives_the_same_report(tmp_p
     assert "no array of a vjp is changed" not in out  # hidden
     assert main(["grade", "a1", "--submission", str(tmp_path / "nothing")]) == 2
     (tmp_path / "empty").mkdir()
-    assert main(["grade", "a1", "--submission", str(tmp_path / "empty"), "--gradescope", str(tmp_path / "results.json")]) == 0
+    assert main(["grade", "a1", "--submission", str(tmp_path / "empty"), "--gradescope",
+                 str(tmp_path / "results.json")]) == 0
     said = json.loads((tmp_path / "results.json").read_text())
     assert said["score"] == 0 and said["output"] == "no a1_autograd.py was handed in" and len(said["tests"]) > 10
 

@@ -28,7 +28,8 @@ def test_a_copy_parses_has_no_solutions_and_raises_in_each_exercise(folder, tmp_
         assert len(nodes) == len(exercise.names)
         assert any(f"NotImplementedError({f'Exercise {exercise.number}: {exercise.title}; see lessons/{exercise.lesson}'!r})"
                    in ast.unparse(node) for node in nodes), exercise
-    signature = lambda source: [ast.unparse(node.args) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
+    signature = lambda source: [ast.unparse(node.args) for node in ast.walk(ast.parse(source))
+                                if isinstance(node, ast.FunctionDef)
                                 and ast.get_docstring(node)]
     assert signature(copy) == signature((folder / given.script).read_text())
 
@@ -49,7 +50,8 @@ def test_hidden_tests_stay_with_the_instructor(folder, tmp_path):
     given = assignment.load(folder)
     release.write_copy(given, tmp_path / "copy")
     held = {case.name for case in assignment.load(tmp_path / "copy").cases()}
-    assert held == {case.name for case in given.cases() if case.visibility == "visible"} != {case.name for case in given.cases()}
+    assert held == {case.name for case in given.cases()
+                    if case.visibility == "visible"} != {case.name for case in given.cases()}
     assert not list(tmp_path.rglob("mistakes.py")) and not list(tmp_path.rglob("*.pyc"))
 
 
@@ -57,7 +59,8 @@ def test_hidden_tests_stay_with_the_instructor(folder, tmp_path):
     (["### BEGIN SOLUTION", "a = 1"], "does not end"),
     (["a = 1", "### END SOLUTION"], "has not begun"),
     (["### BEGIN SOLUTION", "### END SOLUTION"], "empty"),
-    (["### BEGIN SOLUTION", "a = 1", "### BEGIN SOLUTION", "b = 2", "### END SOLUTION"], "inside the one of line 1")])
+    (["### BEGIN SOLUTION", "a = 1", "### BEGIN SOLUTION", "b = 2", "### END SOLUTION"], "inside the one of "
+                                                                                         "line 1")])
 def test_markers_that_do_not_match_are_refused(lines, said):
     with pytest.raises(tt.InputError, match=said):
         release.regions(text_with(*lines))
@@ -73,7 +76,8 @@ def a1(tmp_path):
 
 def test_a_solution_outside_of_every_exercise_is_refused(a1):
     with pytest.raises(tt.InputError, match="in no function or class of an exercise"):
-        release.without_solutions(a1, text_with("def helper():", "    ### BEGIN SOLUTION", "    return 1", "    ### END SOLUTION"))
+        release.without_solutions(a1, text_with("def helper():", "    ### BEGIN SOLUTION", "    return 1",
+                                                "    ### END SOLUTION"))
 
 
 @pytest.mark.parametrize("name, text, said", [
@@ -81,7 +85,8 @@ def test_a_solution_outside_of_every_exercise_is_refused(a1):
     ("references.py", "# ### BEGIN SOLUTION\n", "the marker"),
     ("README.md", "    return p * (g - (p * g).sum(axis=-1, keepdims=True))\n", "a line of a solution"),
     ("README.md", "return g @ b.T, a.T @ g\n", "not released"),
-    ("tests/more.py", "def more():\n    spread = np.sqrt(x.var(axis=-1, keepdims=True) + eps)\n", "a line of a solution")])
+    ("tests/more.py", "def more():\n    spread = np.sqrt(x.var(axis=-1, keepdims=True) + eps)\n",
+     "a line of a solution")])
 def test_what_would_leak_is_not_released(a1, tmp_path, name, text, said):
     path = a1.folder / name
     path.write_text((path.read_text() if path.exists() else "") + text)
@@ -112,7 +117,8 @@ def test_a_notebook_has_the_scripts_cells(a1, tmp_path):
 
 def test_without_a_checkout_the_current_folder_is_looked_into(a1, tmp_path, monkeypatch):
     release.write_copy(a1, tmp_path / "copy")
-    monkeypatch.setattr(assignment, "__file__", str(tmp_path / "site-packages" / "tinytoken" / "course" / "assignment.py"))
+    monkeypatch.setattr(assignment, "__file__",
+                        str(tmp_path / "site-packages" / "tinytoken" / "course" / "assignment.py"))
     monkeypatch.chdir(tmp_path / "copy")
     assert assignment.find("a1").folder.resolve() == tmp_path / "copy"
 
@@ -122,7 +128,8 @@ def test_an_assignment_that_cannot_be_used(a1, tmp_path):
         assignment.find("a9")
     with pytest.raises(tt.InputError, match="give its folder"):
         assignment.find("a1", [pathlib.Path(tmp_path / "nowhere")])
-    (a1.folder / "tests" / "odd.py").write_text("import pytest\n@pytest.mark.points(1, number='7.1')\ndef test_x(student):\n    pass\n")
+    (a1.folder / "tests" / "odd.py").write_text("import pytest\n@pytest.mark.points(1, number='7.1')\ndef "
+                                                "test_x(student):\n    pass\n")
     with pytest.raises(tt.InputError, match="exercise '7.1'"):
         a1.cases()
     (a1.folder / "tests" / "odd.py").write_text("def test_x(student):\n    pass\n")

@@ -1,4 +1,5 @@
-"""NVRTC by ctypes: compiles kernels to cubin where no GPU and no driver is, from the wheel nvidia-cuda-nvrtc (the extra `nvrtc`)."""
+"""NVRTC by ctypes: compiles kernels to cubin where no GPU and no driver is, from the wheel nvidia-cuda-nvrtc
+(the extra `nvrtc`)."""
 import ctypes
 import functools
 import importlib.util
@@ -26,7 +27,8 @@ def compile_family(family, architecture, constants=()):
     """(the log of ptxas with registers and spills of each kernel, PTX as text, size of the cubin)."""
     nvrtc, program = library(), ctypes.c_void_p()
     check = lambda code: _check(nvrtc, program, code)
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), launcher.source(family, constants).encode(), f"{family}.cu".encode(), 0, None, None))
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), launcher.source(family, constants).encode(),
+                                   f"{family}.cu".encode(), 0, None, None))
     options = [f"--gpu-architecture={architecture}", "-std=c++17", "--ptxas-options=-v", "-default-device"]
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     check(nvrtc.nvrtcCompileProgram(program, len(options), given))

@@ -1,4 +1,5 @@
-"""Every kernel compiles for the GPUs of three generations, without spilling registers and without an instruction of doubles."""
+"""Every kernel compiles for the GPUs of three generations, without spilling registers and without an
+instruction of doubles."""
 import re
 
 import pytest
@@ -6,10 +7,12 @@ import pytest
 import nvrtc
 from tinytoken.cuda import launcher
 
-pytestmark = pytest.mark.skipif(nvrtc.library() is None, reason="no NVRTC: pip install 'tinytoken-vit[nvrtc]'")
+pytestmark = pytest.mark.skipif(nvrtc.library() is None,
+                                reason="no NVRTC: pip install 'tinytoken-vit[nvrtc]'")
 FAMILIES = sorted({kernel.family for kernel in launcher.kernels().values()})
 COMPILED = [(family, constants) for family in FAMILIES for constants in (
-    [((name, value),) for name, values in launcher.CONSTANTS.items() if name in launcher.source(family) for value in values] or [()])]
+    [((name, value),) for name, values in launcher.CONSTANTS.items() if name in launcher.source(family)
+     for value in values] or [()])]
 
 
 @pytest.mark.parametrize("family, constants", COMPILED)

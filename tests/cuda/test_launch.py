@@ -20,7 +20,8 @@ def test_declarations_are_read():
     assert found["gelu_backward"].parameters == (("x", "float32", True, False), ("g", "float32", True, False),
                                                  ("dx", "float32", True, True), ("n", "int32", False, False))
     assert dict((p[0], p[1]) for p in found["attention_forward"].parameters)["q_b"] == "int64"
-    assert found["top_k"].parameters[1] == ("index", "int64", True, True) and found["top_k"].family == "select"
+    assert found["top_k"].parameters[1] == ("index", "int64", True,
+                                            True) and found["top_k"].family == "select"
 
 
 @pytest.mark.parametrize("arguments, text", [
@@ -83,7 +84,8 @@ def mean(n=700, **sources):
 @needs_compiler
 def test_a_missing_barrier_is_found():
     assert mean() == 349.5
-    broken = MEAN.replace("        __syncthreads();\n    }\n    if (threadIdx.x == 0) out", "    }\n    if (threadIdx.x == 0) out")
+    broken = MEAN.replace("        __syncthreads();\n    }\n    if (threadIdx.x == 0) out",
+                          "    }\n    if (threadIdx.x == 0) out")
     assert broken != MEAN
     with pytest.raises(AssertionError, match="mean_of: out depends on the order of the threads"):
         mean(loss=broken)
@@ -91,7 +93,9 @@ def test_a_missing_barrier_is_found():
 
 @needs_compiler
 def test_threads_that_wait_for_each_other_are_found():
-    stuck = MEAN.replace("    if (threadIdx.x == 0) out", "    if (threadIdx.x < 40) __syncwarp();\n    if (threadIdx.x >= 40) __syncthreads();\n    if (threadIdx.x == 0) out")
+    stuck = MEAN.replace("    if (threadIdx.x == 0) out", "    if (threadIdx.x < 40) __syncwarp();\n    if "
+                                                          "(threadIdx.x >= 40) __syncthreads();\n    if "
+                                                          "(threadIdx.x == 0) out")
     with pytest.raises(AssertionError, match="wait for each other"):
         mean(loss=stuck)
 
@@ -104,7 +108,8 @@ def test_shared_memory_that_is_too_small_is_found():
 
 @needs_compiler
 def test_shared_memory_begins_as_nan():
-    lazy = MEAN.replace("    sums[threadIdx.x] = total;\n", "    if (threadIdx.x < 100) sums[threadIdx.x] = total;\n")
+    lazy = MEAN.replace("    sums[threadIdx.x] = total;\n", "    if (threadIdx.x < 100) sums[threadIdx.x] = "
+                                                            "total;\n")
     assert lazy != MEAN and np.isnan(mean(loss=lazy))
 
 
@@ -114,13 +119,15 @@ def test_a_missing_tail_is_found():
     out = np.full(300, 7, "float32")
     with run(activation=broken):
         launcher.launch("gelu_forward", 2, 128, np.zeros(300, "float32"), out, 200)
-    assert (out[:200] == 0).all() and (out[200:256] == 0).all() and (out[256:] == 7).all()  # 56 elements too many
+    # 56 elements too many
+    assert (out[:200] == 0).all() and (out[200:256] == 0).all() and (out[256:] == 7).all()
 
 
 @needs_compiler
 def test_a_kernel_that_stops_within_a_warp_still_sums_right():
     """Rows that do not fill the last block: whole warps end early, and the others must not wait for them."""
-    x, out, mean_, scale = np.arange(15, dtype="float32").reshape(5, 3), *(np.full(s, np.nan, "float32") for s in ((5, 3), 5, 5))
+    x, out, mean_, scale = np.arange(15, dtype="float32").reshape(5, 3), *(np.full(s, np.nan, "float32")
+                                                                           for s in ((5, 3), 5, 5))
     with run():
         launcher.launch("layer_norm_forward", 2, 128, x, None, None, out, mean_, scale, 5, 3, 1e-6)
     assert np.allclose(mean_, x.mean(axis=1)) and np.allclose(out.mean(axis=1), 0, atol=1e-6)
@@ -141,12 +148,14 @@ def test_adamw_and_clipping_are_the_optimisers(by_clock):
         parts, found, factor = (np.full(s, np.nan, "float32") for s in (7, 1, 1))
         rates = np.array([1e-2, 1 / (1 - 0.9 ** step), 1 / (1 - 0.999 ** step), 0], "float32")
         row = (rates, None, 0)
-        if by_clock:  # the rates of this step are those of number 10 + step, in a table that begins with number 11
+        # the rates of this step are those of number 10 + step, in a table that begins with number 11
+        if by_clock:
             table, clock = np.full((5, 4), np.nan, "float32"), np.array([10 + step], "uint32")
             table[step - 1], row = rates, (table, clock, 11)
         with run():
             launcher.launch("squares", 7, 64, g, parts, n, shared=4 * 64)
             launcher.launch("clip_factor", 1, 32, parts, found, factor, 7, 1.0)
-            launcher.launch("adamw", *launcher.cover(n), w, g, m, v, None, factor, *row, n, 1.0, 0.05, 0.9, 0.999, 1e-8)
+            launcher.launch("adamw", *launcher.cover(n), w, g, m, v, None, factor, *row, n, 1.0, 0.05, 0.9,
+                            0.999, 1e-8)
         assert found[0] == pytest.approx(float(norm), rel=1e-5)
         np.testing.assert_allclose(w, expected.data, rtol=0, atol=2e-6)

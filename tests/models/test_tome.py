@@ -1,4 +1,5 @@
-"""ToMe: the paper's matching, averages by size, and what must not change when nothing or only equal tokens merge."""
+"""ToMe: the paper's matching, averages by size, and what must not change when nothing or only equal tokens
+merge."""
 import numpy as np
 import pytest
 
@@ -14,7 +15,8 @@ def model(seed=0, **config):
 
 
 def matched_by_hand(keys, r, class_token):
-    """The pseudo-code of the paper's appendix D, image by image, with lists -> for each group that is left its members."""
+    """The pseudo-code of the paper's appendix D, image by image, with lists -> for each group that is left
+    its members."""
     groups = []
     for metric in keys / np.linalg.norm(keys, axis=2, keepdims=True):
         first, second = list(range(0, len(metric), 2)), list(range(1, len(metric), 2))
@@ -27,7 +29,8 @@ def matched_by_hand(keys, r, class_token):
     return groups
 
 
-@pytest.mark.parametrize("T, r, class_token", [(17, 5, 1), (17, 8, 1), (16, 3, 0), (9, 1, 1), (4, 1, 0), (2, 1, 0)])
+@pytest.mark.parametrize("T, r, class_token",
+                         [(17, 5, 1), (17, 8, 1), (16, 3, 0), (9, 1, 1), (4, 1, 0), (2, 1, 0)])
 def test_the_matching_is_the_papers(T, r, class_token):
     keys = np.random.default_rng(T + r).standard_normal((3, T, 4))
     for target, groups in zip(matching(keys, r, class_token), matched_by_hand(keys, r, class_token)):
@@ -45,7 +48,8 @@ def test_r_0_is_the_vit_to_the_bit(pool, training):
     images, labels = pictures().astype("float32"), np.array([0, 3])
     merging.load_state_dict(vit.state_dict())
     ours, theirs = merging(images, trace=True), vit(images, trace=True)
-    for a, b in ((ours.logits, theirs.logits), (ours.tokens, theirs.tokens), *zip(ours.attention, theirs.attention)):
+    for a, b in ((ours.logits, theirs.logits), (ours.tokens, theirs.tokens),
+                 *zip(ours.attention, theirs.attention)):
         assert np.array_equal(a.data, b.data)
     for m, out in ((merging, ours), (vit, theirs)):
         m.loss(out, labels)[0].backward()
@@ -63,7 +67,8 @@ def test_sizes_sum_to_the_patches_and_sources_say_whose(r, pool):
 
 
 def test_a_merge_is_the_mean_over_patches():
-    """Two merges in a row: a token that stands for three patches is the mean of all three, not of two and one."""
+    """Two merges in a row: a token that stands for three patches is the mean of all three, not of two and
+    one."""
     merging = model(r=3, pool="mean", depth=1)
     tokens = merging.start(pictures())
     before, rng = tokens.x.data.copy(), np.random.default_rng(0)
@@ -76,7 +81,8 @@ def test_a_merge_is_the_mean_over_patches():
 
 
 def test_the_model_is_its_equations():
-    """Two blocks by hand: softmax(q k / sqrt d + log size), the merge by keys that are means over heads, the MLP."""
+    """Two blocks by hand: softmax(q k / sqrt d + log size), the merge by keys that are means over heads, the
+    MLP."""
     merging, r, (H, D) = model(r=(3, 2)), (3, 2), (SMALL["heads"], SMALL["dim"])
     x = merging.start(pictures()).x.data
     size = np.ones(x.shape[:2])
@@ -97,7 +103,8 @@ def test_the_model_is_its_equations():
 
 
 def test_equal_tokens_merge_without_a_trace():
-    """Attention that counts a merged token as often as it stands for patches cannot tell it from its parts."""
+    """Attention that counts a merged token as often as it stands for patches cannot tell it from its
+    parts."""
     merging, vit = model(r=4), shaken(ViT(**SMALL))
     for m in (merging, vit):
         m.pos_embed.data[...] = 0
@@ -115,7 +122,8 @@ def test_equal_tokens_merge_without_a_trace():
 def test_gradients(config):
     merging = model(**config)
     names, parameters = zip(*merging.named_parameters())
-    gradcheck(lambda *_: merging.loss(merging(pictures()), np.array([0, 3]))[0], *parameters, names=names, max_elements=60)
+    gradcheck(lambda *_: merging.loss(merging(pictures()), np.array([0, 3]))[0], *parameters, names=names,
+              max_elements=60)
     gradcheck(lambda images: (merging(images).logits, merging(images).tokens), pictures(), max_elements=40)
 
 

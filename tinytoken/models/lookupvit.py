@@ -173,9 +173,7 @@ class LookupViT(Model):
             out.logits = out.logits if self.training else (out.logits + out.lookup_logits) * 0.5
         return out
 
-
     def show(self, out: LookupOutput) -> list[tuple[str, np.ndarray]]:
         weights = to_numpy(out.attention[-1].data).mean(axis=1)  # (B, M, N): last block, mean over heads
         peaked = weights[np.arange(len(weights)), weights.max(axis=2).argmax(axis=1)]
         return [("LookupViT gathers", weights.sum(axis=1)), ("its most peaked token", peaked)]
-
