@@ -76,7 +76,7 @@ def test_tokens_draws_a_row_per_picture(tmp_path, figures):
     assert [axis.get_title() for axis in axes[0]] == ["picture", "keeps 3 of 4", "gathers"]
     assert not any(axis.get_title() for axis in axes[1])
     assert [axis.get_ylabel() for axis in axes[:, 0]] == ["cat", "dog"]
-    assert [axis.get_xlabel() for axis in axes[:, 0]] == ["all three right",
+    assert [axis.get_xlabel() for axis in axes[:, 0]] == ["all right",
                                                           "DynamicViT: cat\nLookupViT: frog"]
     for b in range(2):
         picture, (kept, weights) = images[b].transpose(1, 2, 0), (values[b] for _, values in panels)

@@ -110,7 +110,7 @@ def run_compare(args: argparse.Namespace) -> None:
     from .experiments import Recipe, compare, tables
     changes = {name: getattr(args, name) for name in ("data", "steps", "seed", "precision")
                if getattr(args, name) is not None}
-    name = args.data if args.data in dataset else pathlib.Path(args.data).resolve().name
+    name = pathlib.Path(args.data).name or pathlib.Path(args.data).resolve().name  # "." has none
     out = args.out or pathlib.Path("runs") / f"compare-{name}-{args.seed}"
     device = backend.announced_device(args.device)
     table, picture = compare.run(Recipe(**changes), out, device=device, threads=args.threads)

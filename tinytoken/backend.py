@@ -268,7 +268,7 @@ def scatter_add(target: Array, index: Array, values: Array) -> None:
 
 
 # Settings of the process: the allocator and the BLAS threads. They are never made at import but by
-# train.parallel, which training and inference run on.
+# threads.share_out, which training and inference run on.
 
 MALLOPT = {"M_MMAP_THRESHOLD": (-3, 1 << 30), "M_TRIM_THRESHOLD": (-1, (1 << 31) - 1),
            "M_TOP_PAD": (-2, 1 << 26)}  # name: (glibc's code of the parameter, value)

@@ -25,10 +25,12 @@ def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str], prediction
             axis.imshow(panel, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if b == 0:
-                axis.set_title(title, fontsize=8)
+                axis.set_title(title, fontsize=8, parse_math=False)
         wrong = [f"{name}: {names[b]}" for name, names in predictions.items() if names[b] != labels[b]]
-        row[0].set_ylabel(labels[b], fontsize=8)
-        row[0].set_xlabel("\n".join(wrong) or "all three right" if len(predictions) > 1 else "", fontsize=6)
+        # a class may be called after a folder: its name is no formula
+        row[0].set_ylabel(labels[b], fontsize=8, parse_math=False)
+        answers = "\n".join(wrong) or "all right"
+        row[0].set_xlabel(answers if len(predictions) > 1 else "", fontsize=6, parse_math=False)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
 

@@ -133,7 +133,9 @@ def test_the_sets_own_statistics_are_the_default(xp):
     (dict(labels=np.zeros(9, "int64")),
      r"Batches: labels \(9,\) int64 for 10 images, expected \(10,\) integers"),
     (dict(labels=np.zeros((9, 10))),
-     r"Batches: labels \(9, 10\) float64 for 10 images, .* or one array per image"),
+     r"Batches: labels \(9, 10\) float64 for 10 images, .* or one array of numbers per image"),
+    (dict(labels=np.array(["a"] * 10)), r"Batches: labels \(10,\) <U1 for 10 images, expected \(10,\) integers, "),
+    (dict(labels=np.zeros(10, bool)), r"Batches: labels \(10,\) bool for 10 images, expected \(10,\) integers, "),
     (dict(labels=np.array(3)), r"Batches: labels \(\) int64 for 10 images, expected \(10,\) integers"),
     (dict(labels=np.zeros(10, "float32"), mixup=0.2),
      r"Batches: mixup or cutmix with labels \(10,\) float32, expected class numbers \(10,\)"),
@@ -155,7 +157,7 @@ def test_bad_input_is_refused(change, message):
 
 
 @pytest.mark.parametrize("shape, dtype, changes", [
-    ((), "float32", dict(pad=1, flip=True)), ((), "bool", {}), ((4,), "float32", dict(pad=1, flip=True)),
+    ((), "float32", dict(pad=1, flip=True)), ((3, 3), "bool", {}), ((4,), "float32", dict(pad=1, flip=True)),
     ((7,), "int64", dict(flip=True)), ((4, 4), "int64", dict(pad=1)), ((8, 8), "uint8", dict(erase=0.5))],
                          ids=str)
 def test_labels_may_be_any_arrays_one_per_image(shape, dtype, changes, xp):

@@ -317,3 +317,24 @@ def test_kept_on_object_is_the_mean_over_kept_patches_pixel_by_pixel():
     assert found["all"] == pytest.approx(masks[:131].mean(), rel=1e-6)
     assert [k.shape[1] for k in out.kept] == [8, 3]
     assert found["stages"][0] != pytest.approx(found["all"], rel=1e-3)
+
+
+@pytest.mark.parametrize("arms", [{"a": Arm("vit", steps=1, start="a")},
+                                  {"a": Arm("vit", steps=1, start="b"), "b": Arm("vit", steps=1, start="a")},
+                                  {"a": Arm("dynamicvit", PRUNED, steps=1, teacher="a")}])
+def test_an_arm_that_needs_itself_is_refused(arms):
+    with refuses("trial: arm 'a' starts from, or is taught by, itself"):
+        Trial(RECIPE, arms, bar=False).train("a")
+
+
+def test_an_arm_is_trained_again_after_an_error(monkeypatch):
+    here = Trial(RECIPE, {"a": Arm("vit", steps=1)}, bar=False)
+    monkeypatch.setattr(trial, "fit", lambda *_, **__: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            here.train("a")
+
+
+def test_arms_are_a_mapping():
+    with pytest.raises(tt.InputError, match="Trial: arms 'cpu', expected"):
+        Trial(RECIPE, "cpu")

@@ -14,6 +14,7 @@ from tinytoken import models, nn, ops
 from tinytoken.cost import graph_text
 from tinytoken.models import DynamicViT, LookupViT, Model, Output, ViT, dynamicvit_loss, lookupvit_loss
 from tinytoken.models.controls import CentreTokens
+from tinytoken.models.vit import ViTConfig
 from tinytoken.registry import Registry
 from tinytoken.tasks import task as tasks
 
@@ -346,3 +347,27 @@ def test_panels_have_a_value_for_each_patch(name):
     assert len(set(titles)) == len(titles)
     for _, panel in model.show(model(pictures(3), trace=True)):
         assert isinstance(panel, np.ndarray) and panel.shape == (3, 16) and panel.dtype.kind in "bf"
+
+
+def test_a_configs_choices_add_to_those_above():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class MineConfig(ViTConfig):
+        mode: str = "a"
+        choices = {"mode": ("a", "b")}
+    for option, text in ((dict(mode="c"), "Mine: mode 'c', expected a or b"),
+                         (dict(pool="nonsense"), "Mine: pool 'nonsense', expected token or mean")):
+        with refuses(text):
+            MineConfig(**option)
+
+
+def test_a_models_name_is_its_class_in_lower_case():
+    class PatchDropout(ViT):
+        pass
+    with refuses("model: PatchDropout registered as 'patch-dropout', expected 'patchdropout'"):
+        tt.models.model("patch-dropout")(PatchDropout)
+
+
+@pytest.mark.parametrize("wrong", ["4", None, (4,)])
+def test_a_ratio_that_is_no_number(wrong):
+    with refuses(f"ViT: mlp_ratio {wrong!r}, expected a positive number"):
+        ViT(**SMALL | {"mlp_ratio": wrong})

@@ -2,6 +2,8 @@
 import json
 import zipfile
 
+import re
+
 import numpy as np
 import pytest
 
@@ -258,3 +260,19 @@ def test_a_checkpoint_is_a_plain_zip_of_arrays(saved):
     with zipfile.ZipFile(saved) as box:
         names = box.namelist()
     assert names[0] == "header.npy" and "model/patch_embed.proj.weight.npy" in names
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"model": 5}, "holds a 5, expected one of vit, "), ({"model": None}, "holds a None, expected one of vit, "),
+    ({"config": []}, "has the config [], expected options by name"),
+    ({"config": {"mlp_ratio": "4"}}, "does not describe a ViT: ViT: mlp_ratio '4', expected a positive number"),
+    ({"config": {"pool": None}}, "does not describe a ViT: ViT: pool None, expected token or mean")])
+def test_a_header_with_wrong_types_is_refused_by_name(change, text, tmp_path):
+    path = tmp_path / "vit.npz"
+    checkpoint.save(path, tt.models.ViT(8, 4, 8, 1, 2))
+    with np.load(path) as box:
+        arrays = {name: box[name] for name in box.files}
+    arrays["header"] = np.array(json.dumps(json.loads(str(arrays["header"])) | change))
+    np.savez(path, **arrays)
+    with pytest.raises(tt.InputError, match=re.escape(f"checkpoint: {path} {text}")):
+        checkpoint.load_model(path)

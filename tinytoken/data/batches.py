@@ -43,9 +43,10 @@ class Batches:
         _check_images("Batches", images)
         classes_known = labels.ndim == 1 and labels.dtype.kind in "iu"
         count, shape = len(images), shape_of("labels", labels)
-        expect(labels.ndim >= 1 and len(labels) == count, "Batches",
+        numbers = labels.dtype.kind in "iuf" or labels.dtype.kind == "b" and labels.ndim > 1
+        expect(labels.ndim >= 1 and len(labels) == count and numbers, "Batches",
                f"{shape} {labels.dtype} for {count} images, expected ({count},) integers, "
-               f"or one array per image")
+               f"or one array of numbers per image")
         expect(classes_known or not (mixup or cutmix), "Batches",
                f"mixup or cutmix with {shape} {labels.dtype}, expected class numbers ({count},)")
         expect(not (pad or flip) or labels.shape[1:][-2:] != images.shape[2:], "Batches",

@@ -16,10 +16,12 @@ from ..errors import Busy, InputError, expect
 from ..files import as_json, check_writable, claimed, replacing, write_json
 from ..train import Run
 from .arm import Arm, Recipe
+from .arm import Recipe
 from .timing import machine
 from .trial import Trial
 
 SIZES = ("smoke", "default", "full")
+DEFAULTS = as_json(dataclasses.asdict(Recipe()))
 
 
 class Lesson:
@@ -106,8 +108,12 @@ class Lesson:
                 write_json(path, {"value": job(), "recipe": recipe, "machine": machine(self.device),
                                   "seconds": round(time.perf_counter() - began, 1)})
         part = json.loads(path.read_text())
-        expect(part["recipe"] == recipe, "lesson",
-               lambda: f"{path} belongs to another run: its recipe is {part['recipe']}, this one's {recipe}")
+        # an option of the recipe that an older part does not name had the value that is the default now
+        there = {name: value for name, value in DEFAULTS.items() if name in recipe} | part["recipe"]
+        other = [f"{name} {there.get(name)!r} there, {recipe.get(name)!r} now"
+                 for name in there | recipe if there.get(name) != recipe.get(name)]
+        expect(not other, "lesson",
+               f"{path} belongs to another run ({', '.join(other)}): choose another --out, or delete it")
         if part["machine"] not in self.machines:
             self.machines.append(part["machine"])
         return part["value"]

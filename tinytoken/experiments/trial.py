@@ -28,10 +28,12 @@ class Trial:
     def __init__(self, recipe: Recipe, arms: Mapping[str, Arm] | None = None, *, device: str = "cpu",
                  run: Run | None = None, threads: int | None = None, bar: bool = True,
                  **changes: Any) -> None:
+        expect(arms is None or isinstance(arms, Mapping), "Trial", f"arms {arms!r}, expected {{name: Arm}}")
         self.recipe, self.arms = recipe, arms or {}
         self.device, self.run = device, run
         self.threads, self.bar = threads, bar
         self.done: dict[str, tuple[Any, dict[str, Any]]] = {}
+        self.training: list[str] = []  # the arms that are being trained, each for the one before
         self.train_set, self.test = load_pictures(
             recipe.data, train=recipe.train_pictures, test=recipe.test_pictures, seed=recipe.seed,
             size=recipe.size)
@@ -56,18 +58,24 @@ class Trial:
 
         It is trained once; then the two are remembered."""
         expect(name in self.arms, "trial", lambda: f"no arm {name!r}, expected one of {', '.join(self.arms)}")
+        expect(name not in self.training, "trial", f"arm {name!r} starts from, or is taught by, itself")
         if name not in self.done:
-            arm = self.arms[name]
-            start = self.train(arm.start)[0] if arm.start else None
-            model = self.new(arm.model, start, **arm.config)
-            if start is not None:
-                known = dict(start.named_parameters())
-                for parameter, p in model.named_parameters():
-                    p.lr_scale = p.lr_scale if parameter in known else arm.new_lr_scale
-            task = self.task_of(arm, model, start)
-            self.done[name] = model, self.fit(arm.phase or name, task, arm.steps, arm.lr,
-                                              first_step(self.arms, name), **arm.fit)
+            self.training.append(name)
+            try:
+                self.done[name] = self._trained(name, self.arms[name])
+            finally:
+                self.training.remove(name)
         return self.done[name]
+
+    def _trained(self, name, arm):
+        start = self.train(arm.start)[0] if arm.start else None
+        model = self.new(arm.model, start, **arm.config)
+        if start is not None:
+            known = dict(start.named_parameters())
+            for parameter, p in model.named_parameters():
+                p.lr_scale = p.lr_scale if parameter in known else arm.new_lr_scale
+        task = self.task_of(arm, model, start)
+        return model, self.fit(arm.phase or name, task, arm.steps, arm.lr, first_step(self.arms, name), **arm.fit)
 
     def task_of(self, arm: Arm, model: Any, start: Any = None) -> Task:
         """The task of an arm's model. start: the model that it started from."""

@@ -1,7 +1,7 @@
 """What all models share: the registry, sizes, the output, and what training and the command line call."""
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -12,7 +12,23 @@ from ..errors import InputError, expect
 from ..registry import Registry
 from ..tensor import Tensor
 
-model = Registry("model")
+def is_number(value: Any) -> bool:
+    """A whole or broken number, of Python or NumPy."""
+    return isinstance(value, (int, float, np.number))
+
+
+class Models(Registry):
+    """{name: class}, the name being the class's in lower case: a checkpoint says the class's name."""
+
+    def __call__(self, name: str) -> Callable:
+        def register(cls):
+            expect(cls.__name__.lower() == name, "model",
+                   f"{cls.__name__} registered as {name!r}, expected {cls.__name__.lower()!r}")
+            return super(Models, self).__call__(name)(cls)
+        return register
+
+
+model = Models("model")
 Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]  # a loss, and the parts that it is made of, by name
 
 
@@ -34,7 +50,10 @@ class Sizes:
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # {option: the values that it may have}
 
     def __post_init__(self):
-        for name, values in self.choices.items():
+        choices = {}  # those of the classes above, too
+        for cls in reversed(type(self).__mro__):
+            choices |= vars(cls).get("choices", {})
+        for name, values in choices.items():
             expected = f"one of {', '.join(values)}" if len(values) > 2 else " or ".join(values)
             self.check(getattr(self, name) in values, f"{name} {getattr(self, name)!r}, expected {expected}")
         self.check(not isinstance(self.image_size, (tuple, list)) or len(self.image_size) == 2,
@@ -47,8 +66,8 @@ class Sizes:
                        f"{name} {getattr(self, name)!r}, expected a positive whole number")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            self.check(not field.name.endswith("mlp_ratio") or value > 0,
-                       f"{field.name} {value}, expected a positive number")
+            self.check(not field.name.endswith("mlp_ratio") or is_number(value) and value > 0,
+                       f"{field.name} {value!r}, expected a positive number")
             if isinstance(value, list):  # a config read from JSON has lists for tuples
                 object.__setattr__(self, field.name, tuple(value))
 

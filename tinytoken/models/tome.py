@@ -108,7 +108,8 @@ def matching(keys: Array, r: int, extra: int) -> Array:
     There are T - r places: first the tokens of the first set that are left, then the second set. keys (B, T,
     d). extra = 1: the first token is the class token, which does not merge."""
     xp = array_module(keys)
-    unit = keys / xp.sqrt((keys * keys).sum(axis=2, keepdims=True))
+    length = xp.sqrt((keys * keys).sum(axis=2, keepdims=True))
+    unit = keys / (length + (length == 0))
     first, second = unit[:, 0::2], unit[:, 1::2]
     alike = ops.matmul(first, second.swapaxes(1, 2)).data
     best, partner = alike.max(axis=2), alike.argmax(axis=2)

@@ -71,12 +71,13 @@ def description(model: nn.Module) -> dict[str, Any]:
 def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
     """The model that a checkpoint holds -> (model, header)."""
     header, groups = load(path)
-    name = header["model"].lower()
+    name, config = str(header["model"]).lower(), header["config"]
     expect(name in names(), "checkpoint",
            f"{path} holds a {header['model']!r}, expected one of {', '.join(names())}")
+    expect(isinstance(config, dict), "checkpoint", f"{path} has the config {config!r}, expected options by name")
     try:
-        model = create(name, **header["config"])
-    except InputError as error:  # an option that this version does not know
+        model = create(name, **config)
+    except (InputError, TypeError) as error:  # an option or a value that this version does not know
         raise InputError(f"checkpoint: {path} does not describe a {header['model']}: {error}") from error
     model.load_state_dict(groups["model"])
     return model, header
