@@ -578,7 +578,7 @@ else:
 # ## What was measured
 
 # %%
-here.says(f"Such a step is {all_launches[0]} array calls as CuPy makes them, sums of gradients included, "
+here.says(f"A ViT's training step is {all_launches[0]} array calls as CuPy makes them, sums of gradients included, "
           f"{all_launches[1]} launches with fused ops and {all_launches[2]} with whole branches in bf16; for "
           f"a picture it moves {', '.join(f'{size / 1e6:.1f}' for size in per_picture)} MB. A running sum of "
           f"{LENGTHS[-1]:,} bf16 numbers is off by {100 * sum_errors['in bf16'][-1]:.0f} %. A graph that "

@@ -1,8 +1,7 @@
 """Checkpoints: what is read back is what was saved, and what cannot be used is refused by name."""
 import json
-import zipfile
-
 import re
+import zipfile
 
 import numpy as np
 import pytest
