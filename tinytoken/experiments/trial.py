@@ -75,7 +75,8 @@ class Trial:
             for parameter, p in model.named_parameters():
                 p.lr_scale = p.lr_scale if parameter in known else arm.new_lr_scale
         task = self.task_of(arm, model, start)
-        return model, self.fit(arm.phase or name, task, arm.steps, arm.lr, first_step(self.arms, name), **arm.fit)
+        first = first_step(self.arms, name)
+        return model, self.fit(arm.phase or name, task, arm.steps, arm.lr, first, **arm.fit)
 
     def task_of(self, arm: Arm, model: Any, start: Any = None) -> Task:
         """The task of an arm's model. start: the model that it started from."""

@@ -1,6 +1,7 @@
 """What all models share: the registry, sizes, the output, and what training and the command line call."""
 import dataclasses
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -14,7 +15,7 @@ from ..tensor import Tensor
 
 def is_number(value: Any) -> bool:
     """A whole or broken number, of Python or NumPy."""
-    return isinstance(value, (int, float, np.number))
+    return isinstance(value, numbers.Real)
 
 
 class Models(Registry):

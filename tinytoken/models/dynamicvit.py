@@ -16,7 +16,7 @@ from .. import nn, ops, random
 from ..backend import Array, array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor
-from .base import is_number, Loss, Output, Sizes, model, weighted_sum
+from .base import Loss, Output, Sizes, model, weighted_sum
 from .vit import Tokens, ViT
 
 
@@ -42,8 +42,7 @@ class DynamicViTConfig(Sizes):
         in_range = all(isinstance(i, (int, np.integer)) and 0 <= i < self.depth for i in places)
         self.check(in_range and list(places) == sorted(set(places)),
                    f"prune_before {places}, expected rising block numbers from 0 to {self.depth - 1}")
-        shares = all(is_number(r) and 0 < r <= 1 for r in ratios)
-        self.check(shares, f"keep_ratios {ratios}, expected 0 < ratio <= 1")
+        self.check(all(0 < r <= 1 for r in ratios), f"keep_ratios {ratios}, expected 0 < ratio <= 1")
         self.check(list(ratios) == sorted(ratios, reverse=True),
                    f"keep_ratios {ratios} rise; they are of the original number of tokens, so they cannot")
         self.check(self.dim % 4 == 0, f"dim {self.dim}, expected a multiple of 4 "

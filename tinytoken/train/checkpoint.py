@@ -74,7 +74,8 @@ def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
     name, config = str(header["model"]).lower(), header["config"]
     expect(name in names(), "checkpoint",
            f"{path} holds a {header['model']!r}, expected one of {', '.join(names())}")
-    expect(isinstance(config, dict), "checkpoint", f"{path} has the config {config!r}, expected options by name")
+    expect(isinstance(config, dict), "checkpoint",
+           f"{path} has the config {config!r}, expected options by name")
     try:
         model = create(name, **config)
     except (InputError, TypeError) as error:  # an option or a value that this version does not know
