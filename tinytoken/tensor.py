@@ -307,9 +307,9 @@ def op(function: Callable) -> Op:
 
 
 def fused(function: Callable) -> Callable:
-    """Mark a function or method that is made of ops, which an array module may implement as one
-    (backend.implementation). Where none does, its parts run and are recorded. The first Tensor or array among
-    its arguments says whose implementation is asked for."""
+    """Mark a function or method that is made of ops, or of the array module's functions, which an array
+    module may implement as one (backend.implementation). Where none does, its parts run and are recorded. The
+    first Tensor or array among its arguments says whose implementation is asked for."""
     @functools.wraps(function)
     def run(*args, **settings):
         arrays = (a.data if isinstance(a, Tensor) else a for a in (*args, *settings.values()))

@@ -6,8 +6,9 @@ import functools
 from typing import Any
 
 from .. import random
-from ..backend import Array, array_module, faster
+from ..backend import Array, array_module
 from ..errors import expect, shape_of
+from ..tensor import fused
 from . import mix
 
 SITE = "tinytoken.data.batches."
@@ -84,8 +85,7 @@ class Batches:
 
     def make(self, chosen: Array, step: int) -> tuple[Array, Array]:
         """The batch of these pictures. step: of what is drawn for it, see random.bits."""
-        fast = faster(Batches.pictures, array_module(self.images), self, chosen, step)
-        images = fast(self, chosen, step) if fast else self.pictures(chosen, step)
+        images = self.pictures(chosen, step)
         if self.erase:
             images = mix.erase(images, self.erase, step=step, seed=self.seed)
         if not self.ways:
@@ -93,6 +93,7 @@ class Batches:
         return mix.mixed(images, self.labels[chosen], self.classes, self.ways, SITE + "way", step=step,
                          seed=self.seed)
 
+    @fused
     def pictures(self, chosen: Array, step: int) -> Array:
         """The chosen pictures, moved and mirrored, normalised."""
         if self.pad or self.flip:

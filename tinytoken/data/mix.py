@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from .. import random
-from ..backend import Array, array_module, faster
+from ..backend import Array, array_module
 from ..errors import expect
+from ..tensor import fused
 
 AREA, ASPECT = (0.02, 0.4), (0.3, 1 / 0.3)  # of an erased rectangle: Zhong et al., section 4.1
 SITE = "tinytoken.data.mix."
@@ -22,11 +23,10 @@ def erase(images: Array, share: float, *, step: int, seed: int) -> Array:
 
     The rectangle's area, as a share of the picture's, is uniform in AREA; its aspect ratio (height over
     width) is log-uniform in ASPECT. One that sticks out is cut; the paper draws again."""
-    boxes = erased_boxes(images, share, step, seed)
-    fast = faster(blank, array_module(images), images, boxes)
-    return (fast or blank)(images, boxes)
+    return blank(images, erased_boxes(images, share, step, seed))
 
 
+@fused
 def blank(images: Array, boxes: Array) -> Array:
     """The images with the mean colour, 0, in their rectangles (4, B)."""
     xp = array_module(images)
@@ -86,18 +86,15 @@ def cutmix_boxes(images: Array, alpha: float, step: int, seed: int) -> Array:
 WAYS = {"mixup": mixup, "cutmix": cutmix}
 
 
+@fused
 def mixed(images: Array, labels: Array, classes: Any, ways: dict[str, float], site: str, *, step: int,
           seed: int) -> tuple[Array, Array]:
     """Pictures, and targets made of their labels (B,), mixed -> (images, targets (B, classes)).
 
     The whole batch is mixed in one of the `ways`, {name: alpha}, which is drawn from `site`."""
-    arguments, draw = (images, labels, classes, ways, site), dict(step=step, seed=seed)
-    fast = faster(mixed, array_module(images), *arguments, **draw)
-    if fast:
-        return fast(*arguments, **draw)
-    way = random.integers(1, len(ways), site=site, **draw)
+    way = random.integers(1, len(ways), site=site, step=step, seed=seed)
     name, alpha = list(ways.items())[int(way[0])]
-    return WAYS[name](images, one_hot(labels, classes), alpha, **draw)
+    return WAYS[name](images, one_hot(labels, classes), alpha, step=step, seed=seed)
 
 
 def one_hot(labels: Array, classes: int, dtype: str = "float32") -> Array:
