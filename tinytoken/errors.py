@@ -3,7 +3,7 @@
     matmul: a (8, 16, 4) @ b (8, 16, 4): inner sizes 4 and 16 differ.
       likely: k.swapaxes(-1, -2)   (lesson 03)
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -43,3 +43,9 @@ def expect(ok: Any, where: str, found: str | Callable[[], str], likely: str = ""
 def shape_of(name: str, array: Any) -> str:
     """'a (8, 16, 4)': how shapes are named in every message."""
     return f"{name} {tuple(array.shape)}"
+
+
+def some_of(names: Sequence[Any], most: int = 6) -> str:
+    """The first of the names for a message, and how many more there are: 'a, b and 3 more'; or 'none'."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return (", ".join(map(str, names[:most])) or "none") + more

@@ -16,6 +16,7 @@ from tinytoken import experiments, predict
 from tinytoken.__main__ import main
 from tinytoken.data import cifar, dataset, folder, load_pictures
 from tinytoken.data.folder import load_images, read_image
+from tinytoken.errors import some_of
 from tinytoken.experiments import compare
 
 Image = pytest.importorskip("PIL.Image", reason="pictures are read with pillow")
@@ -284,7 +285,7 @@ def test_what_is_left_out_is_said_once(tmp_path, capsys):
     assert capsys.readouterr() == ("", (
         f"{tmp_path}: left out: 7 that are no pictures of a class (train/loose.png, train/ant/pipe.png, "
         f"train/ant/deeper and 4 more), 2 hidden\n"))
-    assert folder._some(["a", "b", "c"]) == "a, b, c" and folder._some(["a", "b"], 1) == "a and 1 more"
+    assert some_of(["a", "b", "c"]) == "a, b, c" and some_of(["a", "b"], 1) == "a and 1 more"
 
 
 def test_broken_pictures_are_left_out_and_counted(tmp_path, capsys):

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import random
-from ..errors import InputError, expect
+from ..errors import InputError, expect, some_of
 from ..threads import share_out
 from .cifar import Pictures
 from .sets import dataset
@@ -152,7 +152,7 @@ def _parts(path, left_out, seed):
            f"{path / 'train'} for the folder, one in {TEST_SHARE} of each class would be the test part")
     parts = [_classes(place, left_out) for place in places]
     classes = set().union(*parts)
-    lacks = [f"{place.name}/ lacks {_some(sorted(classes - part.keys()), 9)}"
+    lacks = [f"{place.name}/ lacks {some_of(sorted(classes - part.keys()), 9)}"
              for place, part in zip(places, parts) if classes - part.keys()]
     expect(not lacks, path, f"the parts differ in their classes: {'; '.join(lacks)}")
     return parts
@@ -188,7 +188,7 @@ class LeftOut:
 
     def names(self, paths: Iterable[pathlib.Path]) -> str:
         """The first of the paths, as seen from the folder."""
-        return _some([path.relative_to(self.path) for path in paths])
+        return some_of([path.relative_to(self.path) for path in paths], 3)
 
     def say(self, pictures: int) -> None:
         """Print the line. pictures: how many there were, with the broken ones."""
@@ -205,14 +205,8 @@ class LeftOut:
             print(" ".join(f"{self.path}: left out: {', '.join(texts)}".split()), file=sys.stderr)
 
 
-def _some(names, most=3):
-    """The first names."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(str, names[:most])) + more
-
-
 def _only(folders):
-    return f", only folders ({_some([folder.name for folder in folders])})" if folders else ""
+    return f", only folders ({some_of([folder.name for folder in folders], 3)})" if folders else ""
 
 
 def load_images(path: str | os.PathLike, size: tuple[int, int] = (32, 32),

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..backend import Array, device_of, to_device, to_numpy
 from ..cost import running_modules
-from ..errors import expect
+from ..errors import expect, some_of
 from ..tensor import Tensor
 
 
@@ -162,11 +162,11 @@ class Module:
         missing = [n for n in own if n not in state]
         unexpected = [n for n in state if n not in own]
         expect(not strict or not (missing or unexpected), "load_state_dict",
-               lambda: f"missing {_some(missing)}; unexpected {_some(unexpected)}")
+               lambda: f"missing {some_of(missing)}; unexpected {some_of(unexpected)}")
         arrays = _one_width({name: np.asarray(state[name]) for name in own if name in state}, own)
         wrong = [f"{n} {arrays[n].shape}, expected {own[n].shape}" for n in arrays
                  if arrays[n].shape != own[n].shape]
-        expect(not wrong, "load_state_dict", lambda: f"other shapes: {_some(wrong)}")
+        expect(not wrong, "load_state_dict", lambda: f"other shapes: {some_of(wrong)}")
         width = next((a.dtype for a in arrays.values() if a.dtype.kind == "f"), self.dtype)
         if width != self.dtype:
             self.astype(width)
@@ -188,12 +188,6 @@ class Module:
         return "\n".join(lines + [f"{type(self).__name__}: {self.parameter_count():,} parameters"])
 
 
-def _some(names, limit=6):
-    if not names:
-        return "none"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def _one_width(arrays, own):
     """The arrays with all floats in one width, narrow ones made float32.
 
@@ -201,7 +195,7 @@ def _one_width(arrays, own):
     whole = [n for n in arrays if own[n].dtype.kind != "f"]
     wrong = [f"{n} {arrays[n].dtype}, expected {own[n].dtype}" for n in whole
              if arrays[n].dtype != own[n].dtype]
-    expect(not wrong, "load_state_dict", lambda: f"other dtypes: {_some(wrong)}")
+    expect(not wrong, "load_state_dict", lambda: f"other dtypes: {some_of(wrong)}")
     narrow = [n for n, a in arrays.items() if a.dtype.name in ("float16", "bfloat16")]
     if narrow:
         warnings.warn(f"load_state_dict: {len(narrow)} arrays of dtype {arrays[narrow[0]].dtype} become "
