@@ -1,5 +1,7 @@
 """Registries: what is offered under a name. Every list of models, tasks or data sets is read from one."""
-from collections.abc import Callable
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from .errors import expect
@@ -33,3 +35,9 @@ class Registry(dict[str, Any]):
         """The entry of this name."""
         expect(name in self, self.noun, lambda: f"{name!r}, expected one of {', '.join(self)}")
         return self[name]
+
+
+def import_files(package: str, path: Iterable[str]) -> None:
+    """Import every file of a package (its __name__ and __path__), so that each registers what it has."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")

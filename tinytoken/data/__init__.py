@@ -2,9 +2,7 @@
 
 Every file of this folder is imported, so a new data set needs no line here: @dataset registers it.
 """
-import importlib
-import pkgutil
-
+from ..registry import import_files
 from .batches import Batches, channel_statistics, normalise
 from .cifar import Pictures, download_cifar, find_data, load_cifar
 from .corruptions import CORRUPTIONS, corrupt
@@ -14,5 +12,4 @@ from .sets import dataset, load_pictures
 __all__ = ["Batches", "CORRUPTIONS", "Pictures", "Scenes", "channel_statistics", "corrupt", "dataset",
            "download_cifar", "find_data", "load_cifar", "load_pictures", "make_scenes", "normalise"]
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_files(__name__, __path__)
