@@ -9,6 +9,7 @@ import tinytoken as tt
 from small import refuses
 from tinytoken import bench, models, ops, tasks, tensor
 from tinytoken.__main__ import main
+from tinytoken.experiments import timing
 
 SIZES = dict(image_size=8, dim=12, depth=6, heads=2)
 
@@ -57,7 +58,8 @@ def test_ops_are_themselves_again_after_an_error():
 def test_a_profile_adds_up(monkeypatch):
     """With a clock that ticks once per reading, every clocked call takes one second."""
     ticks = itertools.count()
-    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    for module in (bench, timing):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     found = bench.profile(bench.Job("vit", batch=4, micro=4, **SIZES), rounds=3)
     assert (found["gradients"], found["adamw"], found["peak"]) == (1, 1, 1024 ** 3)
     assert all(row.forward == row.calls for row in found["ops"].values())

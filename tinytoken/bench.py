@@ -3,7 +3,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from . import models, random, tensor
 from .backend import Array, blas_description, blas_threads, cpu_count
 from .cost import recorded_macs
 from .errors import expect
+from .experiments import timing
 from .tasks import task as tasks
 from .train import AdamW, infer, loss_and_grads, slice_size
 
@@ -57,13 +58,8 @@ class Job:
 
 def speeds(job: Job, rounds: int = 9) -> dict[str, list[float]]:
     """{"step" | "infer": [median, lowest, highest] seconds of a batch}, in interleaved rounds."""
-    times: dict[str, list[float]] = {"step": [], "infer": []}
-    for turn in range(rounds + 1):
-        for name, seconds in times.items():
-            elapsed = _seconds(getattr(job, name))
-            if turn:  # the first is for warming up
-                seconds.append(elapsed)
-    return {name: [f(seconds) for f in (statistics.median, min, max)] for name, seconds in times.items()}
+    times = timing.interleaved({"step": job.step, "infer": job.infer}, rounds)
+    return {name: [f(taken) for f in (statistics.median, min, max)] for name, taken in times.items()}
 
 
 def speeds_text(job: Job, times: dict[str, list[float]]) -> str:
@@ -125,8 +121,8 @@ def profile(job: Job, rounds: int = 5) -> dict[str, Any]:
     peaks, tables = [], []
     job.gradients(threads=1)
     for _ in range(rounds):
-        totals.append(_seconds(lambda: job.gradients(threads=1)))
-        updates.append(_seconds(job.optimizer.step))
+        totals.append(timing.seconds(lambda: job.gradients(threads=1)))
+        updates.append(timing.seconds(job.optimizer.step))
         peaks.append(blas_rate())
         with timed_ops() as rows:
             job.gradients(threads=1)
@@ -138,17 +134,11 @@ def profile(job: Job, rounds: int = 5) -> dict[str, Any]:
             "peak": max(peaks)}
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
 def blas_rate(size: int = 1024) -> float:
     """Multiply-adds per second of a float32 product of two size x size matrices on one thread."""
     a = np.ones((size, size), "float32")
     with blas_threads(1):
-        return size ** 3 / min(_seconds(lambda: a @ a) for _ in range(3))
+        return size ** 3 / min(timing.seconds(lambda: a @ a) for _ in range(3))
 
 
 def profile_text(times: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
 """Speeds, and what they were measured on."""
+import functools
 import pathlib
 import platform
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,29 @@ def images_per_second(ways: dict[str, tuple[Any, dict[str, Any]]], images: Array
     """{name: [median, lowest, highest]}. ways: {name: (model, further arguments of its call)}.
 
     The rounds are interleaved, so that whatever else the machine does slows all models alike."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, (model, call) in ways.items():
-            began = time.perf_counter()
-            infer(model, images, threads=threads, **call)
-            if turn:  # the first is for warming up
-                rates[name].append(len(images) / (time.perf_counter() - began))
+    runs = {name: functools.partial(infer, model, images, threads=threads, **call)
+            for name, (model, call) in ways.items()}
+    rates = {name: [len(images) / taken for taken in times]
+             for name, times in interleaved(runs, rounds).items()}
     return {name: [round(f(r), 1) for f in (statistics.median, min, max)] for name, r in rates.items()}
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int = 9) -> dict[str, list[float]]:
+    """{name: the seconds of its run in each round}. A round before these is for warming up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            taken = seconds(run)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 def machine(device: str) -> dict[str, Any]:
