@@ -16,7 +16,6 @@ from ..errors import Busy, InputError, expect
 from ..files import as_json, check_writable, claimed, replacing, write_json
 from ..train import Run
 from .arm import Arm, Recipe
-from .arm import Recipe
 from .timing import machine
 from .trial import Trial
 

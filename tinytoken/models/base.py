@@ -13,6 +13,7 @@ from ..errors import InputError, expect
 from ..registry import Registry
 from ..tensor import Tensor
 
+
 def is_number(value: Any) -> bool:
     """A whole or broken number, of Python or NumPy."""
     return isinstance(value, numbers.Real)
