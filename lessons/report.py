@@ -13,6 +13,7 @@ import sys
 
 from tinytoken.errors import InputError, expect
 from tinytoken.experiments import interval_text, spread_text
+from tinytoken.experiments.stats import bounds_text
 from tinytoken.experiments.tables import conditions_text, markdown_table, table_text
 from tinytoken.files import replacing
 
@@ -93,11 +94,9 @@ def claims_text(claims):
     """A line per claim of a lesson, whether it holds or not."""
     lines = []
     for claim in claims:
-        low, high = claim["bound"]
-        bounds = [f"above {low:g}"] if low is not None else []
-        bounds += [f"at most {high:g}"] if high is not None else []
         verdict = "holds" if claim["holds"] else "**fails**"
-        lines.append(f"- {verdict}: {claim['claim']}: {claim['measured']:.3g} ({', '.join(bounds)})")
+        lines.append(f"- {verdict}: {claim['claim']}: {claim['measured']:.3g} "
+                     f"({bounds_text(*claim['bound'])})")
     return "\n".join(lines)
 
 

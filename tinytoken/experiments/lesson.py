@@ -16,6 +16,7 @@ from ..errors import Busy, InputError, expect
 from ..files import as_json, check_writable, claimed, replacing, write_json
 from ..train import Run
 from .arm import Arm, Recipe
+from .stats import bounds_text
 from .timing import machine
 from .trial import Trial
 
@@ -122,9 +123,7 @@ class Lesson:
         set before the run."""
         holds = (low is None or measured > low) and (high is None or measured <= high)
         self.claims.append({"claim": text, "measured": measured, "bound": [low, high], "holds": holds})
-        bounds = [f"above {low:g}"] if low is not None else []
-        bounds += [f"at most {high:g}"] if high is not None else []
-        print(f"{'holds' if holds else 'FAILS'}  {text}: {measured:.2f} ({', '.join(bounds)})")
+        print(f"{'holds' if holds else 'FAILS'}  {text}: {measured:.2f} ({bounds_text(low, high)})")
 
     def says(self, headline: str) -> None:
         """Print, and note for the JSON, what this run has measured: a sentence or two, for RESULTS.md."""

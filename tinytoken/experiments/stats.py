@@ -39,3 +39,10 @@ def spread_text(values: Sequence[float | None], form: str = ".1f") -> str:
 def interval_text(middle: float, low: float, high: float) -> str:
     """A difference in points with the ends of its interval, as `difference` returns them."""
     return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def bounds_text(low: float | None, high: float | None) -> str:
+    """Two bounds, of which either may be None."""
+    texts = [f"above {low:g}"] if low is not None else []
+    texts += [f"at most {high:g}"] if high is not None else []
+    return ", ".join(texts)
