@@ -5,6 +5,12 @@
 # Training means: make one number, the *loss* L, small by changing many numbers, the *parameters*. For that we
 # need the *gradient*: the derivative of L with respect to every parameter. The expressions are long, so a
 # program should do it. *Autograd* is that program. You need NumPy and the chain rule.
+#
+# All lessons begin like the next cell. `lesson.begin` reads the options of the command line: `--smoke` runs the
+# lesson in seconds, to see whether it works, and `--full` runs it longer. `here` then knows this run:
+# `here.pick(a, b, c)` is a in a smoke run, b by default and c in a full run, `here.seed` is the seed of all
+# random draws, `here.picture` saves a figure, and `here.measured` writes down results for a JSON file. In a
+# notebook there are no options, and you get the defaults.
 
 # %%
 import inspect

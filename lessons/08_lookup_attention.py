@@ -1,17 +1,18 @@
 # %% [markdown]
 # # Lesson 08: Lookup attention
-# You will be able to pass what many tokens know through a few and back with one score matrix, and to say what
-# each reading costs.
+# After this lesson you can pass what many tokens know through a few tokens and back, with one matrix of
+# scores. You know four ways to read this matrix backward, and what each of them costs.
 #
-# LookupViT (Koner et al. 2024) has two sets of tokens. N **lookup tokens**, one for each patch, are many and
-# do cheap work. M **compressed tokens**, far fewer, do the heavy work. In each block the compressed tokens
-# read from the lookup tokens (the **gather**), are worked on, and what they found is written to the lookup
-# tokens (the **infusion**), by the scores that the gather has computed. This lesson builds how the compressed
-# tokens start, the gather, and the infusion. Lesson 09 builds the block around them.
+# LookupViT (Koner et al. 2024) has two sets of tokens. The N **lookup tokens**, one for each patch, are many,
+# and little work is done for each. The M **compressed tokens** are far fewer, and do the heavy work. In each
+# block the compressed tokens read from the lookup tokens (the **gather**) and are processed. Then their
+# result is written to the lookup tokens (the **infusion**), with the same scores that the gather has
+# computed. This lesson builds the start of the compressed tokens, the gather, and the infusion. Lesson 09
+# builds the block around them.
 #
-# **What is the paper's and what is ours.** Of the paper only the abstract was at hand, not its equations.
-# Three public programs show how others read it, and they differ. Where they do, the choice is ours, and the
-# text says so. The last part names them.
+# **What is the paper's and what is ours.** We had only the abstract of the paper, not its equations. Three
+# public programs show how others have understood it, and they differ. Where they differ, we had to choose,
+# and the text says so. The last part names the three programs.
 
 # %%
 import numpy as np
@@ -27,24 +28,24 @@ BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 # %% [markdown]
 # ## Few tokens from many: the resize
 #
-# The patches lie on a grid. The compressed tokens start as this grid made smaller, as one makes a picture
-# smaller. Take one axis with a inputs and b outputs, b < a, so that each output stands for s = a / b inputs.
-# Input i lies at i. The centre of output o is c_o = (o + 1/2) s - 1/2, which spreads the outputs evenly over
-# the inputs. Three ways to weigh input i:
+# The patches lie on a grid. The compressed tokens start as a smaller version of this grid, in the same way as
+# a picture is made smaller. Take one axis with a inputs and b outputs, b < a, so that each output stands for
+# s = a / b inputs. Input i lies at position i. The centre of output o is at c_o = (o + 1/2) s - 1/2, so the
+# outputs are spread evenly over the inputs. There are three usual weights for input i:
 #
 #     plain bilinear     max(0, 1 - |i - c_o|)          the line between the two inputs around the centre
 #     antialiased        max(0, 1 - |i - c_o| / s)      the same triangle, s times as wide
 #     area               how much of [i - 1/2, i + 1/2] lies in [c_o - s/2, c_o + s/2]
 #
-# Each output's weights are divided by their sum, and make row o of a matrix (b, a). A grid of h x w tokens is
-# resized to m x n one axis after the other, with R_h (m, h) and R_w (n, w):
+# The weights of each output are divided by their sum. They are row o of a matrix (b, a). A grid of h x w
+# tokens is resized to m x n one axis after the other, with F_h (m, h) and F_w (n, w):
 #
-#     out[o, p] = sum_ij R_h[o, i] R_w[p, j] x[i, j]
+#     out[o, p] = sum_ij F_h[o, i] F_w[p, j] x[i, j]
 #
-# Number the tokens row by row: x[i, j] is number i w + j, out[o, p] is number o n + p. Then this is one
-# product with the matrix R (m n, h w) that has R_h[o, i] R_w[p, j] in row o n + p and column i w + j, and
-# that is the definition of kron(R_h, R_w). R is a constant, nothing in it is learned. The gradient goes back
-# through R^T.
+# Number the tokens row by row: x[i, j] is number i w + j, and out[o, p] is number o n + p. Then the resize is
+# one product with a matrix F (m n, h w), which has F_h[o, i] F_w[p, j] in row o n + p and column i w + j.
+# This is the definition of kron(F_h, F_w). F is a constant: nothing in it is learned. The gradient goes back
+# through F^T.
 
 # %%
 def axis_weights(a, b, kernel):
@@ -60,26 +61,26 @@ def axis_weights(a, b, kernel):
 
 
 def resize_by_hand(grid, size, kernel):
-    """R (m n, h w)."""
+    """F (m n, h w)."""
     return np.kron(axis_weights(grid[0], size[0], kernel), axis_weights(grid[1], size[1], kernel))
 
 
 KERNELS = ("plain bilinear", "antialiased", "area")
 x, W, bias = rng.standard_normal((48, 5)), rng.standard_normal((5, 7)), rng.standard_normal(7)  # 6 x 8 tokens
 for kernel in KERNELS:
-    R = resize_by_hand((6, 8), (2, 3), kernel)
-    assert np.allclose(R @ (x @ W + bias), (R @ x) @ W + bias, rtol=0, atol=1e-13)
+    F = resize_by_hand((6, 8), (2, 3), kernel)
+    assert np.allclose(F @ (x @ W + bias), (F @ x) @ W + bias, rtol=0, atol=1e-13)
     if kernel != "area":
         theirs = ops.resize(x[None], grid=(6, 8), size=(2, 3), antialias=kernel == "antialiased").data[0]
-        print(f"{kernel}: largest difference from tt.ops.resize {np.abs(R @ x - theirs).max():.0e}")
-        assert np.abs(R @ x - theirs).max() < 1e-13
+        print(f"{kernel}: largest difference from tt.ops.resize {np.abs(F @ x - theirs).max():.0e}")
+        assert np.abs(F @ x - theirs).max() < 1e-13
 tt.gradcheck(lambda x: ops.resize(x, grid=(6, 8), size=(2, 3)), x[None])
 
 # %% [markdown]
-# The first assertion says that projecting and resizing may change places: the rows of R sum to 1, so a bias
-# comes through as it is. Now: **which tokens are read at all?** Plain bilinear gives weight to two inputs per
-# output, however far apart the outputs are. Where s > 2, some inputs lie between. Such a token's column of R
-# is zero, and so is its gradient through R^T, for every loss.
+# The first assertion says that the projection and the resize can be exchanged: the rows of F sum to 1, so a
+# bias passes unchanged. Now: **which tokens are read at all?** Plain bilinear gives weight to two inputs per
+# output, no matter how far apart the outputs are. If s > 2, some inputs lie between two outputs and get no
+# weight. The column of F for such a token is zero, and so is its gradient through F^T, for every loss.
 
 # %%
 CASES = [(8, 2), (8, 3), (8, 4), (8, 5), (14, 3), (14, 5)]
@@ -117,22 +118,22 @@ def draw_resize(figure):
 here.picture("resize", draw_resize, width=11, height=7)
 
 # %% [markdown]
-# From 8 to 2, plain bilinear starts the compressed tokens from a quarter of the patches. The others do not
-# count at the start, though the gather, which comes next, can still read them. Two of the three programs
-# resize like that, since it is the default of PyTorch's `interpolate`; the third takes averages over areas.
-# JAX's resize antialiases unless told not to. We antialias.
+# From 8 to 2, plain bilinear starts the compressed tokens from only a quarter of the patches. The other
+# patches do not count at the start, but the gather, which comes next, can still read them. Two of the three
+# programs resize like that, since it is the default of PyTorch's `interpolate`. The third takes averages over
+# areas. The resize of JAX antialiases by default. We antialias, too.
 #
 # ## The gather
 #
-# The gather is attention (lesson 03). For one head of d channels, queries come from the compressed tokens,
-# keys and values from the lookup tokens:
+# The gather is attention (lesson 03). For one head with d channels, the queries come from the compressed
+# tokens, and the keys and values from the lookup tokens:
 #
 #     Q (M, d)   K (N, d)   V (N, d)
 #     S = Q K^T / sqrt(d)                        (M, d)(d, N) -> (M, N)    the scores
 #     A_mn = exp(S_mn) / sum_n' exp(S_mn')       (M, N)                    a softmax over the N lookup tokens, row by row
 #     O = A V                                    (M, N)(N, d) -> (M, d)    what each compressed token has read
 #
-# The op gives back A and S as well, as both are wanted a second time.
+# The op also returns A and S, since both are needed a second time.
 
 # %%
 def softmax(s, axis):
@@ -162,23 +163,24 @@ assert np.abs(O - ops.attention(q, k, v).data).max() < 1e-13
 # %% [markdown]
 # ## The same scores, read backward
 #
-# Row m of A says where compressed token m reads. Column n says who reads lookup token n, and how much. For
-# the way back each lookup token needs weights for the M compressed tokens: a matrix R (M, N) (from here on R
-# is this, no longer the resize), with
+# Row m of A says where compressed token m reads. Column n says which compressed tokens read lookup token n,
+# and how much. For the way back, each lookup token needs weights for the M compressed tokens. Call them a
+# matrix R (M, N), with
 #
 #     Y = R^T V'                                 (N, M)(M, d) -> (N, d)    what is written to each lookup token
 #
-# where V' (M, d) are values made from the compressed tokens after the work on them. All three programs make R
-# from what the gather knows: who reads a token, writes to it. But they do it in two ways. A third suggests
-# itself, and for comparison there is a fourth that reuses nothing:
+# where V' (M, d) are values computed from the compressed tokens after they were processed. All three programs
+# make R from the scores of the gather: a compressed token that reads a lookup token also writes to it. But
+# they do this in two different ways. A third way is close to these, and a fourth, which reuses nothing, is
+# here for comparison:
 #
 #     probs        R_mn = A_mn                                    the probabilities as they are
 #     renorm       R_mn = A_mn / c_n,   c_n = sum_m A_mn          divided, so that each lookup token gets 1 in all
 #     resoftmax    R_mn = exp(S_mn) / sum_m' exp(S_m'n)           the scores, with a softmax over the M this time
 #     separate     R_mn from queries of the lookup tokens and keys of the compressed ones: attention as usual
 #
-# Two of the programs take `probs`; one did at first and then went over to `resoftmax`. Our default, `probs`,
-# is our choice.
+# Two of the programs use `probs`. The third did so at first and later changed to `resoftmax`. Our default is
+# `probs`, which is our choice.
 
 # %%
 def reverse(A, S, reuse):
@@ -195,12 +197,13 @@ Y = {reuse: flip(R[reuse]) @ values for reuse in REUSE}
 assert all(np.abs(Y[kind] - ops.lookup_infuse(A, S, values, reuse=kind).data).max() < 1e-13 for kind in REUSE)
 
 # %% [markdown]
-# Let Z_m = sum_n exp(S_mn). Then A_mn = exp(S_mn - log Z_m), so **`renorm` is a softmax over m too**, of S_mn
-# - log Z_m in place of S_mn. Now add a number to a whole row of S: compressed token m likes all lookup tokens
-# better. Z_m takes it off again, and `probs` and `renorm` do not notice. With `resoftmax` all lookup tokens
-# now hear more of m. Add a number to a whole column: all like lookup token n better. A changes, and this time
-# `resoftmax` alone does not notice. So with `resoftmax` the scores can say something to the way there that
-# the way back does not hear, and the reverse.
+# Let Z_m = sum_n exp(S_mn). Then A_mn = exp(S_mn - log Z_m), so **`renorm` is a softmax over m, too**, but of
+# S_mn - log Z_m instead of S_mn. Now add a number to a whole row of S: all scores of compressed token m
+# become larger. Dividing by Z_m removes the number again, so `probs` and `renorm` do not change. With
+# `resoftmax`, all lookup tokens now receive more from m. Next, add a number to a whole column: all scores of
+# lookup token n become larger. A changes, and this time `resoftmax` is the only one that does not. So with
+# `resoftmax`, the scores can contain something for the gather that the infusion does not see, and the other
+# way round.
 
 # %%
 log_Z = np.log(np.exp(S).sum(axis=-1, keepdims=True))
@@ -217,14 +220,14 @@ for what, shift, unmoved in (("row", row, ("probs", "renorm")), ("column", colum
 # %% [markdown]
 # ## Masses
 #
-# The **mass** of lookup token n is the weight that it is given in all, sum_m R_mn. The M rows of A sum to 1
-# each, so with `probs` all masses together are M, and **the mean mass is M / N**, which is small. A single
-# mass c_n lies between 0, where nobody reads, and M. With `renorm` and `resoftmax` every mass is 1. And since
-# A_mn is c_n times `renorm`'s R_mn,
+# The **mass** of lookup token n is the sum of its weights, sum_m R_mn. Each of the M rows of A sums to 1. So
+# with `probs` the sum of all masses is M, and **the mean mass is M / N**, which is small. A single mass c_n
+# lies between 0 (nobody reads the token) and M. With `renorm` and `resoftmax` every mass is 1. And since A_mn
+# is c_n times the R_mn of `renorm`,
 #
 #     Y_n of probs = c_n (Y_n of renorm)
 #
-# `probs` is `renorm` behind a gate: a token that nobody reads is not written to.
+# So `probs` is `renorm` with a gate: nothing is written to a token that nobody reads.
 
 # %%
 mass = A.sum(axis=-2)  # (B, H, N)
@@ -235,8 +238,8 @@ assert all(np.allclose(R[reuse].sum(axis=-2), 1, rtol=0, atol=1e-14) for reuse i
 print("mean mass of 64 lookup tokens:", ", ".join(f"{M / 64:.2f} with {M} compressed" for M in (4, 9, 25)))
 
 # %% [markdown]
-# On pictures, without any learning: keys are the colours of the 64 patches, less their mean over all
-# pictures; queries are those colours, resized to 3 x 3 and doubled.
+# Here are the masses on pictures, without any learning. The keys are the colours of the 64 patches, minus
+# their mean over all pictures. The queries are these colours, resized to 3 x 3 and multiplied by 2.
 
 # %%
 _, test = here.pictures(8, here.pick(40, 200, 1000))
@@ -265,24 +268,24 @@ def draw_masses(figure):
 here.picture("masses", draw_masses, width=10, height=4.6)
 
 # %% [markdown]
-# The gate opens where the compressed tokens look. Without learning they look at what stands out: objects get
-# more than the rest, but some patches of objects get next to nothing (with seed 0, the violet cross of the
-# first picture).
+# The gate is open where the compressed tokens look. Without learning, they look at what stands out. Objects
+# get more weight than the rest, but some patches of objects get almost nothing (with seed 0, the violet cross
+# of the first picture).
 #
 # ## There and back: who hears whom
 #
-# Leave out the work in between for a moment, V' = O. Then the whole way is one linear map among lookup
-# tokens:
+# Leave out the processing in between for a moment: V' = O. Then the gather and the infusion together are one
+# linear map from lookup tokens to lookup tokens:
 #
 #     Y = R^T A V = T V,   T = R^T A             (N, M)(M, N) -> (N, N)
 #
-# T_nn' is how much token n hears of token n'. It is an attention among all N tokens through a bottleneck: its
-# rank is at most M, and nobody had to compute N x N scores. The rows of A sum to 1, so row n of T sums to the
-# mass of n. And
+# T_nn' is how much token n receives from token n'. T is an attention among all N tokens through a bottleneck:
+# its rank is at most M, and no N x N scores had to be computed. The rows of A sum to 1, so row n of T sums to
+# the mass of n. And
 #
-# **with `probs`, T = A^T A is symmetric**: as much as n hears of n', n' hears of n. With the other readings
-# it is not. One head of `probs` cannot read in one place and write in another; what that costs, a task below
-# will show.
+# **with `probs`, T = A^T A is symmetric**: n receives from n' as much as n' receives from n. With the other
+# ways it is not symmetric. So one head of `probs` cannot read in one place and write in another. A task below
+# shows what that costs.
 
 # %%
 for reuse in REUSE:
@@ -294,10 +297,10 @@ for reuse in REUSE:
 # %% [markdown]
 # ## The gradient: two uses add up
 #
-# The scores are used twice, and the loss L depends on them by both ways. Think of two copies, A_1 for the
-# gather and A_2 for the infusion: L(A_1, A_2) at A_1 = A_2 = A, and by the chain rule dL/dA = dL/dA_1 +
-# dL/dA_2. The tape adds what comes back from several uses (lesson 01). What are the parts? Let G (N, d) be
-# dL/dY. As in lesson 03, line by line, the infusion:
+# The scores are used twice, and the loss L depends on them through both uses. Imagine two copies, A_1 for the
+# gather and A_2 for the infusion. The loss is L(A_1, A_2) at A_1 = A_2 = A, and the chain rule says dL/dA =
+# dL/dA_1 + dL/dA_2. The tape adds the gradients of several uses (lesson 01). What are the two parts? Let G
+# (N, d) be dL/dY. First the infusion, line by line as in lesson 03:
 #
 #     dL/dV' = R G                               (M, N)(N, d) -> (M, d)                     (1)
 #     U = dL/dR = V' G^T                         (M, d)(d, N) -> (M, N)                     (2)
@@ -305,9 +308,10 @@ for reuse in REUSE:
 #     renorm:     dL/dA_2 = (U_mn - sum_m' U_m'n R_m'n) / c_n                               (3b)
 #     resoftmax:  dL/dS_2 = R_mn (U_mn - sum_m' U_m'n R_m'n)    the softmax's, over m       (3c)
 #
-# (3b): R is the softmax over m of log A, so dL/dlog A is what (3c) says, and dividing it by A_mn leaves R_mn
-# / A_mn = 1 / c_n in front. (1) goes back through the work on the compressed tokens until it arrives at O.
-# Only then can the gather's backward pass begin. Let G_O (M, d) be what arrives there:
+# For (3b): R is the softmax over m of log A, so dL/dlog A has the form of (3c). Divide it by A_mn, and the
+# factor R_mn / A_mn = 1 / c_n is left in front. The gradient (1) goes back through the processing of the
+# compressed tokens until it arrives at O. Only then can the backward pass of the gather begin. Let G_O (M, d)
+# be the gradient that arrives at O:
 #
 #     dL/dV = A^T G_O                            (N, M)(M, d) -> (N, d)                     (4)
 #     dL/dA_1 = G_O V^T                          (M, d)(d, N) -> (M, N)                     (5)
@@ -367,10 +371,10 @@ for reuse in REUSE:
         print(f"{reuse}, second use left out: {str(error).splitlines()[0]}")
 
 # %% [markdown]
-# The package's ops do the same on the tape: `lookup_gather` has three outputs, and its vjp gets three
-# gradients, of O, A and S. `detach()` cuts one use off: the value is the same, the gradient does not pass.
-# Cut at the infusion, what is left is the part of reading; cut at the gather, the part of writing. Their sum
-# is the whole.
+# The ops of the package do the same on the tape. `lookup_gather` has three outputs, and its vjp gets three
+# gradients, those of O, A and S. `detach()` cuts one use off: the value is the same, but no gradient passes.
+# If we cut at the infusion, the gradient of reading is left. If we cut at the gather, the gradient of writing
+# is left. Their sum is the whole gradient.
 
 # %%
 def gradient_of_q(reuse, g, cut=None):
@@ -399,7 +403,7 @@ for reuse in REUSE:
 # %% [markdown]
 # ## What it costs
 #
-# With D channels, H heads of d = D / H, and every projection a D x D matrix, in multiply-adds:
+# In multiply-adds, with D channels, H heads of d = D / H channels, and a D x D matrix for every projection:
 #
 #     gather      queries of M tokens, keys and values of N, output projection of M      (2 M + 2 N) D^2
 #                 S and A V                                                              2 N M D
@@ -407,10 +411,10 @@ for reuse in REUSE:
 #                 R^T V'                                                                 N M D
 #     separate    also queries of N and keys of M, and their scores                      (M + N) D^2 + N M D
 #
-# The first three readings cost the same; softmax and division are not multiply-adds. (That both projections
-# at the end exist is our reading: one program has both, one the gather's only, one none.) Here is the layer,
-# for counting and for the task below, which has no grid to resize: its compressed tokens start as learned
-# vectors.
+# The first three ways cost the same, since softmax and division are not multiply-adds. (Both output
+# projections are our choice: one program has both, one has only that of the gather, one has none.) Here is
+# the layer, for counting and for the task below. That task has no grid that could be resized, so the
+# compressed tokens start as learned vectors.
 
 # %%
 class ThereAndBack(tt.nn.Module):
@@ -464,36 +468,39 @@ for N, M, D in ((64, 9, 96), (196, 25, 384), (1024, 25, 384)):
     print(f"{N:>5}{M:>4}{D:>5}{cost['probs']:>16,}{cost['separate']:>16,}{direct:>16,}")
 
 # %% [markdown]
-# The last column is self-attention among the lookup tokens, whose place this takes. There is no N^2 in the
-# others.
+# The last column is self-attention among the lookup tokens, which gather and infusion replace. The other
+# columns have no term with N^2.
 #
 # ## A task: read here, write there
 #
-# 16 lookup tokens belong to 4 groups of 4, in random order. A token knows its group (one-hot), whether it
-# leads the group (one does), and 4 random numbers x. It is to say, in the task
+# There are 16 lookup tokens in 4 groups of 4, in random order. A token knows its group (one-hot), whether it
+# is the leader of its group (each group has one), and 4 random numbers x. There are two tasks. Each token
+# must tell,
 #
-# - **mean**: the mean of x over its group. All members should hear each other alike.
-# - **leader**: the x of its group's leader. It is read in one place and written in four.
+# - in the task **mean**: the mean of x over its group. All members should receive equally from each other.
+# - in the task **leader**: the x of the leader of its group. It must be read in one place and written in
+#   four.
 #
-# A model embeds the tokens (D = 32), adds what `ThereAndBack` writes to them, and has a linear layer for the
-# answer. There are 8 compressed tokens, and one head unless it says two. We measure the mean squared error as
-# a share of the answers' mean square. Think first:
+# The model embeds the tokens (D = 32), adds what `ThereAndBack` writes to them, and has a linear layer for
+# the answer. There are 8 compressed tokens, and one head, or two where the name says so. We measure the mean
+# squared error as a share of the mean square of the right answers. What can we expect?
 #
-# - **No way back.** The best guess is c times one's own x. For the mean, c = 1/4 leaves 3/4. For the leader
-#   the error is (1 - c)^2 in a quarter of the tokens, the leaders, and 1 + c^2 in the others: at best 15/16,
-#   with c = 1/4 again.
+# - **No way back.** The best guess is c times the token's own x. In the task mean, c = 1/4 leaves an error of
+#   3/4. In the task leader, the error is (1 - c)^2 for a quarter of the tokens, the leaders, and 1 + c^2 for
+#   the others. The best result is 15/16, again with c = 1/4.
 # - **One head of `probs`.** T is symmetric. Let all compressed tokens of a group take 1 part from its leader
-#   and t from each other member. The work in between and the last layer scale what comes back, by alpha say,
-#   and add c times one's own x. Then a member hears its leader with alpha t, the others with alpha t^2 and
-#   itself with alpha t^2 + c; the leader hears itself with alpha + c and the members with alpha t. The best
-#   t, alpha and c are 1/3, 5/4 and -1/6. A then has weights 1/2 and 1/6, and **5/12 = 41.7 %** is left
-#   (exercise 3; the cell below tries all t). This takes for granted that the weights do not depend on x. The
-#   keys do see x, so it is what to expect, not a bound.
-# - **Two heads of `probs`** can share the errand: one reads, the other writes.
-# - **The others** can do it with one head. What raises a leader's scores for all compressed tokens, a softmax
-#   over m does not see, and so writing is free to go to all members.
+#   and t parts from each other member. The processing in between and the last layer scale what comes back by
+#   a factor alpha, and add c times the token's own x. Then a member receives its leader with the factor alpha
+#   t, the other members with alpha t^2, and itself with alpha t^2 + c. The leader receives itself with
+#   alpha + c and the members with alpha t. The best t, alpha and c are 1/3, 5/4 and -1/6. Then A has the
+#   weights 1/2 and 1/6, and **5/12 = 41.7 %** of the error is left (exercise 3; the cell below tries all t).
+#   Here we assume that the weights do not depend on x. The keys do see x, so this is what we expect, not a
+#   bound.
+# - **Two heads of `probs`** can share the task: one reads, the other writes.
+# - **The other ways** can do it with one head. If all scores of a leader become larger, a softmax over m does
+#   not change, so the leader can be read more without being written to more.
 #
-# Two more arms have `probs` with one of its uses cut off.
+# Two more arms use `probs` with the gradient of one of its two uses cut off.
 
 # %%
 def compromise(t):
@@ -579,13 +586,13 @@ for name in MODELS:
                                   for task in left))
 
 # %% [markdown]
-# The task "mean" all readings can do, also with either use cut off: reading and writing want the same there.
-# In the task "leader" one head of `probs` comes out at about the 41.7 % that we worked out, and two heads
-# near 0. A run that stands out got stuck: two groups share their compressed tokens, or one group has none.
-# (For the task leader, the last part prints errors by group.)
+# All ways can do the task "mean", even if one of the uses is cut off: reading and writing need the same
+# weights there. In the task "leader", one head of `probs` reaches about the 41.7 % that we computed, and two
+# heads come near 0. If one run is much worse than the others, its training got stuck: two groups share their
+# compressed tokens, or one group has none. (For the task leader, the last part prints the errors by group.)
 #
-# Where do the trained models look? In the tests tokens are sorted, group by group and the leader first, so we
-# may take means.
+# Where do the trained models look? In the test data the tokens are sorted, group by group and the leader
+# first, so we can average the maps.
 
 # %%
 leader, maps, masses_learned = np.arange(N) % MEMBERS == 0, {}, {}
@@ -618,15 +625,15 @@ def draw_maps(figure):
 here.picture("maps", draw_maps, width=12, height=3.5)
 
 # %% [markdown]
-# The map of `probs` is symmetric: members hear their leader, so the leader hears the members, and members
-# hear each other. Where it has two heads, one reads leaders and the other writes to the rest (seed 0).
-# `renorm` and `resoftmax` read mostly leaders, and the columns of the others, small as they are, still say
-# which compressed token is theirs.
+# The map of `probs` is symmetric: members receive from their leader, so the leader receives from the members,
+# and the members receive from each other. With two heads, one reads the leaders and the other writes to the
+# other tokens (seed 0). `renorm` and `resoftmax` read mostly the leaders. The columns of the other tokens are
+# small, but they still tell which compressed token belongs to them.
 #
-# The cut arms fail in opposite ways. Without the gradient of writing, A learns what is good to read: nearly
-# all mass goes to leaders, and nothing is written to the others, which are 3/4. Without that of reading, it
-# learns where something should be written, and reads there too. Uncut, the two pull against each other. To
-# see it, give each use its own copy of S:
+# The two arms with a cut fail in opposite ways. Without the gradient of writing, A learns what is good to
+# read. Nearly all mass goes to the leaders, and nothing is written to the other tokens, which are 3/4 of all.
+# Without the gradient of reading, A learns where something should be written, and reads there, too. Without a
+# cut, the two gradients pull in opposite directions. To see that, give each use its own copy of S:
 
 # %%
 def by_use(model, tokens, answers):
@@ -663,18 +670,20 @@ def draw_uses(figure):
 here.picture("uses", draw_uses, width=9, height=5.2)
 
 # %% [markdown]
-# Reading wants more weight on the leaders, writing wants it on the others. Training has stopped where they
-# nearly cancel.
+# The gradient of reading asks for more weight on the leaders, that of writing asks for more on the others.
+# Training has ended where the two nearly cancel.
 #
-# **How far does this carry?** The task was made for this. It shows what one layer of each reading can
-# express, not which reading is best on pictures. In a LookupViT block the compressed tokens also attend to
-# each other between the two ways, so what one has read another can write; there are several heads; and the
-# small masses of `probs` make a gentle start. Lesson 09 compares the readings on pictures.
+# **How general is this?** The task was made to show this difference. It shows what one layer of each way can
+# express, not which way is best on pictures. In a LookupViT block, the compressed tokens also attend to each
+# other between the gather and the infusion, so one token can write what another has read. There are several
+# heads. And with the small masses of `probs`, training starts gently. Lesson 09 compares the four ways on
+# pictures.
 #
 # ## What was measured
-# Exact, and asserted at every size: both ops and all gradients against our own, which tokens are never read,
-# row and column sums, what a number added to a row or column of S moves, the symmetry of T, two uses adding
-# up, multiply-adds. Measured: the masses on pictures, and the task.
+# These are exact, and asserted in every run: both ops and all gradients against our own, which tokens are
+# never read, the sums of rows and columns, what changes if a number is added to a row or column of S, the
+# symmetry of T, that the two uses add up, and the multiply-adds. The masses on pictures and the results of
+# the task are measured.
 
 # %%
 share = {name: f"{np.median(shares):.1f}" for name, shares in left["leader"].items()}
@@ -695,18 +704,18 @@ for name, shares in left["leader"].items():
 
 # %% [markdown]
 # ## Exercises
-# 1. By hand: M = 2, N = 3, d = 1 and S = [[0, 0, log 2], [0, log 3, 0]]. Compute A, the three R and all
-#    masses. Check with `reverse`.
-# 2. Adaptive average pooling, as PyTorch has it, averages inputs floor(o s) to ceil((o + 1) s) - 1 with equal
+# 1. Let M = 2, N = 3, d = 1 and S = [[0, 0, log 2], [0, log 3, 0]]. Compute A, the three R and all masses by
+#    hand. Check them with `reverse`.
+# 2. PyTorch's adaptive average pooling averages the inputs floor(o s) to ceil((o + 1) s) - 1 with equal
 #    weights. Add it to `axis_weights`. For which of CASES is it the same as "area"? Does every token count
 #    the same?
 # 3. Derive t = 1/3, alpha = 5/4, c = -1/6 and 5/12. (Write the error per token with the five kinds of pairs
 #    in `compromise`.) How much is left in groups of 8? Change MEMBERS and see.
-# 4. Cut the uses of `resoftmax` as well, on the task leader, and print its masses. Which cut hurts? Explain
-#    it with what each softmax sees of S.
+# 4. Cut the two uses of `resoftmax` as well, in the task leader, and print its masses. Which cut makes the
+#    result worse? Explain it with what each softmax sees of S.
 # 5. Let the compressed tokens attend to each other in between: in `infuse`, z = z + attention(z) with a
-#    `tt.nn.Attention(32, 1)`. Show that T becomes A^T P A with some P (M, M), and need not be symmetric. Does
-#    one head of `probs` now learn the task leader? Try 200 and 1,000 steps.
+#    `tt.nn.Attention(32, 1)`. Show that T becomes A^T P A with some P (M, M), and that it need not be
+#    symmetric. Does one head of `probs` now learn the task leader? Try 200 and 1,000 steps.
 #
 # ## The paper
 # Koner et al. 2024, "LookupViT: Compressing visual information to a limited number of tokens" (arXiv

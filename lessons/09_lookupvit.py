@@ -1,13 +1,18 @@
 # %% [markdown]
 # # Lesson 09: LookupViT
-# You will be able to build a LookupViT block by block, say what each part costs, and test whether it earns
-# what it saves.
+# After this lesson you can build a LookupViT block by block and say what each part costs. You can also test
+# whether the saving is worth its price.
 #
-# DynamicViT (lesson 07) throws tokens away. LookupViT (Koner et al. 2024) keeps them all and gives most of
-# the work to others. It has two sets of tokens. The **lookup tokens**, N of them, are the patches: many, and
-# on a cheap path. The **compressed tokens**, M of them, are the same patches resized to a small grid: few,
-# and on the expensive path. In each block the few read the many, think, and write back. Lesson 08 took the
-# reading and writing apart; here they become a network.
+# DynamicViT (lesson 07) removes tokens. LookupViT (Koner et al. 2024) keeps all tokens, but most of the work
+# is done by other, fewer tokens. It has two sets of tokens. The N **lookup tokens** are the patches: they are
+# many, and take a cheap path. The M **compressed tokens** are the same patches resized to a small grid: they
+# are few, and take the expensive path. In each block the few tokens read from the many, are processed, and
+# write their result back. Lesson 08 studied this reading and writing. In this lesson they become a network.
+#
+# **What is the paper's and what is ours.** We had only the abstract of the paper, and public programs that
+# follow it in different ways. So this model is one reading of the abstract, and its results say something
+# about our reading: they can neither confirm nor refute the figures of the paper. The last part lists each
+# choice that is ours.
 
 # %%
 import dataclasses
@@ -28,8 +33,8 @@ rng = np.random.default_rng(here.seed)
 
 # %% [markdown]
 # ## The block by hand
-# F_l (B, N, D) are the lookup tokens, F_p (B, M, D) the compressed ones, H heads of d = D / H numbers each. A
-# block has four parts, and each adds to one of the two sets:
+# F_l (B, N, D) are the lookup tokens and F_p (B, M, D) the compressed tokens. There are H heads with d = D /
+# H channels each. A block has four parts, and each part adds to one of the two sets:
 #
 #     (a) gather    Q = norm(F_p W_Q)   K = norm(F_l W_K)   V = F_l W_V           split into heads: (B, H, M or N, d)
 #                   A = softmax over N of Q K^T / sqrt(d)                         (B, H, M, N)
@@ -39,8 +44,8 @@ rng = np.random.default_rng(here.seed)
 #                   F_l <- F_l + [A^T V', heads side by side] W_O'                (B, N, D), the same A, read backward
 #     (d) light     F_l <- F_l + MLP(norm(F_l)), hidden width D / 2               (in (b) the MLP's is 4 D)
 #
-# All matrices have biases, left out above. The norms of (a) stand after the projection and before the cut
-# into heads.
+# All matrices have biases, which are left out above. The norms of (a) come after the projection and before
+# the split into heads.
 
 
 # %%
@@ -112,10 +117,10 @@ assert max(off(refined, compressed), off(written, lookup)) < 1e-12
 
 # %% [markdown]
 # ## The model by hand
-# Both sets come from the same patches X (B, N, D). The resize matrix R (M, N) of lesson 08 makes the
-# compressed ones, and each set has positions of its own. There is no class token. At the end each set is
-# normed, averaged, and classified by a head of its own; both are trained, and the compressed set's answer is
-# the model's.
+# Both sets come from the same patches X (B, N, D). The resize matrix of lesson 08, here R (M, N), makes the
+# compressed tokens. Each set has its own position embeddings P. There is no class token. At the end, each set
+# goes through a layer norm, is averaged, and is classified by its own head. Both heads are trained, and the
+# answer of the model is that of the compressed tokens.
 #
 #     F_l = X + P_l        F_p = R X + P_p        logits = mean over M of norm(F_p) W + b, and likewise for F_l
 
@@ -154,7 +159,7 @@ assert np.array_equal(model.eval()(images).logits.data, model.train()(images).lo
 
 # %% [markdown]
 # ## What it costs
-# Multiply-adds of a block, with M tokens where the work is heavy and N where it is light:
+# These are the multiply-adds of a block with N lookup tokens and M compressed tokens:
 #
 # | part | for each lookup token | for each compressed token | products of the attention |
 # |---|---|---|---|
@@ -164,10 +169,10 @@ assert np.array_equal(model.eval()(images).logits.data, model.train()(images).lo
 # | (d) light MLP | D^2 | | |
 # | together | **4 N D^2** | **15 M D^2** | **(3 N M + 2 M^2) D** |
 #
-# A ViT's block costs 12 N D^2 + 2 N^2 D. So however small M is, no more than two thirds of the linear part
-# can be saved; what is gone is the square of N. And nothing is free: the block has 19 D^2 weights where a
-# ViT's has 12 D^2. **A LookupViT has 1.58 times the parameters of the ViT of equal width and depth.** Its
-# saving is in multiply-adds, never in weights.
+# The block of a ViT costs 12 N D^2 + 2 N^2 D. So even with a very small M, a LookupViT saves at most two
+# thirds of the linear part. But the term with the square of N is gone. And the saving has a price: the block
+# has 19 D^2 weights, while the block of a ViT has 12 D^2. **A LookupViT has 1.58 times the parameters of a
+# ViT with the same width and depth.** It saves multiply-adds, never weights.
 
 # %%
 N, D, DEPTH, CLASSES = 64, 96, 6, 10
@@ -186,23 +191,25 @@ for kind, wanted in ((LookupViT, 19), (ViT, 12)):
 
 # %% [markdown]
 # ## The arms of the experiment
-# All arms are trained from scratch: the same pictures in the same order, the same steps of the same
-# optimiser. That LookupViT comes near a ViT of twice its multiply-adds says little by itself. Perhaps the ViT
-# is larger than it needs to be, and a smaller one comes as near. So there are **controls**:
+# All arms are trained from scratch, with the same pictures in the same order and the same number of steps of
+# the same optimiser. If LookupViT is nearly as good as a ViT with twice its multiply-adds, that alone says
+# little. Perhaps the ViT is larger than necessary, and a smaller ViT would be as good. So there are
+# **controls**:
 #
-# - ViTs cut to LookupViT's multiply-adds: one narrower, one of half the depth.
-# - A ViT on the 3 x 3 resized patches alone. If it does as well, the lookup tokens earn nothing.
-# - A ViT with patches of 8 x 8 pixels: fewer tokens, the plain way.
-# - A ViT with LookupViT's number of parameters.
-# - **No way back**: LookupViT without (c). The compressed tokens read the lookup tokens, which never learn of
-#   it. If it does as well, writing back earns nothing.
+# - Two ViTs with the multiply-adds of LookupViT: one is narrower, one has half the depth.
+# - A ViT that gets only the 3 x 3 resized patches. If it is as good, the lookup tokens are of no use.
+# - A ViT with patches of 8 x 8 pixels: the simple way to have fewer tokens.
+# - A ViT with as many parameters as LookupViT.
+# - **No way back**: LookupViT without (c). The compressed tokens read from the lookup tokens, but write
+#   nothing back. If this arm is as good, writing back is of no use.
 #
-# Then variations: other grids; the four readings of the attention in (c) that lesson 08 lists; one head; the
-# norms of (a) before the projections; and 256 tokens, where there is more to save.
+# Then there are variations: other grids; the four ways to reuse the attention in (c), from lesson 08; one
+# head; the norms of (a) before the projections; and 256 tokens, where there is more to save.
 #
-# The last four arms were added when the first full run had shown that the model without a way back is the
-# better one (see below). Is it the second head, or do the lookup tokens learn the 16,000 training pictures by
-# heart? So there are both models with one head, and three arms that see no picture twice, with all seeds.
+# The last arms were added after the first full run. It had shown that the model without a way back is better
+# (see below). Is the second head the reason? Or do the lookup tokens memorise the 16,000 training pictures?
+# To find out, both models are also trained with one head, and three arms never see a picture twice, all of
+# them with all seeds.
 
 
 # %%
@@ -314,12 +321,13 @@ looks = np.array(rows[LOOKUP][0].pop("looks"))
 
 # %% [markdown]
 # ## Where does the way back pay?
-# The class is read off the compressed tokens. For it the way back can only help in a roundabout way: what is
-# written to a lookup token in one block is read from it in the next. So take a task whose answer stands at
-# the lookup tokens: **which share of this patch is object?** A patch of 4 x 4 pixels cannot tell by itself,
-# since the clutter has the colours of the objects. It has to learn from the rest of the picture, and without
-# (c) nothing of that ever reaches it. A linear head on each patch token gives the share; the loss is the
-# squared error, the measure the share of the variance that is explained (R^2: 1 is perfect, 0 is a constant).
+# The class is computed from the compressed tokens. So the way back can help only indirectly: what is written
+# to a lookup token in one block is read from it in the next. Now take a task whose answer is needed at the
+# lookup tokens: **what share of this patch is object?** A patch of 4 x 4 pixels does not show that by itself,
+# since the clutter has the same colours as the objects. The token needs information from the rest of the
+# picture, and without (c) none of it can reach the token. A linear head on each patch token predicts the
+# share. The loss is the squared error, and the measure is the share of the variance that is explained (R^2: 1
+# is perfect, 0 is as good as a constant).
 
 
 # %%
@@ -386,9 +394,9 @@ maps = {name: done[f"locate seed{seeds[0]} {name}"]["first"] for name in located
 
 # %% [markdown]
 # ## What was measured
-# ± is the standard deviation over seeds. A difference is paired: the same seed, so the same pictures in the
-# same order. Its 95 % interval is Student's over the seeds, or, where there is one seed, the normal one over
-# the test pictures (which says nothing of how another seed would have come out).
+# ± is the standard deviation over seeds. A difference is paired: both arms have the same seed, so the same
+# pictures in the same order. Its 95 % interval is Student's over the seeds. Where there is only one seed, it
+# is the normal interval over the test pictures, which does not tell how another seed would have come out.
 
 # %%
 differences = {}
@@ -406,7 +414,7 @@ for name, found in located.items():
               f"{spread_text(found, '.3f')}")
 
 # %% [markdown]
-# The claims, with bounds that were set before the first full run. A smaller run decides nothing.
+# Here are the claims. Their bounds were set before the first full run. A smaller run decides nothing.
 
 # %%
 here.claim("LookupViT 3x3: MACs, of the ViT's", rows[LOOKUP][0]["macs"] / rows[VIT][0]["macs"], high=0.5)
@@ -488,68 +496,72 @@ here.measured(rows=rows, differences=differences, located=located, locate_steps=
               recipe=SETTINGS)
 
 # %% [markdown]
-# What to look for, with the figures of the full run on scenes (± where there are 3 seeds, else one; 3,000
-# steps; `lessons/results/09_lookupvit_full.json`). LookupViT 3x3 does with 0.45 of the ViT's multiply-adds
-# and loses 1.1 points, more than the point that we had allowed beforehand. Its controls are no worse: ViTs
-# cut to its multiply-adds lie 0.1 and 0.3 points above it, and **the model without a way back is a point
-# better**, 98.0 ± 0.1 %, as good as the ViT at 0.37 of its multiply-adds. So reading from many tokens by few
-# is worth its price (on the 9 resized patches alone a ViT gets 45.9 %, with patches of 8 x 8 pixels 93.0 %).
-# Writing back to them is not, for a class.
+# This is what to look for. The figures are those of the full run on scenes (3,000 steps; 3 seeds where there
+# is a ±, otherwise one; `lessons/results/09_lookupvit_full.json`). LookupViT 3x3 needs 0.45 of the ViT's
+# multiply-adds and loses 1.1 points. That is more than the one point that we had allowed before the run. Its
+# controls are not worse: the ViTs with its multiply-adds are 0.1 and 0.3 points better, and **the model
+# without a way back is one point better**. It reaches 98.0 ± 0.1 %, as good as the ViT, with 0.37 of the
+# ViT's multiply-adds. So it is worth its price that a few tokens read from many (a ViT reaches 45.9 % with
+# the 9 resized patches alone, and 93.0 % with patches of 8 x 8 pixels). Writing back is not worth its price
+# here, where the answer is a class.
 #
-# Why not? Compare the heads. With one classifier the way back costs nothing: 97.6 ± 0.1 % with it, 97.4 ± 0.3
-# % without, both half a point or more behind the ViT. It is the second classifier that makes the difference,
-# and in both directions: the model with a way back loses 0.6 points by it, the one without gains as much. The
-# training losses ("trained" in the JSON) suggest how. Without a way back a lookup token knows its own patch
-# and no more, and its classifier's loss stays above 0.1: to the end it asks of every patch what can be told
-# of the class, and that is what the compressed tokens read. With a way back that loss falls below 0.001 like
-# the other. The answer is written to the lookup tokens, and nothing is asked of them any more. That is an
-# explanation; what is shown is that the second classifier does it.
+# Why not? Compare the models with one classifier and with two. With one classifier the way back costs
+# nothing: 97.6 ± 0.1 % with it, 97.4 ± 0.3 % without it. Both are half a point or more behind the ViT. The
+# second classifier makes the difference, in opposite directions: the model with a way back loses 0.6 points
+# with it, and the model without gains as much. The training losses ("trained" in the JSON) suggest a reason.
+# Without a way back, a lookup token knows only its own patch, and the loss of its classifier stays above 0.1.
+# So until the end of training, this loss demands of every patch what it can tell about the class, and that is
+# what the compressed tokens read. With a way back, this loss falls below 0.001, like the other one: the
+# answer is written to the lookup tokens, and the loss demands nothing of them any more. This is an
+# explanation, not a proof. What the arms show is that the second classifier causes the difference.
 #
-# How much it matters is in part a question of learning by heart. The 16,000 pictures are shown twelve times,
-# and all arms of 3,000 steps but the one on 3 x 3 tokens end with a class loss of 0.001 or less. Where no
-# picture is shown twice ("new pictures"), the ViT gets 99.0 ± 0.2 %, LookupViT 98.7 ± 0.1 %, the model
-# without a way back 99.0 ± 0.0 %. A third of the gap to the ViT is left, 0.4 points [-0.3, 1.0], and a third
-# of that to the model without a way back, 0.3 [0.05, 0.6]. So it shrinks, but does not vanish.
+# A part of the gap comes from memorising. The 16,000 pictures are shown twelve times, and all arms of 3,000
+# steps except the one on 3 x 3 tokens end with a class loss of 0.001 or less. If no picture is shown twice
+# ("new pictures"), the ViT reaches 99.0 ± 0.2 %, LookupViT 98.7 ± 0.1 %, and the model without a way back
+# 99.0 ± 0.0 %. A third of the gap to the ViT is left: 0.4 points [-0.3, 1.0]. Also a third of the gap to the
+# model without a way back is left: 0.3 points [0.05, 0.6]. So the gap becomes smaller, but it does not
+# vanish.
 #
-# Of the variations (one seed; two seeds of LookupViT are up to 0.45 points apart) none stands out. 2 x 2
-# compressed tokens do as well as 5 x 5, and the picture of what they read suggests why: in the last block
-# nearly all nine read the same patches. At 256 tokens, after 1,000 steps, the way back costs two points; no
-# arm has finished learning by then.
+# None of the variations stands out (they have one seed, and two seeds of LookupViT differ by up to 0.45
+# points). 2 x 2 compressed tokens are as good as 5 x 5. The picture of what the tokens read suggests why: in
+# the last block, nearly all nine tokens of the 3 x 3 grid read the same patches. With 256 tokens, after 1,000
+# steps, the way back costs two points. But no arm has finished learning by then.
 #
-# **Where the way back pays.** Ask each patch which share of it is object, and without a way back 0.833 ±
-# 0.001 of the variance is explained, with it 0.893 ± 0.005, and by the ViT 0.891 ± 0.002. What the patches
-# have to know of each other comes to them through nine tokens as well as through the ViT's attention among
-# all, for half of the multiply-adds (0.48, since here the lookup tokens have to be finished in the last block
+# **Where the way back pays.** Here each patch must tell what share of it is object. Without a way back, 0.833
+# ± 0.001 of the variance is explained; with it, 0.893 ± 0.005; by the ViT, 0.891 ± 0.002. What the patches
+# need to know about each other reaches them through nine tokens as well as through the ViT's attention among
+# all tokens, for half of the multiply-adds (0.48, since the lookup tokens of the last block are needed here,
 # too).
 #
-# On CIFAR-10 (one seed, 20 epochs; `09_lookupvit_full_cifar10.json`) the ViT gets 77.5 %, LookupViT 75.3 %,
-# the model without a way back 75.7 %, the narrower ViT 76.6 %, the one of half the depth 76.0 %. Again the
-# second classifier hurts a model with a way back and helps one without, by 0.9 points [0.2, 1.7] and by 0.4,
-# which may be chance; its own loss ends at 0.56 and 0.94. With one classifier LookupViT gets 76.2 %, between
-# the two ViTs of its multiply-adds, and without a way back 75.3 %: here the way back is worth 0.9 points
-# [0.2, 1.6], though one seed alone says so. LookupViT does not learn less than the smaller ViTs: all arms but
-# the ViT end at a training loss of 0.55 to 0.58 for the class (the ViT at 0.47). With two classifiers it
-# learns more that is of no use on other pictures.
+# On CIFAR-10 (one seed, 20 epochs; `09_lookupvit_full_cifar10.json`) the ViT reaches 77.5 %, LookupViT 75.3
+# %, the model without a way back 75.7 %, the narrower ViT 76.6 %, and the ViT with half the depth 76.0 %.
+# Again the second classifier makes the model with a way back worse, by 0.9 points [0.2, 1.7], and the model
+# without better, by 0.4 points, which may be chance. Its own loss ends at 0.56 and 0.94. With one classifier,
+# LookupViT reaches 76.2 %, which is between the two ViTs with its multiply-adds, and the model without a way
+# back 75.3 %. So here the way back gains 0.9 points [0.2, 1.6], but this is a single seed. LookupViT does not
+# learn less than the smaller ViTs: all arms except the ViT end with a training loss of 0.55 to 0.58 for the
+# class (the ViT with 0.47). With two classifiers, more of what it learns is useless for other pictures.
 
 # %% [markdown]
 # ## Exercises
-# 1. For which M does a LookupViT's block cost as much as a ViT's, at N = 64 and at N = 256 (D = 96)? Solve
-#    the formula, then check with `tt.macs`.
-# 2. Let the compressed tokens start from learned vectors, the same for every picture, in place of the resized
-#    patches (override `embed`). Train it. What is lost besides accuracy? (Ask the model for another grid.)
-# 3. Average the answers of both heads at inference: `trial.answers(model, mean_of_heads=True)`. What does it
-#    gain, and what does it cost by `tt.macs(model, images, mean_of_heads=True)`?
-# 4. Take the light MLP away too: lookup tokens that never change. Which arm is it to be compared with, and
-#    what does it cost?
-# 5. Put a LookupViT's lookup tokens to work without training anew: of the model trained for classes, freeze
-#    all and train `Locator`'s head alone. Does it know where the object is? Compare with the model without a
-#    way back.
+# 1. For which M does the block of a LookupViT cost as much as the block of a ViT, with N = 64 and with N =
+#    256 (D = 96)? Solve the formula, then check with `tt.macs`.
+# 2. Let the compressed tokens start from learned vectors, the same for every picture, instead of the resized
+#    patches (override `embed`). Train the model. What is lost besides accuracy? (Ask the model for another
+#    grid.)
+# 3. Average the answers of both heads at inference: `trial.answers(model, mean_of_heads=True)`. What does
+#    this gain? What does it cost, according to `tt.macs(model, images, mean_of_heads=True)`?
+# 4. Remove the light MLP, too, so that the lookup tokens never change. With which arm should you compare this
+#    model? What does it cost?
+# 5. Use the lookup tokens of a LookupViT without training it again: take the model that was trained for
+#    classes, freeze all its weights, and train only the head of `Locator`. Do the tokens know where the
+#    object is? Compare with the model without a way back.
 #
 # ## The paper
 # Koner et al. 2024, "LookupViT: Compressing visual information to a limited number of tokens" (arXiv
-# 2407.12753). There is no official code, and public readings of the text differ. So for each step: our line,
-# what we chose where readers differ, and the test that holds us to it (`tests/models/test_lookupvit.py`,
-# where it is not said otherwise).
+# 2407.12753). There is no official code, we had the abstract of the paper but not its equations, and public
+# programs differ. So the table has, for each step, our line, what we chose where the programs differ, and the
+# test that checks it (in `tests/models/test_lookupvit.py`, unless another file is named).
 #
 # | step | our line (`models/lookupvit.py`) | our choice, where readings differ | test |
 # |---|---|---|---|

@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Lesson 10: One model, many budgets
-# You will be able to train one LookupViT that runs at several costs, and to say what that costs in accuracy.
+# After this lesson you can train one LookupViT that runs at several costs, and say how much accuracy this
+# loses.
 #
-# A phone and a server want different models, and so does the same phone at a low battery. With most networks
-# that means several sets of weights. A LookupViT (lesson 09) has one number that sets its cost, the number M
-# of compressed tokens, and nothing in its weights depends on it. So train one set of weights at several
-# grids, and choose the grid when the model is used.
+# A phone and a server need different models, and so does the same phone when its battery is low. With most
+# networks this means several sets of weights. In a LookupViT (lesson 09) one number sets the cost: the number
+# M of compressed tokens. The shapes of its weights do not depend on M. So we can train one set of weights
+# with several grids, and choose the grid when we use the model.
 
 # %%
 import dataclasses
@@ -25,15 +26,15 @@ rng = np.random.default_rng(here.seed)
 
 # %% [markdown]
 # ## Where the grid enters
-# In two places, both at the start. The compressed tokens are the patches X (B, N, D) resized to the grid, and
-# their positions are a learned table that is made for one grid and resized to the one that is asked for. With
-# R_{a -> b} the matrix of the resize from grid a to grid b (lesson 08), g the grid of the patches, t that of
-# the table P and m the one that is asked for:
+# The grid enters in two places, both at the start of the model. The compressed tokens are the patches X (B,
+# N, D) resized to the grid. Their positions are a learned table for one grid, which is resized to the grid
+# that we ask for. Let R_{a -> b} be the matrix that resizes grid a to grid b (lesson 08), g the grid of the
+# patches, t the grid of the table P, and m the grid that we ask for:
 #
 #     F_p = R_{g -> m} X + R_{t -> m} P        (B, M, D) = (M, N)(B, N, D) + (M, T)(T, D)
 #
-# Every block then works on M rows instead of others: its matrices are (D, D) or so, and its softmax runs over
-# the N lookup tokens.
+# Every block then works on M rows. M appears in none of the shapes of its matrices, which are (D, D) or
+# similar, and its softmax runs over the N lookup tokens.
 
 # %%
 SMALL = dict(image_size=16, patch_size=4, dim=12, depth=2, heads=3, compressed=(3, 3))
@@ -51,8 +52,8 @@ for m in ((1, 1), (2, 2), (2, 3), (3, 3), (4, 4)):
 assert np.array_equal(model(images).logits.data, model(images, compressed=(3, 3)).logits.data)
 
 # %% [markdown]
-# The gradient goes back through the same matrices: P gets R^T times what arrives at the resized table, so a
-# step at one grid moves the positions of all others with it.
+# The gradient goes back through the same matrices: the gradient of P is R^T times the gradient that arrives
+# at the resized table. So a step at one grid also moves the positions of all other grids.
 
 # %%
 labels = np.array([2, 7])
@@ -67,7 +68,7 @@ for m in ((2, 2), (4, 4)):
 
 # %% [markdown]
 # ## What a grid costs
-# With D = 96 and N = 64 the multiply-adds of a picture, from the count of lesson 09:
+# Here are the multiply-adds of a picture for D = 96 and N = 64, counted as in lesson 09:
 
 # %%
 WIDE = LookupViT(compressed=(5, 5))
@@ -79,15 +80,15 @@ for m in range(1, 9):
 
 # %% [markdown]
 # ## Training at a random grid
-# What should be small is the mean of the losses over the grids of a set G. Computing all of them would make a
-# step as dear as all grids together. A **random grid per step** has the right gradient on average,
+# We want the mean of the losses over the grids of a set G to be small. If we computed all of them, each step
+# would cost as much as all grids together. A **random grid per step** has the right gradient on average,
 #
 #     E_m [dL_m / dw] = 1/|G| sum over m in G of dL_m / dw,
 #
-# and costs one grid. The whole batch gets the same grid, so that it is one array. (What the paper does in
-# detail is not known to us: the set, the probabilities and whether the draw is for a batch or for a picture
-# are our choice.) The draw is a function of the seed and the step, as all randomness here: an interrupted run
-# goes on with the same grids.
+# and costs only one grid. The whole batch gets the same grid, so that it stays one array. (We do not know the
+# details of the paper. The set, the probabilities, and one draw per batch instead of one per picture are our
+# choice.) The draw depends only on the seed and the step, like all randomness here, so an interrupted run
+# continues with the same grids.
 
 
 # %%
@@ -117,11 +118,11 @@ assert np.abs(counts / 2000 - 1 / len(GRIDS)).max() < 0.05
 # %% [markdown]
 # ## The arms of the experiment
 # - **One model**: a random grid of G per step.
-# - **Single-size models**: for each grid of G a model that is trained at it and nothing else. Each gets as
-#   many steps as the one model got for all grids together; so at each grid the one model had a quarter of the
-#   practice.
-# - **Trained at 3x3 only**, run at the other grids: shows whether drawing grids is what makes the one model
-#   work, or whether any LookupViT would.
+# - **Single-size models**: for each grid of G, a model that is trained with this grid only. Each gets as many
+#   steps as the one model gets for all grids together. So the one model has had only a quarter of these steps
+#   at each grid.
+# - **Trained at 3x3 only**, then run at the other grids. This shows whether random grids are needed to make
+#   one model work at all grids, or whether any LookupViT can do it.
 #
 # All are trained from scratch, with the same pictures in the same order.
 
@@ -172,8 +173,8 @@ seconds = {name: [done[f"seed{seed} {name}"]["seconds"] for seed in seeds] for n
 
 # %% [markdown]
 # ## What was measured
-# ± is the standard deviation over seeds. "Less single" is the one model's accuracy less that of the model
-# that was trained at this grid alone, paired by seed. Grids outside of the set were never trained at.
+# ± is the standard deviation over seeds. "Less single" is the accuracy of the one model minus that of the
+# model that was trained with this grid only, paired by seed. Grids outside the set were not used in training.
 
 
 # %%
@@ -194,8 +195,9 @@ print("seconds of training:",
       ", ".join(f"{name} {spread_text(values, '.0f')}" for name, values in seconds.items()))
 
 # %% [markdown]
-# The claim, with a bound that was set before the first full run: at each of the four grids the one model
-# loses at most one point to the model that knows this grid alone. A smaller run decides nothing.
+# The claim, with a bound that was set before the first full run: at each of the four grids, the one model
+# loses at most one point against the model that was trained with this grid only. A smaller run decides
+# nothing.
 
 # %%
 for m in map(name_of, singles):
@@ -233,31 +235,32 @@ here.picture("budgets", draw_budgets, 10, 4.5)
 here.measured(rows=rows, seconds=seconds, seeds=seeds, grids=[name_of(m) for m in GRIDS], recipe=SETTINGS)
 
 # %% [markdown]
-# What to look for, with the figures of the full run (3 seeds, 3,000 steps;
-# `lessons/results/10_one_model_many_budgets_full.json`). At 3x3 and 4x4 the one model is as good as the
-# models that know one grid alone, at 5x5 it loses 0.3 points, at the smallest, 2x2, 0.65. Grids between and
-# beside those of the set work as well: 3x4, and even 1x1, lose little. Beyond the set it falls slowly (6x6:
-# 96.5 %) and then faster (8x8: 91.9 %), although every token then costs more: it has never seen so many. The
-# model that was trained at 3x3 alone runs anywhere too, but 1.5 points are lost at 2x2, 6 at 5x5 and half of
-# the pictures at 8x8. Drawing grids is what makes one model of many.
+# This is what to look for. The figures are those of the full run (3 seeds, 3,000 steps;
+# `lessons/results/10_one_model_many_budgets_full.json`). At 3x3 and 4x4, the one model is as good as the
+# models that were trained with one grid only. At 5x5 it loses 0.3 points, and at the smallest grid, 2x2,
+# 0.65. Other grids work, too: 3x4, and even 1x1, lose little. For grids larger than those of the set, the
+# accuracy falls slowly at first (6x6: 96.5 %) and then faster (8x8: 91.9 %), although more is computed: the
+# model has never seen so many tokens. The model that was trained at 3x3 only also runs with any grid, but it
+# loses 1.5 points at 2x2, 6 points at 5x5, and fails for half of the pictures at 8x8. So it is the random
+# grids that let one model replace many.
 
 # %% [markdown]
 # ## Exercises
-# 1. By hand: the table P has 5 x 5 positions. Write R_{5x5 -> 2x2} for one axis, and say which entries of P a
-#    step at the grid 2 x 2 moves, and which it does not. Check with `ops.resize_matrix`.
-# 2. Draw small grids more often than large ones in `ClassifyGrids.noise`. What does training cost now, on
-#    average? Where does accuracy move?
-# 3. Compute the gradients at all grids of one batch, and the cosine between each two of them. Do the grids
-#    pull in one direction? Do it at the start and at the end of training.
-# 4. Use the budget by need: run each test picture at 2 x 2, and those whose largest probability is below a
-#    threshold again at 5 x 5. Draw accuracy over mean multiply-adds for many thresholds (count both runs)
-#    beside the curve above.
-# 5. Let the model at 5 x 5 be the teacher of the same model at 2 x 2: in each step add the KL divergence
-#    between the two answers. What is the step's cost, and what does it bring?
+# 1. The table P has 5 x 5 positions. Write R_{5x5 -> 2x2} for one axis by hand. Which entries of P does a
+#    step at the grid 2 x 2 move, and which does it not move? Check with `ops.resize_matrix`.
+# 2. Change `ClassifyGrids.noise` so that small grids are drawn more often than large ones. What does training
+#    cost now, on average? At which grids does the accuracy change?
+# 3. For one batch, compute the gradients at all grids, and the cosine between each two of them. Do the grids
+#    pull in the same direction? Do this at the start and at the end of training.
+# 4. Spend more only where it is needed: run each test picture at 2 x 2, and run those whose largest
+#    probability is below a threshold again at 5 x 5. Plot the accuracy over the mean multiply-adds for many
+#    thresholds (count both runs), together with the curve above.
+# 5. Let the model at 5 x 5 be the teacher of the same model at 2 x 2: in each step, add the KL divergence
+#    between the two answers to the loss. What does a step cost now, and what do you gain?
 #
 # ## The paper
-# Koner et al. 2024 (arXiv 2407.12753) train one LookupViT for several compressed grids. We know that from the
-# abstract; the details are not known to us.
+# Koner et al. 2024 (arXiv 2407.12753) train one LookupViT for several compressed grids. We know this from the
+# abstract, and we do not know the details.
 #
 # | step | our line |
 # |---|---|
@@ -265,8 +268,8 @@ here.measured(rows=rows, seconds=seconds, seeds=seeds, grids=[name_of(m) for m i
 # | one table of positions for all | `ops.resize(self.pos_embed_compressed, grid=self.compressed, size=grid)` |
 # | a grid per training step | `ClassifyGrids` above |
 #
-# FlexiViT (Beyer et al. 2023, arXiv 2212.08013) does the same with the size of the patches, drawn anew for
-# each step.
+# FlexiViT (Beyer et al. 2023, arXiv 2212.08013) does the same with the patch size, which it draws at random
+# in each step.
 
 # %%
 here.end()

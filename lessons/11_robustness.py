@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Lesson 11: Robustness
-# You will be able to measure how models stand up to damaged pictures, and to tell robustness from mere
-# accuracy.
+# After this lesson you can measure how well models work on damaged pictures, and you can tell whether a model
+# is robust or only accurate.
 #
 # A camera shakes, a lens is dirty, a picture is compressed too much. A model that was trained on clean
-# pictures should not fall apart on such ones. LookupViT's authors report that it stands up to them better
-# than a ViT. Its compressed tokens average over many patches, and averages are less moved by noise. But a
-# coarse ViT averages too, and a more accurate model makes fewer errors on damaged pictures simply because it
-# makes fewer errors. So this lesson measures with controls for both.
+# pictures should still work on such pictures. The authors of LookupViT report that it is more robust than a
+# ViT. A possible reason: its compressed tokens are averages over many patches, and noise changes an average
+# less. But a coarse ViT averages, too. And a more accurate model makes fewer errors on damaged pictures
+# simply because it makes fewer errors everywhere. So this lesson has controls for both.
 
 # %%
 import dataclasses
@@ -31,15 +31,15 @@ RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
 
 # %% [markdown]
 # ## Damage, in five strengths
-# `tinytoken/data/corruptions.py` has nine corruptions, each at strengths 1 to 5, in the style of CIFAR-10-C
-# (Hendrycks & Dietterich 2019). Where their script for 32 x 32 pictures could be followed, it is; some
-# definitions are our own and simpler, and say so in their docstrings. So **these are not CIFAR-10-C's
-# figures**, and comparing them with published ones means nothing. The damage is drawn from a seed and the
-# picture's number: all models see the same bits.
+# `tinytoken/data/corruptions.py` has nine corruptions, each with strengths 1 to 5, in the style of CIFAR-10-C
+# (Hendrycks & Dietterich 2019). We follow the authors' script for 32 x 32 pictures where we could. Some
+# definitions are our own and simpler, and their docstrings say so. So **these are not the figures of
+# CIFAR-10-C**, and you cannot compare them with published ones. The damage depends only on a seed and the
+# number of the picture: all models see exactly the same pictures.
 #
-# One of them by hand: gaussian noise adds to each of the numbers of a picture, in units of [0, 1], an
-# independent normal number of standard deviation c. Afterwards the picture is cut to [0, 1] and rounded to 8
-# bits. On a mid-grey picture little is cut, so its standard deviation should be c.
+# Here is one of them by hand. Gaussian noise adds an independent normal number with standard deviation c to
+# each number of a picture, in units of [0, 1]. Then the picture is clipped to [0, 1] and rounded to 8 bits.
+# On a mid-grey picture little is clipped, so its standard deviation should be c.
 
 # %%
 grey = np.full((20, 3, 32, 32), 128, "uint8")
@@ -81,23 +81,23 @@ here.picture("damage", draw_damage, 12, 5.6)
 
 # %% [markdown]
 # ## What is measured
-# Err(f, c, s) is the share of wrong answers of the model f on test pictures with corruption c at strength s,
-# Err(f) that on clean ones. With the ViT as the yardstick,
+# Err(f, c, s) is the share of wrong answers of the model f on test pictures with corruption c at strength s.
+# Err(f) is the share on clean pictures. We compare with the ViT:
 #
 #     error of f under c, over the ViT's:   CE(f, c)  = sum over s of Err(f, c, s) / sum over s of Err(ViT, c, s)
 #     the same for what damage adds:        rCE(f, c) = sum over s of (Err(f, c, s) - Err(f)) / sum over s of (Err(ViT, c, s) - Err(ViT))
 #
-# and their means over the corruptions, mCE and relative mCE, in percent. Below 100 is better than the ViT.
-# mCE rewards being accurate; relative mCE asks only what damage adds, but is kind to a model that is bad
-# already. Neither is enough. So we also compare **at equal clean accuracy**: ViTs that were trained for fewer
-# steps give a curve of accuracy under damage over clean accuracy, and a model is robust in its own right if
-# it lies above that curve.
+# Their means over the corruptions are mCE and relative mCE, in percent. A value below 100 is better than the
+# ViT. mCE rewards accuracy. Relative mCE measures only the errors that damage adds, so it favours a model
+# that is already bad on clean pictures. Neither is enough. So we also compare **at equal clean accuracy**:
+# ViTs that were trained for fewer steps give a curve of the accuracy on damaged pictures over the accuracy on
+# clean ones. A model is robust, and not only accurate, if it lies above that curve.
 #
 # ## The arms
-# ViT, LookupViT and a ViT cut to LookupViT's multiply-adds are trained from scratch, and then all go on for a
-# quarter as many further steps at a smaller learning rate. DynamicViT spends its further steps learning what
-# to drop, with the ViT as its teacher (lesson 07). No arm ever sees a damaged picture in training. "ViT, n
-# steps" are the ViTs for the curve, trained for n steps and a quarter.
+# A ViT, a LookupViT and a smaller ViT with the multiply-adds of LookupViT are trained from scratch. Then all
+# of them are trained for a quarter as many further steps with a smaller learning rate. DynamicViT uses its
+# further steps to learn what to drop, with the ViT as its teacher (lesson 07). No arm sees a damaged picture
+# in training. "ViT, n steps" are the ViTs for the curve, trained for n steps and n / 4 further ones.
 
 # %%
 STEPS = here.pick(4, 100, 3000 if here.data == "scenes" else 15620)
@@ -162,8 +162,9 @@ costs = {name: done[f"seed{seeds[0]} {name}"]["macs"] for name in names}
 
 # %% [markdown]
 # ## What was measured
-# Errors in percent, ± the standard deviation over seeds. "Above the curve" is not known where an arm is more
-# accurate on clean pictures than the ViT of its seed; "(2 of 3)" says for how many seeds it is.
+# Errors are in percent, and ± is the standard deviation over seeds. "Above the curve" is not known where an
+# arm is more accurate on clean pictures than the ViT of the same seed. "(2 of 3)" says for how many seeds it
+# is known.
 
 
 # %%
@@ -251,44 +252,47 @@ here.picture("errors", draw_errors, 12, 4.6)
 here.measured(summary=summary, damaged=damaged, clean=clean, seeds=seeds, recipe=SETTINGS)
 
 # %% [markdown]
-# What to look for, with the figures of the full run (3 seeds, 3,000 steps and 750;
-# `lessons/results/11_robustness_full.json`). LookupViT errs on 15.5 % of the damaged pictures, the ViT on
-# 14.8 %: an mCE of 114.5 ± 10.2, where the authors report a gain. The curve says what it is: ViTs that are as
-# accurate on clean pictures do as well, +0.0 ± 0.9 points. Nothing is left that would be the method's own,
-# for better or worse. Low contrast is an exception, 30.0 ± 0.8 % of errors against the ViT's 37.4 ± 0.7; why,
-# was not examined. The ViT cut to the same multiply-adds errs on 17.0 ± 2.0 %, but look at its seeds (the
-# orange dots): one makes the difference. DynamicViT chooses tokens on pictures as it has never seen and loses
-# nothing (mCE 97.6 ± 2.6). And the ViTs of 375, 750 and 1,500 steps show how far mere accuracy goes: 210,
-# 145, 110. Relative mCE, which was to leave accuracy out, falls along with it (132, 122, 106).
+# This is what to look for. The figures are those of the full run (3 seeds, 3,000 steps and 750;
+# `lessons/results/11_robustness_full.json`). LookupViT is wrong for 15.5 % of the damaged pictures, the ViT
+# for 14.8 %. That is an mCE of 114.5 ± 10.2, while the authors report a gain. The curve shows the reason:
+# ViTs with the same accuracy on clean pictures are equally good, with a difference of +0.0 ± 0.9 points. So
+# here the method itself makes the model neither more nor less robust. Low contrast is an exception: 30.0 ±
+# 0.8 % of errors, and 37.4 ± 0.7 % for the ViT. We did not examine why. The ViT with the same multiply-adds
+# is wrong for 17.0 ± 2.0 %, but look at its seeds (the orange dots): one of them makes the difference.
+# DynamicViT chooses tokens on pictures of a kind that it has never seen, and loses nothing (mCE 97.6 ± 2.6).
+# The ViTs with 375, 750 and 1,500 steps show how much accuracy alone explains: their mCE is 210, 145 and 110.
+# Relative mCE, which is meant to leave accuracy out, falls with it (132, 122, 106).
 #
-# How much is chance? Two ViTs that differ in their seed alone are a point apart on clean pictures and seven
-# under haze, two narrower ones seventeen. Whoever reports one seed of one corruption reports luck.
+# How much is chance? Two ViTs that differ only in their seed are one point apart on clean pictures and seven
+# points apart under haze. Two narrower ViTs are seventeen points apart. A result with one seed and one
+# corruption is luck.
 
 # %% [markdown]
 # ## Exercises
-# 1. Which corruptions take away fine detail, and which change all patches alike? Sort the table by it. What
-#    would you expect of a model that averages over patches, and what do you see?
-# 2. Measure mCE for one strength at a time. Do the models change places between strengths 1 and 5?
+# 1. Which corruptions remove fine detail, and which change all patches in the same way? Sort the table by
+#    this. What do you expect of a model that averages over patches, and what do you see?
+# 2. Measure mCE for each strength separately. Does the order of the models change between strengths 1 and 5?
 # 3. DynamicViT chooses tokens by what it sees. Compare the share of object in the patches that it keeps on
-#    clean and on damaged scenes (`experiments.kept_on_object`). Does it lose the object, or does it keep it
-#    and fail to name it?
-# 4. Train a LookupViT and a ViT on pictures with gaussian noise of strength 3. Who gains more, on which other
-#    corruptions?
-# 5. A model with random answers has an error of 90 % whatever the damage. What are its mCE and relative mCE?
-#    Which other number would you demand beside them before you believed a claim of robustness?
+#    clean and on damaged scenes (`experiments.kept_on_object`). Does it lose the object, or does it keep the
+#    object and fail to recognise it?
+# 4. Train a LookupViT and a ViT on pictures with gaussian noise of strength 3. Which of them gains more, and
+#    on which other corruptions?
+# 5. A model with random answers has an error of 90 %, whatever the damage is. What are its mCE and its
+#    relative mCE? Which other number would you ask for before you believe that a model is robust?
 #
 # ## The paper
 # The measures are those of Hendrycks & Dietterich 2019, "Benchmarking Neural Network Robustness to Common
-# Corruptions and Perturbations" (arXiv 1903.12261); their yardstick is AlexNet, ours the ViT of the same
-# seed.
+# Corruptions and Perturbations" (arXiv 1903.12261). They compare with AlexNet, we compare with the ViT of the
+# same seed.
 #
 # | paper | our line |
 # |---|---|
 # | CE_c^f = sum_s E_{s,c}^f / sum_s E_{s,c}^AlexNet | `own / vit` in `over_vit` |
 # | relative CE_c^f = sum_s (E_{s,c}^f - E_clean^f) / sum_s (E_{s,c}^AlexNet - E_clean^AlexNet) | the same, with `added` |
 #
-# Koner et al. 2024 (LookupViT) report up to 4 % more accuracy than ViT on ImageNet-C, -R, -A and -O. Nothing
-# here stands for the last three: they need photographs of other kinds, not damaged ones.
+# Koner et al. 2024 (LookupViT) report up to 4 % more accuracy than ViT on ImageNet-C, -R, -A and -O. This
+# lesson measures nothing like the last three: these sets are photographs of other kinds, not damaged
+# pictures.
 
 # %%
 here.end()

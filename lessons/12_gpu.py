@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Lesson 12: A GPU
-# You will be able to move a model to a GPU, say what its training step waits for, say what a narrower number
-# format costs, and write a kernel of your own and prove it right.
+# After this lesson you can move a model to a GPU, and say what its training step waits for and what a shorter
+# number format costs. You can write a kernel of your own, and show that it is right.
 #
-# All of tinytoken is written once, for NumPy arrays and CuPy arrays alike: `backend.array_module(x)` is the
-# module that x belongs to, and an op takes its functions from there. With a GPU, run this lesson with
-# `--device cuda`. Without one it runs too: what can be counted is counted, the kernel of the last part runs
-# on the CPU, and what needs a GPU is left out and says so.
+# All of tinytoken is written once, for both NumPy arrays and CuPy arrays: `backend.array_module(x)` is the
+# module that x belongs to, and an op takes its functions from that module. If you have a GPU, run this lesson
+# with `--device cuda`. It also runs without one. Then it counts what can be counted, it runs the kernel of
+# the last part on the CPU, and it says what it leaves out because it needs a GPU.
 
 # %%
 import ctypes
@@ -50,18 +50,21 @@ def seconds(run, rounds=here.pick(2, 7, 15)):
 
 # %% [markdown]
 # ## What moves to the device, and what must not
-# A GPU has its own memory. The processor that runs Python, the *host*, does not compute there; it puts work
-# into a queue, a *stream*, and goes on. That is why a GPU can be fast, and why it can be slow:
+# A GPU has its own memory. The processor that runs Python, the *host*, does not compute in that memory. It
+# puts work into a queue, a *stream*, and continues without waiting. This is why a GPU can be fast, and also
+# why it can be slow:
 #
-# - **Parameters, gradients, moments** live on the device: `model.to("cuda")`, before the optimiser is made.
-# - **Pictures** too, all of them, once, as bytes. A batch is then picked, moved, mirrored and normalised on
-#   the device (`data.Batches`), and the host sends nothing but the number of the step. Random numbers are a
-#   function of that number, so they need no transfer either, and are the same on both.
-# - **Looking at a value** (`float(loss)`, `.item()`, printing, `if x.sum() > 0`) waits for everything that is
-#   in the queue. One look per step, and the host can no longer work ahead. `fit` keeps the losses where they
-#   are and looks every 20 steps.
-# - **An index that is a condition**, `x[x > 0]`, has a size that only the device knows: it is a look as well.
-#   That is why DynamicViT takes the k best tokens, never "those above 0.5".
+# - **Parameters, gradients and moments** are on the device: call `model.to("cuda")` before you make the
+#   optimiser.
+# - **Pictures** are on the device, too: all of them are sent once, as bytes. Each batch is then selected,
+#   shifted, mirrored and normalised on the device (`data.Batches`), and the host sends only the number of the
+#   step. Random numbers are a function of that number. So they need no transfer either, and are the same on
+#   the host and on the device.
+# - **Looking at a value** (`float(loss)`, `.item()`, printing, `if x.sum() > 0`) waits until everything in
+#   the queue is done. With one look per step, the host can no longer work ahead. `fit` leaves the losses on
+#   the device and looks at them every 20 steps.
+# - **An index that is a condition**, `x[x > 0]`, gives an array whose size only the device knows. So this is
+#   a look at a value, too. That is why DynamicViT takes the k best tokens, and never "those above 0.5".
 
 # %%
 model = ViT(**SIZES).to(here.device)
@@ -79,10 +82,11 @@ LARGEST = max(batches)
 
 # %% [markdown]
 # ## How many launches is a step?
-# Each call of an array function is at least one *kernel*, a program that the device runs once per element,
-# and to start one costs the host some microseconds, whatever its size. So count the calls of a training step.
-# No GPU is needed for that: NumPy tells a subclass of its arrays of every function that is called with one.
-# What is computed from a counted array is counted.
+# Each call of an array function is at least one *kernel*, a program that the device runs once per element. To
+# launch a kernel costs the host some microseconds, no matter how large the array is. So we count the calls of
+# a training step. This needs no GPU: if you write a subclass of NumPy's array, NumPy tells it about every
+# function that is called with such an array. Everything that is computed from a counted array is counted,
+# too.
 
 
 # %%
@@ -149,14 +153,14 @@ for name, row in counted.items():
     print(f"{name:<24}{row['forward']:>9}{row['backward']:>10}{row['AdamW']:>7}{sum(row.values()):>7}")
 
 # %% [markdown]
-# (Arrays that are made from nothing, `zeros` or `arange`, are not seen by this count, nor are the pictures'
-# crop and normalising. So it is a lower bound.)
+# (This count does not see arrays that are made from nothing, such as `zeros` or `arange`, nor the cropping
+# and normalising of the pictures. So it is a lower bound.)
 #
 # ## Why small models wait
-# The time of a step is at least launches x cost of a launch, and at least the work divided by the speed of
-# the device. Below some size of the batch the first is larger: then the device is idle most of the time, and
-# a smaller batch is no faster. To see it, time a call that has next to nothing to do, and steps at growing
-# batches.
+# The time of a step is at least the number of launches times the cost of a launch. It is also at least the
+# work divided by the speed of the device. For small batches the first bound is larger. Then the device is
+# idle most of the time, and a smaller batch is not faster. To see this, we time a call that has almost
+# nothing to do, and steps with larger and larger batches.
 
 # %%
 tiny = xp.ones(1, "float32")
@@ -201,9 +205,9 @@ here.picture("times", draw_times, 5, 3.6)
 
 # %% [markdown]
 # ## A time line of one step
-# When does the host ask for an op, and when has the device done it? `tensor.observe` tells of each op of the
-# forward pass. On a GPU an event is put into the stream behind each; on a CPU an op is done when it returns,
-# and the two lines are one.
+# When does the host ask for an op, and when has the device finished it? `tensor.observe` calls a function of
+# ours after each op of the forward pass. On a GPU, this function puts an event into the stream behind the op.
+# On a CPU an op is finished when it returns, so the two lines are the same.
 
 
 # %%
@@ -269,8 +273,8 @@ here.picture("line", draw_line, 10, 3.4)
 # %% [markdown]
 # ## Precision
 # A float32 has 23 bits after the leading one. The fast units of a GPU multiply shorter numbers: TF32 keeps 10
-# bits, bf16 keeps 7, and both add up in float32. What does that cost? Rounding can be imitated: cut the bits
-# off the factors, and multiply.
+# bits, bf16 keeps 7, and both add up the products in float32. What accuracy does that cost? We can imitate
+# the rounding: cut the bits off the factors, and then multiply.
 
 
 # %%
@@ -300,11 +304,12 @@ for name, row in product_errors.items():
 assert all(f32 < tf32 / 100 and tf32 < bf16 for f32, tf32, bf16 in zip(*product_errors.values()))
 
 # %% [markdown]
-# The error hardly grows with the length: the signs of the errors differ, so they add up as slowly as the sum
-# itself. A network bears an error of 1 in 300 in its products, since the noise of its batches is larger. What
-# it does not bear is *weights* of so few bits. A step changes a weight by about the learning rate; if that is
-# less than half of the weight's last bit, nothing happens, again and again. So the weights stay float32, and
-# the products read rounded copies (Micikevicius et al. 2018, section 3.1).
+# The relative error hardly grows with the length of the sum: the errors have different signs, so they add up
+# as slowly as the sum itself. A network can live with an error of 1 in 300 in its products, since the noise
+# of its batches is larger. But it cannot live with *weights* of so few bits. A step changes a weight by about
+# the learning rate. If that is less than half of the weight's last bit, the weight does not change, in this
+# step and in all later ones. So the weights stay in float32, and the products read rounded copies of them
+# (Micikevicius et al. 2018, section 3.1).
 
 # %%
 weights = np.concatenate([p.ravel() for name, p in ViT(**SIZES).state_dict().items()
@@ -317,9 +322,9 @@ for rate in (1e-3, 1e-4, 1e-5):
 
 # %% [markdown]
 # ## A kernel of your own
-# GELU is x Phi(x). Written with array functions it is a handful of launches, each of which reads and writes
-# the whole array. One kernel reads x once and writes once. In CUDA C, a kernel is what one thread does; it
-# finds out which element is its own:
+# GELU is x Phi(x). Written with array functions, it takes several launches, and each of them reads and writes
+# the whole array. A single kernel reads x once and writes the result once. In CUDA C, a kernel says what one
+# thread does. The thread first finds out which element is its own:
 
 # %%
 SOURCE = r"""
@@ -338,14 +343,14 @@ extern "C" __global__ void gelu_backward(const float* x, const float* g, float* 
 """
 
 # %% [markdown]
-# Four traps, each of which costs an evening: a constant without its `f` is a double, and the thread computes
-# in double; the array is rarely a multiple of the block, so threads past the end must do nothing (`if (i <
-# n)`); a kernel knows nothing of strides, so what it is given must be contiguous; a Python number as an
-# argument arrives as 64 bits, so say `np.int32(n)`.
+# There are four traps, and each can cost you an evening. A constant without an `f` is a double, and then the
+# thread computes in double. The size of the array is rarely a multiple of the block, so threads past the end
+# must do nothing (`if (i < n)`). A kernel knows nothing about strides, so its arrays must be contiguous. And
+# a Python number arrives with 64 bits, so write `np.int32(n)`.
 #
-# Without a GPU the same source runs on the CPU. A dozen lines of C++ make the words that C++ does not know,
-# and run one thread after another. That is slow and proves no speed, but indices, tails and formulas are
-# checked by it.
+# Without a GPU, the same source runs on the CPU. A dozen lines of C++ define the words that C++ does not
+# know, and run one thread after the other. This is slow and says nothing about speed, but it checks the
+# indices, the end of the array, and the formulas.
 
 # %%
 SHIM = r"""
@@ -401,10 +406,10 @@ kernels = build(SOURCE)
 
 
 # %% [markdown]
-# And it becomes an implementation of the op: the same contract, a function from arrays to the output and its
-# vjp. The plain op stays the definition; `@op.implementation("cupy")` registers another one for the arrays of
-# that module, and nothing else in the package changes. Here a copy of the op is used, so that the package's
-# own stays as it is.
+# Now the kernel becomes an implementation of the op. The contract is the same: a function that takes arrays
+# and returns the output and its vjp. The plain op stays the definition. `@op.implementation("cupy")`
+# registers another implementation for the arrays of CuPy, and nothing else in the package changes. We use a
+# copy of the op here, so that the op of the package stays as it is.
 
 
 # %%
@@ -493,18 +498,18 @@ here.measured(on_gpu=on_gpu, bytes=sizes, array_calls=counted, launch_seconds=pe
 # %% [markdown]
 # ## Exercises
 # 1. Which ops of a block make the most array calls? Count with `tensor.observe` and `Counted` together. Which
-#    of them could be one kernel, and what would that make of the floor?
-# 2. `x[x > 0].sum()` and `(x * (x > 0)).sum()` give the same number. Which one would you write in a step, and
-#    why?
+#    of them could be one kernel? How far would that lower the smallest possible time of a step?
+# 2. `x[x > 0].sum()` and `(x * (x > 0)).sum()` give the same number. Which one would you use in a training
+#    step, and why?
 # 3. Add a bias to `gelu_forward`: out[i] = gelu(x[i] + b[i % width]). What is the gradient of b, and why can
 #    the same kernel not write it?
-# 4. Write `0.5` instead of `0.5f` and check again. Does the test notice? How would you find it out?
-# 5. Measure the share of lost steps for weights that have been trained. Which layers suffer most?
+# 4. Write `0.5` instead of `0.5f` and check again. Does the test notice it? How else could you find it?
+# 5. Measure the share of lost steps for trained weights. Which layers lose most?
 #
 # ## The paper
-# Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.1: a copy of the weights
-# in float32 takes the updates, since an update that is smaller than 2^-11 of its weight is lost in float16.
-# Here the same is measured for bf16 (2^-8 of the weight): `lost`.
+# Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.1: a float32 copy of the
+# weights receives the updates, since in float16 an update is lost if it is smaller than 2^-11 of its weight.
+# `lost` measures the same here for bf16 (2^-8 of the weight).
 
 # %%
 here.end()

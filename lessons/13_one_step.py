@@ -1,13 +1,14 @@
 # %% [markdown]
 # # Lesson 13: From one kernel to a captured step
-# You will be able to count what a training step launches and what it moves through memory, say which numbers
-# may be bf16, compute attention without holding its weights, and repeat a whole step by one call without
-# freezing what has to change in it.
+# After this lesson you can count what a training step launches and how many bytes it moves through memory.
+# You can say which numbers may be bf16, and compute attention without keeping its weights in memory. And you
+# can repeat a whole step with one call, without freezing what must change from step to step.
 #
-# Lesson 12 found that a small model's step on a GPU waits for its launches. There are two remedies.
-# **Fusing** makes one kernel of many array calls: fewer launches, and less to read and write. **Capturing**
-# keeps the launches of a step and repeats them by one call, as a *CUDA graph*. `tinytoken/cuda/` does both.
-# Here each idea is taken apart on a CPU; what needs a GPU is left out without one, and says so.
+# Lesson 12 found that the step of a small model on a GPU waits for its launches. There are two remedies.
+# **Fusing** makes one kernel out of many array calls: there are fewer launches, and less to read and write.
+# **Capturing** records the launches of a step and repeats them with one call, as a *CUDA graph*.
+# `tinytoken/cuda/` does both. In this lesson we study each idea on a CPU. What needs a GPU is left out if
+# there is none, and the lesson says so.
 
 # %%
 import collections
@@ -38,9 +39,10 @@ def table(title, columns, rows, form):
 
 # %% [markdown]
 # ## What a step costs in launches
-# As in lesson 12, NumPy tells a subclass of its arrays of every call, and a call is a launch or more. Two
-# things are new. Calls are counted by op: under `tensor.around(named)` the engine runs each op inside our
-# `named`. And bytes are counted: each array that a call gets is read once, its result written once.
+# As in lesson 12, NumPy tells a subclass of its arrays about every call, and a call is one launch or more.
+# Two things are new. We count the calls of each op separately: under `tensor.around(named)` the engine runs
+# each op inside our function `named`. And we count bytes: each array that a call gets is read once, and its
+# result is written once.
 
 # %%
 # by group of ops: calls; bytes read and written
@@ -86,10 +88,11 @@ class Counted(np.ndarray):
 
 
 # %% [markdown]
-# The plain ops are counted in CuPy's form: it has no `vecdot`, and an erf of its own. The fused ones are
-# counted on paper: `backend.using_implementations("cupy")` gives NumPy arrays what is registered for CuPy's,
-# and `launcher.running_on(f)` hands each launch to f, which notes it and runs nothing. All results are zeros
-# then, but what is launched does not depend on values. A product is one launch, of NVIDIA's library.
+# The plain ops are counted as CuPy would run them: CuPy has no `vecdot`, and has an erf of its own. The fused
+# ops are counted without running them. `backend.using_implementations("cupy")` selects for NumPy arrays what
+# is registered for CuPy's arrays, and `launcher.running_on(f)` passes each launch to f, which notes it and
+# runs nothing. All results are then zeros, but the launches do not depend on the values. A matrix product is
+# one launch, of NVIDIA's library.
 
 # %%
 @contextlib.contextmanager
@@ -190,23 +193,27 @@ def draw_launches(figure):
 here.picture("launches", draw_launches, 9, 3.2)
 
 # %% [markdown]
-# (Arrays that are made from nothing, copies, and the batch itself are not seen, so it is a lower bound.
-# Lesson 12 counted NumPy's own forms, and not the sums of gradients into flat storage.)
+# (The count does not see arrays that are made from nothing, copies, and the making of the batch. So it is a
+# lower bound. Lesson 12 counted the calls as NumPy runs them, and did not count the sums of gradients into
+# flat storage.)
 #
-# A step takes at least launches x 5 us, and at least bytes / bandwidth. In batches smaller than the last line
-# says, the launches take longer. bf16 halves the bytes and saves few launches, so this line *rises* again.
-# What is left of the launches has to go another way: see "A graph repeats what was captured".
+# A step takes at least 5 us for each launch, and at least its bytes divided by the bandwidth. For batches
+# smaller than the last line says, the launches take longer than the bytes. bf16 halves the bytes but saves
+# few launches, so the number in this line *rises* again. The launches that are left need another remedy: see
+# "A graph repeats what was captured".
 #
 # ## One kernel: layer norm
-# y = (x - mean) / sqrt(variance + eps) weight + bias, for each row of x. The plain op
-# (`tinytoken/ops/norm.py`) is array calls. By hand, in arrays of x's size: the mean reads 1; the difference
-# reads 1 and writes 1; its square the same; the sum of that reads 1; times the scale, times the weight, plus
-# the bias read and write 1 each. Together 12 passes.
+# A layer norm is y = (x - mean) / sqrt(variance + eps) weight + bias, for each row of x. The plain op
+# (`tinytoken/ops/norm.py`) is a sequence of array calls. Count by hand how often it reads or writes an array
+# of the size of x. The mean reads 1. The difference reads 1 and writes 1, and so does its square. The sum of
+# the squares reads 1. The products with the scale and with the weight, and the addition of the bias, read and
+# write 1 each. That is 12 passes together.
 #
-# A kernel has a *warp*, 32 threads in step, for each row. Each thread, or lane, adds up every 32nd number;
-# then five exchanges, with the lane 16, 8, 4, 2 and 1 away, give each lane the sum over all. x is read from
-# memory once (later it is found in the cache) and y written once: 2 passes. In NumPy, all rows at once, it is
-# `layer_norm_forward` of `tinytoken/cuda/sources/norm.cu`:
+# The kernel uses a *warp* for each row: 32 threads that run together. Each thread, or lane, adds up every
+# 32nd number. Then it exchanges its sum with the lane at a distance of 16, 8, 4, 2 and 1. After these five
+# exchanges, each lane has the sum over the whole row. x is read from memory once (later it is found in the
+# cache), and y is written once: 2 passes. Here is `layer_norm_forward` of `tinytoken/cuda/sources/norm.cu` in
+# NumPy, for all rows at once:
 
 
 # %%
@@ -241,11 +248,12 @@ print(f"by warps, float32: at most {norm_error:.1e} from the plain op in float64
 assert 12 <= passes["plain op"] < 13 and 2 <= passes["one kernel"] < 2.2 and norm_error < 1e-5
 
 # %% [markdown]
-# **Why bytes decide.** A device that moves b bytes and does p operations a second does at most min(p, b I) of
-# them, in a kernel with I operations for each byte, its *arithmetic intensity*. That is the roofline
-# (Williams et al. 2009); below I = p / b a kernel waits for memory. On one H100, measured elsewhere: b = 3.0
-# TB/s, and p = 798 TFLOP/s in a bf16 product of 8192^3. For float32, p = 45 TFLOP/s is an estimate. A product
-# (m, k) (k, n) does 2 m k n operations on m k + k n + m n numbers.
+# **Why bytes decide.** Let a device move b bytes per second and do p operations per second. Let a kernel do I
+# operations for each byte, which is called its *arithmetic intensity*. Then it does at most min(p, b I)
+# operations per second. This is the roofline model (Williams et al. 2009). If I is below p / b, the kernel
+# waits for memory. For one H100, measured elsewhere: b = 3.0 TB/s, and p = 798 TFLOP/s in a bf16 product of
+# 8192^3. For float32, p = 45 TFLOP/s is an estimate. A matrix product (m, k) (k, n) does 2 m k n operations
+# on m k + k n + m n numbers.
 
 # %%
 PEAK, SHAPES = {"float32": 45e12, "bf16": 798e12}, {"qkv, width 96": (256 * 65, 96, 288),
@@ -263,12 +271,13 @@ for (name, kind), I in intensities.items():
 assert attainable["layer norm, one kernel"] < 0.1 and attainable["fc1, width 96"] < 1 == attainable["8192^3"]
 
 # %% [markdown]
-# In bf16 even the products of a small ViT wait for memory. So what lies between two products had better not
-# go through memory, or in half as many bytes.
+# In bf16, even the matrix products of a small ViT wait for memory. So the results between two products should
+# not go through memory at all, or with half as many bytes.
 #
 # ## From float32 to bf16
-# bf16 is the upper half of a float32: all 8 bits of its exponent, and 7 of the 23 bits after the leading one.
-# One rounding is wrong by at most 2^-8 of the number, 0.4 %. A sum is many roundings.
+# A bf16 number is the upper half of a float32: all 8 bits of the exponent, and 7 of the 23 bits after the
+# leading one. One rounding has an error of at most 2^-8 of the number, or 0.4 %. But a sum has many
+# roundings.
 
 
 # %%
@@ -295,11 +304,12 @@ assert sum_errors["in bf16"][-1] > 0.5 and max(sum_errors["in float32"]) < 1e-5
 assert max(sum_errors["in float32, rounded at the end"]) < 2**-8
 
 # %% [markdown]
-# A bf16 sum of positive terms does not only get less accurate, it *stops*: a term below half of the last bit
-# changes nothing. So products add up in float32. So do a layer norm's means, and they are kept in float32: a
-# rounded mean is off by a share of the mean, and what counts is its share of the spread. And so does the
-# third long sum, the **residual stream**, to which every branch of every block adds. What a branch adds may
-# be bf16: it is rounded once. A stream in bf16 rounds all that came before, at each addition.
+# A bf16 sum of positive terms not only becomes inaccurate, it *stops*: a term that is smaller than half of
+# the last bit changes nothing. So matrix products add up in float32. The means of a layer norm are also added
+# up in float32, and they are kept in float32: the error of a rounded mean is proportional to the mean, but
+# what matters is how large it is compared with the standard deviation. The third long sum is the **residual
+# stream**, to which every branch of every block adds. It is float32, too. What a single branch adds may be
+# bf16, since it is rounded only once. A stream in bf16 would round the whole sum again at each addition.
 
 
 # %%
@@ -346,14 +356,15 @@ assert all(2 * good < bad for good, bad in zip(*stream_errors.values()))
 
 # %% [markdown]
 # ## Attention in one kernel
-# The plain op writes A = softmax(q k^T / sqrt d), (B, H, T, T), and reads it again. A kernel takes 16 keys at
-# a time and keeps, for each query, the largest score so far, m, and the sums of e^(score - m) and of e^(score
-# - m) v. When a tile brings a larger score, both sums are scaled down by e^(m_old - m_new): **online
-# softmax** (Milakov & Gimelshein 2018). A is never in memory. Masking is removing (lesson 05): a dropped key
-# counts 0 and has no say in m. A row that has seen no key yet has m = -1e30.
+# The plain op writes A = softmax(q k^T / sqrt d), (B, H, T, T), to memory and reads it again. The kernel
+# takes 16 keys at a time. For each query it keeps the largest score so far, m, and the sums of e^(score - m)
+# and of e^(score - m) v. If the next 16 keys (a tile) have a larger score, both sums are multiplied by
+# e^(m_old - m_new). This is the **online softmax** (Milakov & Gimelshein 2018). A is never in memory. Masking
+# is removing (lesson 05): a dropped key counts 0 and does not change m. A row that has seen no key yet has
+# m = -1e30.
 #
-# The backward pass needs A, and computes it again tile by tile: e^(score_ij - m_i) / total_i. For that the
-# forward pass has saved m and total, two numbers for each row in place of T.
+# The backward pass needs A, and computes it again, tile by tile: e^(score_ij - m_i) / total_i. For this the
+# forward pass has saved m and total: two numbers for each row instead of T.
 
 # %%
 TILE, LOWEST = 16, -1e30
@@ -425,13 +436,13 @@ tt.gradcheck(lambda q, k, v: tiled_attention(q, k, v, keep[:1, :TILE + 4]), *som
 tt.gradcheck(tiled_attention, *some, rng.random((1, TILE + 4)), max_elements=few, seed=here.seed)
 
 # %% [markdown]
-# The price is one product more: forward 2, backward 5 of T^2 d multiply-adds for each head, in place of 2 and
-# 4.
+# The price is one more matrix product: 2 products of T^2 d multiply-adds for each head in the forward pass
+# and 5 in the backward pass, instead of 2 and 4.
 #
 # ## A graph repeats what was captured
-# To make a CUDA graph, a step is run while its stream *captures*: nothing is computed, and each launch is
-# kept, with the addresses of its arrays and the values of its numbers. Here is one in Python, with kernels
-# that write into fixed arrays.
+# To make a CUDA graph, we run a step while its stream *captures*. Then nothing is computed, and each launch
+# is recorded, with the addresses of its arrays and the values of its numbers. Here is such a graph in Python,
+# with kernels that write into fixed arrays.
 
 
 # %%
@@ -462,10 +473,11 @@ def adamw(w, g, m, v, lr, corrections):  # as optim.AdamW without decay
 
 
 # %% [markdown]
-# The problem: y = x w + noise, 16 numbers w from batches of 32. Three things change from step to step: the
-# batch, the learning rate, which rises and falls, and the step number, on which AdamW's corrections 1 -
-# beta^t depend. Each is written into a buffer before each replay. What is *frozen* is given to the capture as
-# it is at that time: the number, or the array that holds the first batch.
+# The problem is y = x w + noise: find 16 numbers w from batches of 32. Three things change from step to step:
+# the batch; the learning rate, which rises and falls; and the step number, on which the corrections 1 -
+# beta^t of AdamW depend. Each of them is written into a buffer before each replay. To see what can go wrong,
+# we *freeze* one of them: the capture gets its value at that time, which is the number, or the array with the
+# first batch.
 
 # %%
 STEPS, truth = 100, rng.standard_normal(16)
@@ -514,18 +526,20 @@ for name, frozen in {"nothing": (), "learning rate": (2,), "step number": (3,), 
 assert [row["first_wrong"] for row in toy.values()] == [None, 2, 2, 2]
 
 # %% [markdown]
-# Nothing is raised, nothing is NaN, and the end need not even look worse: a frozen step still trains, only
-# differently. A comparison with ordinary steps finds it: over several steps, to the bit, with batches that
-# change. In the package's training (`CapturedSteps` in `tinytoken/cuda/capture.py`) all that changes follows
-# from the step's number, which lies in device memory, where the graph's last kernel adds one to it. Random
-# draws are functions of seed and number; rates and corrections are in a table with a row for each step.
-# Before a replay the host writes the numbers of the batch's pictures and nothing else. Temporaries are the
-# same trap again: their addresses are in the graph, so they lie in a memory pool that nobody else uses. And a
-# step that reads a value on the host (lesson 12) cannot be captured at all.
+# There is no error and no NaN, and the result need not even look worse: a frozen step still trains, only
+# differently. You find the mistake if you compare with ordinary steps: over several steps, bit by bit, and
+# with batches that change. In the training of the package (`CapturedSteps` in `tinytoken/cuda/capture.py`),
+# everything that changes follows from the number of the step. This number is in device memory, and the last
+# kernel of the graph adds one to it. Random draws are functions of the seed and the number. Rates and
+# corrections are in a table with a row for each step. Before a replay, the host writes only the numbers of
+# the batch's pictures. Temporary arrays are the same trap again: their addresses are in the graph, so they
+# lie in a memory pool that is used for nothing else. And a step that reads a value on the host (lesson 12)
+# cannot be captured at all.
 #
 # ## On a device
-# With a GPU: the ViT's step with each kernel launched by itself and as one graph, timed by events in the
-# stream; whether both end in the same weights; and a short training in both precisions.
+# If there is a GPU, we run the step of the ViT in two ways: with each kernel launched separately, and as one
+# graph. Events in the stream measure the time. We check whether both ways end with the same weights, and we
+# run a short training in both precisions.
 
 # %%
 step_seconds, reached = {}, {}
@@ -600,17 +614,18 @@ here.measured(on_gpu=on_gpu, ways=list(WAYS), launches=counts, all_launches=all_
 #    (Print shapes in `note`.) Where are the others? (Look for `Into`, and for `add=` in
 #    `tinytoken/cuda/gradients.py`, `weights.py`.)
 # 2. Count the bytes of a GELU, plain and fused, by hand as for the layer norm, and check them with `moved`.
-# 3. Sum 4096 bf16 numbers in bf16 by pairs, pairs of pairs and so on. How large is the error, and why?
-# 4. Freeze a temporary: write into `residual` between two replays, then between two kernels of one. When is
-#    it harmless?
-# 5. Let the graph itself count the step and look up the learning rate in an array. What does the host still
-#    write?
+# 3. Add up 4096 bf16 numbers in bf16 by pairs, then pairs of pairs, and so on. How large is the error, and
+#    why?
+# 4. Disturb a temporary array: write into `residual` between two replays, and then between two kernels of one
+#    replay. When is this harmless?
+# 5. Let the graph itself count the steps and look up the learning rate in an array. What does the host still
+#    have to write?
 #
 # ## The paper
-# Milakov & Gimelshein 2018, "Online normalizer calculation for softmax" (arXiv 1805.02867), algorithm 3: m_j
-# = max(m_(j-1), x_j) and d_j = d_(j-1) e^(m_(j-1) - m_j) + e^(x_j - m_j); here `larger` and `total`, 16 keys
-# at a time, and `shrink`. Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), carry the output along and
-# compute A again in the backward pass, as `bf16_attention.cu` does.
+# Milakov & Gimelshein 2018, "Online normalizer calculation for softmax" (arXiv 1805.02867), algorithm 3:
+# m_j = max(m_(j-1), x_j) and d_j = d_(j-1) e^(m_(j-1) - m_j) + e^(x_j - m_j); here `larger` and `total`, 16
+# keys at a time, and `shrink`. Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), carry the output along
+# and compute A again in the backward pass, as `bf16_attention.cu` does.
 
 # %%
 here.end()

@@ -273,7 +273,7 @@ def grading(results):
 
 def headlines(results):
     """{a lesson's file: the headline of its default run, or None if the committed run has none}."""
-    scripts = sorted(results.parent.glob("[0-9][0-9]_*.py"))
+    scripts = sorted(results.parent.glob("[0-9][0-9]*_*.py"))
     return {script: load(results / f"{script.stem}.json").get("headline") for script in scripts}
 
 
@@ -284,7 +284,7 @@ def lessons(results):
     for script, headline in headlines(results).items():
         title = script.read_text().splitlines()[1].partition(": ")[2]  # "# # Lesson 07: DynamicViT"
         headline = headline or f"no headline; `python lessons/{script.name} --out lessons/results` notes one."
-        lines.append(f"{int(script.stem[:2])}. [{title}]({script.name}): {headline}")
+        lines.append(f"- {script.stem.split('_')[0]} [{title}]({script.name}): {headline}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from tinytoken import files
 from tinytoken.experiments import Recipe, lesson
 
 LESSONS = pathlib.Path(__file__).parents[1] / "lessons"
-scripts = sorted(LESSONS.glob("[0-9][0-9]_*.py"))
+scripts = sorted(LESSONS.glob("[0-9][0-9]*_*.py"))
 every_lesson = pytest.mark.parametrize("script", scripts, ids=[script.stem for script in scripts])
 
 
@@ -37,7 +37,7 @@ def test_the_lesson_runs(script, tmp_path, monkeypatch):
 @every_lesson
 def test_the_lesson_is_a_percent_script(script):
     lines = script.read_text().splitlines()
-    assert lines[0] == "# %% [markdown]" and lines[1].startswith(f"# # Lesson {script.stem[:2]}: ")
+    assert lines[0] == "# %% [markdown]" and lines[1].startswith(f"# # Lesson {script.stem.split('_')[0]}: ")
     cells = [line for line in lines if line.startswith("# %%")]
     assert len(cells) > 5 and set(cells) <= {"# %%", "# %% [markdown]"}
     titles = [line[5:] for line in lines if line.startswith("# ## ")]

@@ -58,7 +58,7 @@ def test_the_script_says_what_it_did(checkout, capsys):
     report.main(checkout)
     assert "lessons/RESULTS.md" in capsys.readouterr().out
     text = (checkout / "lessons" / "RESULTS.md").read_text()
-    assert "\n7. [DynamicViT](07_dynamicvit.py): 07_dynamicvit says so.\n" in text
+    assert "\n- 07 [DynamicViT](07_dynamicvit.py): 07_dynamicvit says so.\n" in text
     report.main(checkout)
     assert capsys.readouterr().out == "as the results say: README.md, lessons/RESULTS.md\n"
     shutil.rmtree(checkout / "lessons" / "results")
