@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Lesson 02: Gradient checks
-# You will be able to tell whether a gradient that you wrote is right, and to say what a check can and cannot
-# see.
+# After this lesson you can tell whether a gradient that you wrote is right. You know what a check can find,
+# and what it cannot.
 #
-# Lesson 01 built the tape: each op brings its *vjp*, which turns the upstream gradient g = dL/d(output) into
-# dL/d(input). The tape believes whatever a vjp returns. So we need a second, independent way to a derivative,
-# if only a slow one.
+# Lesson 01 built the tape. Each op has a *vjp*, which turns the upstream gradient g = dL/d(output) into
+# dL/d(input). The tape believes everything that a vjp returns. So we need a second, independent way to
+# compute a derivative, even if it is slow.
 
 # %%
 import inspect
@@ -95,13 +95,13 @@ def draw(figure):
 here.picture("training", draw, width=8)
 
 # %% [markdown]
-# Nothing in these curves says that two of the three programs are wrong. A loss that is a little higher has
-# many possible causes, and a wrong gradient is the last that one thinks of.
+# Nothing in these curves says that two of the three programs are wrong. If a loss is a little higher than
+# expected, there are many possible causes, and a wrong gradient is the last one that comes to mind.
 #
 # ## A slope by subtraction
 #
-# The derivative f'(x) is what (f(x + h) - f(x)) / h tends to. On a computer h cannot tend to 0. Two errors
-# pull in opposite directions:
+# The derivative f'(x) is the limit of (f(x + h) - f(x)) / h as h goes to 0. On a computer, h cannot go to 0,
+# because of two errors. One becomes smaller with h, the other becomes larger:
 #
 # *Truncation.* By Taylor, f(x + h) = f + h f' + (h^2 / 2) f'' + (h^3 / 6) f''' + ... at x, so
 #
@@ -109,18 +109,19 @@ here.picture("training", draw, width=8)
 #     central:  (f(x + h) - f(x - h)) / 2h   = f' + (h^2 / 6) f''' + ...        the terms with f and f'' cancel
 #
 # *Rounding.* Each value of f is stored with a relative error of up to u: 2^-53 in float64, 2^-24 in float32.
-# Both values are off by up to u |f|, and the division makes 2 u |f| / h (forward) or u |f| / h (central) of
-# it: more, the smaller h is.
+# Both values can be wrong by u |f|. After the division this is an error of 2 u |f| / h (forward) or u |f| / h
+# (central). The smaller h is, the larger this error.
 #
-# The sum is smallest where the two balance. Take f = exp, for which f = f' = f'' = f''', and look at relative
-# errors:
+# The sum of the two errors is smallest where they balance. Take f = exp, for which f = f' = f'' = f''', and
+# look at relative errors:
 #
 #     forward:  E(h) = h / 2 + 2 u / h      E'(h) = 0  at  h = 2 u^(1/2),     E = 2 u^(1/2)
 #     central:  E(h) = h^2 / 6 + u / h      E'(h) = 0  at  h = (3 u)^(1/3),   E = (3 u)^(2/3) / 2
 #
-# The central difference costs the same two evaluations. A third formula costs four: D(h) and D(2h) are
-# central differences of steps h and 2h; their errors are h^2 f''' / 6 and four times that, so (4 D(h) -
-# D(2h)) / 3 is rid of both (*Richardson extrapolation*).
+# The central difference needs two evaluations of f, like the forward difference, but is much more accurate. A
+# third formula needs four. Let D(h) and D(2h) be the central differences with steps h and 2h. Their errors
+# are h^2 f''' / 6 and four times that, so the errors cancel in (4 D(h) - D(2h)) / 3 (*Richardson
+# extrapolation*).
 
 
 # %%
@@ -186,22 +187,22 @@ here.picture("steps", draw, height=5)
 
 # %% [markdown]
 # Read the V shapes from right to left. At first the error falls with h, with the slope that Taylor predicts:
-# 1 forward, 2 central, 4 extrapolated. Then rounding takes over and it rises as 1 / h. In float32 the best
-# that a central difference can do is about 1e-5: a mistake smaller than that drowns. So **a gradient is
-# checked in float64**, also if it is used in float32 later.
+# 1 for forward, 2 for central, 4 for extrapolated differences. Then the rounding error becomes larger, and
+# the curve rises as 1 / h. In float32, the best central difference has an error of about 1e-5, so it cannot
+# show a smaller mistake. So **a gradient is checked in float64**, even if it is used in float32 later.
 #
-# The package's `gradcheck` takes h = 1e-6 (times |x| where that is larger than 1): a little left of the best
-# step for exp, so that functions that bend more sharply have room. Its tolerance is a relative 1e-6, well
-# above the error at that step.
+# The package's `gradcheck` takes h = 1e-6 (times |x| where that is larger than 1). This is a little left of
+# the best step for exp, which leaves room for functions that bend more sharply. Its relative tolerance is
+# 1e-6, well above the error at that step.
 #
 # ## A check of our own
 #
-# For an op with many inputs and outputs we need one number to differentiate. Give each output a weight g_i;
-# then
+# For an op with many inputs and outputs, we need one number to differentiate. So we give each output a weight
+# g_i. Then
 #
 #     L = sum_i g_i f_i(x),      dL/dx_k = sum_i g_i (f_i(x + h e_k) - f_i(x - h e_k)) / 2h      (e_k: 1 at place k, else 0)
 #
-# and g is the upstream gradient of f in L. So the right side must equal what the vjp makes of g, for every g.
+# and g is the upstream gradient of f in L. So the right side must be equal to vjp(g), for every g.
 
 
 # %%
@@ -217,8 +218,8 @@ def numeric_gradient(f, x, g, h=1e-6):
 
 
 # %% [markdown]
-# One detail matters: it subtracts the outputs first, element by element, and sums the small differences
-# afterwards. The other order, subtracting two large sums, loses digits. Here x is 10,000 numbers, f adds
+# One detail matters: the function first subtracts the outputs, element by element, and then sums the small
+# differences. The other order, to subtract two large sums, loses digits. Here x has 10,000 numbers, f adds
 # 10,000 to each, and the slope is 1:
 
 # %%
@@ -261,8 +262,8 @@ assert np.abs(softmax_vjp(x, g) - numeric).max() < 1e-8 and np.abs(softmax_vjp(x
 # %% [markdown]
 # ## All ones is blind
 #
-# Which g? A common habit is to sum the output, L = f(x).sum(), so that g is all ones. Here is what that check
-# says of four vjps of which each is wrong:
+# Which g should we use? A common habit is to sum the output, L = f(x).sum(), so that g is all ones. Here is
+# what this check says about four vjps. All four are wrong:
 
 
 # %%
@@ -283,23 +284,23 @@ for name, (f, wrong_vjp) in BLIND.items():
     assert gaps["ones"] < 1e-8 and gaps["random"] > 0.01
 
 # %% [markdown]
-# All four pass with ones. Why? Write W for the Jacobian that a vjp acts with, and J for the true one. The
-# check sees sum_i g_i J_ij and sum_i g_i W_ij, nothing else of them. With ones these are the *column sums*.
+# All four pass with ones. Why? Let J be the true Jacobian, and W the one that the vjp uses. The check
+# compares sum_i g_i J_ij with sum_i g_i W_ij, and sees nothing else of J and W. With ones, these are the
+# *column sums*.
 #
-# - Softmax: its outputs always sum to 1, so their sum does not change: every column of J sums to 0. Zeros are
-#   then the right answer to the question, and the question was the wrong one. x - mean is the same: its
-#   outputs sum to 0.
-# - An op that only moves values: the sum does not depend on where they went.
+# - Softmax: its outputs always sum to 1. Since their sum never changes, every column of J sums to 0. So zeros
+#   are the right answer, but to the wrong question. x - mean is the same case: its outputs sum to 0.
+# - An op that only moves values: the sum does not depend on where they go.
 # - An op whose vjp forgets g: with g = 1 it makes no difference.
 #
-# A transformer is made of softmaxes, of rows from which a mean is taken, and of values moved about. A check
-# with ones says little about it.
+# A transformer consists mostly of softmaxes, of rows from which a mean is subtracted, and of ops that move
+# values. A check with ones says little about it.
 #
-# Draw g at random instead, each g_i standard normal. For a wrong vjp of this kind some column of W - J is not
-# zero; the check's gap there, sum_i g_i (W - J)_ij, is a normal number whose standard deviation is the length
-# of that column. It is zero with probability zero. One draw is enough. (The vjp that forgets g is not of the
-# form g W. It shows for any g other than ones; zeros upstream show it best, since then every gradient must be
-# zero.)
+# Instead, draw g at random, each g_i standard normal. If the vjp is wrong, some column of W - J is not zero.
+# The difference that the check sees there, sum_i g_i (W - J)_ij, is a normal number whose standard deviation
+# is the length of that column. The probability that it is exactly zero is zero. So one draw is enough. (The
+# vjp that forgets g does not have the form g W. Any g other than ones finds it. Zeros upstream find it best,
+# since then every gradient must be zero.)
 
 # %%
 p = softmax(x)[0]
@@ -338,9 +339,9 @@ print(verdict(zero_softmax, x))
 assert verdict(zero_softmax, x).kind == "zeros"
 
 # %% [markdown]
-# And the network from the beginning, all four parameters at once: its loss is a function of them like any
-# other. It takes two forward runs per number, which is why training does not use differences; the tape took
-# one run back.
+# And here is the network from the beginning, with all four parameters at once: its loss is a function of them
+# like any other. The check needs two forward runs for each number. That is why training does not use
+# differences: the tape needs only one backward run.
 
 # %%
 (inputs, targets, arrays), calls = problem(rng), []
@@ -362,9 +363,10 @@ for tanh in (tanh_forgets_square, tanh_zeros):
 # %% [markdown]
 # ## A gallery of mistakes
 #
-# Ten ops with the right forward pass and a wrong vjp, of the kinds that people write. Read each before you
-# look at the verdict. The picture below has two marks per op: how far the vjp is from the differences, with
-# ones and with a random upstream gradient. A mark in the grey area means that this check finds nothing.
+# Here are ten ops with a right forward pass and a wrong vjp, with mistakes that people really make. Read each
+# one before you look at the result. The picture below has two marks per op. They show how far the vjp is from
+# the finite differences, with ones and with a random upstream gradient. A mark in the grey area means that
+# this check finds nothing.
 
 
 # %%
@@ -467,12 +469,13 @@ for mistake, given, kind in GALLERY:
           f"{reading}")
 
 # %% [markdown]
-# The last one deserves a look. The gradients that it returns are right, so no comparison of numbers finds it;
-# but the array g is not its own. If a sum sent the same g to two ops, the second one gets what the first left
-# of it. gradcheck compares g before and after. And for `softmax_rest_forgotten` no simple reading fits:
-# gradcheck says that the gradient is wrong, and no more.
+# The last one is special. The gradients that it returns are right, so no comparison of numbers finds the
+# mistake. But it changes the array g, which does not belong to it. If a sum sent the same g to two ops, the
+# second op gets the changed array. So gradcheck compares g before and after. And for
+# `softmax_rest_forgotten`, no simple diagnosis fits: gradcheck says that the gradient is wrong, and nothing
+# more.
 #
-# One message in full. The factor has a name, since 8 is a size of q:
+# Here is one message in full. It names the factor, since 8 is a size of q:
 
 # %%
 print(verdict(scores_scale_forgotten, normal(3, 8), normal(5, 8)))
@@ -504,10 +507,10 @@ here.picture("gallery", draw, width=10, height=5)
 #
 # ## Where there is no slope
 #
-# relu(x) = max(x, 0) has slope 0 to the left of 0 and 1 to the right. At 0 it has none: it has a *kink*. A
-# difference with step h that reaches across the kink measures something between. That is nobody's mistake, so
-# gradcheck tries other steps and looks at both sides before it speaks (its numbers are slopes times g at that
-# place):
+# relu(x) = max(x, 0) has slope 0 to the left of 0 and slope 1 to the right. At 0 it has no slope: it has a
+# *kink*. A difference with a step h that crosses the kink measures something between 0 and 1. This is not a
+# mistake in the vjp. So before gradcheck reports anything, it tries other steps and looks at both sides (its
+# numbers are slopes times g at that place):
 
 # %%
 at_kink = np.array([1.0, 0.0, -1.0])
@@ -520,13 +523,14 @@ print(f"a standard normal number lies within 1e-6 of 0 with probability {chance:
       f"meet a kink")
 
 # %% [markdown]
-# Ties are kinks too: max(a, b) at a = b, and whatever chooses the largest few. Random inputs keep away from
-# them. If you test with round numbers such as 0, 0.5 and 1, you sit on kinks.
+# Ties are kinks, too: max(a, b) at a = b, and every function that selects the largest few. Random inputs
+# avoid them. If you test with round numbers such as 0, 0.5 and 1, you often test exactly at a kink.
 #
 # A *hard decision* is worse. "Keep this token if its score x is above 0" is a step: its slope is 0 everywhere
-# but at the step. Nothing can be learned from it. DynamicViT (lessons 06 and 07) needs to learn such a
-# decision. The *straight-through* trick takes the hard value forward and the gradient of a smooth stand-in
-# backward, here of the sigmoid s(x) = 1 / (1 + e^-x), with s' = s (1 - s):
+# except at the step, so nothing can be learned from it. But DynamicViT (lessons 06 and 07) must learn such a
+# decision. The *straight-through* trick uses the hard value in the forward pass, and the gradient of a
+# similar smooth function in the backward pass. Here this is the sigmoid s(x) = 1 / (1 + e^-x), with s' = s
+# (1 - s):
 
 
 # %%
@@ -543,9 +547,9 @@ print(error)
 assert error.kind == "flat"
 
 # %% [markdown]
-# Differences rightly say that the slope is 0, and the vjp says otherwise on purpose. So a straight-through op
-# is checked in two parts: the soft path by differences, then that the hard path has *exactly* the gradient of
-# the soft one.
+# The differences are right that the slope is 0, and the vjp returns something else on purpose. So a
+# straight-through op is checked in two parts: first the soft path by differences, and then that the hard path
+# has *exactly* the gradient of the soft path.
 
 
 # %%
@@ -596,7 +600,7 @@ here.picture("no_slope", draw)
 # %% [markdown]
 # ## What a check cannot see
 #
-# **A small mistake.** Multiply a right vjp by 1 + delta. Below the tolerance it passes:
+# **A small mistake.** Multiply a right vjp by 1 + delta. If delta is below the tolerance, it passes:
 
 
 # %%
@@ -615,8 +619,8 @@ print("caught:", *(f"{delta:.0e}" for delta, c in zip(deltas, caught) if c),
 assert caught[:3] == [True] * 3 and caught[-2:] == [False] * 2
 
 # %% [markdown]
-# **A place that it did not visit.** This relu passes its gradient on everywhere. On positive inputs that is
-# right:
+# **A place that the check did not visit.** This relu passes its gradient on everywhere. For positive inputs
+# this is right:
 
 
 # %%
@@ -630,12 +634,12 @@ assert verdict(relu_without_gate, -positive(10))
 print("relu without its gate passes on positive inputs, and fails on negative ones")
 
 # %% [markdown]
-# **A wrong forward pass.** A softmax over the wrong axis, with the vjp of the softmax over that axis, is a
-# right gradient of the wrong function. Only tests of the values find it.
+# **A wrong forward pass.** Take a softmax over the wrong axis, with the vjp of the softmax over that axis. It
+# has the right gradient of the wrong function. Only tests of the values find it.
 #
-# **Many numbers.** n inputs need 2n runs. Past 512 elements gradcheck takes a sample of them, and adds two
-# random directions: it moves *all* inputs at once along d, and compares with sum (dL/dx) d, as lesson 01 did.
-# A direction shows that something is wrong, not where.
+# **Many numbers.** n inputs need 2n runs. If there are more than 512 elements, gradcheck takes a sample of
+# them and adds two random directions: it moves *all* inputs at once along d, and compares with sum (dL/dx) d,
+# as lesson 01 did. A direction shows that something is wrong, but not where.
 
 
 # %%
@@ -711,9 +715,9 @@ for k in range(6):
 assert abs(row[-1] / math.e - 1) < 1e-12 < 1e-6 < abs(row[0] / math.e - 1)
 
 # %% [markdown]
-# Each line halves the step; the last entry of a line is the best guess from all steps so far. With steps that
-# are far from small, it comes nearer than the best central difference of all, since rounding has not begun to
-# matter.
+# Each line halves the step. The last entry of a line is the best guess from all steps so far. These steps are
+# not small at all, so rounding does not matter yet, and the result is better than the best of all central
+# differences.
 #
 # The straight-through gradient is described by Bengio, Léonard and Courville, *Estimating or propagating
 # gradients through stochastic neurons for conditional computation* (2013). Lesson 06 asks how good it is.

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Lesson 03: Attention
-# You will be able to write multi-head attention and its gradient in plain NumPy, and to show that both are
+# After this lesson you can write multi-head attention and its gradient in plain NumPy, and show that both are
 # right.
 #
-# Needed: the tape of lesson 01 and the gradient checks of lesson 02. Here a *token* is a vector of numbers
-# that stands for one piece of the input: a word, or (from lesson 04 on) a patch of a picture. Attention is
-# how tokens exchange what they know.
+# You need the tape of lesson 01 and the gradient checks of lesson 02. A *token* is a vector of numbers that
+# stands for one piece of the input: a word, or (from lesson 04 on) a patch of a picture. With attention,
+# tokens exchange information.
 
 # %%
 import numpy as np
@@ -22,15 +22,15 @@ BLUE, SKY, ORANGE, GREEN, RED, GREY = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 # %% [markdown]
 # ## Softmax: scores become shares
 #
-# Attention gives every token a *score* for how much it matters, any real number. The softmax turns the n
-# scores x of one row into shares p, positive and with sum 1:
+# Attention gives every token a *score*, which says how much the token matters. A score can be any real
+# number. The softmax turns the n scores x of one row into shares p, which are positive and sum to 1:
 #
 #     p_i = exp(x_i) / sum_j exp(x_j)
 #
-# Written like that it fails for large scores, since exp(1000) is more than a float can hold, and infinity /
-# infinity is not a number. But adding a constant c to all scores changes nothing: exp(x_i + c) = exp(c)
-# exp(x_i), and exp(c) cancels. So we may choose c, and choose minus the largest score. Then the largest
-# exponent is 0, nothing overflows, and the sum is at least 1.
+# Written like this, it fails for large scores: exp(1000) is larger than any float, and infinity / infinity is
+# not a number. But adding a constant c to all scores changes nothing, since exp(x_i + c) = exp(c) exp(x_i),
+# and exp(c) cancels. So we can choose c, and we choose minus the largest score. Then the largest exponent is
+# 0, nothing overflows, and the sum is at least 1.
 
 # %%
 def softmax(x):
@@ -50,14 +50,14 @@ assert np.isnan(naive).all() and np.allclose(softmax(large), softmax(large - 100
 #
 #     dp_i / dx_j = p_i ([i = j] - p_j)
 #
-# Let g_i = dL / dp_i be the gradient that arrives from above, L the loss. The chain rule sums over everything
-# that x_j had a part in:
+# Let L be the loss and g_i = dL / dp_i the upstream gradient. The chain rule sums over all p_i, since each of
+# them depends on x_j:
 #
 #     dL / dx_j = sum_i g_i p_i ([i = j] - p_j) = p_j (g_j - sum_i g_i p_i)
 #
-# The last form needs no n x n matrix. Read it: sum_i g_i p_i is the mean of g under the shares, and a score
-# gets a gradient only as far as its g differs from that mean. The entries of the result sum to 0, because
-# adding a constant to all scores changes nothing.
+# The last form needs no n x n matrix. What does it say? sum_i g_i p_i is the mean of g with the shares as
+# weights. A score gets a gradient only if its g differs from that mean. The entries of the result sum to 0,
+# because adding a constant to all scores changes nothing.
 
 # %%
 def softmax_vjp(p, g):
@@ -76,12 +76,12 @@ print("with the full matrix", g @ jacobian, " without", softmax_vjp(p, g))
 # %% [markdown]
 # ## Looking something up, softly
 #
-# A dictionary gives for a query the value whose key is equal to it. Attention does the same with vectors, and
-# softly: the query q is compared with every key k_j by the dot product q . k_j, the softmax makes shares a_j
-# of these scores, and the answer is the mean of the values v_j with those shares. Being soft, it has a
-# gradient: learning can move what is looked for.
+# A dictionary returns, for a query, the value whose key is equal to the query. Attention does the same with
+# vectors, but in a soft way. The query q is compared with every key k_j by the dot product q . k_j. The
+# softmax turns these scores into shares a_j, and the answer is the mean of the values v_j with these shares.
+# Because it is soft, it has a gradient, and the model can learn what to look for.
 #
-# With Tq queries, Tk keys and as many values, all of d numbers, this is two matrix products with a softmax
+# With Tq queries, Tk keys and Tk values, all with d numbers, this is two matrix products with a softmax
 # between them:
 #
 #     Q (Tq, d)   K (Tk, d)   V (Tk, d)
@@ -104,12 +104,12 @@ for strength in (0, 2, 20):
     print(f"a query of {strength:2} x key 1: weights {weights[0]}, answer {answer[0]}")
 
 # %% [markdown]
-# A query of length zero gets the plain mean of all values. The longer the query, the nearer it comes to
-# picking one.
+# A query of length zero gets the plain mean of all values. The longer the query is, the closer the answer is
+# to a single value.
 #
-# Attention knows nothing about order. If keys and values are put in another order, the answers stay; if the
-# queries are, so are the answers, in the same way. A model that needs the order has to write it into the
-# tokens (lesson 04).
+# Attention knows nothing about order. If the keys and values are put in another order, the answers do not
+# change. If the queries are put in another order, the answers are put in the same order. A model that needs
+# the order must write it into the tokens (lesson 04).
 
 # %%
 q, k, v = rng.standard_normal((3, 6, 4))  # Tq = Tk = 6, d = 4
@@ -123,13 +123,14 @@ assert np.allclose(attention_by_hand(q[order], k, v)[0], out[order], rtol=0, ato
 #
 # Let the entries of q and k be independent, with mean 0 and variance 1. Then each product q_i k_i has mean 0
 # and variance E[q_i^2] E[k_i^2] = 1, and q . k is a sum of d of them. Variances of independent terms add up,
-# so q . k has variance d and standard deviation sqrt(d): scores of +-8 at d = 64. A softmax of such scores
-# puts nearly everything on one key before anything was learned. And where p is nearly 1 for one key and 0 for
-# all others, each entry p_i ([i = j] - p_j) of the softmax's Jacobian is nearly 0: no gradient comes through.
-# Its trace, sum_i p_i (1 - p_i) = 1 - sum_i p_i^2, says how much.
+# so q . k has variance d and standard deviation sqrt(d). For d = 64, scores of +-8 are normal. A softmax of
+# such scores puts nearly all weight on one key before anything is learned. And if p is nearly 1 for one key
+# and nearly 0 for all others, each entry p_i ([i = j] - p_j) of the softmax's Jacobian is nearly 0, and no
+# gradient comes through. The trace of the Jacobian, sum_i p_i (1 - p_i) = 1 - sum_i p_i^2, measures how much
+# gradient comes through.
 #
-# Dividing by sqrt(d) makes the variance 1 at every d. Dividing by d would be too much: then all keys get the
-# same share, whatever the query.
+# Dividing by sqrt(d) makes the variance 1 for every d. Dividing by d would be too much: for large d, all keys
+# would get nearly the same share, whatever the query is.
 
 # %%
 SCALES = {"not divided": 0.0, "divided by sqrt(d)": 0.5, "divided by d": 1.0}  # the power of d
@@ -175,8 +176,8 @@ def draw_scale(figure):
 here.picture("scale", draw_scale, width=11)
 
 # %% [markdown]
-# Look at d = 64, the usual size of a head: undivided, one key takes most of the weight and much of the slope
-# is gone, before any training. Divided by sqrt(d) both are about the same for every d.
+# Look at d = 64, the usual size of a head. Without the division, one key takes most of the weight and most of
+# the slope is lost, before any training. After dividing by sqrt(d), both are about the same for every d.
 #
 # ## The gradient, line by line
 #
@@ -184,10 +185,10 @@ here.picture("scale", draw_scale, width=11)
 #
 #     S = c Q K^T      A = softmax(S)      O = A V
 #
-# Given is G = dL/dO (Tq, d). Wanted are dL/dQ (Tq, d), dL/dK (Tk, d) and dL/dV (Tk, d). Write <X, Y> = sum_ij
-# X_ij Y_ij for two matrices of one shape, and δX for a small change of X. The gradient of L with respect to X
-# is the matrix M with δL = <M, δX>. So take the change of each line, and move all but the δ to the left side
-# by the one rule that is needed:
+# We know G = dL/dO (Tq, d). We want dL/dQ (Tq, d), dL/dK (Tk, d) and dL/dV (Tk, d). Write <X, Y> = sum_ij
+# X_ij Y_ij for two matrices with the same shape, and δX for a small change of X. The gradient of L with
+# respect to X is the matrix M with δL = <M, δX>. So we take the change of each line, and move everything
+# except the δ to the left side. One rule is enough for that:
 #
 #     <X, Y Z> = <Y^T X, Z> = <X Z^T, Y>         (each is sum_ijk X_ik Y_ij Z_jk)
 #
@@ -205,9 +206,9 @@ here.picture("scale", draw_scale, width=11)
 #     <E, c δQ K^T> = <c E K, δQ>                          dL/dQ = c E K      (Tq, Tk)(Tk, d) -> (Tq, d)      (4)
 #     <E, c Q δK^T> = <c Q^T E, δK^T> = <c E^T Q, δK>      dL/dK = c E^T Q    (Tk, Tq)(Tq, d) -> (Tk, d)      (5)
 #
-# U_ij = G_i . V_j is how fast the loss grows if token i takes more of value j, and r_i is the mean of that
-# over what it takes now. So (3) says: gradient descent raises the score of the values that are better than
-# the present mean, in proportion to their present weight, and lowers the others.
+# U_ij = G_i . V_j says how fast the loss grows if token i takes more of value j. r_i is the mean of this with
+# the present weights. So (3) says: gradient descent raises the scores of those values that are better than
+# the present mean, in proportion to their present weights, and lowers the others.
 
 # %%
 def attention_vjp(q, k, v, weights, g):
@@ -253,10 +254,10 @@ assert max(gaps.values()) < 1e-12
 # %% [markdown]
 # ## Heads
 #
-# One softmax per token picks one mixture. A token that needs two things at once, say the object to its left
-# and the colour of the sky, has to mix them into one mean. So the D numbers of a token are cut into H *heads*
-# of d = D / H numbers, each head does its own attention, and the answers are put side by side again. In full,
-# for tokens X (T, D), and with biases left out:
+# One softmax per token gives one mixture. A token that needs two things at once, for example the object to
+# its left and the colour of the sky, would have to mix them into one mean. So the D numbers of a token are
+# split into H *heads* of d = D / H numbers. Each head does its own attention, and the answers are put side by
+# side again. Here are all steps for tokens X (T, D), without the biases:
 #
 #     [Q | K | V] = X W^T         (T, D)(D, 3 D) -> (T, 3 D)     what each token asks, offers and tells; W is (3 D, D)
 #     split                       (T, D) -> (H, T, d)            each of Q, K and V
@@ -265,8 +266,8 @@ assert max(gaps.values()) < 1e-12
 #     Y = O P^T                   (T, D)(D, D) -> (T, D)         the heads' answers are mixed; P is (D, D)
 #
 # Splitting is a reshape and then a transpose. The D numbers of a token lie side by side in memory, so the
-# reshape may only cut that axis, (T, D) -> (T, H, d), and the transpose brings the head in front. Merging
-# undoes both, in the opposite order.
+# reshape may only split that axis: (T, D) -> (T, H, d). Then the transpose moves the heads to the front.
+# Merging undoes both steps in the opposite order.
 
 # %%
 def split(x, heads):
@@ -299,9 +300,9 @@ print(tt.gradcheck(lambda x, *_: layer(x), x, *parameters, names=["x", *names], 
                    seed=here.seed))
 
 # %% [markdown]
-# Heads are free: per head the two products cost T T d multiply-adds each, so all of them together 2 T^2 H d =
-# 2 T^2 D, however many heads there are. (What they do cost is a smaller d to compare with.) The package
-# counts what ran:
+# Heads cost no extra multiply-adds. For each head, the two products cost T T d multiply-adds each, so all
+# heads together cost 2 T^2 H d = 2 T^2 D, for any number of heads. (There is another price: each head
+# compares vectors with a smaller d.) The package counts what really ran:
 
 # %%
 T, D = 65, 96
@@ -314,9 +315,9 @@ for heads in (1, 3, 12):
 # %% [markdown]
 # ## A wrong merge
 #
-# It is tempting to merge (H, T, d) into (T, D) by a reshape alone: the sizes fit, nothing is refused. Where
-# do the numbers go? Let each number say where it comes from, and merge them both ways. H = 2 and T = 8, with
-# d = 1, so that each head's answer is one number.
+# It is tempting to merge (H, T, d) into (T, D) with only a reshape: the sizes fit, and there is no error.
+# Where do the numbers go? Label each number with the place that it comes from, and merge in both ways. We
+# take H = 2, T = 8 and d = 1, so the answer of each head is one number.
 
 # %%
 def wrong_merge(x):
@@ -346,13 +347,13 @@ def draw_merges(figure):
 here.picture("merge", draw_merges, height=4.5)
 
 # %% [markdown]
-# On the left each output token holds its own two answers. On the right it holds answers of one head only, to
-# questions that other tokens asked: output token 3 gets what tokens 6 and 7 found.
+# On the left, each output token has its own two answers. On the right, it has answers of only one head, to
+# the questions of other tokens: output token 3 gets what tokens 6 and 7 have found.
 #
-# What do the checks say? Take three layers: the right one, one with the wrong merge, and one that merges
-# rightly but whose vjp reshapes instead of transposing. And three checks: finite differences; each head
-# computed alone and written into its columns; and tokens in another order, which must give the same answers
-# in that order.
+# What do the checks say? Take three layers: the right one; one with the wrong merge; and one whose merge is
+# right, but whose vjp has the reshape without the transpose. And take three checks: finite differences; each
+# head computed separately and written into its columns; and tokens in another order, which must give the same
+# answers in that order.
 
 # %%
 @tt.op
@@ -398,8 +399,9 @@ assert checks["wrong vjp"] == {"finite differences": False, "heads alone": True,
 here.measured(checks_passed=checks)
 
 # %% [markdown]
-# The message above could not say what kind of mistake it is: the merge's mistake went through attention and
-# the split before it reached x. Check the small piece by itself, and the reading names it:
+# The message above could not say what kind of mistake it is, because the mistake of the merge went through
+# attention and the split before it reached x. If you check the small piece alone, the message names the
+# mistake:
 
 # %%
 assert not passes_differences(merge_with_wrong_vjp, rng.standard_normal((1, 2, 4, 3)))
@@ -407,15 +409,15 @@ assert not passes_differences(merge_with_wrong_vjp, rng.standard_normal((1, 2, 4
 # %% [markdown]
 # Neither kind of check replaces the other. **A gradient check says that the gradient belongs to the function,
 # not that the function is the one you wanted**: the wrong merge has a correct gradient of a wrong function.
-# It takes a check of the values: against a slower way to compute them, or against a property that they must
-# have. The third check needs no reference at all: attention does not know the order, so moved tokens must
-# give moved answers.
+# So you also need a check of the values: against a slower way to compute them, or against a property that
+# they must have. The third check needs no reference at all: attention does not know the order, so tokens in
+# another order must give the same answers in that order.
 #
 # ## A task that attention can learn
 #
 # Each sequence has 8 tokens. A token has a *key* (every key 0 to 7 occurs once, in random order), a *value*
 # (any of 0 to 7), and two keys that it *wants*. Its two answers are the values of the tokens with those keys.
-# Everything is written as one-hot vectors side by side, 4 x 8 numbers; there are no positions, none are
+# All of this is written as one-hot vectors side by side, 4 x 8 numbers. There are no positions, and none are
 # needed.
 
 # %%
@@ -454,15 +456,15 @@ class Recall(tt.nn.Module):
 
 
 # %% [markdown]
-# What can be reached? Work it out before you look:
+# What can a model reach? Try to answer before you read on:
 #
-# - Without looking anywhere, the best guess is the value that occurs most often in the sequence.
+# - Without attention to other tokens, the best guess is the value that occurs most often in the sequence.
 # - One head can look at one of the two wanted tokens. For the other answer it can only repeat that value,
 #   which is right if both wanted keys are the same (1 in 8), or else by chance (1 in 8 again): 15 in 64. Or
 #   it can look at both with half of its weight each, and not know which value belongs to which. Both come to
 #   79 of 128 answers, 61.7 %.
 # - Two heads can find both.
-# - With the wrong merge the heads may find what they like: it is delivered to other tokens.
+# - With the wrong merge, it does not matter what the heads find: it is delivered to other tokens.
 #
 # The training loop: `loss_and_grads` runs the model forward and backward on a batch and leaves the gradients
 # with the parameters, `AdamW` is gradient descent with a step size of its own for each number, and
@@ -526,13 +528,14 @@ here.measured(steps=steps, seeds=seeds, test_answers=values.size, recall=summary
               wrong_merge_right_by_token=np.mean(right["two heads, wrong merge"], axis=(0, 2)).tolist())
 
 # %% [markdown]
-# Two heads find both. One head comes to what it should, in one way or the other: see first and second answer,
-# seed by seed. The wrong merge **trains**: no error, a gradient that passes the check, a loss that falls. It
-# only ends about where attention ends that does not look at anything, and nothing in the run says so.
+# Two heads find both. One head reaches what we expected, in one way or the other: compare the first and the
+# second answer for each seed. The wrong merge **trains**: there is no error, the gradient passes the check,
+# and the loss falls. But it ends about where a model ends that looks at nothing, and nothing in the run tells
+# you so.
 #
-# The picture of the merge even predicts where it is a little better: output token 0 holds head 0's answers to
-# tokens 0 and 1, and token 7 head 1's answers to tokens 6 and 7. Only these two get anything that they
-# themselves asked for.
+# The picture of the merge even predicts where it is a little better. Output token 0 has the answers of head 0
+# to tokens 0 and 1, and output token 7 has the answers of head 1 to tokens 6 and 7. Only these two tokens get
+# something that they have asked for themselves.
 
 # %%
 def draw_recall(figure):
@@ -599,10 +602,10 @@ here.picture("maps", draw_maps, width=11, height=4.4)
 # %% [markdown]
 # ## What was measured
 #
-# Exact, and asserted above at every size: the softmax and its gradient, attention and its gradient against
-# the package's op and finite differences, splitting and merging, multiply-adds that do not depend on the
-# number of heads, and what each check says of the three merges. Statistical, with the spread over seeds: the
-# table of the four models.
+# These are exact, and asserted above in every run: the softmax and its gradient, attention and its gradient
+# against the package's op and finite differences, splitting and merging, multiply-adds that do not depend on
+# the number of heads, and the results of the checks for the three merges. The table of the four models is
+# statistical, with the spread over seeds.
 
 # %%
 share = {arm: f"{spread_text(each)} %" for arm, each in reached.items()}
@@ -625,9 +628,9 @@ here.says(f"Where two things must be looked up, two heads find {share['two heads
 #    what share of right answers can two heads reach? Train them for 1,000 steps: they find far more. Print
 #    the weights that each head puts on the three wanted tokens, and read off how they do it. (What do both
 #    look at?)
-# 5. Put a second layer of attention behind the first: copy `attend` of `tt.nn.Attention` into a subclass
-#    with the wrong merge, and compute `x = x + layer(x)` with two of them. How many answers are right after
-#    300 steps, and after 2,000? Which questions can be answered on this detour? Use the picture of the merge.
+# 5. Put a second layer of attention behind the first: copy `attend` of `tt.nn.Attention` into a subclass with
+#    the wrong merge, and compute `x = x + layer(x)` with two of them. How many answers are right after 300
+#    steps, and after 2,000? Which questions can be answered on this detour? Use the picture of the merge.
 #
 # ## The paper
 #

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Lesson 04: A Vision Transformer
-# You will be able to write a ViT from patches to logits in plain arrays, train it, draw where it looks, and
-# say what it costs.
+# After this lesson you can write a ViT with plain arrays, from patches to logits. You can train it, draw
+# where it looks, and say what it costs.
 #
-# Needed: attention from lesson 03. A Vision Transformer (ViT) cuts a picture into patches, makes a token of
-# each, lets the tokens exchange what they know a few times, and reads the class off one token. Everything it
-# needs besides attention is short, and stands here in full.
+# You need attention from lesson 03. A Vision Transformer (ViT) cuts a picture into patches and makes a token
+# of each. Then the tokens exchange information several times, and the class is computed from one token.
+# Everything that it needs besides attention is short, and this lesson has all of it.
 
 # %%
 import json
@@ -30,11 +30,11 @@ print("classes:", ", ".join(train.names))
 
 # %% [markdown]
 # The pictures are *scenes* (`tinytoken/data/scenes.py`), drawn from a seed: 32 x 32 pixels, clutter in the
-# background, and one to three objects of one shape in front. The class is the shape. Since they are drawn, it
-# is known which pixels are object, and we shall use that. (`--data cifar10` runs the lesson on CIFAR-10; with
-# `--full` that is a recipe for a ViT from scratch on two CPU cores.) The model gets the pixels with the
-# training set's mean taken off and divided by its standard deviation, for each of the three colours, so that
-# inputs have mean 0 and variance 1.
+# background, and one to three objects of one shape in front. The class is the shape. Since the program draws
+# them, it knows which pixels are object, and we shall use that. (`--data cifar10` runs the lesson on
+# CIFAR-10. With `--full` it is a recipe for a ViT from scratch on two CPU cores.) For each of the three
+# colours, the mean of the training set is subtracted from the pixels, and the result is divided by the
+# standard deviation. So the inputs of the model have mean 0 and variance 1.
 #
 # ## Patches
 #
@@ -96,7 +96,8 @@ here.picture("patches", draw_patches, height=3.4)
 # %% [markdown]
 # ## The embedding, the class token, the positions
 #
-# **Embedding.** Each patch, a row of C p p numbers, goes through one linear layer, the same for all patches:
+# **Embedding.** Each patch is a row of C p p numbers. It goes through a linear layer, which is the same for
+# all patches:
 #
 #     tokens = patches W^T + b        (N, C p p)(C p p, D) -> (N, D)
 #
@@ -104,8 +105,8 @@ here.picture("patches", draw_patches, height=3.4)
 # convolution whose window moves by p pixels at a time: number d of a token is the sum, over colour c, row i
 # and column j of its patch, of W[d, c, i, j] times that pixel.
 #
-# We take a model of the package, in float64 and with all weights moved a little (biases start at 0, where a
-# forgotten one would not show), and follow a picture through it. `w` holds its weights by name.
+# We take a model of the package in float64, and follow a picture through it. We first change all weights a
+# little: biases start at 0, and then we would not notice if we forgot one. `w` has the weights by name.
 
 # %%
 def shaken(model):
@@ -137,20 +138,21 @@ corner = np.einsum("dcij,bcij->bd", w["patch_embed.proj.weight"],
 assert np.allclose(corner, embedded[:, 0], rtol=0, atol=1e-12)  # the convolution at its first place
 
 # %% [markdown]
-# **Class token.** One more token, D learned numbers, the same for every picture, is put in front: T = N + 1
-# tokens. It has seen no pixel. In each block it can ask all patches, and at the end the class is read off it
-# alone.
+# **Class token.** One more token is put in front, so there are T = N + 1 tokens. It consists of D learned
+# numbers, the same for every picture, and has seen no pixel. In each block it can get information from all
+# patches, and at the end the class is computed from this token alone.
 #
-# **Positions.** Attention does not know the order of tokens (lesson 03), and neither does anything else in a
-# ViT: all of it treats every token by itself. So a vector for each place, (T, D), is added to the tokens at
-# the start. It is learned; what it starts from matters at this size. Here it is a table of sines and cosines:
-# for the patch in row r and column s, with D / 4 frequencies f_i = 10000^(-4 i / D),
+# **Positions.** Attention does not know the order of the tokens (lesson 03). The other parts of a ViT do not
+# know it either, since they treat each token separately. So a vector for each place is added to the tokens at
+# the start, (T, D). These vectors are learned. With models and data of this size, it matters what they start
+# from. Here it is a table of sines and cosines: for the patch in row r and column s, with D / 4 frequencies
+# f_i = 10000^(-4 i / D),
 #
 #     0.7 x [sin(s f_i), cos(s f_i), sin(r f_i), cos(r f_i)]     for i = 0 ... D/4 - 1
 #
 # and zeros for the class token. Since sin a sin b + cos a cos b = cos(a - b), the dot product of two such
-# positions depends only on how many rows and columns they are apart, wherever they are. The picture shows
-# that near patches are the most alike: nearness need not be learned.
+# positions depends only on how many rows and columns lie between them. The picture shows that patches close
+# to each other have the most similar positions: the model need not learn what is near.
 
 # %%
 row, column = np.divmod(np.arange(N), GRID)
@@ -184,24 +186,24 @@ agree("tokens with positions", x, vit.embed(images))
 # %% [markdown]
 # ## A block
 #
-# A block has two halves. In the first the tokens exchange what they know, in the second each token thinks for
-# itself:
+# A block has two halves. In the first half the tokens exchange information. In the second half each token is
+# processed separately:
 #
 #     x = x + attention(norm1(x))
 #     x = x + mlp(norm2(x))
 #
-# **The sum.** Each half only adds to x (a *residual connection*). The gradient of a sum goes to both terms
-# unchanged, so it reaches the first layer without having to pass through every layer in between.
+# **The sum.** Each half only adds something to x (a *residual connection*). The gradient of a sum goes to
+# both terms unchanged. So it reaches the first layer without going through all the layers in between.
 #
-# **The norm.** Without it, numbers that are added up block after block would grow. Layer norm takes each
-# token's D numbers by themselves, brings them to mean 0 and variance 1, and then multiplies by one learned
-# vector and adds another. eps keeps the root away from 0.
+# **The norm.** Without it, the numbers would grow from block to block, since each block adds to them. Layer
+# norm takes the D numbers of each token separately and brings them to mean 0 and variance 1. Then it
+# multiplies by a learned vector and adds another one. eps keeps the square root away from 0.
 #
 # **The MLP** (multi-layer perceptron) is two linear layers, D -> 4 D -> D, with a nonlinearity between them:
 #
 #     GELU(x) = x Φ(x),   Φ(x) = (1 + erf(x / sqrt(2))) / 2: the chance that a standard normal number is below x
 #
-# Far to the left it is 0, far to the right it is x, like max(x, 0), but smooth.
+# For very negative x it is nearly 0, for large x it is nearly x: like max(x, 0), but smooth.
 
 # %%
 def layer_norm(x, weight, bias, eps=1e-6):
@@ -248,8 +250,8 @@ agree("a block", block(x, of_block(w, 0)), vit.blocks[0](tt.Tensor(x)))
 # %% [markdown]
 # ## The head, and all of it
 #
-# After the last block: one more norm, then a linear layer from the class token's D numbers to one number per
-# class, the *logits*. The whole model is these lines:
+# After the last block there is one more norm, and then a linear layer from the D numbers of the class token
+# to one number per class, the *logits*. These lines are the whole model:
 
 # %%
 def vit_by_hand(images, w):
@@ -265,8 +267,8 @@ def vit_by_hand(images, w):
 agree("logits", vit_by_hand(images, w), vit(images).logits)
 
 # %% [markdown]
-# **Positions are all that it knows of places.** Shuffle the patches of a picture, as in the picture above.
-# Without positions the model cannot tell, to the last digits; with them it can.
+# **Without positions the model knows nothing about places.** Shuffle the patches of a picture, as in the
+# picture above. Without positions, the logits stay the same up to rounding. With positions, they change.
 
 # %%
 shuffled = paste(patches[:, rng.permutation(N)])
@@ -278,8 +280,8 @@ print(f"patches shuffled: logits change by {with_positions:.2f} with positions, 
 assert without_positions < 1e-11 < 1e-3 < with_positions
 
 # %% [markdown]
-# **The gradients** come from the tape. They are checked on a small ViT, all parameters at once: each op's
-# gradient may be right and a model still lose one on the way.
+# **The gradients** come from the tape. We check them with a small ViT, for all parameters at once: even if
+# the gradient of each op is right, a model could still lose a gradient between the ops.
 
 # %%
 small = shaken(tt.models.ViT(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5))
@@ -294,8 +296,8 @@ print(f"{len(report.inputs)} parameters of a small ViT agree with finite differe
 # %% [markdown]
 # ## What it costs
 #
-# Costs are counted in multiply-adds (MACs). A product of (a, b) by (b, c) has a b c. Per block, with T tokens
-# of D numbers:
+# Costs are counted in multiply-adds (MACs). The product of (a, b) and (b, c) needs a b c of them. These are
+# the costs of a block with T tokens of D numbers:
 #
 # | part | products | MACs |
 # |---|---|---|
@@ -305,8 +307,8 @@ print(f"{len(report.inputs)} parameters of a small ViT agree with finite differe
 # | MLP | (T, D)(D, 4 D) and (T, 4 D)(4 D, D) | 8 T D^2 |
 # | together | | **12 T D^2 + 2 T^2 D** |
 #
-# Before the blocks come N C p p D for the embedding, after them D K for the head with K classes. Norms,
-# softmax, GELU and sums are not counted, as is usual; whether that is fair, the clock will say. The package
+# The embedding before the blocks adds N C p p D, and the head with K classes adds D K. Norms, softmax, GELU
+# and sums are not counted, as is usual. Below we measure the time, and see whether that is fair. The package
 # counts what its ops really multiply:
 
 # %%
@@ -324,18 +326,19 @@ for side in (32, 64, 128, 224, 512):
 here.measured(macs=counted.total, macs_closed_form=closed, parameters=vit.parameter_count(), sizes=SIZES)
 
 # %% [markdown]
-# The two terms are equal at T = 6 D. On small pictures nearly all the work is in the linear layers, and it
-# grows as the number of tokens; on large ones attention takes over, and it grows as its square. Either way
-# most of the cost is tokens: leave out half of the patches, and more than half of it is gone. Most patches of
-# a scene are background.
+# The two terms are equal for T = 6 D. For small pictures, nearly all the work is in the linear layers, and it
+# grows in proportion to the number of tokens. For large pictures, attention has most of the work, and it
+# grows with the square of the number of tokens. In both cases the cost depends on the tokens: without half of
+# the patches, more than half of the cost is gone. And most patches of a scene are background.
 #
 # ## Training
 #
-# `Batches` shuffles and normalises; `fit` is the loop of lesson 03: batches of 64, AdamW, a learning rate
-# that rises and falls. It logs the loss into a history, which we read for a picture. A model starts with each
-# matrix (out, in) uniform in +-sqrt(6 / (in + out)), which keeps the variance of what goes through about the
-# same in both directions, and 0.3 times that in the two layers of a block that end in a sum, so that blocks
-# start by adding little.
+# `Batches` shuffles and normalises the pictures. `Classify` is the loss of a classifier. `fit` is the
+# training loop of lesson 03, with batches of 64, AdamW, and a learning rate that rises and then falls. It
+# writes the loss into a history, from which we draw a picture. `infer` runs a model over many pictures, and
+# `accuracy` compares its answers with the labels. Each weight matrix (out, in) starts uniform in +-sqrt(6 /
+# (in + out)), which keeps the variance about the same in the forward and in the backward pass. The two layers
+# of a block that end in a sum start at 0.3 times that, so that each block adds little at the start.
 
 # %%
 def prepare(pictures):
@@ -418,9 +421,9 @@ here.picture("training", draw_training, width=10, height=5)
 # %% [markdown]
 # ## Where it looks
 #
-# The weights A (B, H, T, T) of a block say for each token where it looked. Row 0 is the class token's;
-# without its weight on itself, and with the rest brought to sum 1, it is a map over the patches. Look at all
-# blocks, the mean over heads:
+# The weights A (B, H, T, T) of a block say for each token where it looked. Row 0 belongs to the class token.
+# Leave out its weight on itself and divide the others by their sum, and you have a map over the patches. Here
+# are the maps of all blocks, each the mean over the heads:
 
 # %%
 def class_attention(model, pictures, slice_size=128):
@@ -459,10 +462,10 @@ def draw_attention(figure, count=6):
 here.picture("attention", draw_attention, width=10, height=9.5)
 
 # %% [markdown]
-# Pictures of a few scenes persuade easily, so count. How much of the class token's weight lies on the object?
-# Each patch counts with the share of its pixels that are object. By chance, with equal weights, it is the
-# object's share of the whole picture; the untrained model is the second comparison, and is not at chance in
-# every block.
+# A few pictures convince us too easily, so we count. How much of the class token's weight lies on the object?
+# Each patch counts with the share of its pixels that are object. There are two comparisons. With equal
+# weights (chance), the result is the share of the object in the whole picture. The other one is the untrained
+# model, which is not at chance in every block.
 
 # %%
 def on_object(maps, share):
@@ -483,9 +486,9 @@ if hasattr(test, "object_share"):
                                     "standard_error": se.tolist(), "untrained": before_on.tolist()})
 
 # %% [markdown]
-# **Is what it looks at what it uses?** A weight says how much of a token's value was taken, not what for. So
-# ask the model: paint over 16 of the 64 patches with the mean colour (0 after normalising), chosen in several
-# ways, and see how many pictures are still right.
+# **Does the model use what it looks at?** A weight says how much of a token's value was taken, but not what
+# for. So we test it: we paint over 16 of the 64 patches with the mean colour (0 after normalising). We choose
+# these patches in several ways, and see how many pictures are still classified correctly.
 
 # %%
 HIDDEN = N // 4
@@ -517,17 +520,18 @@ for name, rate in still_right.items():
 here.measured(right_with_patches_hidden=still_right, hidden=HIDDEN)
 
 # %% [markdown]
-# In the default run the maps point to what the model uses. Without the 16 patches of most weight over all
-# blocks few pictures are still right, not many more than without the object itself; without 16 random ones
-# most are; without those of least weight hardly any picture is lost. The last block's map alone says less:
-# the class token has asked in every block, and a patch that it ignores in the last one may have told it
-# everything before, or have told its neighbours.
+# In the default run, the maps do show what the model uses. Without the 16 patches that have most weight over
+# all blocks, few pictures are still right, not many more than without the object itself. Without 16 random
+# patches, most pictures are still right. Without the patches with least weight, hardly any picture is lost.
+# The map of the last block alone says less. The class token has looked in every block, and a patch that it
+# ignores in the last block may have given its information earlier, or to its neighbours.
 #
 # ## Where the time goes
 #
-# Multiply-adds are what can be counted; seconds are what one waits for. The package's profiler puts a clock
-# around every op and runs training steps, forward and backward, on one thread. (A backward pass has twice the
-# multiply-adds of its forward: a product has two factors, and each needs a gradient of the same cost.)
+# We can count multiply-adds, but we wait for seconds. The profiler of the package measures the time of every
+# op, while it runs training steps, forward and backward, on one thread. (A backward pass has twice the
+# multiply-adds of its forward pass: a product has two factors, and the gradient of each factor costs as much
+# as the product.)
 
 # %%
 job = bench.Job("vit", batch=here.pick(8, 64, 64), dim=D, depth=DEPTH, heads=HEADS)
@@ -562,16 +566,17 @@ def draw_time(figure):
 here.picture("time", draw_time, height=4)
 
 # %% [markdown]
-# The linear layers come near the speed of a large product, so they take less of the time than of the
-# multiply-adds. Attention is the opposite: its products are many and small, and its softmax, which nobody
-# counts, passes over T x T numbers per head. GELU and layer norm count nothing and take about a fifth. So
-# multiply-adds saved are not seconds saved, one to one: later lessons measure both.
+# The linear layers are nearly as fast as a large matrix product. So their share of the time is smaller than
+# their share of the multiply-adds. Attention is the opposite: its products are many and small, and its
+# softmax, which is not counted, goes over T x T numbers per head. GELU and layer norm have no multiply-adds
+# in this count, but take about a fifth of the time. So saving half of the multiply-adds does not save half of
+# the time. Later lessons measure both.
 #
 # ## What was measured
 #
-# Exact, and asserted at every size: each part against the package, the multiply-adds against the closed form,
-# and that without positions shuffled patches change nothing. The rest is of the seeds and pictures it was
-# measured on; the times are of this machine.
+# These are exact, and asserted in every run: each part against the package, the multiply-adds against the
+# closed form, and that shuffled patches change nothing if there are no positions. The rest holds for the
+# seeds and pictures that it was measured with, and the times are those of this machine.
 
 # %%
 said = (f"{steps} steps ({seconds:.0f} s) bring a ViT of {counted.total / 1e6:.1f} M MACs to "
@@ -589,8 +594,8 @@ if here.size == "full" and here.data != "scenes":
 # ## Exercises
 #
 # 1. Count the parameters of the model by hand, layer by layer, and compare with `vit.parameter_count()`.
-# 2. Replace `cut` by `images.reshape(len(images), N, -1)`. Which pixels does token 0 hold now? Why do the
-#    shapes not complain? Which line above catches it?
+# 2. Replace `cut` by `images.reshape(len(images), N, -1)`. Which pixels does token 0 have now? Why is there
+#    no error about shapes? Which line above finds the mistake?
 # 3. Derive the gradient of layer norm with respect to x, for weight 1 and bias 0: with y the output, s =
 #    sqrt(var + eps) and g the upstream gradient, it is (g - mean(g) - y mean(g y)) / s. Make an `@tt.op` of
 #    it and check it with `tt.gradcheck`.
@@ -615,9 +620,9 @@ if here.size == "full" and here.data != "scenes":
 # | eq. 3: z_l = MLP(LN(z'_l)) + z'_l | `x + scaled(mlp(norm(x)), factors)` |
 # | eq. 4: y = LN(z_L^0) | `tokens.x = self.norm(tokens.x)`, then `self.head(x[:, 0])` |
 #
-# Positions are learned there as here, but ours start as sines and cosines. The paper trains on millions of
-# photographs of 224 x 224 pixels with patches of 16 (also 14 and 32). Our names and shapes are those of the
-# timm library, so its weights can be loaded.
+# In the paper, as here, positions are learned, but ours start as sines and cosines. The paper trains on
+# millions of photographs of 224 x 224 pixels with patches of 16 x 16 (also 14 and 32). Our names and shapes
+# are those of the timm library, so its weights can be loaded.
 
 # %%
 here.end()
