@@ -1,16 +1,18 @@
 """Files that are written whole or not at all, and locks against two processes working on the same file.
 
-A file is written beside its target, flushed, and then renamed over it.
+A file is written beside its target, flushed, and then renamed over it. Only a regular file is replaced: to
+rename over a device, a pipe or a folder would destroy it.
 """
 import contextlib
 import json
 import os
 import pathlib
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, TypeAlias
 
-from .errors import Busy, InputError
+from .errors import Busy, InputError, expect
 
 fcntl: Any
 try:
@@ -19,21 +21,52 @@ except ImportError:  # Windows
     fcntl = None
 
 FilePath: TypeAlias = str | os.PathLike[str]
+KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+         stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def kind_of(path: FilePath) -> str:
+    """What lies at `path`: one of KINDS, or "nothing". A link counts as what it leads to."""
+    try:
+        return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "no regular file")
+    except OSError:  # also where a part of the path is no folder: who reads or writes there is told so
+        return "nothing"
+
+
+def check_output(path: FilePath, *endings: str, inputs: Sequence[FilePath] = ()) -> None:
+    """Raise InputError, before the work, for a path that a command should not write its result to.
+
+    That is a name without one of the `endings` (".json"), anything that is there and is not a regular file,
+    and one of the `inputs`, the files that the command reads.
+    """
+    expect(pathlib.Path(path).suffix.lower() in endings, f"cannot write {path}",
+           f"expected a name that ends in {' or '.join(endings)}")
+    _check_replaceable(path)
+    for source in inputs:
+        same = kind_of(path) != "nothing" and kind_of(source) != "nothing" and os.path.samefile(path, source)
+        expect(not same, f"cannot write {path}", f"it is {source}, which is read: give another name")
+
+
+def _check_replaceable(path):
+    kind = kind_of(path)
+    expect(kind in ("nothing", "a file"), f"cannot write {path}",
+           f"it is {kind}, expected a file or a new name")
 
 
 @contextlib.contextmanager
-def replacing(path: FilePath, mode: str = "wb") -> Iterator[IO[Any]]:
+def replacing(path: FilePath, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     """Context: a file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    A crash at any moment leaves the old file or the new one. A full disk or an unwritable folder raises
-    InputError naming the path.
+    options: further ones of `open`. A crash at any moment leaves the old file or the new one. What is not a
+    regular file, a full disk or an unwritable folder raises InputError naming the path.
     """
     path = pathlib.Path(path)
+    _check_replaceable(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, mode) as file:
+        with os.fdopen(handle, mode, **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

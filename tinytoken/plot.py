@@ -1,4 +1,5 @@
 """Pictures of what the models did. Needs matplotlib (the `plot` extra), imported when a picture is made."""
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -6,13 +7,23 @@ import numpy as np
 from .files import FilePath, replacing
 
 
-def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str], predictions: dict[str, Sequence[str]],
-           panels: Sequence[tuple[str, np.ndarray]], patch: int) -> None:
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".pdf": "pdf", ".svg": "svg"}  # by a name's ending
+TRUTH, WRONG = "black", "#b03000"  # colours of texts
+HATCH = np.uint8(150)  # grey of the lines across a hidden patch
+
+
+def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str] | None,
+           predictions: dict[str, Sequence[str]], panels: Sequence[tuple[str, np.ndarray]],
+           patch: int) -> None:
     """One row per picture: the picture, then a panel for everything that the models have to show.
 
-    images (B, 3, H, W) uint8; labels: B names; predictions: {model: B names}; panels: [(title, (B, N) array)]
-    as Model.show returns them. A boolean array fades the patches where it is False; an array of weights
-    shows the larger ones in a stronger red.
+    images (B, 3, H, W) uint8; labels: B names, or None where the truth is not known; predictions: {model: B
+    names}; panels: [(title, (B, N) array)] as Model.show returns them. A boolean array hides the patches
+    where it is False; an array of weights shows the larger ones in a stronger red. The picture has the format
+    that the path's ending says, one of FORMATS; PNG without one.
+
+    The truth stands at the left of a row, as "truth: NAME"; what the models say stands below its picture, as
+    "MODEL says NAME", where it is wrong or the truth is not known.
     """
     figure_module = _figure()
     columns = ["picture", *(title for title, _ in panels)]
@@ -26,13 +37,20 @@ def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str], prediction
             axis.set(xticks=[], yticks=[])
             if b == 0:
                 axis.set_title(title, fontsize=8, parse_math=False)
-        wrong = [f"{name}: {names[b]}" for name, names in predictions.items() if names[b] != labels[b]]
         # a class may be called after a folder: its name is no formula
-        row[0].set_ylabel(labels[b], fontsize=8, parse_math=False)
-        answers = "\n".join(wrong) or "all right"
-        row[0].set_xlabel(answers if len(predictions) > 1 else "", fontsize=6, parse_math=False)
+        if labels is not None:
+            row[0].set_ylabel(f"truth: {labels[b]}", fontsize=8, parse_math=False)
+        row[0].set_xlabel(**_answers({name: names[b] for name, names in predictions.items()},
+                                     None if labels is None else labels[b]), parse_math=False)
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format=FORMATS.get(pathlib.Path(path).suffix.lower(), "png"), dpi=110)
+
+
+def _answers(said, truth):
+    """The text below a picture. said: {model: class}; truth: a class, or None."""
+    wrong = [f"{model} says {name}" for model, name in said.items() if name != truth]
+    text = "\n".join(wrong) if wrong or not said else f"{'all' if len(said) > 1 else next(iter(said))} right"
+    return dict(xlabel=text, color=WRONG if wrong and truth is not None else TRUTH, fontsize=7)
 
 
 def _figure():
@@ -45,15 +63,18 @@ def _grid(picture, patch):
 
 
 def hide(picture: np.ndarray, kept: np.ndarray, patch: int) -> np.ndarray:
-    """The picture (H, W, 3) uint8 with every patch that is not kept faded to a light grey.
+    """The picture (H, W, 3) uint8 with every patch that is not kept faded to a light grey and hatched.
 
-    kept: indices of patches, or a boolean for each.
+    kept: indices of patches, or a boolean for each. The hatching (a line per patch, going up) tells a hidden
+    patch from a white one.
     """
     rows, columns = _grid(picture, patch)
     mask = np.zeros(rows * columns, bool)
     mask[kept] = True
     mask = np.kron(mask.reshape(rows, columns), np.ones((patch, patch), bool))[..., None]
-    return np.where(mask, picture, 225 + (picture * 0.1).astype("uint8"))
+    line = np.add.outer(np.arange(picture.shape[0]), np.arange(picture.shape[1])) % patch == patch - 1
+    faded = np.where(line[..., None], HATCH, 225 + (picture * 0.1).astype("uint8"))
+    return np.where(mask, picture, faded)
 
 
 def heat(picture: np.ndarray, weights: np.ndarray, patch: int) -> np.ndarray:

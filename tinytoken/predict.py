@@ -1,4 +1,6 @@
 """One picture through one checkpoint: its classes, and the tokens that were kept or looked at."""
+import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -6,25 +8,32 @@ import numpy as np
 from . import plot
 from .backend import to_numpy
 from .data import normalise
-from .data.folder import read_image
-from .errors import expect
-from .files import FilePath
+from .data.folder import pillow_warnings, read_image
+from .data.likeness import outside
+from .errors import expect, some_of
+from .files import FilePath, check_output
 from .nn import both_sides
 from .ops import softmax
 from .tensor import no_grad
 from .train import checkpoint
 
+SAMPLES = pathlib.Path(__file__).parent / "data" / "samples"  # three scenes, made by make_samples.py there
+
 
 def classify(path: FilePath, picture: FilePath, path_out: FilePath) -> str:
     """Classify `picture` with the checkpoint at `path`, and write it with its tokens to `path_out`.
 
-    The picture may have any format that pillow reads; data.folder.read_image says how it is cropped. Returns
-    the text to print. Raises InputError for files that cannot be used.
+    The picture may have any format that pillow reads; data.folder.read_image says how it is cropped. A line
+    on stderr warns of one that is unlike the training pictures, as data.likeness measures it, where the
+    checkpoint says how those are. path_out: its ending is one of plot.FORMATS. Returns the text to print.
+    Raises InputError for files that cannot be used, and a path_out that should not be written to.
     """
+    check_output(path_out, *plot.FORMATS, inputs=(path, picture))
     model, header = checkpoint.load_model(path)
     expect("classes" in header, "predict",
            f"{path} does not say its classes and pixel statistics: train it with `compare`")
     images = read_picture(picture, both_sides(model.config.image_size))
+    warn(picture, images[0], header)
     with no_grad():
         out = model.eval()(normalise(images, header["mean"], header["std"]), trace=True)
         probs = to_numpy(softmax(out.logits).data)[0]
@@ -35,16 +44,27 @@ def classify(path: FilePath, picture: FilePath, path_out: FilePath) -> str:
 
 def read_picture(path: FilePath, size: tuple[int, int]) -> np.ndarray:
     """(1, 3, H, W) uint8. size: (H, W)."""
-    return read_image(path, size, "predict")[None]
+    with pillow_warnings(path):
+        return read_image(path, size, "predict")[None]
+
+
+def warn(path: FilePath, image: np.ndarray, header: dict[str, Any]) -> None:
+    """Say on stderr if the picture (3, H, W) is unlike those that the checkpoint was trained on.
+
+    Nothing is said for a checkpoint from before training noted how its pictures are."""
+    if found := outside(image, header.get("bounds", {})):
+        print(f"warning: {path} is unlike the pictures of the training ({header.get('data')}): "
+              f"{some_of(found, 2)}. The classes below may mean nothing.", file=sys.stderr)
 
 
 def show(path: FilePath, model: Any, images: np.ndarray, name: str, out: Any) -> str:
     """Write the picture with its tokens -> a line that says where it is, or why there is none."""
     panels = model.show(out)
+    kind = type(model).__name__
     if not panels:
-        return f"a {type(model).__name__} keeps every token: no picture written"
+        return f"a {kind} keeps every token: no picture written"
     try:
-        plot.tokens(path, images, [name], {}, panels, model.config.patch_size)
+        plot.tokens(path, images, None, {kind: [name]}, panels, model.config.patch_size)
     except ImportError:
         return "no picture written: matplotlib is not installed (pip install 'tinytoken-vit[plot]')"
     return f"picture: {path}"

@@ -7,10 +7,12 @@ The classes have the names of their folders, in sorted order. Files are recognis
 of their names. Files that are hidden, have another ending or lie deeper are left out, and so are pictures
 that cannot be read; one line on stderr counts them. A class of which nothing is left is an error.
 """
+import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from .. import random
 from ..errors import InputError, expect, some_of
+from ..files import kind_of
 from ..threads import share_out
 from .cifar import Pictures
 from .sets import dataset
@@ -26,6 +29,7 @@ WRITTEN = ".tokens.png"  # the ending of what `predict` writes beside a picture
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SITE = "tinytoken.data.folder."
 TEST_SHARE = 5  # one in so many, where the folder has no test part of its own
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value
 BACKGROUND = "white"  # what shows where a picture is transparent
 CHUNK = 32  # pictures that a thread reads before it takes the next ones: Ctrl-C waits for no more than these
 EXPECTED = "expected DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or DIR/CLASS/*.png"
@@ -36,14 +40,18 @@ EXPECTED = "expected DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or DIR/CLAS
 def read_image(path: str | os.PathLike, size: tuple[int, int], where: str = "imagefolder") -> np.ndarray:
     """The picture at `path` -> (3, H, W) uint8. size: (H, W); where: who asks, for messages.
 
-    It is turned upright (EXIF), 16-bit grey is scaled to 8 bits, and transparent parts become white. Then the
-    largest central part of the shape H : W is cut out (for a square model, the central square), and scaled
-    with bilinear weights, which average where it shrinks. Of an animation, this is the first picture.
-    InputError for what pillow cannot read."""
+    It is turned upright (EXIF), grey of 16 bits (of a TIFF: of as many as its tags say) is scaled to 8, and
+    transparent parts become white. Then the largest central part of the shape H : W is cut out (for a square
+    model, the central square), and scaled with bilinear weights, which average where it shrinks. Of an
+    animation, this is the first picture. InputError for what pillow cannot read, for grey of which nobody can
+    know the value of white (32 bits, floats), for LAB colours, and for pipes and devices."""
     Image, ImageOps = _pillow(where)
+    kind = kind_of(path)
+    expect(kind in ("a file", "a folder", "nothing"), where, f"{path} is {kind}, expected a file")
     try:
         with Image.open(path) as image:
-            image = _rgb(ImageOps.exif_transpose(image), Image)
+            ends = _black_and_white(image) if image.mode[0] in "IF" else None
+            image = _rgb(ImageOps.exif_transpose(image), ends, Image)
             return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     except MemoryError:
         raise
@@ -60,24 +68,44 @@ def _pillow(where):
     return Image, ImageOps
 
 
-def _rgb(image, Image):
-    """A picture of any of pillow's modes as RGB."""
-    if image.mode[0] in "IF":  # pillow itself would cut these off at 255
-        image = Image.fromarray(_eight_bits(np.asarray(image), image.info.get("transparency")))
+@contextlib.contextmanager
+def pillow_warnings(where: str | os.PathLike) -> Iterator[None]:
+    """Context: pillow's warnings about pictures that are read in it become one line on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    if texts := list(dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught)):
+        print(f"{where}: pillow warns: {some_of(texts, 3)}", file=sys.stderr)
+
+
+def _rgb(image, ends, Image):
+    """A picture of pillow's modes as RGB. ends: black and white of grey of more than 8 bits, else None."""
+    if image.mode == "LAB":  # pillow itself would take its channels for red, green and blue
+        raise ValueError("colours in LAB; expected RGB, CMYK, YCbCr or grey")
+    if ends:  # pillow itself would cut these off at 255
+        image = Image.fromarray(_eight_bits(np.asarray(image), *ends, image.info.get("transparency")))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
     return image.convert("RGB")
 
 
-def _eight_bits(grey, transparent):
-    """16-bit grey (H, W) as 8 bits: 65535 becomes 255. transparent: the value that means so, or None.
+def _black_and_white(image):
+    """The values that are black and white in grey of more than 8 bits: 0 and 65535, or as a TIFF's tags say.
 
-    The 16 bits may come in wider integers. ValueError for floats and larger values: nobody can know which
-    value is white."""
-    if grey.dtype.kind == "f" or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError("grey of more than 16 bits: which value is white?")
-    scaled = np.rint(grey / 257).astype("uint8")
+    ValueError for floats and wider integers. Of a PNG or a PGM pillow may hold the 16 bits in wider ones."""
+    wide = image.mode == "I" and image.format in ("PNG", "PPM")
+    if not wide and not image.mode.startswith("I;16"):
+        kind = "floats" if image.mode == "F" else "integers of 32 bits or with a sign"
+        raise ValueError(f"grey in {kind}: which value is white? expected 8 or 16 bits")
+    tags = getattr(image, "tag_v2", {})
+    ends = 0, 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    return ends[::-1] if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else ends
+
+
+def _eight_bits(grey, black, white, transparent):
+    """Grey (H, W) integers as 8 bits. transparent: the value that means so, or None."""
+    scaled = np.rint((grey.astype("float64") - black) * (255 / (white - black))).clip(0, 255).astype("uint8")
     return scaled if transparent is None else np.where(grey == transparent, np.uint8(255), scaled)
 
 
@@ -246,7 +274,7 @@ def _read(classes, size, left_out):
             except InputError as error:
                 reasons[k] = str(error.__cause__)
             bar.update()
-    with bar:
+    with bar, pillow_warnings(left_out.path):
         share_out(read, range(0, len(files), CHUNK))  # pillow decodes without holding the GIL
     left_out.broken += sorted((files[order[k]], reason) for k, reason in reasons.items())
     labels = labels[order]

@@ -1,5 +1,6 @@
 """A trial: the arms of an experiment, trained on one seed's pictures, and what is noted of each."""
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from .. import random
 from ..backend import Array, to_device, to_numpy
 from ..cost import macs
-from ..data import Batches, load_pictures, normalise
+from ..data import Batches, likeness, load_pictures, normalise
 from ..errors import expect
 from ..files import claimed
 from ..models import model as models
@@ -97,11 +98,16 @@ class Trial:
         Raises Busy where another process is training the same phase in the same folder."""
         phase, recipe = phase.replace(" ", "-"), self.recipe
         header = {"classes": list(self.train_set.names), "mean": self.batches.mean, "std": self.batches.std,
-                  "data": recipe.data}
+                  "data": recipe.data, **({"bounds": self.bounds} if self.run else {})}
         with claimed(self.run.checkpoint(phase)) if self.run else contextlib.nullcontext():
             return fit(task.model, task, self.batches, steps=steps, lr=lr, weight_decay=recipe.weight_decay,
                        offset=offset, seed=recipe.seed, run=self.run, phase=phase, header=header,
                        bar=self.bar, threads=self.threads, precision=recipe.precision, **more)
+
+    @functools.cached_property
+    def bounds(self) -> dict[str, list[float]]:
+        """How the training pictures are, for checkpoints: `predict` warns of others."""
+        return likeness.bounds(self.train_set.images)
 
     def prepare(self, images: Array) -> Array:
         """uint8 pictures -> what a model takes."""
