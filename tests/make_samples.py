@@ -2,8 +2,8 @@
 
     python tests/make_samples.py
 
-Three scenes that no training sees (split "val"), of three classes, with 1, 2 and 3 objects. Each is called after
-its class.
+Three scenes that no training sees (split "val"), of three classes, with 1, 2 and 3 objects. Each is called
+after its class.
 """
 import numpy as np
 from PIL import Image

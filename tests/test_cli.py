@@ -1,5 +1,6 @@
 """The command line, in this process and in others: what it prints, how it ends, and what it refuses in one
 line."""
+import pathlib
 import re
 import signal
 import sys
@@ -12,6 +13,7 @@ import tinytoken as tt
 from tiny import SmallRecipe, bits, everything, python, refused, saved, small_cifar
 from tinytoken import __main__, backend, doctor, experiments
 from tinytoken.__main__ import main
+from tinytoken.course import grade
 from tinytoken.data import dataset
 from tinytoken.experiments import Trial, compare, tables
 from tinytoken.train import checkpoint
@@ -177,6 +179,39 @@ def test_a_broken_cupy_is_one_line(tmp_path, monkeypatch, capsys):
         "device: cuda asked for, but CuPy cannot be imported (libcuda.so.1: cannot open shared object file); "
         "`python -m tinytoken doctor` says how to fix it")
     assert len(doctor.report().splitlines()) == 8
+
+
+# Where results are written
+
+@pytest.mark.parametrize("option, ending", [("--csv", ".csv"), ("--json", ".json"), ("--gradescope", ".json")])
+def test_a_file_for_points_is_checked_before_anything_is_graded(option, ending, tmp_path, monkeypatch, capsys):
+    for name in ("grade_folder", "grade_submission"):
+        monkeypatch.setattr(grade, name, lambda *_, **__: pytest.fail("graded"))
+    pathlib.Path("model.npz").write_text("weights")
+    pathlib.Path("folder" + ending).mkdir()
+    what = ["--submissions"] if option == "--csv" else ["--submission"]
+    for place, reason in (("model.npz", f"expected a name that ends in {ending}"),
+                          ("folder" + ending, "it is a folder, expected a file or a new name")):
+        line = refused(capsys, "grade", "a1", *what, ".", option, place)
+        assert line == f"cannot write {place}: {reason}"
+    assert pathlib.Path("model.npz").read_text() == "weights"
+
+
+def test_the_autograders_zip_is_not_written_over_something_else(capsys):
+    pathlib.Path("model.npz").write_text("weights")
+    line = refused(capsys, "autograder-zip", "a1", "--out", "model.npz")
+    assert line == "cannot write model.npz: expected a name that ends in .zip"
+    pathlib.Path("a1.zip").mkdir()
+    line = refused(capsys, "autograder-zip", "a1", "--out", "a1.zip")
+    assert line == "cannot write a1.zip: it is a folder, expected a file or a new name"
+
+
+@pytest.mark.parametrize("name", ["table.json", "tokens.png"])
+def test_compare_sees_before_it_trains_what_it_cannot_write(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    monkeypatch.setattr(compare, "Trial", lambda *_, **__: pytest.fail("trained"))
+    line = refused(capsys, "compare", "--device", "cpu", "--out", "out")
+    assert line == f"cannot write out/{name}: it is a folder, expected a file or a new name"
 
 
 # main itself

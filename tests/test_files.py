@@ -96,10 +96,66 @@ def test_a_place_that_cannot_be_written(place, tmp_path):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "folder").mkdir()
     path = tmp_path / place
-    reasons = "File exists|Not a directory|Is a directory|No such file or directory"
+    reasons = ("File exists|Not a directory|No such file or directory"
+               "|it is a folder, expected a file or a new name")
     with pytest.raises(tt.InputError, match=rf"^cannot write {path}: ({reasons})$"):
         checkpoint.save(path, vit()[0])
     assert left_in(tmp_path) == ["file", "folder"] and left_in(tmp_path / "folder") == []
+
+
+def special(tmp_path):
+    """{what kind_of says: such a path}. The device is a link to one: nothing is lost if this fails."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to(os.devnull)
+    return {f"a {name}": tmp_path / name for name in ("pipe", "folder", "device")}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_only_a_regular_file_is_replaced(tmp_path):
+    """A rename over them would destroy them."""
+    for kind, path in special(tmp_path).items():
+        assert files.kind_of(path) == kind
+        before = os.lstat(path)
+        with refuses(f"cannot write {path}: it is {kind}, expected a file or a new name"):
+            files.write_json(path, {})
+        with refuses(f"cannot write {path}.json: it is {kind}, expected a file or a new name"):
+            path.with_name(path.name + ".json").symlink_to(path)
+            files.check_output(f"{path}.json", ".json")
+        assert os.lstat(path) == before
+    assert files.kind_of(tmp_path / "none") == files.kind_of(tmp_path / "pipe" / "none") == "nothing"
+
+
+def test_a_link_to_a_file_counts_as_a_file(tmp_path):
+    (tmp_path / "a.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("a.json")
+    (tmp_path / "nowhere.json").symlink_to("none")
+    for name in ("link.json", "nowhere.json"):
+        files.check_output(tmp_path / name, ".json")
+        files.write_json(tmp_path / name, 1)
+        assert (tmp_path / name).read_text() == "1\n"
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_an_output_has_the_ending_of_its_kind(tmp_path):
+    for name in ("a.png", "a.PNG", "deep/a.b.jpg"):
+        files.check_output(tmp_path / name, ".png", ".jpg")
+    for name in ("model.npz", "png", ".png", "a.png.npz", "a.", ""):
+        with refuses(f"cannot write {tmp_path / name}: expected a name that ends in .png or .jpg"):
+            files.check_output(tmp_path / name, ".png", ".jpg")
+
+
+def test_an_output_is_not_an_input(tmp_path):
+    (tmp_path / "a.png").write_text("picture")
+    os.link(tmp_path / "a.png", tmp_path / "hard.png")
+    (tmp_path / "soft.png").symlink_to("a.png")
+    for name in ("a.png", "hard.png", "soft.png", "../" + tmp_path.name + "/a.png"):
+        with refuses(f"cannot write {tmp_path / name}: it is {tmp_path / 'a.png'}, which is read: "
+                     "give another name"):
+            files.check_output(tmp_path / name, ".png", inputs=(tmp_path / "none", tmp_path / "a.png"))
+    (tmp_path / "b.png").write_text("another")
+    for name in ("b.png", "new.png"):
+        files.check_output(tmp_path / name, ".png", inputs=(tmp_path / "none", tmp_path / "a.png"))
 
 
 # Claims, and values as JSON

@@ -13,10 +13,14 @@ from tinytoken import plot
 RED = np.array([255, 40, 20])
 
 
-def test_hide_fades_what_is_not_kept():
+def test_hide_fades_and_hatches_what_is_not_kept():
     picture = np.arange(4 * 4 * 3, dtype="uint8").reshape(4, 4, 3) * 5
     shown = plot.hide(picture, np.array([1, 2]), 2)  # upper right and lower left
     faded = 225 + picture // 10
+    for row in range(4):  # one line per patch, up to the right
+        for column in range(4):
+            if (row + column) % 2:
+                faded[row, column] = 150
     assert shown.dtype == "uint8" and shown.shape == (4, 4, 3)
     for rows, columns, expected in ((slice(0, 2), slice(2, 4), picture), (slice(2, 4), slice(0, 2), picture),
                                     (slice(0, 2), slice(0, 2), faded), (slice(2, 4), slice(2, 4), faded)):
@@ -26,8 +30,18 @@ def test_hide_fades_what_is_not_kept():
     marked = np.array([False, True, True, False])  # or a boolean for each patch
     assert np.array_equal(plot.hide(picture, marked, 2), shown)
     assert np.array_equal(plot.hide(picture, np.zeros(4, bool), 2), faded)
-    white = np.full((2, 2, 3), 255, "uint8")
-    assert plot.hide(white, np.array([0]), 1)[1, 1].tolist() == [250] * 3  # no overflow
+
+
+@pytest.mark.parametrize("level", [0, 128, 200, 255])
+def test_a_hidden_patch_is_told_from_one_that_looks_like_it(level):
+    """A white patch, too: without the lines it would be 250, 250, 250 where hidden."""
+    picture = np.full((16, 16, 3), level, "uint8")
+    shown = plot.hide(picture, np.array([0]), 8).astype(int)
+    assert (shown[:8, :8] == level).all()
+    for rows, columns in ((slice(8), slice(8, 16)), (slice(8, 16), slice(8)), (slice(8, 16), slice(8, 16))):
+        hidden = shown[rows, columns, 0]
+        assert (hidden == 150).sum() == 8 and np.ptp(hidden) >= 75
+        assert ((hidden == 150).sum(axis=0) == 1).all() and hidden.max() == 225 + level // 10
 
 
 def test_heat_is_red_where_the_weight_is():
@@ -75,9 +89,11 @@ def test_tokens_draws_a_row_per_picture(tmp_path, figures):
     axes = np.array(figures[0].axes).reshape(2, 3)
     assert [axis.get_title() for axis in axes[0]] == ["picture", "keeps 3 of 4", "gathers"]
     assert not any(axis.get_title() for axis in axes[1])
-    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["cat", "dog"]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["truth: cat", "truth: dog"]
     assert [axis.get_xlabel() for axis in axes[:, 0]] == ["all right",
-                                                          "DynamicViT: cat\nLookupViT: frog"]
+                                                          "DynamicViT says cat\nLookupViT says frog"]
+    assert [axis.xaxis.label.get_color() for axis in axes[:, 0]] == [plot.TRUTH, plot.WRONG]
+    assert not any(axis.get_xlabel() or axis.get_ylabel() for axis in axes[:, 1:].flat)
     for b in range(2):
         picture, (kept, weights) = images[b].transpose(1, 2, 0), (values[b] for _, values in panels)
         expected = [picture, plot.hide(picture, np.flatnonzero(kept), 2), plot.heat(picture, weights, 2)]
@@ -91,6 +107,28 @@ def test_tokens_of_one_model(of, titles, tmp_path, figures):
     images, panels = example(1)
     plot.tokens(tmp_path / "t.png", images, ["cat"], {}, panels[of], 2)
     assert [axis.get_title() for axis in figures[0].axes] == titles and figures[0].axes[0].get_xlabel() == ""
+
+
+@pytest.mark.parametrize("truth, said, expected, colour", [
+    (["cat"], "cat", ("truth: cat", "ViT right"), plot.TRUTH),
+    (None, "cat", ("", "ViT says cat"), plot.TRUTH),
+    (["$dog_1$"], "cat", ("truth: $dog_1$", "ViT says cat"), plot.WRONG)])
+def test_an_answer_does_not_look_like_the_truth(truth, said, expected, colour, tmp_path, figures):
+    images, panels = example(1)
+    plot.tokens(tmp_path / "t.png", images, truth, {"ViT": [said]}, panels, 2)
+    axis = figures[0].axes[0]
+    assert (axis.get_ylabel(), axis.get_xlabel()) == expected
+    assert axis.xaxis.label.get_color() == colour
+    assert not axis.xaxis.label.get_parse_math() and not (truth and axis.yaxis.label.get_parse_math())
+
+
+@pytest.mark.parametrize("name, begin", [
+    ("t.png", b"\x89PNG"), ("t.PNG", b"\x89PNG"), ("t", b"\x89PNG"), ("t.jpg", b"\xff\xd8"),
+    ("t.jpeg", b"\xff\xd8"), ("t.pdf", b"%PDF"), ("t.svg", b"<?xml")])
+def test_a_picture_has_the_format_that_its_name_says(name, begin, tmp_path):
+    images, panels = example(1)
+    plot.tokens(tmp_path / name, images, None, {}, panels, 2)
+    assert (tmp_path / name).read_bytes().startswith(begin)
 
 
 def test_a_failing_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch, figures):

@@ -1,5 +1,6 @@
 """predict: the classes of a picture by a checkpoint, the picture of what it used, and what is refused in one
 line."""
+import os
 import pathlib
 import re
 import sys
@@ -8,10 +9,11 @@ import zlib
 import numpy as np
 import pytest
 
+import make_samples
 from tiny import KINDS, MEAN, STD, everything, recipes_model, refused, saved
-from tinytoken import predict
+from tinytoken import plot, predict
 from tinytoken.__main__ import main
-from tinytoken.data import scenes
+from tinytoken.data import likeness, scenes
 from tinytoken.train import checkpoint
 
 Image = pytest.importorskip("PIL.Image", reason="predict reads pictures with pillow")
@@ -68,6 +70,132 @@ def test_predict_writes_where_it_is_told(capsys, tmp_path):
     assert main("predict model.npz cat.png --out there/it.png".split()) == 0
     assert capsys.readouterr().out.endswith("picture: there/it.png\n")
     assert (tmp_path / "there" / "it.png").stat().st_size > 1000
+
+
+PLACES = {
+    "the checkpoint": ("model.npz", "expected a name that ends in .png or .jpg or .jpeg or .pdf or .svg"),
+    "no ending": ("answer", "expected a name that ends in .png or .jpg or .jpeg or .pdf or .svg"),
+    "the picture": ("cat.png", "it is cat.png, which is read: give another name"),
+    "the picture, by a link": ("link.png", "it is cat.png, which is read: give another name"),
+    "a folder": ("folder.png", "it is a folder, expected a file or a new name"),
+    "a pipe": ("pipe.png", "it is a pipe, expected a file or a new name"),
+    "a device": ("null.png", "it is a device, expected a file or a new name"),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+@pytest.mark.parametrize("place, reason", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("kind", ["vit", "lookupvit"])
+def test_predict_refuses_to_write_over_what_is_no_result(place, reason, kind, capsys, tmp_path):
+    """Before any work, also where nothing would be written."""
+    saved("model.npz", kind)
+    picture("cat.png")
+    pathlib.Path("folder.png").mkdir()
+    pathlib.Path("link.png").symlink_to("cat.png")
+    pathlib.Path("null.png").symlink_to(os.devnull)  # a link, so that nothing is lost if this fails
+    os.mkfifo("pipe.png")
+    before = {path: (os.lstat(path), path.is_file() and path.read_bytes()) for path in tmp_path.iterdir()}
+    line = refused(capsys, "predict", "model.npz", "cat.png", "--out", place)
+    assert line == f"cannot write {place}: {reason}"
+    after = {path: (os.lstat(path), path.is_file() and path.read_bytes()) for path in tmp_path.iterdir()}
+    for path, (stat, content) in before.items():
+        assert after[path][1] == content and after[path][0].st_mtime_ns == stat.st_mtime_ns
+    assert after.keys() == before.keys()
+
+
+def test_a_checkpoint_with_a_pictures_name_is_not_overwritten(capsys):
+    saved("model.npz", "dynamicvit")
+    os.rename("model.npz", "model.png")
+    picture("cat.png")
+    assert refused(capsys, "predict", "model.png", "cat.png", "--out", "model.png") == (
+        "cannot write model.png: it is model.png, which is read: give another name")
+
+
+def test_predict_writes_over_its_own_result(capsys):
+    saved("model.npz", "dynamicvit")
+    picture("cat.png")
+    for _ in range(2):
+        assert main(["predict", "model.npz", "cat.png"]) == 0
+
+
+def test_predict_says_that_the_label_is_an_answer(monkeypatch):
+    saved("model.npz", "dynamicvit")
+    picture("cat.png")
+    drawn = []
+    monkeypatch.setattr(plot, "tokens", lambda *arguments: drawn.append(arguments))
+    text = predict.classify("model.npz", "cat.png", "out.png")
+    [(path, _, labels, predictions, _, patch)] = drawn
+    assert (path, labels, patch) == ("out.png", None, 8)
+    assert predictions == {"DynamicViT": [text.split()[0]]}
+
+
+# A picture of another kind
+
+def plain(path):
+    """A black triangle on white."""
+    Image.fromarray(np.where(np.tri(64, dtype=bool), 0, 255).astype("uint8")).save(path)
+
+
+def test_predict_warns_of_a_picture_unlike_the_training_ones(capsys):
+    known = likeness.bounds(scenes.make_scenes(600).images)
+    saved("model.npz", bounds=known, data="scenes")
+    plain("plain.png")
+    assert main(["predict", "model.npz", "plain.png"]) == 0
+    out, err = capsys.readouterr()
+    low, high = known["mean of red"]
+    assert re.fullmatch(
+        rf"warning: plain.png is unlike the pictures of the training \(scenes\): mean of red 0.49, there "
+        rf"{low:.2f} to {high:.2f}, mean of green .* and 5 more. The classes below may mean nothing.\n", err)
+    assert len(out.splitlines()) == len(scenes.NAMES) + 1
+    for sample in predict.SAMPLES.glob("*.png"):
+        assert main(["predict", "model.npz", str(sample)]) == 0
+        assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_from_before_the_bounds_warns_of_nothing(capsys):
+    saved("model.npz")
+    plain("plain.png")
+    assert main(["predict", "model.npz", "plain.png"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bounds, text", [
+    ([1], "likeness: [1], expected {measure: [low, high]}"),
+    ({"mean of red": 3}, "likeness: bounds 3 of the mean of red, expected two numbers"),
+    ({"mean of red": ["a", "b"]}, "likeness: bounds ['a', 'b'] of the mean of red, expected two numbers")])
+def test_bounds_of_another_form_are_refused(bounds, text, capsys):
+    saved("model.npz", bounds=bounds)
+    plain("plain.png")
+    assert refused(capsys, "predict", "model.npz", "plain.png") == text
+
+
+# The samples that come with the package
+
+def test_the_samples_are_those_of_their_script():
+    made = make_samples.samples()
+    assert sorted(f"{name}.png" for name in made) == everything(predict.SAMPLES)
+    for name, picture in made.items():
+        file = predict.SAMPLES / f"{name}.png"
+        with Image.open(file) as image:
+            assert image.mode == "RGB" and np.abs(np.asarray(image).astype(int) - picture).max() <= 1
+        assert name in scenes.NAMES and file.stat().st_size < 4000
+
+
+def test_what_a_sample_shows_is_written_where_the_command_runs(capsys, tmp_path):
+    """Not beside it: it lies in the package."""
+    saved("model.npz", "dynamicvit")
+    before = everything(predict.SAMPLES)
+    assert main(["predict", "model.npz", str(predict.SAMPLES / "star.png")]) == 0
+    assert capsys.readouterr().out.endswith("picture: star.tokens.png\n")
+    assert everything(predict.SAMPLES) == before and everything(tmp_path) == ["model.npz", "star.tokens.png"]
+
+
+def test_the_help_says_what_predict_expects(capsys):
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in scenes.NAMES) and str(predict.SAMPLES) in text
+    assert "dark" in text and "clutter" in text
 
 
 def test_predict_without_matplotlib_or_pillow(capsys, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import __version__, backend, models
+from . import __version__, backend, models, predict
 from .data import dataset
 from .errors import InputError, expect
 
@@ -49,11 +49,13 @@ def parser() -> argparse.ArgumentParser:
     job.set_defaults(run=run_compare)
 
     guess = commands.add_parser(
-        "predict", help="classes of a picture by a checkpoint, and the tokens it used")
+        "predict", help="classes of a picture by a checkpoint, and the tokens it used",
+        description=predict.EXPECTED, formatter_class=argparse.RawDescriptionHelpFormatter)
     guess.add_argument("checkpoint", type=pathlib.Path)
     guess.add_argument("picture", type=pathlib.Path)
     guess.add_argument("--out", type=pathlib.Path,
-                       help="where to write the picture with its tokens (default: PICTURE.tokens.png)")
+                       help="where to write the picture with its tokens: .png, .jpg, .pdf or .svg "
+                            "(default: PICTURE.tokens.png, of a sample in the current folder)")
     guess.set_defaults(run=run_predict)
 
     clock = commands.add_parser(
@@ -118,9 +120,7 @@ def run_compare(args: argparse.Namespace) -> None:
 
 
 def run_predict(args: argparse.Namespace) -> None:
-    from . import predict
-    out = args.out or args.picture.parent / f"{args.picture.stem}.tokens.png"
-    print(predict.classify(args.checkpoint, args.picture, out))
+    print(predict.classify(args.checkpoint, args.picture, args.out or predict.default_out(args.picture)))
 
 
 def run_bench(args: argparse.Namespace) -> None:

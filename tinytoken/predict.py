@@ -10,6 +10,7 @@ from .backend import to_numpy
 from .data import normalise
 from .data.folder import pillow_warnings, read_image
 from .data.likeness import outside
+from .data.scenes import NAMES
 from .errors import expect, some_of
 from .files import FilePath, check_output
 from .nn import both_sides
@@ -17,7 +18,20 @@ from .ops import softmax
 from .tensor import no_grad
 from .train import checkpoint
 
-SAMPLES = pathlib.Path(__file__).parent / "data" / "samples"  # three scenes, made by make_samples.py there
+SAMPLES = pathlib.Path(__file__).parent / "data" / "samples"  # three scenes, made by tests/make_samples.py
+EXPECTED = f"""\
+Classes of a picture by a checkpoint, and a picture of the tokens that it used.
+
+A model can only name the classes that it was trained on, in pictures like those
+of its training; of others a warning says so. One that `compare` trained on scenes
+expects a dark, smoothly noisy ground, 6 to 12 bright strokes and blobs of clutter,
+and 1 to 3 filled shapes of one class, nearly upright (a triangle's tip points
+down, a crescent opens to the right):
+  {', '.join(NAMES)}
+A plain drawing on white is no such picture. Three scenes to try, star.png,
+ring.png and triangle.png, are in
+  {SAMPLES}
+"""
 
 
 def classify(path: FilePath, picture: FilePath, path_out: FilePath) -> str:
@@ -40,6 +54,12 @@ def classify(path: FilePath, picture: FilePath, path_out: FilePath) -> str:
     order = np.argsort(-probs, kind="stable")
     lines = [f"{header['classes'][k]:<12} {100 * probs[k]:5.1f} %" for k in order]
     return "\n".join([*lines, show(path_out, model, images, header["classes"][order[0]], out)])
+
+
+def default_out(picture: pathlib.Path) -> pathlib.Path:
+    """PICTURE.tokens.png beside the picture; of a sample, which lies in the package, in the current one."""
+    sample = picture.resolve().parent == SAMPLES.resolve()
+    return (pathlib.Path() if sample else picture.parent) / f"{picture.stem}.tokens.png"
 
 
 def read_picture(path: FilePath, size: tuple[int, int]) -> np.ndarray:

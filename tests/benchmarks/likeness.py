@@ -2,8 +2,8 @@
 
     python tests/benchmarks/likeness.py --data DIR [--out FILE.json]
 
-DIR holds CIFAR-10. For the bounds of scenes and of CIFAR-10's training part: the share of pictures outside, of
-new scenes (also large ones, scaled down), of CIFAR-10's test part, and of plain drawings.
+DIR holds CIFAR-10. For the bounds of scenes and of CIFAR-10's training part: the share of pictures outside,
+of new scenes (also large ones, scaled down), of CIFAR-10's test part, and of plain drawings.
 """
 import argparse
 import pathlib
@@ -56,8 +56,9 @@ def main():
     if options.out:
         check_output(options.out, ".json")
     photographs = load_pictures(options.data)
+    large = scenes.make_scenes(1000, seed=2, split="test", size=256)
     tests = {"new scenes": scenes.make_scenes(10000, seed=1, split="test").images,
-             "new scenes of 256 x 256": scaled(scenes.make_scenes(1000, seed=2, split="test", size=256).images),
+             "new scenes of 256 x 256": scaled(large.images),
              "CIFAR-10, test part": photographs[1].images,
              **{f"drawings on {ground}": drawings(ground) for ground in GROUNDS}}
     found, bounds = {}, {}

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import struct
 import sys
 
 import numpy as np
@@ -187,6 +188,10 @@ MODES = {
     "RGBA": (("x.png", (200, 0, 100, 51), "RGBA"), {}, (244, 204, 224)),  # 0.2 of it and 0.8 of white
     "LA": (("x.png", (0, 51), "LA"), {}, (204, 204, 204)),
     "P, transparent": (("x.png", 3, "P"), {"transparency": 3}, (255, 255, 255)),
+    "1, transparent": (("x.png", 0, "1"), {"transparency": 0}, (255, 255, 255)),
+    "P, half transparent": (("x.png", 3, "P"), {"transparency": bytes([255] * 3 + [51])}, (210, 205, 254)),
+    "YCbCr": (("x.jpg", (128, 128, 128), "RGB"), {}, (128, 128, 128)),
+    "16 bits, big-endian": (("x.tif", GREY16.astype(">u2")), {}, (128, 128, 128)),
     "L, transparent": (("x.png", 77, "L"), {"transparency": 77}, (255, 255, 255)),
 }
 
@@ -229,10 +234,61 @@ BROKEN = {
     "missing": (lambda path: None, "No such file"),
     "text": (lambda path: path.write_text("a text"), "cannot identify image file"),
     "half": (lambda path: path.write_bytes(noise(path)[:3000]), "truncated"),
-    "floats": (lambda path: Image.new("F", (4, 4)).save(path, "TIFF"), "grey of more than 16 bits: which"),
-    "32 bits": (lambda path: Image.new("I", (4, 4), 65536).save(path, "TIFF"), "grey of more than 16 bits"),
-    "negative": (lambda path: Image.new("I", (4, 4), -1).save(path, "TIFF"), "grey of more than 16 bits"),
+    "floats": (lambda path: Image.new("F", (4, 4), 0.5).save(path, "TIFF"),
+               "grey in floats: which value is white? expected 8 or 16 bits"),
+    "PFM": (lambda path: Image.new("F", (4, 4), 0.5).save(path, "PPM"), "grey in floats: which"),
+    "32 bits": (lambda path: Image.new("I", (4, 4), 65536).save(path, "TIFF"), "grey in integers of 32 bits"),
+    "32 bits, small": (lambda path: Image.new("I", (4, 4), 200).save(path, "TIFF"), "32 bits or with a sign"),
+    "negative": (lambda path: Image.new("I", (4, 4), -1).save(path, "TIFF"), "integers of 32 bits or with a"),
+    "with a sign": (lambda path: tiff(path, np.full((4, 6), 99, "<i2").tobytes(), 16, sample_format=2),
+                    "integers of 32 bits or with a sign"),
+    "LAB": (lambda path: Image.new("LAB", (4, 4), (99, 128, 128)).save(path, "TIFF"),
+            "colours in LAB; expected RGB, CMYK, YCbCr or grey"),
 }
+
+
+def tiff(path, data, bits, photometric=1, sample_format=1):
+    """Write grey of 6 x 4 as an uncompressed TIFF: pillow itself writes not all that it reads."""
+    tags = {256: 6, 257: 4, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 12 * 10 + 4, 277: 1, 278: 4,
+            279: len(data), 339: sample_format}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + rows + struct.pack("<I", 0) + data)
+
+
+@pytest.mark.parametrize("data, bits, photometric, expected", [
+    (np.full((4, 6), 32896, "<u2"), 16, 1, 128), (np.full((4, 6), 32896, "<u2"), 16, 0, 127),
+    (np.full((4, 6), 65535, "<u2"), 16, 0, 0), (np.full((4, 6), 200, "u1"), 8, 0, 55),
+    (np.full((4, 3), 0x808), 12, 1, 128), (np.full((4, 3), 0xFFF), 12, 1, 255)])
+def test_grey_of_a_tiff_as_its_tags_say(tmp_path, data, bits, photometric, expected):
+    """Of 12 bits, two values in three bytes."""
+    twelve = b"".join(int(value << 12 | value).to_bytes(3, "big") for value in data.flat if bits == 12)
+    tiff(tmp_path / "x.tif", twelve or data.tobytes(), bits, photometric)
+    assert (read_image(tmp_path / "x.tif", (4, 6)) == expected).all()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes in folders")
+def test_a_pipe_or_a_device_is_not_read(tmp_path):
+    """To read a pipe would wait for its writer."""
+    os.mkfifo(tmp_path / "x.png")
+    with refuses(f"here: {tmp_path / 'x.png'} is a pipe, expected a file"):
+        read_image(tmp_path / "x.png", (8, 8), "here")
+    with refuses(f"imagefolder: {os.devnull} is a device, expected a file"):
+        read_image(os.devnull, (8, 8))
+
+
+def test_what_pillow_warns_of_is_one_line(tmp_path, monkeypatch, capsys, recwarn):
+    write_classes(tmp_path / "set", 4)
+    write(tmp_path / "one.png", 1, 2, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999)  # all have more, and less than twice as many
+    text = "Image size (1200 pixels) exceeds limit of 999 pixels, could be decompression bomb DOS attack."
+    assert predict.read_picture(tmp_path / "one.png", (8, 8)).shape == (1, 3, 8, 8)
+    assert capsys.readouterr().err == f"{tmp_path / 'one.png'}: pillow warns: {text}\n"
+    train, test = load_images(tmp_path / "set")
+    assert len(train) + len(test) == 12
+    err = capsys.readouterr().err
+    assert err.startswith(f"{tmp_path / 'set'}: pillow warns, 12 times: Image size ("), err
+    assert err.endswith("DOS attack.\n") and err.count("\n") == 1
+    assert not recwarn.list
 
 
 def noise(path):

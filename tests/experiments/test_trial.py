@@ -11,7 +11,7 @@ import tinytoken as tt
 from small import refuses
 from tiny import bits, recipes_model
 from tinytoken import tasks
-from tinytoken.data import make_scenes, normalise
+from tinytoken.data import likeness, make_scenes, normalise
 from tinytoken.errors import Busy
 from tinytoken.experiments import Arm, Recipe, Trial, kept_on_object, lesson, trial
 from tinytoken.experiments.arm import first_step
@@ -236,6 +236,7 @@ def test_a_second_part_goes_on_from_the_checkpoint_of_the_first(tmp_path, job):
     header, _ = checkpoint.load(run.checkpoint("further"))
     assert (header["recipe"]["offset"], header["recipe"]["steps"], header["data"]) == (3, 2, "scenes")
     assert header["classes"] == list(job.test.names) and tuple(header["mean"]) == job.batches.mean
+    assert header["bounds"] == likeness.bounds(job.train_set.images)
 
 
 def test_a_phase_is_trained_by_one_process_at_a_time(tmp_path):

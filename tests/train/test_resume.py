@@ -194,6 +194,19 @@ def test_a_checkpoint_of_another_recipe_is_refused(changes, text, step, tmp_path
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
+def test_bounds_of_pictures_are_noted_and_older_checkpoints_lack_them(tmp_path, uninterrupted):
+    """They follow from the pictures, so a run from before they were noted is the same run."""
+    run, header = Run(tmp_path, every=4), {"data": "scenes"}
+    with pytest.raises(PowerCut):
+        train(at_step(vit, 6, power_cut), run, header=header)
+    header |= {"bounds": {"mean of red": [0.1, 0.2]}}
+    same_run(*train(vit, run, header=header), tmp_path, uninterrupted[vit])
+    assert checkpoint.load(run.checkpoint("train"))[0]["bounds"] == {"mean of red": [0.1, 0.2]}
+    with refuses(f"fit: {run.checkpoint('train')} belongs to another run (data 'scenes' there, 'other' now): "
+                 f"choose another --out, or delete it"):
+        train(vit, run, header=header | {"data": "other"})
+
+
 def test_another_task_or_group_is_another_run(tmp_path):
     run, (model, task) = Run(tmp_path), dynamicvit()
     fit(model, task, batches(4), steps=2, run=run, bar=False)

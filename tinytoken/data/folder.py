@@ -74,8 +74,10 @@ def pillow_warnings(where: str | os.PathLike) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    if texts := list(dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught)):
-        print(f"{where}: pillow warns: {some_of(texts, 3)}", file=sys.stderr)
+    if caught:
+        first = " ".join(str(caught[0].message).split())
+        times = f", {len(caught):,} times" if len(caught) > 1 else ""
+        print(f"{where}: pillow warns{times}: {first}", file=sys.stderr)
 
 
 def _rgb(image, ends, Image):
@@ -248,7 +250,8 @@ def load_images(path: str | os.PathLike, size: tuple[int, int] = (32, 32),
     left_out = LeftOut(path)
     parts = _parts(path, left_out, seed)
     _pillow("imagefolder")  # refuses here, not once for each picture
-    train, test = (_read(classes, size, left_out) for classes in parts)
+    with pillow_warnings(path):
+        train, test = (_read(classes, size, left_out) for classes in parts)
     left_out.say(sum(len(files) for classes in parts for files in classes.values()))
     for part, classes, pictures in zip(("training", "test"), parts, (train, test)):
         counts = np.bincount(pictures.labels, minlength=len(classes))
@@ -274,7 +277,7 @@ def _read(classes, size, left_out):
             except InputError as error:
                 reasons[k] = str(error.__cause__)
             bar.update()
-    with bar, pillow_warnings(left_out.path):
+    with bar:
         share_out(read, range(0, len(files), CHUNK))  # pillow decodes without holding the GIL
     left_out.broken += sorted((files[order[k]], reason) for k, reason in reasons.items())
     labels = labels[order]

@@ -43,10 +43,11 @@ def bounds(images: np.ndarray) -> dict[str, list[float]]:
 
 
 def outside(image: np.ndarray, known: dict[str, Any]) -> list[str]:
-    """A text for each measure of the picture (3, H, W) uint8 that lies outside of the bounds `known`; measures
-    that they lack are left out. Raises InputError for bounds of another form."""
-    found = []
+    """A text for each measure of the picture (3, H, W) uint8 that lies outside of its bounds in `known`.
+
+    Measures that `known` lacks are left out. Raises InputError for bounds of another form."""
     expect(isinstance(known, dict), "likeness", f"{known!r}, expected {{measure: [low, high]}}")
+    found = []
     for name, value in zip(MEASURES, measures(image[None])[0]):
         if name in known:
             ends = known[name]

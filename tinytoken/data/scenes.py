@@ -1,11 +1,17 @@
 """Pictures made on the spot from a seed, with everything known about them: masks, boxes, instances.
 
-A scene is smooth noise, 6 to 12 strokes and blobs of clutter, and 1 to 3 objects in front. The label is the
-shape of the objects. All objects of one picture share it, so the label is true of each of them, and a model
-may look at any. Nothing but shape tells the classes apart: colours of objects and clutter come from one
-palette by one rule, and how many objects there are, their place, size, turn and area are drawn without
-looking at the class. (A fine histogram of colours still classifies about 20 % right, where chance is 10: the
-pixels of outlines are mixed, and the outlines' length depends on the class.)
+A scene is a dark ground of smooth noise (mean brightness 20 to 50 of 255), 6 to 12 strokes and blobs of
+clutter, and 1 to 3 filled objects in front, each in a circle 0.38 to 0.6 of the picture's side across. The
+label is the shape of the objects: disc, ring, square, triangle (its tip down), cross, star, crescent (open to
+the right), bars (three, lying), dots (four) or lattice (two bars across two), each turned by up to 20 degrees
+either way. A model trained on scenes has seen nothing else: no shape upside down, no outline, no drawing on
+white. All objects of one picture share the shape, so the label is true of each of them, and a model may look
+at any.
+
+Nothing but shape tells the classes apart: colours of objects and clutter come from one palette by one rule,
+and how many objects there are, their place, size, turn and area are drawn without looking at the class. (A
+fine histogram of colours still classifies about 20 % right, where chance is 10: the pixels of outlines are
+mixed, and the outlines' length depends on the class.)
 
 Image i is a pure function of (seed, split, i): a longer set begins with the shorter one, and `size` only
 changes the resolution at which the same scene is drawn. Inside, lengths are in units of the picture's side.
