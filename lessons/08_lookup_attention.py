@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 
 import tinytoken as tt
-from tinytoken.experiments import lesson
+from tinytoken.experiments import lesson, range_text
 
 here, ops = lesson.begin("08_lookup_attention"), tt.ops
 rng = np.random.default_rng(here.seed)
@@ -686,11 +686,13 @@ here.picture("uses", draw_uses, width=9, height=5.2)
 # the task are measured.
 
 # %%
-share = {name: f"{np.median(shares):.1f}" for name, shares in left["leader"].items()}
+share = {name: range_text([np.median(shares), min(shares), max(shares)], ".1f")
+         for name, shares in left["leader"].items()}
 here.says(f"From 8 x 8 to 3 x 3 a plain bilinear resize never reads {never_read['plain bilinear'][1]} of 64 "
           "patches. On an errand that reads in one place and writes in others, one head of `probs` leaves "
           f"{share['probs']} % of the error, `renorm` {share['renorm']}, `resoftmax` {share['resoftmax']}, "
-          f"two heads of `probs` {share['probs, two heads']} (medians of {len(seeds)} seeds).")
+          f"two heads of `probs` {share['probs, two heads']}: medians (lowest to highest) of {len(seeds)} "
+          "seeds.")
 here.measured(never_read={kernel: dict(zip((f"{a} to {b}" for a, b in CASES), n)) for kernel,
                           n in never_read.items()},
               masses_on_pictures={name: float(value) for name, value in found.items()}, gradient_norms=parts,

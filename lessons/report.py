@@ -12,7 +12,7 @@ import statistics
 import sys
 
 from tinytoken.errors import InputError, expect
-from tinytoken.experiments import interval_text, spread_text
+from tinytoken.experiments import interval_text, range_text, spread_text
 from tinytoken.experiments.stats import bounds_text
 from tinytoken.experiments.tables import conditions_text, markdown_table, table_text
 from tinytoken.files import replacing
@@ -126,8 +126,8 @@ def scenes(results):
     rows, _ = table_text(*tables).split("\n\n", 1)
     seeds = seeds_text([table["recipe"]["seed"] for table in tables])
     return (f"{rows}\n\nAccuracy on {tables[0]['test_pictures']:,} test pictures, mean and standard "
-            f"deviation of {seeds}; images/s: medians, of the first seed; M MACs: millions of multiply-adds "
-            f"for a picture. Machine: {processor_text(tables[0]['machine'])}. {command_text(tables)}")
+            f"deviation of {seeds}; images/s: medians (lowest to highest round), of the first seed; M MACs: "
+            f"millions of multiply-adds for a picture. Machine: {processor_text(tables[0]['machine'])}. {command_text(tables)}")
 
 
 @part
@@ -182,9 +182,10 @@ MODES = {"train": "training step", "infer": "inference"}
 
 
 def times_text(ms, peers):
-    """tinytoken's median time, and median and quartiles of its ratios to each peer in the same rounds, or
-    nothing where the peer was not timed."""
-    cells = [f"{statistics.median(ms['tinytoken']):.1f}"]
+    """tinytoken's median time with its lowest and highest, and median and quartiles of its ratios to each peer
+    in the same rounds, or nothing where the peer was not timed."""
+    own = ms["tinytoken"]
+    cells = [range_text([statistics.median(own), min(own), max(own)], ".1f")]
     for peer in peers:
         ratios = [own / other for own, other in zip(ms["tinytoken"], ms.get(peer, ()))]
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if ratios else ()
@@ -204,7 +205,7 @@ def speed(results):
     heads = ("model", "training step, ms", "/ PyTorch [quartiles]", "inference, ms", "/ PyTorch [quartiles]")
     config, version = rows[0]["config"], rows[0]["about"]["torch"]["version"]
     return (f"{markdown_table(heads, lines)}\n\nBelow 1 tinytoken is faster. Width {config['dim']}, depth "
-            f"{config['depth']}, {rows[0]['batch']} pictures at a time; medians of {saved['rounds']} rounds "
+            f"{config['depth']}, {rows[0]['batch']} pictures at a time; medians of {saved['rounds']} rounds, times (lowest to highest), "
             f"beside PyTorch {version}. Machine: {processor_text(saved['machine'])}.")
 
 
@@ -219,8 +220,8 @@ def cpu(results):
     own, torch = about["tinytoken"], about["torch"]
     heads = ("workload", "tinytoken, ms", *(f"/ {name}" for name in PEERS.values()))
     versions = [f"{PEERS[peer]} {about[peer]['version']}" for peer in ("torch", "jax") if peer in about]
-    return (f"{markdown_table(heads, lines)}\n\nMedians of {saved['rounds']} interleaved rounds, with "
-            f"quartiles. Peak memory of A's training: tinytoken {memory['tinytoken'][0]} MB, PyTorch "
+    return (f"{markdown_table(heads, lines)}\n\nMedians of {saved['rounds']} interleaved rounds, times "
+            f"(lowest to highest), ratios [quartiles]. Peak memory of A's training: tinytoken {memory['tinytoken'][0]} MB, PyTorch "
             f"{memory['torch'][0]} MB. Machine: {processor_text(saved['machine'])}; {', '.join(versions)}; "
             f"tinytoken on {own['blas']} at {own['sgemm_gflops']} GFLOP/s, PyTorch on "
             f"{torch['blas'].split(' Product')[0]} at {torch['sgemm_gflops']} (products of 1024 x 1024).")
@@ -238,22 +239,24 @@ def savings(results):
         heads += [f"{tokens} tokens: MACs", "batch 128", "batch 1"]
         for line in lines:
             both = [rows[line[0], tokens, batch] for batch in (128, 1)]
-            line += [f"/ {both[0]['macs_ratio']:.2f}", *(f"{row['speedup'][0]:.2f}x" for row in both)]
-    return (f"{markdown_table(heads, lines)}\n\nMedians of {saved['rounds']} interleaved rounds, untrained "
-            f"weights. Machine: {processor_text(saved['machine'])}, {saved['machine']['blas']}.")
+            line += [f"/ {both[0]['macs_ratio']:.2f}",
+                     *("{:.2f}x [{:.2f}, {:.2f}]".format(*row["speedup"]) for row in both)]
+    return (f"{markdown_table(heads, lines)}\n\nMedians [quartiles] of {saved['rounds']} interleaved rounds, "
+            f"untrained weights. Machine: {processor_text(saved['machine'])}, {saved['machine']['blas']}.")
 
 
 @part
 def overhead(results):
     """Of tests/benchmarks/ops.py and curves.py."""
     saved, curves = load(results / "ops.json"), load(results / "curves_torch.json")
-    slowest = {op: max(row["ratio"][0] for row in saved["by_hand"] if row["op"] == op)
+    slowest = {op: "{:.2f} [{:.2f}, {:.2f}]".format(*max(row["ratio"] for row in saved["by_hand"]
+                                                         if row["op"] == op))
                for op in ("attention", "layer norm")}
     shares = ", ".join(f"{row['step']} {100 * row['share']:.1f} %" for row in saved["graph"])
     single, double = curves["float32"], curves["float64"]
     return (f"Beside the same formulas in one NumPy function by hand, attention takes at most "
-            f"{slowest['attention']:.2f} times as long and layer norm {slowest['layer norm']:.2f} times "
-            f"(medians, sizes of A, B and C). The graph's own share of a training step: {shares}. From "
+            f"{slowest['attention']} times as long and layer norm {slowest['layer norm']} times "
+            f"(medians [quartiles], sizes of A, B and C). The graph's own share of a training step: {shares}. From "
             f"equal weights and batches the losses of the first {single['bound_on_first']} steps differ "
             f"from PyTorch's by at most {single['largest_on_first']:.0e} in float32, those of the first "
             f"{double['bound_on_first']} by {double['largest_on_first']:.0e} in float64.")

@@ -99,7 +99,7 @@ def test_the_short_table_is_that_of_the_full_one():
 def test_ratios_are_taken_inside_a_round():
     ms = {"tinytoken": [100, 200, 300, 400, 500], "torch": [100] * 5, "jax": [500, 400, 300, 200, 100]}
     ratios = ["3.00 [2.00, 4.00]", "1.00 [0.50, 2.00]", ""]
-    assert report.times_text(ms, ["torch", "jax", "mygrad"]) == ["300.0", *ratios]
+    assert report.times_text(ms, ["torch", "jax", "mygrad"]) == ["300.0 (100.0 to 500.0)", *ratios]
 
 
 def test_arms_are_compared_seed_by_seed():

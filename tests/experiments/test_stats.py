@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from tinytoken.experiments import difference, interval_text, spread_text
+from tinytoken.experiments import difference, interval_text, range_text, spread_text
 
 
 def test_difference_is_paired_with_students_interval():
@@ -25,6 +25,11 @@ def test_difference_is_paired_with_students_interval():
     ([None, None], ".1f", "not known")])
 def test_mean_and_spread_as_text(values, form, text):
     assert spread_text(values, form) == text
+
+
+def test_a_median_is_written_with_its_ends():
+    assert range_text([690.04, 439.6, 742.4]) == "690 (440 to 742)"
+    assert range_text([0.0, 0.0, 24.4], ".1f") == "0.0 (0.0 to 24.4)"
 
 
 def test_a_difference_and_its_interval_as_text():

@@ -7,7 +7,7 @@ from tinytoken.experiments.tables import conditions_text, markdown_table, table_
 
 def row(name, accuracy, macs, parameters, one, many):
     return {"model": name, "accuracy": accuracy, "macs": macs, "parameters": parameters,
-            "images_per_second": {"1": [one, 1, 9], "128": [many, 1, 9]}}
+            "images_per_second": {"1": [one, 1, 9], "128": [many, 3.4, 5000.6]}}
 
 
 def test_table_text():
@@ -17,11 +17,11 @@ def test_table_text():
     lines = ["| model | accuracy | M MACs | of ViT's | parameters | images/s, batch 1 "
              "| images/s, batch 128 |",
              "|---|---|---|---|---|---|---|",
-             "| ViT | 93.8 % | 50.00 | 1.00 | 690,000 | 123 | 1234 |",
-             "| DynamicViT | 50.0 % | 25.50 | 0.51 | 1,700,000 | 100 | 2000 |",
+             "| ViT | 93.8 % | 50.00 | 1.00 | 690,000 | 123 (1 to 9) | 1234 (3 to 5001) |",
+             "| DynamicViT | 50.0 % | 25.50 | 0.51 | 1,700,000 | 100 (1 to 9) | 2000 (3 to 5001) |",
              "",
              "2,000 test pictures; MACs are multiply-adds per image, counted by the engine; images/s are "
-             "medians.",
+             "medians (lowest to highest round).",
              "Share of object in the patches that DynamicViT keeps, by stage: 20.0 %, 34.6 %; in all patches "
              "(chance): 15.0 %."]
     assert table_text(table) == "\n".join(lines)
@@ -29,8 +29,9 @@ def test_table_text():
     other = {"rows": [row("ViT", 0.9175, 1, 1, 1, 1), row("DynamicViT", 0.54, 1, 1, 1, 1)],
              "test_pictures": 2000,
              "kept_on_object": {"all": 0.17, "stages": [0.3, 0.34567]}}
-    lines[2:4] = ["| ViT | 92.8 ± 1.4 % | 50.00 | 1.00 | 690,000 | 123 | 1234 |",
-                  "| DynamicViT | 52.0 ± 2.8 % | 25.50 | 0.51 | 1,700,000 | 100 | 2000 |"]
+    lines[2:4] = ["| ViT | 92.8 ± 1.4 % | 50.00 | 1.00 | 690,000 | 123 (1 to 9) | 1234 (3 to 5001) |",
+                  "| DynamicViT | 52.0 ± 2.8 % | 25.50 | 0.51 | 1,700,000 | 100 (1 to 9) "
+                  "| 2000 (3 to 5001) |"]
     lines[-1] = ("Share of object in the patches that DynamicViT keeps, by stage: 25.0 %, 34.6 %; in all "
                  "patches (chance): 16.0 %.")
     assert table_text(table, other) == "\n".join(lines)

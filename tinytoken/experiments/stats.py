@@ -41,6 +41,14 @@ def interval_text(middle: float, low: float, high: float) -> str:
     return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def range_text(values: Sequence[float], form: str = ".0f") -> str:
+    """A median with the lowest and the highest value, '690 (440 to 742)': a run that got stuck is seen.
+
+    values: [median, lowest, highest], as timing.images_per_second returns them."""
+    middle, low, high = (f"{value:{form}}" for value in values)
+    return f"{middle} ({low} to {high})"
+
+
 def bounds_text(low: float | None, high: float | None) -> str:
     """Two bounds, of which either may be None."""
     texts = [f"above {low:g}"] if low is not None else []

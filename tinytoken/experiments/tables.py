@@ -3,7 +3,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .stats import spread_text
+from .stats import range_text, spread_text
 
 
 def table_text(*tables: dict[str, Any]) -> str:
@@ -17,9 +17,9 @@ def table_text(*tables: dict[str, Any]) -> str:
         speed = row["images_per_second"]
         lines.append(f"| {row['model']} | {spread_text(accuracies)} % | {row['macs'] / 1e6:.2f} "
                      f"| {row['macs'] / table['rows'][0]['macs']:.2f} | {row['parameters']:,} "
-                     f"| {speed['1'][0]:.0f} | {speed['128'][0]:.0f} |")
+                     f"| {range_text(speed['1'])} | {range_text(speed['128'])} |")
     lines += ["", f"{table['test_pictures']:,} test pictures; MACs are multiply-adds per image, "
-                  f"counted by the engine; images/s are medians."]
+                  f"counted by the engine; images/s are medians (lowest to highest round)."]
     if table["kept_on_object"]:
         stages = ", ".join(f"{100 * statistics.mean(shares):.1f} %"
                            for shares in zip(*(t["kept_on_object"]["stages"] for t in tables)))
