@@ -443,7 +443,7 @@ def draw_arms(figure):
                   color=colour, alpha=0.7)
     low, high = axis.get_xlim()
     axis.set(xlabel=f"errors in {pictures:,} test pictures, %; a dot per seed", title="LookupViTs (blue) and "
-                                                                                      "ViTs (red), by "
+                                                                                      "ViTs (orange), by "
                                                                                       "multiply-adds")
     if high > 3 * low:
         ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 90)

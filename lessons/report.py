@@ -263,6 +263,15 @@ def overhead(results):
 
 
 @part
+def likeness(results):
+    """Of tests/benchmarks/likeness.py."""
+    found = load(results / "likeness.json")["outside"]
+    lines = [(kind, f"{row['pictures']:,}", *(f"{100 * rows[kind]['outside']:.1f} %" for rows in found.values()))
+             for kind, row in next(iter(found.values())).items()]
+    return markdown_table(("pictures", "how many", *(f"trained on {name}" for name in found)), lines)
+
+
+@part
 def grading(results):
     """Of tests/benchmarks/grading.py."""
     saved = load(results / "grading.json")

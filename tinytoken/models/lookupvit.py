@@ -3,9 +3,10 @@ on a heavy one.
 
 Each block: (a) the compressed tokens gather from the lookup tokens by cross-attention; (b) an ordinary
 transformer block refines them; (c) the same attention, read backward, infuses them into the lookup tokens;
-(d) a light MLP follows there. The paper's text can be read in several ways; where public readings differ
-(reuse, norms, output projections), the choice is ours and an option. Nothing in a block depends on how many
-compressed tokens there are, so one set of weights serves every compressed grid.
+(d) a light MLP follows there. Of the paper only the abstract was at hand, and three public programs that read
+the rest in different ways, so this may not be its authors' block. Where the programs differ, the choice is
+ours; reuse, norms and heads are options, and lesson 09 lists all choices. Nothing in a block depends on how
+many compressed tokens there are, so one set of weights serves every compressed grid.
 """
 import dataclasses
 
