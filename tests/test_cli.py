@@ -183,15 +183,16 @@ def test_a_broken_cupy_is_one_line(tmp_path, monkeypatch, capsys):
 
 # Where results are written
 
-@pytest.mark.parametrize("option, ending", [("--csv", ".csv"), ("--json", ".json"), ("--gradescope", ".json")])
-def test_a_file_for_points_is_checked_before_anything_is_graded(option, ending, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("option, ending",
+                         [("--csv", ".csv"), ("--json", ".json"), ("--gradescope", ".json")])
+def test_a_file_for_points_is_checked_before_anything_is_graded(option, ending, monkeypatch, capsys):
     for name in ("grade_folder", "grade_submission"):
         monkeypatch.setattr(grade, name, lambda *_, **__: pytest.fail("graded"))
     pathlib.Path("model.npz").write_text("weights")
     pathlib.Path("folder" + ending).mkdir()
     what = ["--submissions"] if option == "--csv" else ["--submission"]
     for place, reason in (("model.npz", f"expected a name that ends in {ending}"),
-                          ("folder" + ending, "it is a folder, expected a file or a new name")):
+                          ("folder" + ending, "it is a folder, expected the name of a file")):
         line = refused(capsys, "grade", "a1", *what, ".", option, place)
         assert line == f"cannot write {place}: {reason}"
     assert pathlib.Path("model.npz").read_text() == "weights"
@@ -203,7 +204,7 @@ def test_the_autograders_zip_is_not_written_over_something_else(capsys):
     assert line == "cannot write model.npz: expected a name that ends in .zip"
     pathlib.Path("a1.zip").mkdir()
     line = refused(capsys, "autograder-zip", "a1", "--out", "a1.zip")
-    assert line == "cannot write a1.zip: it is a folder, expected a file or a new name"
+    assert line == "cannot write a1.zip: it is a folder, expected the name of a file"
 
 
 @pytest.mark.parametrize("name", ["table.json", "tokens.png"])
@@ -211,7 +212,7 @@ def test_compare_sees_before_it_trains_what_it_cannot_write(name, tmp_path, monk
     (tmp_path / "out" / name).mkdir(parents=True)
     monkeypatch.setattr(compare, "Trial", lambda *_, **__: pytest.fail("trained"))
     line = refused(capsys, "compare", "--device", "cpu", "--out", "out")
-    assert line == f"cannot write out/{name}: it is a folder, expected a file or a new name"
+    assert line == f"cannot write out/{name}: it is a folder, expected the name of a file"
 
 
 # main itself

@@ -97,7 +97,7 @@ def test_a_place_that_cannot_be_written(place, tmp_path):
     (tmp_path / "folder").mkdir()
     path = tmp_path / place
     reasons = ("File exists|Not a directory|No such file or directory"
-               "|it is a folder, expected a file or a new name")
+               "|it is a folder, expected the name of a file")
     with pytest.raises(tt.InputError, match=rf"^cannot write {path}: ({reasons})$"):
         checkpoint.save(path, vit()[0])
     assert left_in(tmp_path) == ["file", "folder"] and left_in(tmp_path / "folder") == []
@@ -117,13 +117,29 @@ def test_only_a_regular_file_is_replaced(tmp_path):
     for kind, path in special(tmp_path).items():
         assert files.kind_of(path) == kind
         before = os.lstat(path)
-        with refuses(f"cannot write {path}: it is {kind}, expected a file or a new name"):
+        with refuses(f"cannot write {path}: it is {kind}, expected the name of a file"):
             files.write_json(path, {})
-        with refuses(f"cannot write {path}.json: it is {kind}, expected a file or a new name"):
+        with refuses(f"cannot write {path}.json: it is {kind}, expected the name of a file"):
             path.with_name(path.name + ".json").symlink_to(path)
-            files.check_output(f"{path}.json", ".json")
+            files.check_target(f"{path}.json", ".json")
         assert os.lstat(path) == before
     assert files.kind_of(tmp_path / "none") == files.kind_of(tmp_path / "pipe" / "none") == "nothing"
+
+
+def test_a_target_in_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    path = tmp_path / "file" / "a.json"
+    with pytest.raises(tt.InputError, match=rf"^cannot write {tmp_path}/file/\S+: "):
+        files.check_target(path, ".json")
+    files.check_target(path, ".json", probe=False)
+    files.check_target(tmp_path / "new" / "model")  # any ending
+    assert left_in(tmp_path) == ["file"]
+
+
+def test_text_is_utf8(tmp_path):
+    with files.replacing(tmp_path / "a.txt", "w") as file:
+        file.write("\u03bb")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xce\xbb"
 
 
 def test_a_link_to_a_file_counts_as_a_file(tmp_path):
@@ -131,7 +147,7 @@ def test_a_link_to_a_file_counts_as_a_file(tmp_path):
     (tmp_path / "link.json").symlink_to("a.json")
     (tmp_path / "nowhere.json").symlink_to("none")
     for name in ("link.json", "nowhere.json"):
-        files.check_output(tmp_path / name, ".json")
+        files.check_target(tmp_path / name, ".json")
         files.write_json(tmp_path / name, 1)
         assert (tmp_path / name).read_text() == "1\n"
     assert (tmp_path / "a.json").read_text() == "old"
@@ -139,10 +155,10 @@ def test_a_link_to_a_file_counts_as_a_file(tmp_path):
 
 def test_an_output_has_the_ending_of_its_kind(tmp_path):
     for name in ("a.png", "a.PNG", "deep/a.b.jpg"):
-        files.check_output(tmp_path / name, ".png", ".jpg")
+        files.check_target(tmp_path / name, ".png", ".jpg")
     for name in ("model.npz", "png", ".png", "a.png.npz", "a.", ""):
         with refuses(f"cannot write {tmp_path / name}: expected a name that ends in .png or .jpg"):
-            files.check_output(tmp_path / name, ".png", ".jpg")
+            files.check_target(tmp_path / name, ".png", ".jpg")
 
 
 def test_an_output_is_not_an_input(tmp_path):
@@ -152,10 +168,10 @@ def test_an_output_is_not_an_input(tmp_path):
     for name in ("a.png", "hard.png", "soft.png", "../" + tmp_path.name + "/a.png"):
         with refuses(f"cannot write {tmp_path / name}: it is {tmp_path / 'a.png'}, which is read: "
                      "give another name"):
-            files.check_output(tmp_path / name, ".png", inputs=(tmp_path / "none", tmp_path / "a.png"))
+            files.check_target(tmp_path / name, ".png", inputs=(tmp_path / "none", tmp_path / "a.png"))
     (tmp_path / "b.png").write_text("another")
     for name in ("b.png", "new.png"):
-        files.check_output(tmp_path / name, ".png", inputs=(tmp_path / "none", tmp_path / "a.png"))
+        files.check_target(tmp_path / name, ".png", inputs=(tmp_path / "none", tmp_path / "a.png"))
 
 
 # Claims, and values as JSON

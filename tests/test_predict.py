@@ -77,9 +77,9 @@ PLACES = {
     "no ending": ("answer", "expected a name that ends in .png or .jpg or .jpeg or .pdf or .svg"),
     "the picture": ("cat.png", "it is cat.png, which is read: give another name"),
     "the picture, by a link": ("link.png", "it is cat.png, which is read: give another name"),
-    "a folder": ("folder.png", "it is a folder, expected a file or a new name"),
-    "a pipe": ("pipe.png", "it is a pipe, expected a file or a new name"),
-    "a device": ("null.png", "it is a device, expected a file or a new name"),
+    "a folder": ("folder.png", "it is a folder, expected the name of a file"),
+    "a pipe": ("pipe.png", "it is a pipe, expected the name of a file"),
+    "a device": ("null.png", "it is a device, expected the name of a file"),
 }
 
 

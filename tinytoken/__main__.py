@@ -148,11 +148,11 @@ def run_stub(args: argparse.Namespace) -> None:
 
 def run_grade(args: argparse.Namespace) -> None:
     from .course import grade, gradescope
-    from .files import check_output, write_json
+    from .files import check_target, write_json
     assignment = find_assignment(args)
     for path, ending in ((args.csv, ".csv"), (args.json, ".json"), (args.gradescope, ".json")):
         if path:
-            check_output(path, ending)
+            check_target(path, ending)
     if args.submissions:
         expect(args.csv, "grade", "--submissions without --csv: give the file for the points")
         reports = grade.grade_folder(assignment, args.submissions, args.csv)
@@ -169,10 +169,10 @@ def run_grade(args: argparse.Namespace) -> None:
 
 def run_zip(args: argparse.Namespace) -> None:
     from .course import gradescope
-    from .files import check_output
+    from .files import check_target
     assignment = find_assignment(args)
     out = args.out or pathlib.Path(f"{assignment.name}_autograder.zip")
-    check_output(out, ".zip")
+    check_target(out, ".zip")
     print(gradescope.autograder_zip(assignment, out, args.hidden))
 
 

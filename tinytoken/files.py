@@ -33,32 +33,37 @@ def kind_of(path: FilePath) -> str:
         return "nothing"
 
 
-def check_output(path: FilePath, *endings: str, inputs: Sequence[FilePath] = ()) -> None:
+def check_target(path: FilePath, *endings: str, inputs: Sequence[FilePath] = (),
+                 probe: bool = True) -> None:
     """Raise InputError, before the work, for a path that a command should not write its result to.
 
-    That is a name without one of the `endings` (".json"), anything that is there and is not a regular file,
-    and one of the `inputs`, the files that the command reads.
+    That is a name without one of the `endings` (".json"), if any are given, anything that is there and is not
+    a regular file, and one of the `inputs`, the files that the command reads. probe: and a file in a folder
+    that cannot be written to (see check_writable).
     """
-    expect(pathlib.Path(path).suffix.lower() in endings, f"cannot write {path}",
+    path = pathlib.Path(path)
+    expect(not endings or path.suffix.lower() in endings, f"cannot write {path}",
            f"expected a name that ends in {' or '.join(endings)}")
     _check_replaceable(path)
     for source in inputs:
         same = kind_of(path) != "nothing" and kind_of(source) != "nothing" and os.path.samefile(path, source)
         expect(not same, f"cannot write {path}", f"it is {source}, which is read: give another name")
+    if probe:
+        check_writable(path.parent)
 
 
 def _check_replaceable(path):
     kind = kind_of(path)
     expect(kind in ("nothing", "a file"), f"cannot write {path}",
-           f"it is {kind}, expected a file or a new name")
+           f"it is {kind}, expected the name of a file")
 
 
 @contextlib.contextmanager
-def replacing(path: FilePath, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+def replacing(path: FilePath, mode: str = "wb") -> Iterator[IO[Any]]:
     """Context: a file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    options: further ones of `open`. A crash at any moment leaves the old file or the new one. What is not a
-    regular file, a full disk or an unwritable folder raises InputError naming the path.
+    Text is UTF-8. A crash at any moment leaves the old file or the new one. What is not a regular file, a full
+    disk or an unwritable folder raises InputError naming the path.
     """
     path = pathlib.Path(path)
     _check_replaceable(path)
@@ -66,7 +71,7 @@ def replacing(path: FilePath, mode: str = "wb", **options: Any) -> Iterator[IO[A
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, mode, **options) as file:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

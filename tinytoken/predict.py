@@ -12,7 +12,7 @@ from .data.folder import pillow_warnings, read_image
 from .data.likeness import outside
 from .data.scenes import NAMES
 from .errors import expect, some_of
-from .files import FilePath, check_output
+from .files import FilePath, check_target
 from .nn import both_sides
 from .ops import softmax
 from .tensor import no_grad
@@ -42,7 +42,7 @@ def classify(path: FilePath, picture: FilePath, path_out: FilePath) -> str:
     checkpoint says how those are. path_out: its ending is one of plot.FORMATS. Returns the text to print.
     Raises InputError for files that cannot be used, and a path_out that should not be written to.
     """
-    check_output(path_out, *plot.FORMATS, inputs=(path, picture))
+    check_target(path_out, *plot.FORMATS, inputs=(path, picture), probe=False)
     model, header = checkpoint.load_model(path)
     expect("classes" in header, "predict",
            f"{path} does not say its classes and pixel statistics: train it with `compare`")

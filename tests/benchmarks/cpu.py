@@ -34,7 +34,7 @@ from timing import high_water, quartiles, seconds, turned
 from tinytoken.backend import blas_description, cpu_count, prepare_cpu
 from tinytoken.cost import recorded_macs
 from tinytoken.experiments import machine
-from tinytoken.files import check_output, write_json
+from tinytoken.files import check_target, write_json
 from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads, slice_size
 
 CONTENDERS = ("tinytoken", "torch", "torch-best", "torch-compile", "jax", "mygrad")
@@ -403,7 +403,7 @@ def parse():
     parser.add_argument("--serve", nargs=2, metavar=("NAME", "ARRAYS"), help=argparse.SUPPRESS)
     options, known = parser.parse_args(), [work.name for work in workloads(parser.parse_args().quick)]
     if options.out:
-        check_output(options.out, ".json")
+        check_target(options.out, ".json")
     for given, names in ((options.contenders, CONTENDERS), (options.workloads, known)):
         if unknown := set(given or ()) - set(names):
             parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(names)}")

@@ -17,7 +17,7 @@ import peers_torch
 import tinytoken as tt
 from tinytoken.data import Batches, make_scenes
 from tinytoken.experiments import machine
-from tinytoken.files import check_output, replacing, write_json
+from tinytoken.files import check_target, replacing, write_json
 from tinytoken.train import AdamW, Classify, loss_and_grads
 from tinytoken.train.optim import warmup_cosine
 
@@ -119,9 +119,9 @@ def main():
     parser.add_argument("--png", type=pathlib.Path, help="draw the curves")
     options = parser.parse_args()
     if options.out:
-        check_output(options.out, ".json")
+        check_target(options.out, ".json")
     if options.png:
-        check_output(options.png, ".png")
+        check_target(options.png, ".png")
     steps = {"float32": 5, "float64": 5} if options.quick else {"float32": STEPS,
                                                                 "float64": BOUNDS["float64"][0]}
     found = {dtype: curves(dtype, count, options.threads) for dtype, count in steps.items()}

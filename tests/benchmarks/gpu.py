@@ -36,7 +36,7 @@ from timing import quartiles, turned
 from tinytoken.backend import cuda_ready, module_for
 from tinytoken.cuda import gemm, launcher
 from tinytoken.experiments import machine
-from tinytoken.files import as_json, check_output, write_json
+from tinytoken.files import as_json, check_target, write_json
 
 OURS = "tinytoken bf16"
 CONTENDERS = {  # in the order in which they take their memory
@@ -431,7 +431,7 @@ def main():
                                                          "with")
     options = parser.parse_args()
     if options.out:
-        check_output(options.out, ".json")
+        check_target(options.out, ".json")
     if reason := lacking(options.only):
         sys.exit(f"gpu.py: {reason}")
     rounds = 3 if options.quick else ROUNDS

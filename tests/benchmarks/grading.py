@@ -12,7 +12,7 @@ import time
 
 from tinytoken.course import assignment, grade, release
 from tinytoken.experiments import machine
-from tinytoken.files import check_output, write_json
+from tinytoken.files import check_target, write_json
 
 AT_MOST = 300  # seconds for 30 submissions of a1 on two cores (issue 6)
 
@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     if args.out:
-        check_output(args.out, ".json")
+        check_target(args.out, ".json")
     given, seconds, points = assignment.find(args.name), [], []
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)

@@ -15,7 +15,7 @@ from PIL import Image
 from tinytoken.data import likeness, load_pictures, scenes
 from tinytoken.data.folder import read_image
 from tinytoken.experiments.tables import markdown_table
-from tinytoken.files import check_output, write_json
+from tinytoken.files import check_target, write_json
 
 GROUNDS = {"white": (255, 255), "black": (0, 0), "dark": (20, 50), "any grey": (0, 255)}
 
@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
     options = parser.parse_args()
     if options.out:
-        check_output(options.out, ".json")
+        check_target(options.out, ".json")
     photographs = load_pictures(options.data)
     large = scenes.make_scenes(1000, seed=2, split="test", size=256)
     tests = {"new scenes": scenes.make_scenes(10000, seed=1, split="test").images,

@@ -23,7 +23,7 @@ from timing import quartiles, seconds
 from tinytoken import bench, ops, tensor
 from tinytoken.backend import blas_threads, prepare_cpu
 from tinytoken.experiments import machine
-from tinytoken.files import check_output, write_json
+from tinytoken.files import check_target, write_json
 
 # images, tokens, dim, heads: workloads A, B and C
 SHAPES = ((16, 65, 192, 3), (16, 65, 96, 3), (8, 197, 384, 6))
@@ -217,7 +217,7 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
     options = parser.parse_args()
     if options.out:
-        check_output(options.out, ".json")
+        check_target(options.out, ".json")
     rounds = 3 if options.quick else max(3, options.rounds)
     result = {"machine": machine("cpu"), "malloc": prepare_cpu(), "rounds": rounds,
               "clock": "CPU time of one thread",

@@ -26,7 +26,7 @@ import tinytoken as tt
 from timing import high_water, quartiles, seconds, turned
 from tinytoken.backend import cpu_count, prepare_cpu
 from tinytoken.experiments import machine
-from tinytoken.files import check_output, replacing, write_json
+from tinytoken.files import check_target, replacing, write_json
 from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads
 
 PATCH, DEPTH, HEADS, STAGES = 4, 6, 3, (1, 3, 5)
@@ -298,7 +298,7 @@ def parse():
     parser.add_argument("--point", nargs=3, metavar=("KIND", "MODE", "SIDE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out:
-        check_output(options.out, ".json")
+        check_target(options.out, ".json")
     options.rounds = options.rounds or (3 if options.quick else 9)
     if options.rounds < 2:
         parser.error("--rounds: at least 2, or there are no quartiles")

@@ -19,7 +19,7 @@ import tqdm
 
 from ..backend import cpu_count
 from ..errors import expect
-from ..files import FilePath, replacing
+from ..files import FilePath
 from . import rules
 from .assignment import Assignment, Case, Exercise
 
@@ -224,7 +224,7 @@ def grade_folder(assignment: Assignment, submissions: FilePath, csv_path: FilePa
         for done in tqdm.tqdm(concurrent.futures.as_completed(waiting), total=len(waiting),
                               desc="submissions"):
             reports[waiting[done]] = done.result()
-    with replacing(csv_path, "w", newline="") as file:
+    with open(csv_path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "points", "of", *(exercise.number for exercise in assignment.exercises),
                          "problem"])

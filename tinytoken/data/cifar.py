@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, expect
-from ..files import check_output
+from ..files import check_target
 from .sets import dataset
 
 PIXELS = 3 * 32 * 32
@@ -131,7 +131,7 @@ def download_cifar(dest: str | os.PathLike, kind: str = "cifar10", url: str | No
     layout = _layout(kind)
     url, checksum = url or layout.url, checksum or layout.md5
     target, part = Path(dest) / layout.archive, None
-    check_output(target, target.suffix)
+    check_target(target, probe=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file() and _md5(target) == checksum:

@@ -15,7 +15,7 @@ from typing import Any
 from .. import backend, plot
 from ..backend import products_in, to_numpy
 from ..errors import expect
-from ..files import check_output, check_writable, write_json
+from ..files import check_target, check_writable, write_json
 from ..random import manual_seed
 from ..tensor import no_grad
 from ..train import Run
@@ -53,8 +53,8 @@ def run(recipe: Recipe, out: str | os.PathLike, device: str = "auto", every: int
     products_in(recipe.precision, device)  # refuses now what training would
     manual_seed(recipe.seed)  # refuses a bad one before any work
     check_writable(out)
-    check_output(out / "table.json", ".json")
-    check_output(out / "tokens.png", ".png")
+    check_target(out / "table.json", ".json")
+    check_target(out / "tokens.png", ".png")
     trial = Trial(recipe, arms(recipe), device=device, run=Run(out, every), threads=threads, bar=bar)
     training = {phase: trial.train(phase)[1] for phase in trial.arms}
     trained = {name: trial.train(phase)[0] for name, phase in SHOWN.items()}

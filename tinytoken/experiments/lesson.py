@@ -13,7 +13,7 @@ from typing import Any
 from .. import backend, random
 from ..data import dataset, load_pictures
 from ..errors import Busy, InputError, expect
-from ..files import as_json, check_output, check_writable, claimed, replacing, write_json
+from ..files import as_json, check_target, check_writable, claimed, replacing, write_json
 from ..train import Run
 from .arm import Arm, Recipe
 from .stats import bounds_text
@@ -42,7 +42,7 @@ class Lesson:
         if data != "scenes":
             self.stem += f"_{pathlib.Path(data).name}"
         check_writable(self.out)
-        check_output(self.out / f"{self.stem}.json", ".json")
+        check_target(self.out / f"{self.stem}.json", ".json")
         random.manual_seed(seed)
 
     def pick(self, smoke: Any, default: Any, full: Any) -> Any:
