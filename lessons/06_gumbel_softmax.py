@@ -20,26 +20,28 @@ rng = np.random.default_rng(here.seed)
 # ## Drawing a category
 #
 # In lesson 05 somebody gave us the decisions: keep this token, drop that one. Now a network shall make them.
-# It puts out a logit $l_c$ for each of $C$ categories, $p = \text{softmax}(l)$ are their probabilities, and a
-# category is drawn. (For DynamicViT the categories are "keep" and "drop", and there is one draw per token.)
+# It puts out a logit l_c for each of C categories, p = softmax(l) are their probabilities, and a category is
+# drawn. (For DynamicViT the categories are "keep" and "drop", and there is one draw per token.)
 #
-# The usual way to draw: cut the interval $[0, 1]$ into pieces of lengths $p_1, \dots, p_C$, draw a uniform
-# $U$ and see in which piece it lies. That is right, but there is nothing to differentiate: for fixed $U$ the
-# result is constant until a cut passes $U$, and then it jumps.
+# The usual way to draw: cut the interval [0, 1] into pieces of lengths p_1, ..., p_C, draw a uniform U and
+# see in which piece it lies. That is right, but there is nothing to differentiate: for fixed U the result is
+# constant until a cut passes U, and then it jumps.
 #
-# There is another way. Draw $C$ independent **Gumbel** numbers $G_c = -\ln(-\ln U_c)$, add them to the
-# logits, and take the largest: $\arg\max_c\, (l_c + G_c)$. This **Gumbel-max trick** draws category $c$ with
-# probability exactly $p_c$. Why: the distribution function of $G$ is
+# There is another way. Draw C independent **Gumbel** numbers G_c = -ln(-ln U_c), add them to the logits, and
+# take the largest l_c + G_c. This **Gumbel-max trick** draws category c with probability exactly p_c. Why:
+# the distribution function of G is
 #
-# $$F(x) = P(-\ln(-\ln U) \le x) = P(U \le e^{-e^{-x}}) = e^{-e^{-x}}, \qquad \text{density } F'(x) = e^{-x}
-# F(x).$$
+#     F(x) = P(-ln(-ln U) <= x) = P(U <= e^(-e^-x)) = e^(-e^-x)          density F'(x) = e^-x F(x)
 #
-# Category 1 wins if $l_1 + G_1$ takes some value $x$ and all others stay below it. With $S = \sum_c e^{l_c}$,
+# Category 1 wins if l_1 + G_1 takes some value x and all others stay below it. With S = sum_c e^(l_c),
 #
-# $$P(1 \text{ wins}) = \int F'(x - l_1) \prod_{c \ne 1} F(x - l_c)\, dx = \int e^{-(x - l_1)} \prod_c
-#  e^{-e^{-(x - l_c)}}\, dx = e^{l_1} \int e^{-x}\, e^{-S e^{-x}}\, dx = \frac{e^{l_1}}{S} ,$$
+#     P(1 wins) = integral of F'(x - l_1) times the product over c != 1 of F(x - l_c), dx
+#               = integral of e^-(x - l_1) times the product over all c of e^(-e^-(x - l_c)), dx
+#               = e^(l_1) times the integral of e^-x e^(-S e^-x) dx
+#               = e^(l_1) / S
 #
-# where the last step substitutes $y = e^{-x}$: $\int_0^\infty e^{-S y} dy = 1 / S$. The result is $p_1$.
+# where the last step substitutes y = e^-x: the integral of e^(-S y) dy over y > 0 is 1 / S. The result is
+# p_1.
 
 # %%
 def softmax(x):
@@ -65,23 +67,22 @@ print(f"{'standard error':17}", *(f"{math.sqrt(x * (1 - x) / draws):9.5f}" for x
       "   (if all is right, chi-square is 3 on average, and above 16.3 once in 1000)")
 
 # %% [markdown]
-# Two categories are simpler. "Keep" wins if $l_0 + G_0 > l_1 + G_1$, that is $\theta + X > 0$ with $\theta =
-# l_0 - l_1$ and $X = G_0 - G_1$. The difference of two Gumbels has the **logistic** distribution, $P(X \le x)
-# = \sigma(x) = 1 / (1 + e^{-x})$. So $P(\text{keep}) = P(X > -\theta) = \sigma(\theta)$, as it must be. Its
-# density is $\rho(x) = \sigma(x)\, \sigma(-x)$. We shall use both.
+# Two categories are simpler. "Keep" wins if l_0 + G_0 > l_1 + G_1, that is theta + X > 0 with theta = l_0 -
+# l_1 and X = G_0 - G_1. The difference of two Gumbels has the **logistic** distribution, P(X <= x) =
+# sigmoid(x) = 1 / (1 + e^-x). So P(keep) = P(X > -theta) = sigmoid(theta), as it must be. Its density is
+# rho(x) = sigmoid(x) sigmoid(-x). We shall use both.
 #
 # ## Temperature
 #
-# In the trick all chance is in $G$, which does not depend on the logits. What depends on them is only the
-# $\arg\max$. Make that soft, and there is a gradient. **Gumbel-softmax** puts a softmax at temperature $\tau
-# > 0$ in its place:
+# In the trick all chance is in G, which does not depend on the logits. What depends on them is only which
+# entry is the largest. Make that soft, and there is a gradient. **Gumbel-softmax** puts a softmax at
+# temperature tau > 0 in its place:
 #
-# $$s = \text{softmax}\big((l + G) / \tau\big), \qquad \text{for two categories } s_0 = \sigma\big((\theta +
-# X) / \tau\big).$$
+#     s = softmax((l + G) / tau)          for two categories s_0 = sigmoid((theta + X) / tau)
 #
-# Small $\tau$: $s$ is nearly one-hot, nearly the draw. Large $\tau$: $s$ is nearly uniform, whatever was
-# drawn. The largest entry of $s$ is the same at every $\tau$, since dividing by $\tau$ does not change the
-# order: the hard draw has the probabilities $p$ at any temperature. The mean of $s$ has not.
+# Small tau: s is nearly one-hot, nearly the draw. Large tau: s is nearly uniform, whatever was drawn. The
+# largest entry of s is the same at every tau, since dividing by tau does not change the order: the hard draw
+# has the probabilities p at any temperature. The mean of s has not.
 
 # %%
 def sigmoid(x):
@@ -107,7 +108,7 @@ def draw_temperatures(figure):
         axis.hist(s, bins=40, range=(0, 1), density=True, color="#0072b2")
         axis.axvline(s.mean(), color="#d55e00", lw=2, label=f"mean {s.mean():.2f}")
         axis.axvline(0.7, color="black", ls=":", label="p = 0.70")
-        axis.set(title=rf"$\tau$ = {tau}", xlabel="soft decision s", ylim=(0, 8))
+        axis.set(title=f"tau = {tau}", xlabel="soft decision s", ylim=(0, 8))
         axis.legend(fontsize=8, loc="upper left")
     figure.axes[0].set_ylabel("density")
     figure.suptitle("A token kept with probability 0.7, as a soft decision: from nearly 0 or 1 to nearly one "
@@ -119,18 +120,17 @@ here.picture("temperatures", draw_temperatures, width=11, height=3)
 # %% [markdown]
 # ## Straight-through
 #
-# A soft decision is not a decision. A token with $s = 0.4$ would be in the attention by 0.4, while at
-# inference it is there or not. So DynamicViT goes forward with the hard draw $h = \text{onehot}(\arg\max s)$,
-# 0 or 1, and pretends on the way back that it had been $s$: the gradient that arrives at $h$ is handed
-# **straight through** to $s$. In the notation of frameworks, $y = (h
-# - \text{stop}(s)) + s$, where stop() has the value of its argument and no gradient.
+# A soft decision is not a decision. A token with s = 0.4 would be in the attention by 0.4, while at inference
+# it is there or not. So DynamicViT goes forward with the hard draw h, 1 where s is largest and 0 elsewhere,
+# and pretends on the way back that it had been s: the gradient that arrives at h is handed **straight
+# through** to s. In the notation of frameworks, y = (h - stop(s)) + s, where stop() has the value of its
+# argument and no gradient.
 #
-# From $s$ on it is calculus. The softmax's vjp (lesson 03) with an upstream gradient $u$, and a $1 / \tau$
-# from the division:
+# From s on it is calculus. The softmax's vjp (lesson 03) with an upstream gradient u, and a 1 / tau from the
+# division:
 #
-# $$\frac{\partial L}{\partial l_c} = \frac 1 \tau\, s_c \Big(u_c - \sum_b s_b u_b\Big),
-#  \qquad \text{for two categories, with } u \text{ at "keep" only: }
-#  \frac{\partial L}{\partial \theta} = \frac{s (1 - s)}{\tau}\, u .$$
+#     dL/dl_c = s_c (u_c - sum_b s_b u_b) / tau
+#     dL/dtheta = u s (1 - s) / tau          for two categories, with u at "keep" only
 
 # %%
 def gumbel_softmax(logits, noise, tau, hard):
@@ -154,28 +154,26 @@ print(tt.gradcheck(lambda logits: tt.ops.gumbel_softmax(logits, noise, tau=0.5),
 # %% [markdown]
 # The soft path passes the check. The hard one cannot be checked that way: its value is constant almost
 # everywhere, so the finite difference is 0, and the gradient is deliberately not that. What can be checked:
-# the hard and the soft gradient for the same $u$ are equal, which was asserted above.
+# the hard and the soft gradient for the same u are equal, which was asserted above.
 #
-# So this gradient is a pretence. It multiplies a slope of the loss at $h$ with a slope of the decision at
-# $s$, and these are two different points. Is it a good pretence? A training curve cannot say: it shows no
-# other gradient beside it. We can find out where everything can be computed.
+# So this gradient is a pretence. It multiplies a slope of the loss at h with a slope of the decision at s,
+# and these are two different points. Is it a good pretence? A training curve cannot say: it shows no other
+# gradient beside it. We can find out where everything can be computed.
 #
 # ## A problem small enough to be exact
 #
-# One class token looks at $n$ tokens. Each has a key, a value and a decision $D_j \in \{0, 1\}$, kept with
-# probability $p_j = \sigma(\theta_j)$, independent of the others. The masked attention of lesson 05 (the
-# class token also sees itself, always) gives one vector, a matrix makes logits of it, and $L(D)$ is the
+# One class token looks at n tokens. Each has a key, a value and a decision D_j in {0, 1}, kept with
+# probability p_j = sigmoid(theta_j), independent of the others. The masked attention of lesson 05 (the class
+# token also sees itself, always) gives one vector, a matrix makes logits of it, and L(D) is the
 # cross-entropy. What training minimises is the expected loss
 #
-# $$J(\theta) = \sum_{D} P(D)\, L(D), \qquad P(D) = \prod_j p_j^{D_j} (1 - p_j)^{1 - D_j},$$
+#     J(theta) = sum over D of P(D) L(D)          P(D) = product over j of (p_j if D_j = 1, else 1 - p_j)
 #
-# a sum over all $2^n$ subsets: 256 for $n = 8$. The exact gradient: only $P$ depends on $\theta$.
-# $\partial p_j / \partial \theta_j = p_j (1 - p_j)$, so
-# $\partial \ln P / \partial \theta_j = D_j (1 - p_j) - (1 - D_j)\, p_j = D_j - p_j$, and since
-# $\partial P = P\, \partial \ln P$,
+# a sum over all 2^n subsets: 256 for n = 8. The exact gradient: only P depends on theta. dp_j/dtheta_j = p_j
+# (1 - p_j), so dlnP/dtheta_j = D_j (1 - p_j) - (1 - D_j) p_j = D_j - p_j, and since dP = P dlnP,
 #
-# $$\frac{\partial J}{\partial \theta_j} = \sum_D P(D)\, (D_j - p_j)\, L(D)
-#  = p_j (1 - p_j) \Big( E[L \mid D_j = 1] - E[L \mid D_j = 0] \Big). \tag{1}$$
+#     dJ/dtheta_j = sum over D of P(D) (D_j - p_j) L(D)
+#                 = p_j (1 - p_j) (E[L | D_j = 1] - E[L | D_j = 0])          (1)
 #
 # The right side says what a gradient of a decision is: **the difference that the decision makes**, from 0 all
 # the way to 1, averaged over the other decisions.
@@ -242,23 +240,22 @@ assert np.abs(exact - numeric).max() < 1e-8 and np.abs(exact - difference).max()
 # %% [markdown]
 # ## Four estimates from one draw
 #
-# A real network has no time for 256 subsets, let alone $2^{196}$. It draws once and estimates. Let $D$ be a
-# hard draw, $s$ the soft one of the same noise.
+# A real network has no time for 256 subsets, let alone 2^196. It draws once and estimates. Let D be a hard
+# draw, s the soft one of the same noise, g the exact gradient and est its estimate.
 #
-# - **REINFORCE** (Williams 1992): $\hat g_j = (D_j - p_j)\, L(D)$. By (1) its mean is the exact gradient: it
-#   is **unbiased**. It does not look at the slope of $L$ at all. It only sees that the loss was high or low,
-#   and cannot tell which of the decisions were to blame: so it is noisy.
-# - **REINFORCE with a baseline**: $\hat g_j = (D_j - p_j)(L(D) - b)$ for a number $b$ that does not depend on
-#   $D$. Still unbiased, because $E[D_j - p_j] = 0$. A good simple choice is $b$ near $E[L]$. We take $b = J$
-#   exactly; in training one has a running mean.
-# - **Soft relaxation**: forward with $s$: $\hat g_j = \frac{\partial L}{\partial D_j}(s)\, \frac{s_j (1 -
-#   s_j)}{\tau}$. This is a true gradient, but of another quantity, $E[L(s)]$.
-# - **Straight-through**: forward with $D$: $\hat g_j = \frac{\partial L}{\partial D_j}(D)\, \frac{s_j (1 -
-#   s_j)}{\tau}$. A gradient of nothing.
+# - **REINFORCE** (Williams 1992): est_j = (D_j - p_j) L(D). By (1) its mean is the exact gradient: it is
+#   **unbiased**. It does not look at the slope of L at all. It only sees that the loss was high or low, and
+#   cannot tell which of the decisions were to blame: so it is noisy.
+# - **REINFORCE with a baseline**: est_j = (D_j - p_j)(L(D) - b) for a number b that does not depend on D.
+#   Still unbiased, because E[D_j - p_j] = 0. A good simple choice is b near E[L]. We take b = J exactly; in
+#   training one has a running mean.
+# - **Soft relaxation**: forward with s: est_j = dL/dD_j(s) s_j (1 - s_j) / tau. This is a true gradient, but
+#   of another quantity, E[L(s)].
+# - **Straight-through**: forward with D: est_j = dL/dD_j(D) s_j (1 - s_j) / tau. A gradient of nothing.
 #
 # For each we want the **bias**, the distance of its mean from the exact gradient, and the **noise**, its
-# standard deviation. We state both as vector lengths, in units of the exact gradient's length $\|g\|$: $\| E
-# \hat g - g \| / \|g\|$, and $\sqrt{\sum_j \text{Var}\, \hat g_j} / \|g\|$ for one draw.
+# standard deviation. We state both as vector lengths, in units of the exact gradient's length |g|: |E[est] -
+# g| / |g|, and sqrt(sum_j Var[est_j]) / |g| for one draw.
 
 # %%
 def draw_estimates(problem, draws, tau, J):
@@ -303,20 +300,19 @@ for name, samples in draw_estimates(problem, draws, 1.0, P @ L).items():
 #
 # ## The bias of straight-through, exactly
 #
-# For straight-through we need no draws at all. Given $D$, the slope of the loss is fixed, and what is left is
-# the mean of $s_j (1 - s_j) / \tau$ over the noise that leads to this $D_j$, a one-dimensional integral. With
-# $y = (\theta + x) / \tau$, $s = \sigma(y)$, $s (1 - s) = \rho(y)$, $dx = \tau\, dy$; keep means $y > 0$:
+# For straight-through we need no draws at all. Given D, the slope of the loss is fixed, and what is left is
+# the mean of s_j (1 - s_j) / tau over the noise that leads to this D_j, a one-dimensional integral. With y =
+# (theta + x) / tau, s = sigmoid(y), s (1 - s) = rho(y), dx = tau dy; keep means y > 0:
 #
-# $$c^1_j = E\Big[\frac{s_j (1 - s_j)}{\tau} \cdot [D_j = 1]\Big] = \int_0^\infty \rho(y)\, \rho(\tau y -
-#   \theta_j)\, dy, \qquad c^0_j = \int_{-\infty}^0 \rho(y)\, \rho(\tau y - \theta_j)\, dy .$$
+#     c1_j = E[s_j (1 - s_j) / tau, where D_j = 1] = integral of rho(y) rho(tau y - theta_j) dy over y > 0
+#     c0_j = E[s_j (1 - s_j) / tau, where D_j = 0] = the same integral over y < 0
 #
-# (The density of $x = \tau y - \theta$ is $\rho$, and $1/\tau$ cancels against $dx$.) The mean of
-# straight-through is then a sum over subsets, and with slopes squared and $\rho(y)^2 / \tau$ in place of
-# $\rho(y)$ so is its second moment:
+# (The density of x = tau y - theta is rho, and 1/tau cancels against dx.) The mean of straight-through is
+# then a sum over subsets, and with slopes squared and rho(y)^2 / tau in place of rho(y) so is its second
+# moment:
 #
-# $$E[\hat g_j] = \sum_D P(D)\, \frac{\partial L}{\partial D_j}(D)\; \frac{c_j^{D_j}}{P(D_j)}
-#   = c^1_j\, E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j = 1\Big]
-#   + c^0_j\, E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j = 0\Big]. \tag{2}$$
+#     E[est_j] = sum over D of P(D) dL/dD_j(D) times (c1_j / p_j if D_j = 1, else c0_j / (1 - p_j))
+#              = c1_j E[dL/dD_j | D_j = 1] + c0_j E[dL/dD_j | D_j = 0]          (2)
 
 # %%
 GRID = np.linspace(0, 40, 401)  # beyond 40 the logistic density is below 1e-17
@@ -354,27 +350,26 @@ for tau in (0.25, 1.0, 4.0):
 # %% [markdown]
 # ## Where the bias comes from
 #
-# Let $\tau \to 0$ in (2). Then $\rho(\tau y - \theta) \to \rho(\theta) = p (1 - p)$, and $\int_0^\infty \rho
-# = \frac 1 2$. So $c^0$ and $c^1$ both become $p (1 - p) / 2$, and
+# Let tau -> 0 in (2). Then rho(tau y - theta) -> rho(theta) = p (1 - p), and the integral of rho over y > 0
+# is 1/2. So c0 and c1 both become p (1 - p) / 2, and
 #
-# $$E[\hat g_j] \to p_j (1 - p_j) \cdot \tfrac 1 2 \Big( E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j =
-#   1\Big] + E\Big[\frac{\partial L}{\partial D_j} \,\Big|\, D_j = 0\Big] \Big). \tag{3}$$
+#     E[est_j] -> p_j (1 - p_j) / 2 (E[dL/dD_j | D_j = 1] + E[dL/dD_j | D_j = 0])          (3)
 #
-# Compare with (1). There stands the difference $L(1) - L(0)$, which is the integral of the slope from 0 to 1.
+# Compare with (1). There stands the difference L(1) - L(0), which is the integral of the slope from 0 to 1.
 # Here stands the mean of the slopes at both ends: the **trapezoidal rule** with a single interval. It is
-# exact where $L$ is linear or quadratic in each decision, and off by its curvature beyond that. So in general
+# exact where L is linear or quadratic in each decision, and off by its curvature beyond that. So in general
 # some bias stays at any temperature. (Liu et al. 2023, arXiv 2304.08612, read straight-through as a rule for
 # this integral too, and build an estimator on the trapezoidal rule.)
 #
-# The soft relaxation does better there: as $\tau \to 0$ its $s$ goes the whole way from 0 to 1, meets the
-# slope everywhere in between, and its bias vanishes. Both pay with noise: $s (1 - s) / \tau$ is then 0 for
-# nearly all draws and up to $1 / (4 \tau)$ for few, its second moment grows like $1 / \tau$.
+# The soft relaxation does better there: as tau -> 0 its s goes the whole way from 0 to 1, meets the slope
+# everywhere in between, and its bias vanishes. Both pay with noise: s (1 - s) / tau is then 0 for nearly all
+# draws and up to 1 / (4 tau) for few, its second moment grows like 1 / tau.
 #
-# At $\tau$ around 1 there is a second bias, in length: for $p = 1/2$, $s$ at $\tau = 1$ is uniform on $[0,
-# 1]$, so what is passed on is $E[s (1 - s)] = 1/6$ on average and not $p (1 - p) = 1/4$. The factor depends
-# on $p_j$, so it bends the gradient a little, but most of it is length, and AdamW divides the gradient by its
-# own size. What is not harmless is an error of **direction**. So beside the bias we report what is left of it
-# after the best rescaling: the sine of the angle between $E[\hat g]$ and $g$.
+# At tau around 1 there is a second bias, in length: for p = 1/2, s at tau = 1 is uniform on [0, 1], so what
+# is passed on is E[s (1 - s)] = 1/6 on average and not p (1 - p) = 1/4. The factor depends on p_j, so it
+# bends the gradient a little, but most of it is length, and AdamW divides the gradient by its own size. What
+# is not harmless is an error of **direction**. So beside the bias we report what is left of it after the best
+# rescaling: the sine of the angle between E[est] and g.
 #
 # And a third: the cap of lesson 05, by which a dropped key counts at most as much as the strongest kept one.
 # It is a bias on purpose. Is it a good one? We compare with the uncapped slope.
@@ -446,10 +441,10 @@ print("standard error of soft's bias, from its draws:",
       ", ".join(f"{tau}: {error:.3f}" for tau, error in soft_error.items()))
 
 # %% [markdown]
-# What to look for: straight-through's bias falls with $\tau$ to a floor, the error of the trapezoidal rule
-# (and of the cap). Soft's goes on falling. Large temperatures shrink both estimates toward 0 (bias near 1)
-# but keep much of their direction. REINFORCE has no bias and the most noise, and the baseline takes most of
-# that away.
+# What to look for: straight-through's bias falls with tau to a floor, the error of the trapezoidal rule (and
+# of the cap). Soft's goes on falling. Large temperatures shrink both estimates toward 0 (bias near 1) but
+# keep much of their direction. REINFORCE has no bias and the most noise, and the baseline takes most of that
+# away.
 #
 # The cap of lesson 05 does not change the direction much here, and about halves the noise. These attention
 # logits have a spread of 1. With larger ones dropped keys stand out further, and what the cap does shows:
@@ -470,9 +465,9 @@ for spread in (1.0, 2.0, 4.0):
           + "".join(f"{medians[name]['sine']:29.3f}{medians[name]['noise']:9.3f}" for name in names))
 
 # %% [markdown]
-# Is a small bias better than much noise? That depends on how many draws one averages. The mean of $m$
-# independent draws has the expected squared error $\text{bias}^2 + \text{noise}^2 / m$. The right panel of
-# the picture shows its root.
+# Is a small bias better than much noise? That depends on how many draws one averages. The mean of m
+# independent draws has the expected squared error bias^2 + noise^2 / m. The right panel of the picture shows
+# its root.
 
 # %%
 COLOURS = {"straight-through": "#d55e00", "straight-through, no cap": "#e69f00", "soft": "#0072b2",
@@ -493,10 +488,10 @@ def draw_study(figure):
                   color="black", capsize=3, label="standard error (soft)")
     for name in ("REINFORCE", "REINFORCE, baseline"):
         middle.axhline(quartiles[name, None][1, 1], color=COLOURS[name], ls="--", label=name)
-    left.set(xscale="log", ylim=(0, 1), xlabel=r"temperature $\tau$", ylabel="bias / length of the exact "
+    left.set(xscale="log", ylim=(0, 1), xlabel="temperature tau", ylabel="bias / length of the exact "
                                                                              "gradient",
              title="How wrong on average")
-    middle.set(xscale="log", yscale="log", xlabel=r"temperature $\tau$", title="How noisy",
+    middle.set(xscale="log", yscale="log", xlabel="temperature tau", title="How noisy",
                ylabel="noise of one draw / length of the exact gradient")
     many = np.geomspace(1, 1000, 100)
     for name, tau, style in (("straight-through", 1.0, "-"), ("straight-through", 0.25, ":"),
@@ -505,7 +500,7 @@ def draw_study(figure):
                              ("REINFORCE, baseline", None, "--")):
         errors = np.median([np.sqrt(s[name, tau][0] ** 2 + s[name, tau][1] ** 2 / many) for s in studies],
                            axis=0)
-        right.plot(many, errors, style, color=COLOURS[name], label=name + (rf", $\tau$ {tau}" if tau else ""))
+        right.plot(many, errors, style, color=COLOURS[name], label=name + (f", tau {tau}" if tau else ""))
     right.set(xscale="log", yscale="log", xlabel="draws averaged", ylabel="root mean square error / length",
               title="Who wins depends on the draws")
     figure.suptitle(f"Estimates of a decision's gradient: {problems} problems of 8 tokens, medians and "
@@ -521,8 +516,8 @@ here.picture("bias_and_noise", draw_study, width=14, height=4.7)
 #
 # REINFORCE blames every decision for the whole loss, so each token's estimate carries the noise of all
 # others. How does that grow with their number? And from how many draws on is the unbiased estimate (with
-# baseline) the better one? Equal errors mean $\text{noise}_R^2 / m = \text{bias}^2 + \text{noise}_S^2 / m$,
-# so $m = (\text{noise}_R^2 - \text{noise}_S^2) / \text{bias}^2$.
+# baseline) the better one? Equal errors mean noise_R^2 / m = bias^2 + noise_S^2 / m, so m = (noise_R^2 -
+# noise_S^2) / bias^2.
 
 # %%
 by_tokens = []
@@ -542,19 +537,19 @@ for n in here.pick((2, 6), (2, 4, 6, 8, 10, 12), (2, 4, 6, 8, 10, 12)):
 # %% [markdown]
 # ## What this means for training
 #
-# Now let something learn which tokens to keep. 64 pictures of $n$ tokens each. Some tokens are signal: they
+# Now let something learn which tokens to keep. 64 pictures of n tokens each. Some tokens are signal: they
 # show the class of their picture, one of 4. The others are clutter, each showing a class by chance. A fixed
 # reader (a class token with masked attention, a fixed matrix, cross-entropy) sees what is kept. What is
-# learned is a **scorer**: from 8 features of a token it computes $\theta = w \cdot x + b$, the same $w, b$
-# for all tokens. One of the feature directions tells signal from clutter, with noise on it. All start from $w
-# = 0$, where each token is kept with probability one half, and take the same steps of AdamW on 16 pictures
-# with one draw each. They differ in the gradient for $\theta$, and in nothing else. (With `--full` each also
-# gets the best of three learning rates.)
+# learned is a **scorer**: from 8 features of a token it computes theta = w . x + b, the same w, b for all
+# tokens. One of the feature directions tells signal from clutter, with noise on it. All start from w = 0,
+# where each token is kept with probability one half, and take the same steps of AdamW on 16 pictures with one
+# draw each. They differ in the gradient for theta, and in nothing else. (With `--full` each also gets the
+# best of three learning rates.)
 #
 # For 8 tokens there are two more, both without any draw, by going through all 256 subsets of each picture:
 # the exact gradient of equation (1), and the mean of straight-through by equation (2). The latter has
-# straight-through's bias and no noise, so it tells which of the two matters. We watch $J$, the expected loss
-# of **hard** decisions, for all of them, also for the soft one, which never saw a hard decision.
+# straight-through's bias and no noise, so it tells which of the two matters. We watch J, the expected loss of
+# **hard** decisions, for all of them, also for the soft one, which never saw a hard decision.
 
 # %%
 class Task:
@@ -711,15 +706,15 @@ here.picture("training", draw_training, width=11, height=4.4)
 # %% [markdown]
 # What the full run says (20 tasks, 1,000 steps, for each the best of three learning rates, seed 0;
 # `lessons/results/06_gumbel_softmax_full.json`). With 8 tokens the exact gradient ends at 0.80 of
-# straight-through's $J$, and the mean of straight-through, without its noise, at 0.97: what straight-through
+# straight-through's J, and the mean of straight-through, without its noise, at 0.97: what straight-through
 # loses here it loses to its bias. REINFORCE with baseline, which has no bias and much more noise, ends at
-# 0.84 of straight-through's $J$: at this size it is the better choice. In the default run (300 steps, 8
-# tasks, one rate) noise still costs a part.
+# 0.84 of straight-through's J: at this size it is the better choice. In the default run (300 steps, 8 tasks,
+# one rate) noise still costs a part.
 #
-# With 64 tokens noise decides: REINFORCE with baseline ends at 1.16 times the $J$ of straight-through,
-# without baseline at 2.1 times, and after the 300 steps of the default run both are much further behind.
-# DynamicViT makes 64 decisions per picture (196 in the paper) at each of three places. That is the side on
-# which straight-through is the better choice of the two.
+# With 64 tokens noise decides: REINFORCE with baseline ends at 1.16 times the J of straight-through, without
+# baseline at 2.1 times, and after the 300 steps of the default run both are much further behind. DynamicViT
+# makes 64 decisions per picture (196 in the paper) at each of three places. That is the side on which
+# straight-through is the better choice of the two.
 #
 # The soft gradient is ahead in both. But the reader here is fixed and cannot get used to tokens that are half
 # there (exercise 5), while a network that trains on soft decisions can, and at inference there are none.
@@ -754,35 +749,35 @@ for row in trained:
 #
 # 1. Draw from a categorical with `np.argmin(-np.log(U) / p)`, where U is uniform. Show that this is the
 #    Gumbel-max trick in other clothes.
-# 2. Make the loss of `Problem` linear in the decisions: $L(D) = \sum_j w_j D_j$. What does (2) say the bias
-#    of straight-through is at $\tau = 1$? Predict the ratio of each entry to the exact one as a function of
-#    $p_j$, then compute it. For which $p$ is it 1?
-# 3. Use as baseline the mean loss of the other draws in a batch of $m$ ("leave one out"). Why is it still
-#    unbiased? How near does its noise come to that of $b = J$ for $m$ = 2, 4, 16? What if you leave none out?
-# 4. Train with straight-through at $\tau$ = 0.25 and 4 on 8 tokens. Does the table of biases tell you what to
+# 2. Make the loss of `Problem` linear in the decisions: L(D) = sum_j w_j D_j. What does (2) say the bias of
+#    straight-through is at tau = 1? Predict the ratio of each entry to the exact one as a function of p_j,
+#    then compute it. For which p is it 1?
+# 3. Use as baseline the mean loss of the other draws in a batch of m ("leave one out"). Why is it still
+#    unbiased? How near does its noise come to that of b = J for m = 2, 4, 16? What if you leave none out?
+# 4. Train with straight-through at tau = 0.25 and 4 on 8 tokens. Does the table of biases tell you what to
 #    expect?
 # 5. The reader in `Task` is fixed. Learn `readout` together with the scorer, from small random numbers.
-#    Compare $J$ with the loss at soft decisions, for the soft arm. What does the reader learn to do with half
-#    a token?
-# 6. For one token at a time, evaluate the loss with $D_j = 0$ and with $D_j = 1$, the other decisions as
-#    drawn, and use $p_j (1 - p_j) (L(1) - L(0))$ as the estimate. Show by (1) that it is unbiased. Add it to
+#    Compare J with the loss at soft decisions, for the soft arm. What does the reader learn to do with half a
+#    token?
+# 6. For one token at a time, evaluate the loss with D_j = 0 and with D_j = 1, the other decisions as drawn,
+#    and use p_j (1 - p_j) (L(1) - L(0)) as the estimate. Show by (1) that it is unbiased. Add it to
 #    `draw_estimates`: how noisy is it? How many forward passes does it cost, and when would you pay that?
 #
 # ## The paper
 #
-# DynamicViT (Rao et al. 2021, arXiv 2106.02034), sections 3.2 and 3.3, beside our lines; $\pi$ are the
+# DynamicViT (Rao et al. 2021, arXiv 2106.02034), sections 3.2 and 3.3, beside our lines; pi are the
 # probabilities that its predictor gives for each token:
 #
 # | paper | ours |
 # |---|---|
-# | decisions: Gumbel-softmax of $\pi$, "keep" | `ops.gumbel_softmax(log_probs, draw, hard=...)[:, :, 0]` |
-# | $y_i = e^{(\ln \pi_i + g_i) / \tau} / \sum_j e^{(\ln \pi_j + g_j) / \tau}$ | `soft = softmax_of((log_probs + noise) / tau)` |
+# | decisions: Gumbel-softmax of pi, "keep" | `ops.gumbel_softmax(log_probs, draw, hard=...)[:, :, 0]` |
+# | y_i = e^((ln pi_i + g_i) / tau) / sum_j e^((ln pi_j + g_j) / tau) | `soft = softmax_of((log_probs + noise) / tau)` |
 # | hard forward, soft backward | `out = (... == soft.argmax(axis=-1)...)`, `grad = softmax_vjp(soft, g) / tau` |
 #
 # The first line is in `tinytoken/models/dynamicvit.py`, the others in `tinytoken/ops/select.py`. The second
 # equation is eq. 2 of Jang, Gu & Poole 2017 (arXiv 1611.01144).
 #
-# The official code uses $\tau = 1$ throughout, and column 0 for "keep" (the paper's text has 1).
+# The official code uses tau = 1 throughout, and column 0 for "keep" (the paper's text has 1).
 
 # %%
 here.end()
