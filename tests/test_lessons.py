@@ -145,3 +145,12 @@ def test_options_that_cannot_be_used_end_the_program_with_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "--out", str(tmp_path / "file" / "folder")],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr
+
+
+def test_results_that_could_not_be_written_end_a_lesson_before_its_work(tmp_path, capsys):
+    (tmp_path / "00_test_full.json").mkdir()
+    with pytest.raises(SystemExit):
+        lesson.begin("00_test", ["--full", "--out", str(tmp_path)])
+    assert capsys.readouterr().err.endswith(
+        f"error: cannot write {tmp_path}/00_test_full.json: it is a folder, expected the name of a file\n")
+    lesson.begin("00_test", ["--smoke", "--out", str(tmp_path)])  # another file

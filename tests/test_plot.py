@@ -123,7 +123,7 @@ def test_an_answer_does_not_look_like_the_truth(truth, said, expected, colour, t
 
 
 @pytest.mark.parametrize("name, begin", [
-    ("t.png", b"\x89PNG"), ("t.PNG", b"\x89PNG"), ("t", b"\x89PNG"), ("t.jpg", b"\xff\xd8"),
+    ("t.png", b"\x89PNG"), ("t.JPG", b"\xff\xd8"), ("t", b"\x89PNG"), ("t.jpg", b"\xff\xd8"),
     ("t.jpeg", b"\xff\xd8"), ("t.pdf", b"%PDF"), ("t.svg", b"<?xml")])
 def test_a_picture_has_the_format_that_its_name_says(name, begin, tmp_path):
     images, panels = example(1)

@@ -310,6 +310,14 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch, no_proxy, name,
     assert left_in(tmp_path / "dest") == []
 
 
+def test_nothing_is_downloaded_where_the_archive_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "_fetch", lambda *_: pytest.fail("downloaded"))
+    target = tmp_path / cifar.LAYOUTS["cifar10"].archive
+    target.mkdir()
+    with refuses(f"cannot write {target}: it is a folder, expected the name of a file"):
+        cifar.download_cifar(tmp_path)
+
+
 def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch, no_proxy):
     def interrupted(url, file):
         file.write(b"half")
