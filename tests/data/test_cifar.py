@@ -14,6 +14,7 @@ import threading
 import numpy as np
 import pytest
 
+from small import refuses
 from tinytoken.data import cifar
 from tinytoken.data.cifar import LAYOUTS, download_cifar, find_data, load_cifar
 from tinytoken.errors import InputError
