@@ -15,6 +15,7 @@ MEASURES = (*(f"{what} of {channel}" for what in ("mean", "standard deviation")
               for channel in ("red", "green", "blue")), "share of even neighbours")
 TAIL, MARGIN = 0.001, 0.2  # bounds: these quantiles of the training pictures, and a part of what is between
 MOST = 10000  # training pictures that are measured
+CHUNK = 1 << 20  # numbers that are measured at a time
 EVEN = 1  # neighbours are even if no channel differs by more than this, of 255
 
 
@@ -35,7 +36,8 @@ def bounds(images: np.ndarray) -> dict[str, list[float]]:
     The quantiles TAIL and 1 - TAIL, and MARGIN of the distance between them beyond each. Of a large set, MOST
     pictures are measured, at equal distances."""
     chosen = images[np.linspace(0, len(images) - 1, min(MOST, len(images))).astype(int)]
-    found = np.concatenate([measures(chosen[start:start + 256]) for start in range(0, len(chosen), 256)])
+    step = max(1, CHUNK // chosen[0].size)  # bounds memory
+    found = np.concatenate([measures(chosen[start:start + step]) for start in range(0, len(chosen), step)])
     low, high = np.quantile(found, (TAIL, 1 - TAIL), axis=0)
     margin = MARGIN * (high - low)
     ends = np.column_stack([low - margin, high + margin]).clip(0, 1)
