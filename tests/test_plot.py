@@ -122,6 +122,17 @@ def test_an_answer_does_not_look_like_the_truth(truth, said, expected, colour, t
     assert not axis.xaxis.label.get_parse_math() and not (truth and axis.yaxis.label.get_parse_math())
 
 
+def test_what_matplotlib_warns_of_is_one_line(tmp_path, capsys, recwarn):
+    """A class in letters that its font lacks."""
+    images, panels = example(1)
+    plot.tokens(tmp_path / "t.png", images, ["\u732b"], {}, panels, 2)
+    err = capsys.readouterr().err
+    assert err.startswith(f"{tmp_path / 't.png'}: matplotlib warns") and "missing from font" in err
+    assert err.count("\n") == 1 and not recwarn.list
+    plot.tokens(tmp_path / "t.png", images, ["cat"], {}, panels, 2)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name, begin", [
     ("t.png", b"\x89PNG"), ("t.JPG", b"\xff\xd8"), ("t", b"\x89PNG"), ("t.jpg", b"\xff\xd8"),
     ("t.jpeg", b"\xff\xd8"), ("t.pdf", b"%PDF"), ("t.svg", b"<?xml")])

@@ -3,7 +3,11 @@
     matmul: a (8, 16, 4) @ b (8, 16, 4): inner sizes 4 and 16 differ.
       likely: k.swapaxes(-1, -2)   (lesson 03)
 """
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -49,3 +53,17 @@ def some_of(names: Sequence[Any], most: int = 6) -> str:
     """The first of the names for a message, and how many more there are: 'a, b and 3 more'; or 'none'."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return (", ".join(map(str, names[:most])) or "none") + more
+
+
+@contextlib.contextmanager
+def one_line_of_warnings(where: str | os.PathLike, library: str) -> Iterator[None]:
+    """Context: what `library` warns of in it becomes one line on stderr, in place of its source lines.
+
+    where: the file or folder that it works on. The line has the first warning, and how many there were."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    if caught:
+        first = " ".join(str(caught[0].message).split())
+        times = f", {len(caught):,} times" if len(caught) > 1 else ""
+        print(f"{where}: {library} warns{times}: {first}", file=sys.stderr)

@@ -62,8 +62,8 @@ def _check_replaceable(path):
 def replacing(path: FilePath, mode: str = "wb") -> Iterator[IO[Any]]:
     """Context: a file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Text is UTF-8. A crash at any moment leaves the old file or the new one. What is not a regular file, a full
-    disk or an unwritable folder raises InputError naming the path.
+    Text is UTF-8. A crash at any moment leaves the old file or the new one. What is not a regular file, a
+    full disk or an unwritable folder raises InputError naming the path.
     """
     path = pathlib.Path(path)
     _check_replaceable(path)

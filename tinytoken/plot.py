@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .errors import one_line_of_warnings
 from .files import FilePath, replacing
 
 
@@ -42,7 +43,7 @@ def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str] | None,
             row[0].set_ylabel(f"truth: {labels[b]}", fontsize=8, parse_math=False)
         row[0].set_xlabel(**_answers({name: names[b] for name, names in predictions.items()},
                                      None if labels is None else labels[b]), parse_math=False)
-    with replacing(path) as file:
+    with one_line_of_warnings(path, "matplotlib"), replacing(path) as file:
         figure.savefig(file, format=FORMATS.get(pathlib.Path(path).suffix.lower(), "png"), dpi=110)
 
 

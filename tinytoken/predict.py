@@ -8,10 +8,10 @@ import numpy as np
 from . import plot
 from .backend import to_numpy
 from .data import normalise
-from .data.folder import pillow_warnings, read_image
+from .data.folder import read_image
 from .data.likeness import outside
 from .data.scenes import NAMES
-from .errors import expect, some_of
+from .errors import expect, one_line_of_warnings, some_of
 from .files import FilePath, check_target
 from .nn import both_sides
 from .ops import softmax
@@ -64,7 +64,7 @@ def default_out(picture: pathlib.Path) -> pathlib.Path:
 
 def read_picture(path: FilePath, size: tuple[int, int]) -> np.ndarray:
     """(1, 3, H, W) uint8. size: (H, W)."""
-    with pillow_warnings(path):
+    with one_line_of_warnings(path, "pillow"):
         return read_image(path, size, "predict")[None]
 
 

@@ -7,19 +7,17 @@ The classes have the names of their folders, in sorted order. Files are recognis
 of their names. Files that are hidden, have another ending or lie deeper are left out, and so are pictures
 that cannot be read; one line on stderr counts them. A class of which nothing is left is an error.
 """
-import contextlib
 import os
 import pathlib
 import sys
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from .. import random
-from ..errors import InputError, expect, some_of
+from ..errors import InputError, expect, one_line_of_warnings, some_of
 from ..files import kind_of
 from ..threads import share_out
 from .cifar import Pictures
@@ -66,18 +64,6 @@ def _pillow(where):
         raise InputError(f"{where} reads pictures with pillow, which is not installed: "
                          "pip install 'tinytoken-vit[plot]'") from None
     return Image, ImageOps
-
-
-@contextlib.contextmanager
-def pillow_warnings(where: str | os.PathLike) -> Iterator[None]:
-    """Context: pillow's warnings about pictures that are read in it become one line on stderr."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    if caught:
-        first = " ".join(str(caught[0].message).split())
-        times = f", {len(caught):,} times" if len(caught) > 1 else ""
-        print(f"{where}: pillow warns{times}: {first}", file=sys.stderr)
 
 
 def _rgb(image, ends, Image):
@@ -250,7 +236,7 @@ def load_images(path: str | os.PathLike, size: tuple[int, int] = (32, 32),
     left_out = LeftOut(path)
     parts = _parts(path, left_out, seed)
     _pillow("imagefolder")  # refuses here, not once for each picture
-    with pillow_warnings(path):
+    with one_line_of_warnings(path, "pillow"):
         train, test = (_read(classes, size, left_out) for classes in parts)
     left_out.say(sum(len(files) for classes in parts for files in classes.values()))
     for part, classes, pictures in zip(("training", "test"), parts, (train, test)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import backend, random
 from ..data import dataset, load_pictures
-from ..errors import Busy, InputError, expect
+from ..errors import Busy, InputError, expect, one_line_of_warnings
 from ..files import as_json, check_target, check_writable, claimed, replacing, write_json
 from ..train import Run
 from .arm import Arm, Recipe
@@ -148,7 +148,7 @@ class Lesson:
         path = self.out / f"{self.stem}_{what}.png"
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
-        with replacing(path) as file:
+        with one_line_of_warnings(path, "matplotlib"), replacing(path) as file:
             figure.savefig(file, format="png", dpi=110)
         print(f"picture: {path}")
         if "ipykernel" in sys.modules:
