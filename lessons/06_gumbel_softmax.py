@@ -19,17 +19,17 @@ rng = np.random.default_rng(here.seed)
 # %% [markdown]
 # ## Drawing a category
 #
-# In lesson 05 somebody gave us the decisions: keep this token, drop that one. Now a network shall make them.
-# It puts out a logit l_c for each of C categories, p = softmax(l) are their probabilities, and a category is
-# drawn. (For DynamicViT the categories are "keep" and "drop", and there is one draw per token.)
+# In lesson 05 the decisions were given: keep this token, drop that one. Now a network must make them. It
+# computes a logit l_c for each of C categories, p = softmax(l) are their probabilities, and one category is
+# drawn at random. (For DynamicViT the categories are "keep" and "drop", and there is one draw per token.)
 #
-# The usual way to draw: cut the interval [0, 1] into pieces of lengths p_1, ..., p_C, draw a uniform U and
-# see in which piece it lies. That is right, but there is nothing to differentiate: for fixed U the result is
-# constant until a cut passes U, and then it jumps.
+# This is the usual way to draw: cut the interval [0, 1] into pieces of lengths p_1, ..., p_C, draw a uniform
+# number U, and see in which piece it lies. That is right, but there is nothing to differentiate: for a fixed
+# U, the result is constant until a cut moves past U, and then it jumps.
 #
 # There is another way. Draw C independent **Gumbel** numbers G_c = -ln(-ln U_c), add them to the logits, and
-# take the largest l_c + G_c. This **Gumbel-max trick** draws category c with probability exactly p_c. Why:
-# the distribution function of G is
+# take the category with the largest l_c + G_c. This **Gumbel-max trick** draws category c with probability
+# exactly p_c. Here is why. The distribution function of G is
 #
 #     F(x) = P(-ln(-ln U) <= x) = P(U <= e^(-e^-x)) = e^(-e^-x)          density F'(x) = e^-x F(x)
 #
@@ -40,8 +40,7 @@ rng = np.random.default_rng(here.seed)
 #               = e^(l_1) times the integral of e^-x e^(-S e^-x) dx
 #               = e^(l_1) / S
 #
-# where the last step substitutes y = e^-x: the integral of e^(-S y) dy over y > 0 is 1 / S. The result is
-# p_1.
+# The last step substitutes y = e^-x: the integral of e^(-S y) dy over y > 0 is 1 / S. The result is p_1.
 
 # %%
 def softmax(x):
@@ -67,22 +66,23 @@ print(f"{'standard error':17}", *(f"{math.sqrt(x * (1 - x) / draws):9.5f}" for x
       "   (if all is right, chi-square is 3 on average, and above 16.3 once in 1000)")
 
 # %% [markdown]
-# Two categories are simpler. "Keep" wins if l_0 + G_0 > l_1 + G_1, that is theta + X > 0 with theta = l_0 -
-# l_1 and X = G_0 - G_1. The difference of two Gumbels has the **logistic** distribution, P(X <= x) =
-# sigmoid(x) = 1 / (1 + e^-x). So P(keep) = P(X > -theta) = sigmoid(theta), as it must be. Its density is
-# rho(x) = sigmoid(x) sigmoid(-x). We shall use both.
+# Two categories are simpler. "Keep" wins if l_0 + G_0 > l_1 + G_1, which means theta + X > 0 with theta =
+# l_0 - l_1 and X = G_0 - G_1. The difference of two Gumbel numbers has the **logistic** distribution: P(X <=
+# x) = sigmoid(x) = 1 / (1 + e^-x). So P(keep) = P(X > -theta) = sigmoid(theta), as it must be. The density of
+# X is rho(x) = sigmoid(x) sigmoid(-x). We shall use both.
 #
 # ## Temperature
 #
-# In the trick all chance is in G, which does not depend on the logits. What depends on them is only which
-# entry is the largest. Make that soft, and there is a gradient. **Gumbel-softmax** puts a softmax at
-# temperature tau > 0 in its place:
+# In this trick, all randomness is in G, which does not depend on the logits. The logits only decide which
+# entry is the largest. If we make that soft, there is a gradient. **Gumbel-softmax** replaces the choice of
+# the largest entry by a softmax with a temperature tau > 0:
 #
 #     s = softmax((l + G) / tau)          for two categories s_0 = sigmoid((theta + X) / tau)
 #
-# Small tau: s is nearly one-hot, nearly the draw. Large tau: s is nearly uniform, whatever was drawn. The
-# largest entry of s is the same at every tau, since dividing by tau does not change the order: the hard draw
-# has the probabilities p at any temperature. The mean of s has not.
+# For a small tau, s is nearly one-hot, and nearly the hard draw. For a large tau, s is nearly uniform,
+# whatever was drawn. The position of the largest entry is the same for every tau, since dividing by tau does
+# not change the order. So the hard draw has the probabilities p at any temperature. But the mean of s is not
+# p.
 
 # %%
 def sigmoid(x):
@@ -120,14 +120,14 @@ here.picture("temperatures", draw_temperatures, width=11, height=3)
 # %% [markdown]
 # ## Straight-through
 #
-# A soft decision is not a decision. A token with s = 0.4 would be in the attention by 0.4, while at inference
-# it is there or not. So DynamicViT goes forward with the hard draw h, 1 where s is largest and 0 elsewhere,
-# and pretends on the way back that it had been s: the gradient that arrives at h is handed **straight
-# through** to s. In the notation of frameworks, y = (h - stop(s)) + s, where stop() has the value of its
-# argument and no gradient.
+# A soft decision is not a real decision. A token with s = 0.4 would take part in the attention with a weight
+# of 0.4, while at inference it is either there or not. So in the forward pass, DynamicViT uses the hard draw
+# h, which is 1 where s is largest and 0 elsewhere. In the backward pass it acts as if s had been used: the
+# gradient that arrives at h is passed **straight through** to s. Many programs write this as y = (h -
+# stop(s)) + s, where stop() has the value of its argument and no gradient.
 #
-# From s on it is calculus. The softmax's vjp (lesson 03) with an upstream gradient u, and a 1 / tau from the
-# division:
+# The rest is calculus: the vjp of the softmax (lesson 03) with an upstream gradient u, and a factor 1 / tau
+# from the division.
 #
 #     dL/dl_c = s_c (u_c - sum_b s_b u_b) / tau
 #     dL/dtheta = u s (1 - s) / tau          for two categories, with u at "keep" only
@@ -152,31 +152,33 @@ for hard in (False, True):
 print(tt.gradcheck(lambda logits: tt.ops.gumbel_softmax(logits, noise, tau=0.5), logits))
 
 # %% [markdown]
-# The soft path passes the check. The hard one cannot be checked that way: its value is constant almost
-# everywhere, so the finite difference is 0, and the gradient is deliberately not that. What can be checked:
-# the hard and the soft gradient for the same u are equal, which was asserted above.
+# The soft path passes the check. The hard path cannot be checked in this way: its value is constant almost
+# everywhere, so the finite difference is 0, and the gradient is something else on purpose. But we can check
+# that the hard and the soft gradient are equal for the same u. This was asserted above.
 #
-# So this gradient is a pretence. It multiplies a slope of the loss at h with a slope of the decision at s,
-# and these are two different points. Is it a good pretence? A training curve cannot say: it shows no other
-# gradient beside it. We can find out where everything can be computed.
+# So this is not a true gradient. It multiplies a slope of the loss at h with a slope of the decision at s,
+# and these are two different points. Is it a good replacement? A training curve cannot tell, since it does
+# not show what another gradient would have done. But we can find out with a problem so small that everything
+# can be computed.
 #
 # ## A problem small enough to be exact
 #
-# One class token looks at n tokens. Each has a key, a value and a decision D_j in {0, 1}, kept with
-# probability p_j = sigmoid(theta_j), independent of the others. The masked attention of lesson 05 (the class
-# token also sees itself, always) gives one vector, a matrix makes logits of it, and L(D) is the
-# cross-entropy. What training minimises is the expected loss
+# One class token looks at n tokens. Each token has a key, a value and a decision D_j, 0 or 1. It is kept with
+# probability p_j = sigmoid(theta_j), independently of the others. The masked attention of lesson 05 (the
+# class token always sees itself, too) gives one vector, a matrix turns it into logits, and L(D) is the
+# cross-entropy. Training minimises the expected loss
 #
 #     J(theta) = sum over D of P(D) L(D)          P(D) = product over j of (p_j if D_j = 1, else 1 - p_j)
 #
-# a sum over all 2^n subsets: 256 for n = 8. The exact gradient: only P depends on theta. dp_j/dtheta_j = p_j
-# (1 - p_j), so dlnP/dtheta_j = D_j (1 - p_j) - (1 - D_j) p_j = D_j - p_j, and since dP = P dlnP,
+# This is a sum over all 2^n subsets: 256 for n = 8. For the exact gradient, note that only P depends on
+# theta. dp_j/dtheta_j = p_j (1 - p_j), so dlnP/dtheta_j = D_j (1 - p_j) - (1 - D_j) p_j = D_j - p_j. And
+# since dP = P dlnP,
 #
 #     dJ/dtheta_j = sum over D of P(D) (D_j - p_j) L(D)
 #                 = p_j (1 - p_j) (E[L | D_j = 1] - E[L | D_j = 0])          (1)
 #
-# The right side says what a gradient of a decision is: **the difference that the decision makes**, from 0 all
-# the way to 1, averaged over the other decisions.
+# The last line says what the gradient of a decision is: **the difference that the decision makes** when it
+# goes all the way from 0 to 1, averaged over the other decisions.
 
 # %%
 class Problem:
@@ -203,7 +205,7 @@ class Problem:
         return losses.data, tt.grad(losses.sum(), [leaf])[0]
 
     def uncapped_slopes(self, decisions):
-        """dL/dD (S, n) without the cap that the op puts on dropped keys, by the formula of lesson 05."""
+        """dL/dD (S, n) without the cap that the op puts on dropped keys, by the formula of lesson 05b."""
         e = np.exp(self.k @ self.q[0] / math.sqrt(self.q.shape[1]))  # (n + 1,)
         keep = np.concatenate([np.ones((len(decisions), 1)), decisions], axis=1)
         Z = (keep * e).sum(axis=1, keepdims=True)
@@ -240,22 +242,25 @@ assert np.abs(exact - numeric).max() < 1e-8 and np.abs(exact - difference).max()
 # %% [markdown]
 # ## Four estimates from one draw
 #
-# A real network has no time for 256 subsets, let alone 2^196. It draws once and estimates. Let D be a hard
-# draw, s the soft one of the same noise, g the exact gradient and est its estimate.
+# A real network has no time for 256 subsets, and certainly not for 2^196. It draws once and makes an
+# estimate. Let D be a hard draw, s the soft draw with the same noise, g the exact gradient, and est its
+# estimate.
 #
-# - **REINFORCE** (Williams 1992): est_j = (D_j - p_j) L(D). By (1) its mean is the exact gradient: it is
-#   **unbiased**. It does not look at the slope of L at all. It only sees that the loss was high or low, and
-#   cannot tell which of the decisions were to blame: so it is noisy.
-# - **REINFORCE with a baseline**: est_j = (D_j - p_j)(L(D) - b) for a number b that does not depend on D.
-#   Still unbiased, because E[D_j - p_j] = 0. A good simple choice is b near E[L]. We take b = J exactly; in
-#   training one has a running mean.
-# - **Soft relaxation**: forward with s: est_j = dL/dD_j(s) s_j (1 - s_j) / tau. This is a true gradient, but
-#   of another quantity, E[L(s)].
-# - **Straight-through**: forward with D: est_j = dL/dD_j(D) s_j (1 - s_j) / tau. A gradient of nothing.
+# - **REINFORCE** (Williams 1992): est_j = (D_j - p_j) L(D). By (1), its mean is the exact gradient: it is
+#   **unbiased**. It does not use the slope of L at all. It only sees whether the loss was high or low, and
+#   cannot tell which of the decisions were the reason. So it is noisy.
+# - **REINFORCE with a baseline**: est_j = (D_j - p_j)(L(D) - b) for a number b that does not depend on D. It
+#   is still unbiased, because E[D_j - p_j] = 0. A good simple choice is a b near E[L]. We take exactly b = J.
+#   In training, one would use a running mean.
+# - **Soft relaxation**: forward with s, so est_j = dL/dD_j(s) s_j (1 - s_j) / tau. This is a true gradient,
+#   but of another quantity, E[L(s)].
+# - **Straight-through**: forward with D, so est_j = dL/dD_j(D) s_j (1 - s_j) / tau. This is not the gradient
+#   of any quantity.
 #
-# For each we want the **bias**, the distance of its mean from the exact gradient, and the **noise**, its
-# standard deviation. We state both as vector lengths, in units of the exact gradient's length |g|: |E[est] -
-# g| / |g|, and sqrt(sum_j Var[est_j]) / |g| for one draw.
+# For each estimate we want the **bias**, which is the distance of its mean from the exact gradient, and the
+# **noise**, which is its standard deviation. We measure both as lengths of vectors, in units of the length
+# |g| of the exact gradient: the bias is |E[est] - g| / |g|, and the noise of one draw is sqrt(sum_j
+# Var[est_j]) / |g|.
 
 # %%
 def draw_estimates(problem, draws, tau, J):
@@ -295,21 +300,22 @@ for name, samples in draw_estimates(problem, draws, 1.0, P @ L).items():
           f"{found['noise_error']:.3f}")
 
 # %% [markdown]
-# A bias of about one standard error or less is what an unbiased estimate shows: the mean of finitely many
-# draws is never exact. The two biased ones are off by many.
+# The mean of finitely many draws is never exact. So an unbiased estimate shows a bias of about one standard
+# error or less. The two biased estimates are off by many standard errors.
 #
 # ## The bias of straight-through, exactly
 #
-# For straight-through we need no draws at all. Given D, the slope of the loss is fixed, and what is left is
-# the mean of s_j (1 - s_j) / tau over the noise that leads to this D_j, a one-dimensional integral. With y =
-# (theta + x) / tau, s = sigmoid(y), s (1 - s) = rho(y), dx = tau dy; keep means y > 0:
+# For straight-through we need no draws at all. If D is given, the slope of the loss is fixed. What is left is
+# the mean of s_j (1 - s_j) / tau over the noise that leads to this D_j, and this is a one-dimensional
+# integral. Substitute y = (theta + x) / tau. Then s = sigmoid(y), s (1 - s) = rho(y), dx = tau dy, and the
+# token is kept if y > 0:
 #
 #     c1_j = E[s_j (1 - s_j) / tau, where D_j = 1] = integral of rho(y) rho(tau y - theta_j) dy over y > 0
 #     c0_j = E[s_j (1 - s_j) / tau, where D_j = 0] = the same integral over y < 0
 #
-# (The density of x = tau y - theta is rho, and 1/tau cancels against dx.) The mean of straight-through is
-# then a sum over subsets, and with slopes squared and rho(y)^2 / tau in place of rho(y) so is its second
-# moment:
+# (The density of x = tau y - theta is rho, and 1 / tau cancels with dx.) So the mean of straight-through is a
+# sum over subsets. Its second moment is such a sum, too, with the slopes squared and with rho(y)^2 / tau
+# instead of rho(y).
 #
 #     E[est_j] = sum over D of P(D) dL/dD_j(D) times (c1_j / p_j if D_j = 1, else c0_j / (1 - p_j))
 #              = c1_j E[dL/dD_j | D_j = 1] + c0_j E[dL/dD_j | D_j = 0]          (2)
@@ -355,24 +361,25 @@ for tau in (0.25, 1.0, 4.0):
 #
 #     E[est_j] -> p_j (1 - p_j) / 2 (E[dL/dD_j | D_j = 1] + E[dL/dD_j | D_j = 0])          (3)
 #
-# Compare with (1). There stands the difference L(1) - L(0), which is the integral of the slope from 0 to 1.
-# Here stands the mean of the slopes at both ends: the **trapezoidal rule** with a single interval. It is
-# exact where L is linear or quadratic in each decision, and off by its curvature beyond that. So in general
-# some bias stays at any temperature. (Liu et al. 2023, arXiv 2304.08612, read straight-through as a rule for
-# this integral too, and build an estimator on the trapezoidal rule.)
+# Compare this with (1). Equation (1) has the difference L(1) - L(0), which is the integral of the slope from
+# 0 to 1. Equation (3) has the mean of the slopes at both ends instead: this is the **trapezoidal rule** with
+# a single interval. It is exact if L is linear or quadratic in each decision, and has an error otherwise. So
+# in general, some bias stays at any temperature. (Liu et al. 2023, arXiv 2304.08612, also see
+# straight-through as a rule for this integral, and build an estimator on the trapezoidal rule.)
 #
-# The soft relaxation does better there: as tau -> 0 its s goes the whole way from 0 to 1, meets the slope
-# everywhere in between, and its bias vanishes. Both pay with noise: s (1 - s) / tau is then 0 for nearly all
-# draws and up to 1 / (4 tau) for few, its second moment grows like 1 / tau.
+# In this limit the soft relaxation is better. As tau -> 0, its s can be anywhere between 0 and 1, so it meets
+# the slope everywhere in between, and its bias vanishes. Both estimates pay for a small tau with noise: s
+# (1 - s) / tau is then 0 for nearly all draws and up to 1 / (4 tau) for a few, and its second moment grows
+# like 1 / tau.
 #
-# At tau around 1 there is a second bias, in length: for p = 1/2, s at tau = 1 is uniform on [0, 1], so what
-# is passed on is E[s (1 - s)] = 1/6 on average and not p (1 - p) = 1/4. The factor depends on p_j, so it
-# bends the gradient a little, but most of it is length, and AdamW divides the gradient by its own size. What
-# is not harmless is an error of **direction**. So beside the bias we report what is left of it after the best
-# rescaling: the sine of the angle between E[est] and g.
+# With tau around 1 there is a second bias, in the length of the gradient. For p = 1/2 and tau = 1, s is
+# uniform on [0, 1]. So on average a factor of E[s (1 - s)] = 1/6 is passed on, and not p (1 - p) = 1/4. This
+# factor depends on p_j, so it also changes the direction a little. But it mostly changes the length, and
+# AdamW divides the gradient by its own size. An error of the **direction** is not harmless. So in addition to
+# the bias, we report what is left of it after the best rescaling: the sine of the angle between E[est] and g.
 #
-# And a third: the cap of lesson 05, by which a dropped key counts at most as much as the strongest kept one.
-# It is a bias on purpose. Is it a good one? We compare with the uncapped slope.
+# There is a third bias: the cap of lesson 05b, by which a dropped key counts at most as much as the strongest
+# kept one. This bias is on purpose. Is it a good one? We compare with the slope without the cap.
 
 # %%
 p_half = sum(passed_on(np.zeros(1), 1.0, 1))[0]
@@ -395,8 +402,8 @@ assert difference < 1e-12
 # %% [markdown]
 # ## Many problems
 #
-# One problem is an anecdote. We make more by chance, and look at medians and quartiles. Straight-through and
-# REINFORCE are computed exactly, soft from draws.
+# One problem is not enough. We draw more problems at random, and look at medians and quartiles.
+# Straight-through and REINFORCE are computed exactly, the soft relaxation from draws.
 
 # %%
 def sine(a, b):
@@ -441,13 +448,14 @@ print("standard error of soft's bias, from its draws:",
       ", ".join(f"{tau}: {error:.3f}" for tau, error in soft_error.items()))
 
 # %% [markdown]
-# What to look for: straight-through's bias falls with tau to a floor, the error of the trapezoidal rule (and
-# of the cap). Soft's goes on falling. Large temperatures shrink both estimates toward 0 (bias near 1) but
-# keep much of their direction. REINFORCE has no bias and the most noise, and the baseline takes most of that
-# away.
+# This is what to look for. As tau becomes smaller, the bias of straight-through falls until it reaches the
+# error of the trapezoidal rule (and of the cap). The bias of the soft relaxation falls further. Large
+# temperatures make both estimates very short (a bias near 1), but keep much of their direction. REINFORCE has
+# no bias and the most noise, and the baseline removes most of this noise.
 #
-# The cap of lesson 05 does not change the direction much here, and about halves the noise. These attention
-# logits have a spread of 1. With larger ones dropped keys stand out further, and what the cap does shows:
+# The cap of lesson 05b does not change the direction much here, and it removes about half of the noise. These
+# attention logits have a spread of 1. With a larger spread, dropped keys stand out more, and the effect of
+# the cap becomes visible:
 
 # %%
 def as_dict(row):
@@ -465,9 +473,9 @@ for spread in (1.0, 2.0, 4.0):
           + "".join(f"{medians[name]['sine']:29.3f}{medians[name]['noise']:9.3f}" for name in names))
 
 # %% [markdown]
-# Is a small bias better than much noise? That depends on how many draws one averages. The mean of m
+# Is a small bias better than much noise? That depends on how many draws are averaged. The mean of m
 # independent draws has the expected squared error bias^2 + noise^2 / m. The right panel of the picture shows
-# its root.
+# the square root of this.
 
 # %%
 COLOURS = {"straight-through": "#d55e00", "straight-through, no cap": "#e69f00", "soft": "#0072b2",
@@ -514,10 +522,10 @@ here.picture("bias_and_noise", draw_study, width=14, height=4.7)
 # %% [markdown]
 # ## More tokens
 #
-# REINFORCE blames every decision for the whole loss, so each token's estimate carries the noise of all
-# others. How does that grow with their number? And from how many draws on is the unbiased estimate (with
-# baseline) the better one? Equal errors mean noise_R^2 / m = bias^2 + noise_S^2 / m, so m = (noise_R^2 -
-# noise_S^2) / bias^2.
+# REINFORCE uses the whole loss for every decision, so the estimate for each token has the noise of all the
+# others. How does this noise grow with the number of tokens? And how many draws are needed until the unbiased
+# estimate (with baseline) is the better one? The errors are equal if noise_R^2 / m = bias^2 + noise_S^2 / m,
+# so m = (noise_R^2 - noise_S^2) / bias^2.
 
 # %%
 by_tokens = []
@@ -537,19 +545,19 @@ for n in here.pick((2, 6), (2, 4, 6, 8, 10, 12), (2, 4, 6, 8, 10, 12)):
 # %% [markdown]
 # ## What this means for training
 #
-# Now let something learn which tokens to keep. 64 pictures of n tokens each. Some tokens are signal: they
-# show the class of their picture, one of 4. The others are clutter, each showing a class by chance. A fixed
-# reader (a class token with masked attention, a fixed matrix, cross-entropy) sees what is kept. What is
-# learned is a **scorer**: from 8 features of a token it computes theta = w . x + b, the same w, b for all
-# tokens. One of the feature directions tells signal from clutter, with noise on it. All start from w = 0,
-# where each token is kept with probability one half, and take the same steps of AdamW on 16 pictures with one
-# draw each. They differ in the gradient for theta, and in nothing else. (With `--full` each also gets the
-# best of three learning rates.)
+# Now we let a model learn which tokens to keep. There are 64 pictures with n tokens each. Some tokens are
+# signal: they show the class of their picture, one of 4. The others are clutter: each shows a random class. A
+# fixed reader (a class token with masked attention, a fixed matrix, cross-entropy) sees the tokens that are
+# kept. The part that learns is a **scorer**. From 8 features of a token it computes theta = w . x + b, with
+# the same w and b for all tokens. One direction of the features tells signal from clutter, with noise. All
+# arms start from w = 0, where each token is kept with probability one half. All take the same number of steps
+# of AdamW with 16 pictures and one draw each. They differ only in the gradient for theta. (With `--full`,
+# each arm also gets the best of three learning rates.)
 #
-# For 8 tokens there are two more, both without any draw, by going through all 256 subsets of each picture:
-# the exact gradient of equation (1), and the mean of straight-through by equation (2). The latter has
-# straight-through's bias and no noise, so it tells which of the two matters. We watch J, the expected loss of
-# **hard** decisions, for all of them, also for the soft one, which never saw a hard decision.
+# For 8 tokens there are two more arms. They use no draws, and go through all 256 subsets of each picture: the
+# exact gradient of equation (1), and the mean of straight-through by equation (2). The second one has the
+# bias of straight-through but no noise, so it shows which of the two matters. For all arms we look at J, the
+# expected loss of **hard** decisions, also for the soft arm, which never sees a hard decision in training.
 
 # %%
 class Task:
@@ -704,21 +712,21 @@ def draw_training(figure):
 here.picture("training", draw_training, width=11, height=4.4)
 
 # %% [markdown]
-# What the full run says (20 tasks, 1,000 steps, for each the best of three learning rates, seed 0;
-# `lessons/results/06_gumbel_softmax_full.json`). With 8 tokens the exact gradient ends at 0.80 of
-# straight-through's J, and the mean of straight-through, without its noise, at 0.97: what straight-through
-# loses here it loses to its bias. REINFORCE with baseline, which has no bias and much more noise, ends at
-# 0.84 of straight-through's J: at this size it is the better choice. In the default run (300 steps, 8 tasks,
-# one rate) noise still costs a part.
+# This is the result of the full run (20 tasks, 1,000 steps, the best of three learning rates for each arm,
+# seed 0; `lessons/results/06_gumbel_softmax_full.json`). With 8 tokens, the exact gradient ends at 0.80 of
+# the J of straight-through. The mean of straight-through, without its noise, ends at 0.97. So
+# straight-through is worse here mostly because of its bias. REINFORCE with a baseline, which has no bias and
+# much more noise, ends at 0.84 of the J of straight-through: at this size it is the better choice. In the
+# default run (300 steps, 8 tasks, one learning rate) a part of the loss still comes from noise.
 #
-# With 64 tokens noise decides: REINFORCE with baseline ends at 1.16 times the J of straight-through, without
-# baseline at 2.1 times, and after the 300 steps of the default run both are much further behind. DynamicViT
-# makes 64 decisions per picture (196 in the paper) at each of three places. That is the side on which
-# straight-through is the better choice of the two.
+# With 64 tokens, the noise decides. REINFORCE with a baseline ends at 1.16 times the J of straight-through,
+# without a baseline at 2.1 times. After the 300 steps of the default run, both are much further behind.
+# DynamicViT makes 64 decisions per picture (196 in the paper) at each of three places. There straight-through
+# is the better choice of the two.
 #
-# The soft gradient is ahead in both. But the reader here is fixed and cannot get used to tokens that are half
-# there (exercise 5), while a network that trains on soft decisions can, and at inference there are none.
-# Whether soft decisions would serve DynamicViT is not measured here.
+# The soft gradient is best in both cases. But the reader here is fixed, so it cannot adapt to tokens that are
+# half there (exercise 5). A network that is trained with soft decisions can adapt to them, and at inference
+# there are no soft decisions. Whether soft decisions would be good for DynamicViT is not measured here.
 #
 # ## What was measured
 
@@ -747,21 +755,22 @@ for row in trained:
 # %% [markdown]
 # ## Exercises
 #
-# 1. Draw from a categorical with `np.argmin(-np.log(U) / p)`, where U is uniform. Show that this is the
-#    Gumbel-max trick in other clothes.
+# 1. Draw a category with `np.argmin(-np.log(U) / p)`, where U is uniform. Show that this is the Gumbel-max
+#    trick, written in another way.
 # 2. Make the loss of `Problem` linear in the decisions: L(D) = sum_j w_j D_j. What does (2) say the bias of
 #    straight-through is at tau = 1? Predict the ratio of each entry to the exact one as a function of p_j,
 #    then compute it. For which p is it 1?
-# 3. Use as baseline the mean loss of the other draws in a batch of m ("leave one out"). Why is it still
-#    unbiased? How near does its noise come to that of b = J for m = 2, 4, 16? What if you leave none out?
+# 3. As the baseline, use the mean loss of the other draws in a batch of m ("leave one out"). Why is the
+#    estimate still unbiased? How close is its noise to that of b = J for m = 2, 4, 16? What happens if you
+#    leave none out?
 # 4. Train with straight-through at tau = 0.25 and 4 on 8 tokens. Does the table of biases tell you what to
 #    expect?
-# 5. The reader in `Task` is fixed. Learn `readout` together with the scorer, from small random numbers.
-#    Compare J with the loss at soft decisions, for the soft arm. What does the reader learn to do with half a
-#    token?
+# 5. The reader in `Task` is fixed. Let it learn `readout` together with the scorer, starting from small
+#    random numbers. For the soft arm, compare J with the loss at soft decisions. What does the reader learn
+#    to do with half a token?
 # 6. For one token at a time, evaluate the loss with D_j = 0 and with D_j = 1, the other decisions as drawn,
-#    and use p_j (1 - p_j) (L(1) - L(0)) as the estimate. Show by (1) that it is unbiased. Add it to
-#    `draw_estimates`: how noisy is it? How many forward passes does it cost, and when would you pay that?
+#    and use p_j (1 - p_j) (L(1) - L(0)) as the estimate. Use (1) to show that it is unbiased. Add it to
+#    `draw_estimates`. How noisy is it? How many forward passes does it need, and when is it worth them?
 #
 # ## The paper
 #
