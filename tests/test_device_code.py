@@ -27,7 +27,7 @@ MAY = {
         "random.py": {"bits", "_check_seed"}},
     "asked for by the caller": {
         "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__array__"},
-        "nn/module.py": {"Module.state_dict", "Module.load_state_dict"}, "models/dynamicvit.py": {"_places"}},
+        "nn/module.py": {"Module.state_dict"}, "models/dynamicvit.py": {"_places"}},
     "a host branch, or what a run reads every so many steps": {
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},
         "train/inference.py": {"infer"}, "train/checkpoint.py": {"save", "load"},

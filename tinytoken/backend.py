@@ -50,6 +50,21 @@ def is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
 
 
+def native_array(x: Any) -> Array:
+    """x (anything that numpy.asarray takes) with the same values as an array that computes as expected.
+
+    Of a subclass the array below it, since np.matrix means something else by `*`; in this machine's byte
+    order, which kernels and BLAS need. The very object if it is so already. InputError for a masked array
+    with masked values: without its mask they would count.
+    """
+    if type(x) is np.ndarray and x.dtype.isnative or array_module(x) is not np:
+        return x
+    expect(not np.ma.is_masked(x), "array", "a masked array, whose masked values would count",
+           "array.filled(0), and the mask as an argument of its own")
+    array = np.asarray(x)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 @functools.cache
 def cuda_ready() -> tuple[bool, str]:
     """(True, "") if CuPy can compile and run a kernel here, else (False, reason). Never raises."""
@@ -128,7 +143,7 @@ def to_device(array: Array, device: str) -> Array:
     """The array on that device; the same object if it is there already."""
     if device_of(array) == device:
         return array
-    return to_numpy(array) if device == "cpu" else module_for(device).asarray(array)
+    return to_numpy(array) if device == "cpu" else module_for(device).asarray(native_array(array))
 
 
 def to_numpy(array: Array) -> np.ndarray:

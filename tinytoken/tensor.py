@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .backend import (FLOATS, Array, array_module, device_of, faster, implementation, is_array, swapped,
-                      to_numpy, unbroadcast, using_implementations)
+from .backend import (FLOATS, Array, array_module, device_of, faster, implementation, is_array, native_array,
+                      swapped, to_numpy, unbroadcast, using_implementations)
 from .errors import GradientError, GraphError, InputError, expect
 
 
@@ -73,7 +73,7 @@ class Tensor:
     """An array, its gradient, and the node that made it.
 
     array: NumPy or CuPy array, number or nested list (by numpy.asarray's rules); floats are float32 or
-        float64. Not copied.
+        float64. Copied only to change the byte order (backend.native_array).
     requires_grad: collect .grad for it in backward().
 
     .data and .grad are raw arrays; .grad is None before the first backward.
@@ -84,7 +84,7 @@ class Tensor:
     def __init__(self, array: Any, requires_grad: bool = False) -> None:
         if isinstance(array, Tensor):
             array = array.data
-        array = array if is_array(array) else np.asarray(array)
+        array = native_array(array)
         letter = array.dtype.kind
         expect(letter in "biu" or array.dtype.name in FLOATS, "Tensor",
                f"dtype {array.dtype}, expected float32, float64, int or bool")
@@ -254,8 +254,7 @@ class Op:
         return arrays, {name: given[name] for name in self.settings}
 
     def _float_dtype(self, args):
-        """The float dtype of the op: that of its tensors, which must agree; without tensors the widest of its
-        arrays."""
+        """The op's float dtype: its tensors', which must agree; without tensors the widest of its arrays."""
         tensors = {a.dtype for a in args if isinstance(a, Tensor) and a.dtype.kind == "f"}
         if len(tensors) > 1:
             names = [f"input {i}" for i in range(len(args))] if self.variadic else self.arrays
@@ -268,18 +267,19 @@ class Op:
         return dtype
 
     def _raw(self, i, a, dtype, xp):
-        """One argument as the function gets it: float, bool and int arrays as `dtype`; index arrays, numbers,
-        None unchanged."""
+        """One argument as the function gets it: arrays as `dtype`; index arrays, numbers, None unchanged."""
+        a = xp.asarray(a) if isinstance(a, np.generic) else a  # whose dtype would else spread
         if not is_array(a):
-            if isinstance(a, np.generic):  # a NumPy scalar has a dtype of its own, which would spread
-                return xp.asarray(a, dtype=dtype)
             expect(a is None or isinstance(a, (int, float)), self.name,
                    lambda: f"argument {i} is a {type(a).__name__}, expected a Tensor, an array or a number")
             return a
         expect(array_module(a) is xp, self.name,
                "arguments on the CPU and on the GPU in one op: move one (backend.to_device)")
+        a = native_array(a)
         if a.dtype == dtype or a.dtype.kind in "iu" and i in self.index:
             return a
+        expect(a.dtype.kind in "fbiu" or np.can_cast(a.dtype, dtype, "same_kind"), self.name,
+               lambda: f"argument {i} has dtype {a.dtype}, expected float, int or bool")
         return a.astype(dtype)
 
     def _wrap(self, array, dtype, node, place):
@@ -417,7 +417,7 @@ def _upstream(root, gradient):
     expect(is_array(gradient) and gradient.shape == root.shape and gradient.dtype == root.dtype, "backward",
            lambda: f"upstream gradient {getattr(gradient, 'shape', gradient)} "
                    f"{getattr(gradient, 'dtype', '')} for a tensor {root.shape} {root.dtype}")
-    return gradient
+    return native_array(gradient)
 
 
 class Into:

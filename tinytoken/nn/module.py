@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..backend import Array, device_of, to_device, to_numpy
+from ..backend import Array, device_of, native_array, to_device, to_numpy
 from ..cost import running_modules
 from ..errors import expect, some_of
 from ..tensor import Tensor
@@ -37,7 +37,7 @@ class Buffer:
     holds floats, it is cast with them, too."""
 
     def __init__(self, array: Array) -> None:
-        self.data = array
+        self.data = native_array(array)
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -163,7 +163,7 @@ class Module:
         unexpected = [n for n in state if n not in own]
         expect(not strict or not (missing or unexpected), "load_state_dict",
                lambda: f"missing {some_of(missing)}; unexpected {some_of(unexpected)}")
-        arrays = _one_width({name: np.asarray(state[name]) for name in own if name in state}, own)
+        arrays = _one_width({name: native_array(state[name]) for name in own if name in state}, own)
         wrong = [f"{n} {arrays[n].shape}, expected {own[n].shape}" for n in arrays
                  if arrays[n].shape != own[n].shape]
         expect(not wrong, "load_state_dict", lambda: f"other shapes: {some_of(wrong)}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import nn
-from ..backend import to_numpy
+from ..backend import native_array, to_numpy
 from ..errors import InputError, expect
 from ..files import as_json, plain_number, replacing
 from ..models import create, names
@@ -51,7 +51,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
                 for name in box.files:
                     if name != "header":
                         group, _, rest = name.partition("/")
-                        groups[group][rest] = box[name]
+                        groups[group][rest] = native_array(box[name])
     except InputError:
         raise
     except Exception as error:  # of a damaged file zipfile, zlib, json and NumPy raise a dozen different ones
