@@ -17,8 +17,8 @@ from .tensor import Tensor, no_grad, observe, recording, topological_order
 FREE = frozenset("""
     add subtract multiply divide negative power exp log sqrt sum mean max
     reshape transpose concat index pad broadcast_to split_heads merge_heads
-    softmax log_softmax layer_norm gelu relu sigmoid tanh cross_entropy kl_divergence mse
-    embedding gumbel_softmax take_tokens put_tokens patchify resize
+    softmax log_softmax layer_norm gelu relu sigmoid log_sigmoid tanh cross_entropy binary_cross_entropy
+    kl_divergence mse embedding gumbel_softmax take_tokens put_tokens patchify resize
 """.split())
 
 

@@ -164,6 +164,7 @@ activation = [
     case("gelu", "far out", given([-6.5, -3.25, 0.125, 5.5])),
     case("relu", "", away(3, 5)),
     case("sigmoid", "", normal(2, 5, std=2)),
+    case("log_sigmoid", "", normal(2, 5, std=2)),
     case("tanh", "", normal(2, 5)),
 ]
 shape = [
@@ -255,6 +256,8 @@ loss = [
     case("cross_entropy", "soft targets", normal(3, 5), probabilities(3, 5)),
     case("cross_entropy", "soft targets, smoothing", normal(3, 5), probabilities(3, 5), smoothing=0.2),
     case("cross_entropy", "targets that do not sum to 1", normal(3, 5), positive(3, 5)),
+    case("binary_cross_entropy", "", normal(2, 3, 4, std=2), soft_keep(2, 3, 4)),
+    case("binary_cross_entropy", "labels", normal(3, 5, std=2), integers(3, 5, high=2)),
     case("kl_divergence", "", normal(3, 5), normal(3, 5)),
     case("mse", "all", normal(2, 3, 4), normal(2, 3, 4)),
     case("mse", "one axis", normal(2, 3, 4), normal(2, 3, 4), axis=-1),

@@ -35,6 +35,7 @@ def softmax_row(row):
     ("exp", math.exp), ("tanh", math.tanh), ("negative", lambda x: -x),
     ("relu", lambda x: x if x > 0 else 0.0),
     ("sigmoid", lambda x: 1 / (1 + math.exp(-x))),
+    ("log_sigmoid", lambda x: -math.log(1 + math.exp(-x))),
     ("gelu", lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2)))),
 ])
 def test_functions_of_one_number(name, formula, xp):
@@ -289,6 +290,18 @@ def test_cross_entropy(smoothing, xp):
 def test_cross_entropy_of_uniform_logits_is_log_k(xp):
     for smoothing in (0, 0.3):
         close(ops.cross_entropy(xp.zeros((3, 7)), xp.asarray([0, 3, 6]), smoothing=smoothing), math.log(7))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 3, 4)])
+def test_binary_cross_entropy(shape, xp):
+    logits, soft = 2 * rng.standard_normal(shape), rng.uniform(size=shape)
+    for targets in (soft, soft > 0.4, (soft > 0.4).astype(int), (soft > 0.4).astype("uint8")):
+        expected = math.fsum(by_element(lambda x, t: -t * math.log(1 / (1 + math.exp(-x)))
+                                        - (1 - t) * math.log(1 - 1 / (1 + math.exp(-x))),
+                                        logits, targets).ravel()) / np.asarray(logits).size
+        close(ops.binary_cross_entropy(xp.asarray(logits), xp.asarray(targets)), expected)
+    rounded = np.clip(soft * 1.5, -1e-7, 1 + 1e-7)  # as a resized mask may be
+    assert ops.binary_cross_entropy(xp.asarray(logits), xp.asarray(rounded)).item() > 0
 
 
 def test_kl_divergence(xp):

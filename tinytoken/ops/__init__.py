@@ -3,12 +3,12 @@
 An op is one function, with its vjp inside it.
 """
 from ..tensor import Tensor
-from .activation import gelu, relu, sigmoid, tanh
+from .activation import gelu, log_sigmoid, relu, sigmoid, tanh
 from .arithmetic import add, divide, exp, log, max, mean, multiply, negative, power, sqrt, subtract, sum
 from .attend import attention, lookup_gather, lookup_infuse, merge_heads, split_heads
 from .dense import embedding, linear, matmul
 from .grid import patchify, resize, resize_matrix
-from .loss import cross_entropy, kl_divergence, mse
+from .loss import binary_cross_entropy, cross_entropy, kl_divergence, mse
 from .norm import layer_norm, log_softmax, softmax
 from .select import gumbel_softmax, put_tokens, take_tokens, top_k
 from .shape import broadcast_to, concat, getitem, index, pad, reshape, swapaxes, transpose

@@ -1,16 +1,26 @@
-"""Softmax and layer norm: each value depends on its whole row, so the gradients do too."""
+"""Softmax and layer norm: each value depends on its whole row, so the gradients do too.
+
+Minus infinity in a row masks the value: the others come out as if it were not there.
+"""
 from ..backend import Array, array_module, vecdot
 from ..errors import expect, shape_of
 from ..tensor import op
 from .dense import column_sums
 
 
+def row_maximum(x: Array, axis: int = -1) -> Array:
+    """The largest value over `axis`, which stays as an axis of length 1. Of nothing but minus infinity it is
+    the lowest finite number, since -inf - -inf would be NaN."""
+    xp = array_module(x)
+    return xp.maximum(x.max(axis=axis, keepdims=True), xp.finfo(x.dtype).min)
+
+
 def softmax_of(x: Array, axis: int = -1) -> Array:
     """softmax of a raw array. The maximum is subtracted first, so that exp cannot overflow."""
     xp = array_module(x)
-    out = x - x.max(axis=axis, keepdims=True)
+    out = x - row_maximum(x, axis)
     xp.exp(out, out=out)
-    out /= out.sum(axis=axis, keepdims=True)
+    out /= xp.maximum(out.sum(axis=axis, keepdims=True), 1)  # less than 1 is only the sum of nothing, 0
     return out
 
 
@@ -24,14 +34,14 @@ def softmax_vjp(out: Array, g: Array, axis: int = -1) -> Array:
 
 @op
 def softmax(x, *, axis=-1):
-    """exp(x) / sum(exp(x)) over `axis`."""
+    """exp(x) / sum(exp(x)) over `axis`. Zeros where all of x is -inf."""
     out = softmax_of(x, axis)
     return out, lambda g: softmax_vjp(out, g, axis)
 
 
 @op
 def log_softmax(x, *, axis=-1):
-    """x - log(sum(exp(x))) over `axis`."""
+    """x - log(sum(exp(x))) over `axis`. -inf where all of x is."""
     out = log_softmax_of(x, axis)
     return out, lambda g: g - array_module(x).exp(out) * g.sum(axis=axis, keepdims=True)
 
@@ -39,8 +49,8 @@ def log_softmax(x, *, axis=-1):
 def log_softmax_of(x: Array, axis: int = -1) -> Array:
     """log softmax of a raw array."""
     xp = array_module(x)
-    shifted = x - x.max(axis=axis, keepdims=True)
-    shifted -= xp.log(xp.exp(shifted).sum(axis=axis, keepdims=True))
+    shifted = x - row_maximum(x, axis)
+    shifted -= xp.log(xp.maximum(xp.exp(shifted).sum(axis=axis, keepdims=True), 1))
     return shifted
 
 
