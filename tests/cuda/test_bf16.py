@@ -116,6 +116,24 @@ def test_attention(batch, heads, tokens, d, mask):
         near(dkeep.sum(axis=1), found[3], 4 * ROUNDING)
 
 
+def test_a_keep_that_bf16_cannot_hold_is_none():
+    """Though the key towers over the others, whose shares of the sum are subnormal, too."""
+    qkv, keep = np.zeros((1, 5, 3, 16), "float32"), np.array([[1e-39, 1, 1, 0, 1]], "float32")
+    qkv[0, :, 0, 0], qkv[0, 0, 1, 0], qkv[0, :, 2] = 10, 40, normal(5, 16)
+    there = emulate.place.put(emulate.bf16(qkv.reshape(1, 5, 48)))
+    g, highest, total = bf16_there(1, 5, 16, seed=1), *(launcher.empty(there, 1, 1, 5) for _ in range(2))
+    out, dqkv, dkeep = nan_like(g), nan_like(there), nan_like(highest)
+    (q, k, v), split = ops.split_heads.function(wide(there), heads=1, parts=3)
+    expected, vjp = ops.attention.function(q, k, v, np.where(keep < 0.5, 0, 1.0))
+    run = lambda *given: mixed.launch_attention(1, 1, 5, 16, *given)
+    run("forward", 3, 1, there, emulate.place.put(keep), out, highest, total)
+    near(out, expected[:, 0], 2 * ROUNDING)
+    run("backward", 4, 4, there, emulate.place.put(keep), out, g, highest, total, dqkv, dkeep)
+    found = [one() if callable(one) else one for one in vjp(wide(g)[:, None])]
+    near(dqkv, split(*found[:3]), 3 * ROUNDING)
+    near(dkeep.sum(axis=1), found[3], 4 * ROUNDING)
+
+
 def modules(D=32, heads=2):
     tt.manual_seed(0)
     block = nn.Block(D, heads, 2)

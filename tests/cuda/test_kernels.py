@@ -47,7 +47,8 @@ def entries(result):
 
 def close(a, b, tolerance):
     assert a.shape == np.shape(b) and a.dtype == "float32"
-    np.testing.assert_allclose(to_numpy(a), b, rtol=0, atol=tolerance * max(1.0, np.abs(b).max(initial=0)))
+    largest = np.abs(b).max(initial=1.0, where=np.isfinite(b))
+    np.testing.assert_allclose(to_numpy(a), b, rtol=0, atol=tolerance * largest)
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -108,6 +109,51 @@ def test_attention_under_a_mask(mask, sees_itself, spread):
     keep = MASKS[mask](np.random.default_rng(3), (2, 37)).astype("float32")
     arrays = [normal(2, 2, 37, 8, seed=i, scale=spread ** 0.5) for i in range(3)]
     agree(ops.attention, *arrays, keep, sees_itself=sees_itself, tolerance=1e-4 if spread == 1 else 3e-3)
+
+
+@pytest.mark.parametrize("low", [-2e30, -1e37])
+def test_attention_at_scores_as_low_as_numbers_go(low):
+    """The gradients of v and keep, too; those of q and k are rounding errors times such numbers."""
+    keep, g = np.array([[1, 0, 1, 0]], "float32"), normal(1, 2, 4, 3, seed=1)
+    arrays = [np.full((1, 2, 4, 1), value, "float32") for value in (1, low)] + [normal(1, 2, 4, 3), keep]
+    arrays[:2] = (np.pad(a, ((0, 0), (0, 0), (0, 0), (0, 2))) for a in arrays[:2])
+    there = [emulate.place.put(a) for a in arrays]
+    out, vjp = emulate.implementation_of(ops.attention, *there, sees_itself=False)(*there, sees_itself=False)
+    _, _, of_v, of_keep = entries(vjp(emulate.place.put(g)))
+    plain, plain_vjp = ops.attention.function(*(a.astype("float64") for a in arrays), sees_itself=False)
+    close(out, np.tile(arrays[2][:, :, ::2].mean(axis=2, keepdims=True, dtype="float64"), (1, 1, 4, 1)), 1e-6)
+    close(out, plain, 1e-6)
+    _, _, plain_of_v, plain_of_keep = entries(plain_vjp(g.astype("float64")))
+    close(of_v, plain_of_v, 1e-6)
+    close(of_keep, plain_of_keep, 1e-5)
+
+
+@pytest.mark.parametrize("keep", [None, 1, 0.5])
+def test_attention_at_scores_of_minus_infinity(keep):
+    """Those of two keys; those of all; forward, since the gradient of q is a product with k."""
+    q, v = np.ones((1, 1, 4, 1), "float32"), normal(1, 1, 4, 1)
+    for left in ([1, 2], []):
+        k = np.full((1, 1, 4, 1), -np.inf, "float32")
+        k[:, :, left] = 0
+        arrays = [q, k, v] + ([] if keep is None else [np.full((1, 4), keep, "float32")])
+        there = [emulate.place.put(a) for a in arrays]
+        op = emulate.implementation_of(ops.attention, *there, sees_itself=False)
+        out, _ = op(*there, sees_itself=False)
+        close(out, np.full((1, 1, 4, 1), v[0, 0, left].mean() if left else 0, "float64"), 1e-6)
+
+
+@pytest.mark.parametrize("sees_itself", [True, False])
+def test_attention_under_keeps_that_float32_hardly_holds(sees_itself):
+    """As the plain op in float32: from there on the slope toward keep is limited."""
+    q, k, v, g = (emulate.place.put(normal(1, 2, 6, 4, seed=i)) for i in range(4))
+    keep = emulate.place.put(np.full((1, 6), 1e-39, "float32"))
+    for op in (emulate.implementation_of(ops.attention, q, k, v, keep, sees_itself=sees_itself),):
+        (mine, my_vjp), (plain, plain_vjp) = (f(q, k, v, keep, sees_itself=sees_itself)
+                                              for f in (op, ops.attention.function))
+        close(mine, to_numpy(plain), 1e-5)
+        for a, b in zip(entries(my_vjp(g)), entries(plain_vjp(g)), strict=True):
+            assert np.isfinite(to_numpy(a)).all()
+            close(a, to_numpy(b), 1e-4)
 
 
 def test_attention_reads_the_parts_of_a_packed_qkv_where_they_are(place):
@@ -174,6 +220,48 @@ def test_of_equal_values_the_first_wins():
 def test_log_softmax(shape):
     agree(ops.log_softmax, normal(*shape, scale=5))
     agree(ops.log_softmax, normal(*shape, scale=5), axis=len(shape) - 1)
+
+
+def masked(rows, classes, seed=0, fewest=1):
+    """Logits with minus infinity for some classes of each row, of which at least the first `fewest` stay."""
+    hidden = (np.random.default_rng(seed + 9).random((rows, classes)) < 0.5) & (np.arange(classes) >= fewest)
+    return np.where(hidden, -np.inf, normal(rows, classes, seed=seed, scale=2)).astype("float32")
+
+
+@pytest.mark.parametrize("rows, classes", [(3, 4), (9, 33), (40, 100)])
+def test_masked_classes(rows, classes):
+    x, nothing = masked(rows, classes), np.full((rows, classes), -np.inf, "float32")
+    seen, noise = np.isfinite(x), normal(rows, classes, seed=2)
+    for logits in (x, nothing):
+        agree(ops.log_softmax, logits)
+        if classes <= 32:
+            agree(ops.gumbel_softmax, logits, noise, tau=0.5)
+            agree(ops.gumbel_softmax, logits, noise, hard=True)
+    agree(ops.kl_divergence, x, x)
+    agree(ops.kl_divergence, normal(rows, classes, seed=3), x)
+    soft = np.where(seen, np.random.default_rng(1).random(x.shape), 0).astype("float32")
+    for smoothing in (0.0, 0.1):
+        agree(ops.cross_entropy, x, np.zeros(rows, int), smoothing=smoothing)
+        agree(ops.cross_entropy, x, soft, smoothing=smoothing)
+        on_masked = soft + (np.arange(classes) == np.argmin(seen, axis=1)[:, None]).astype("float32")
+        agree(ops.cross_entropy, x, on_masked, smoothing=smoothing)
+        agree(ops.cross_entropy, x, np.argmin(seen, axis=1), smoothing=smoothing)
+        agree(ops.cross_entropy, nothing, 0 * soft, smoothing=smoothing)
+        agree(ops.cross_entropy, nothing, np.zeros(rows, int), smoothing=smoothing)
+
+
+def test_infuse_where_a_token_has_no_logit():
+    logits = normal(1, 2, 3, 5)
+    logits[:, :, :, 2], logits[:, :, 1, 3] = -np.inf, -np.inf
+    agree(ops.lookup_infuse, np.zeros_like(logits), logits, normal(1, 2, 3, 4, seed=1), reuse="resoftmax")
+
+
+def test_kl_divergence_is_infinite_where_only_the_student_masks():
+    student, teacher = (emulate.place.put(a) for a in (masked(5, 10), normal(5, 10)))
+    loss, vjp = emulate.implementation_of(ops.kl_divergence, student, teacher)(student, teacher)
+    assert to_numpy(loss) == np.inf
+    right = ops.kl_divergence.function(to_numpy(student), to_numpy(teacher))[1](np.float32(1))[0]()
+    close(entries(vjp(emulate.place.put(np.array(1, "float32"))))[0], right, 1e-6)
 
 
 @pytest.mark.parametrize("batch, classes", [(1, 2), (5, 10), (33, 40)])

@@ -234,6 +234,81 @@ def test_float32_when_a_dropped_key_towers_over_the_kept(gap, sees_itself, xp):
     assert 1e-3 < np.abs(dkeep[keep == 0]).max() <= 2 * H * T * u
 
 
+# Keeps and scores at the ends of their range
+
+@pytest.mark.parametrize("value, tolerance", [(1e-39, 1e-5), (1e-42, 2e-3), (1e-30, 1e-5), (1e30, 1e-5)])
+@pytest.mark.parametrize("sees_itself", [True, False])
+def test_only_the_ratios_of_soft_keeps_count(value, tolerance, sees_itself, xp):
+    """Equal keeps of any size are the plain softmax over the keys, and all gradients are finite. (Below 1e-38
+    float32 has the fewer digits the smaller it is.)"""
+    q, k, v, g = (a.astype("float32") for a in draw(1))
+    keep = np.full((B, T), value, "float32")
+    results = run(q, k, v, g, keep, xp=xp, sees_itself=sees_itself)
+    assert all(np.isfinite(array).all() for array in results)
+    if not sees_itself:
+        for a, b in zip(results[:4], run(q, k, v, g, xp=xp)):
+            close(a, b, tolerance)
+
+
+@pytest.mark.parametrize("dtype, factor", [("float32", 1e-4), ("float32", 1e-29), ("float64", 1e-290)])
+def test_the_slope_toward_keep_grows_as_all_keeps_shrink(dtype, factor, xp):
+    q, k, v, g = (a.astype(dtype) for a in draw(1))
+    keep = np.random.default_rng(0).uniform(0.5, 1, (B, T)).astype(dtype)
+    before, after = (run(q, k, v, g, keep * size, xp=xp, sees_itself=False)[4] for size in (1, factor))
+    close(after * factor, before, 1e-5)
+
+
+@pytest.mark.parametrize("high", [3e31, 1e38])
+def test_a_row_that_sees_no_key_may_have_any_scores(high, xp):
+    v, g = np.random.default_rng(0).standard_normal((2, 1, 1, 3, 2)).astype("float32")
+    q, k = np.full((1, 1, 3, 1), 1, "float32"), np.full((1, 1, 3, 1), high, "float32")
+    q, k = (np.concatenate([a, 0 * a], axis=-1) for a in (q, k))
+    out, _, _, dv, dkeep = run(q, k, v, g, np.zeros((1, 3), "float32"), xp=xp, sees_itself=False)
+    assert not out.any() and not dv.any() and np.isfinite(dkeep).all()
+
+
+def test_a_soft_keep_that_float32_hardly_holds_beside_a_key_that_towers(xp):
+    """Both shares are as in float64, though their sum is below the smallest normal float32."""
+    q, k, v, g = (a[:1, :1].astype("float32") for a in draw(1))
+    keep = np.array([[1, 1e-39, 0, 0, 0, 0, 0]], "float32")
+    lift(q, k, np.array([[0, 90, 120, 0, 0, 0, 0]]))
+    results = run(q, k, v, g, keep, xp=xp, sees_itself=False)
+    exact = run(*(a.astype("float64") for a in (q, k, v, g, keep)), xp=xp, sees_itself=False)
+    for a, b in zip(results[:4], exact):
+        close(a, b, 1e-4)
+    assert np.isfinite(results[4]).all()
+
+
+@pytest.mark.parametrize("dtype, low", [("float32", -2e30), ("float32", -1e38), ("float64", -1e200)])
+@pytest.mark.parametrize("official", [False, True])
+def test_kept_scores_may_be_as_low_as_numbers_go(dtype, low, official, xp):
+    v = np.random.default_rng(0).standard_normal((1, 1, 4, 2)).astype(dtype)
+    q, k = np.zeros((2, 1, 1, 4, 2), dtype)
+    q[..., 0], k[..., 0] = 1, low
+    keep = np.array([[1, 0, 1, 0]], dtype)
+    out, A = ops.attention(*map(xp.asarray, (q, k, v, keep)), sees_itself=False, official=official,
+                           weights=True)
+    close(to_numpy(A.data), np.tile(np.array([0.5, 0, 0.5, 0], dtype), (1, 1, 4, 1)), 1e-5)
+    close(to_numpy(out.data), np.tile(v[:, :, [0, 2]].mean(axis=2, keepdims=True), (1, 1, 4, 1)), 1e-5)
+
+
+@pytest.mark.parametrize("keep", [None, [[1, 1, 1, 1]], [[1, 0, 1, 1]]])
+def test_a_score_of_minus_infinity_removes_the_key(keep, xp):
+    """And with all of them a row sees nothing, which gives zeros."""
+    keep = None if keep is None else xp.asarray(keep)
+    v = np.random.default_rng(0).standard_normal((1, 1, 4, 2))
+    q, k = np.ones((1, 1, 4, 1)), np.array([-np.inf, 0, 0, -np.inf]).reshape(1, 1, 4, 1)
+    out = ops.attention(*map(xp.asarray, (q, k, np.tile(v[..., :1], 1))), keep, sees_itself=False)
+    left = [1, 2] if keep is None or keep[0, 1] else [2]
+    close(to_numpy(out.data), np.full((1, 1, 4, 1), v[0, 0, left, 0].mean()))
+    out = ops.attention(*map(xp.asarray, (q, np.full_like(k, -np.inf), v[..., :1])), keep, sees_itself=False)
+    assert not to_numpy(out.data).any()
+    leaves = [Tensor(xp.asarray(a), requires_grad=True) for a in (q, v[..., :1])]
+    low = xp.asarray(np.full_like(k, -1e300))
+    ops.attention(leaves[0], low, leaves[1], keep, sees_itself=False).sum().backward()
+    assert all(np.isfinite(to_numpy(leaf.grad)).all() for leaf in leaves)
+
+
 # The official form
 
 def official_by_loops(q, k, v, keep, eps=1e-6):
@@ -304,6 +379,18 @@ def z(*shape):
      "attention: q (1, 2, 3, 4), k (1, 2, 3, 5), v (1, 2, 3, 5): " + SHAPES),
     (lambda: ops.attention(z(1, 2, 3, 4), z(1, 2, 3, 4), z(1, 2, 5, 4)),
      "attention: q (1, 2, 3, 4), k (1, 2, 3, 4), v (1, 2, 5, 4): " + SHAPES),
+    (lambda: ops.attention(*[z(1, 2, 3, 4)] * 3, np.array([[0, -math.inf, 0]])),
+     "attention: keep from -inf to 0.0, expected 1 to keep a key and 0 to drop it\n"
+     "  likely: keep=mask == 0, if the mask is one that is added to scores   (lesson 05)"),
+    (lambda: ops.attention(*[z(1, 2, 3, 4)] * 3, np.array([[0, -1e9, 0]], "float32")),
+     "attention: keep from -1000000000.0 to 0.0, expected 1 to keep a key and 0 to drop it\n"
+     "  likely: keep=mask == 0, if the mask is one that is added to scores   (lesson 05)"),
+    (lambda: ops.attention(*[z(1, 2, 3, 4)] * 3, np.array([[0, math.inf, 1]])),
+     "attention: keep from 0.0 to inf, expected 1 to keep a key and 0 to drop it\n"
+     "  likely: keep=mask == 0, if the mask is one that is added to scores   (lesson 05)"),
+    (lambda: ops.attention(*[z(1, 2, 3, 4)] * 3, np.array([[0, math.nan, 1]])),
+     "attention: keep from nan to nan, expected 1 to keep a key and 0 to drop it\n"
+     "  likely: keep=mask == 0, if the mask is one that is added to scores   (lesson 05)"),
     (lambda: ops.attention(*[z(1, 2, 3, 4)] * 3, z(1, 4)),
      "attention: keep (1, 4) for k (1, 2, 3, 4): expected (B, Tk)"),
     (lambda: ops.attention(z(1, 2, 3, 4), z(1, 2, 5, 4), z(1, 2, 5, 4), z(1, 5)),

@@ -6,13 +6,14 @@ Arrays are (B, H, T, d): batch, heads, tokens, head_dim. Scores are scaled by 1 
 import math
 from typing import Any
 
+import numpy as np
+
 from ..backend import array_module, vecdot
 from ..errors import expect, shape_of
 from ..tensor import op
-from .norm import softmax_of, softmax_vjp
+from .norm import row_maximum, softmax_of, softmax_vjp
 
 OFFICIAL_EPS = 1e-6
-LOWEST = -1e30  # in place of minus infinity, with which a row that sees no key would give NaN
 
 
 @op
@@ -50,7 +51,8 @@ def attention(q, k, v, keep=None, *, sees_itself=True, official=False, weights=F
 
     keep (B, Tk): 1 keeps a key, 0 drops it; a value between is soft, and above 1 the key counts more than
         once. A_ij = K_ij e^{a_ij} / sum_j K_ij e^{a_ij} with K_ij = keep_j. For hard masks this equals
-        attention over the gathered keys. A row that sees no key gives zeros. None: plain softmax.
+        attention over the gathered keys. A row that sees no key gives zeros, and a key whose score is -inf
+        is not seen. None: plain softmax. InputError for a mask that is added to scores (0 and -inf).
     sees_itself: a token always sees itself (K_ii = 1), kept or not (DynamicViT, Rao et al. 2021, eq. 10 and
         11); then Tq = Tk.
     official: the form of the official code, with the maximum over all keys and an eps in the quotient.
@@ -95,6 +97,11 @@ def check_attention(name: str, q: Any, k: Any, v: Any, keep: Any, sees_itself: b
         expect(not sees_itself or q.shape[2] == k.shape[2], name,
                lambda: f"{shapes()}: with keep and sees_itself Tq must equal Tk",
                "sees_itself=False for cross-attention", "05")
+        # Not read on a GPU, which the host would have to wait for. Finite differences go a little below 0.
+        in_range = array_module(keep) is not np or not keep.size or -0.5 < keep.min() <= keep.max() < math.inf
+        expect(in_range, name,
+               lambda: f"keep from {keep.min()} to {keep.max()}, expected 1 to keep a key and 0 to drop it",
+               "keep=mask == 0, if the mask is one that is added to scores", "05")
 
 
 def _seen(keep, shape, sees_itself):
@@ -116,16 +123,20 @@ def _masked_softmax(scores, seen):
     """A = K e^a / sum K e^a -> (A, u -> gradients of (a, K)).
 
     The maximum taken off is that of the keys with K > 0: a dropped key that towers over the kept ones would
-    push them all to zero. The slope toward a dropped key's K is e^a / sum, which could overflow; min(a - max,
-    0) limits it to that of the strongest kept key.
+    push them all to zero. The slope toward a key's K is e^a / sum, which could overflow: min(a - max, 0)
+    limits that of a dropped key to that of the strongest kept one, and a sum so small that its reciprocal
+    leaves no room to add up counts as 1e8 times the smallest normal number.
     """
     xp = array_module(scores)
-    slope = scores - xp.where(seen > 0, scores, LOWEST).max(axis=-1, keepdims=True)
-    xp.minimum(slope, 0, out=slope)
+    highest = row_maximum(xp.where(seen > 0, scores, -math.inf))
+    slope = xp.minimum(scores, highest)  # before the difference, which could overflow
+    slope -= highest
     xp.exp(slope, out=slope)
-    total = (slope * seen).sum(axis=-1, keepdims=True)
-    slope /= total + (total == 0)
     A = slope * seen
+    total = A.sum(axis=-1, keepdims=True)
+    total += total == 0
+    A /= total
+    slope /= xp.maximum(total, xp.finfo(total.dtype).tiny * 1e8)
 
     def gradients(u):
         centred = u - vecdot(u, A)[..., None]
@@ -140,7 +151,7 @@ def _official_softmax(scores, seen):
     maximum gets a gradient for that too.
     """
     xp, keys = array_module(scores), scores.shape[-1]
-    exps = scores - scores.max(axis=-1, keepdims=True)
+    exps = scores - row_maximum(scores)
     xp.exp(exps, out=exps)
     total = (exps * seen).sum(axis=-1, keepdims=True) + OFFICIAL_EPS
     A = (exps * seen + OFFICIAL_EPS / keys) / total

@@ -7,7 +7,6 @@
 
 #define SEEN(i, j) (keep == 0 || (itself && (i) == (j)) ? 1.0f : keep[(long long)(blockIdx.x / heads) * tokens + (j)])
 #define AT(array, name) array + (blockIdx.x / heads) * name##_b + (blockIdx.x % heads) * name##_h
-#define LOWEST -1e30f
 
 // rows (tokens, d) with a stride into shared memory, padded
 __device__ inline void load_rows(const float* from, long long stride, float* to, int tokens, int d) {
@@ -89,16 +88,16 @@ extern "C" __global__ void attention_backward_queries(
         __syncwarp();
         float sum = 0.0f;
         for (int j = lane; j < tokens; j += WARP) {
-            float slope = expf(fminf(dot(query, keys + j * (d + 1), d) - highest[place], 0.0f)) / total[place];
+            float share = expf(fminf(dot(query, keys + j * (d + 1), d) - highest[place], 0.0f)) * SEEN(i, j) / total[place];
             float u = dot(upstream, values + j * (d + 1), d) + (g_weights ? g_weights[place * tokens + j] : 0.0f);
-            sum += slope * SEEN(i, j) * u;
+            sum += share * u;
         }
         sum = warp_sum(sum);
         if (lane == 0) along[place] = sum;
         for (int j = lane; j < tokens; j += WARP) {
-            float slope = expf(fminf(dot(query, keys + j * (d + 1), d) - highest[place], 0.0f)) / total[place];
+            float share = expf(fminf(dot(query, keys + j * (d + 1), d) - highest[place], 0.0f)) * SEEN(i, j) / total[place];
             float u = dot(upstream, values + j * (d + 1), d) + (g_weights ? g_weights[place * tokens + j] : 0.0f);
-            row[j] = (u - sum) * slope * SEEN(i, j) + (g_logits ? g_logits[place * tokens + j] : 0.0f);
+            row[j] = (u - sum) * share + (g_logits ? g_logits[place * tokens + j] : 0.0f);
         }
         __syncwarp();
         for (int c = lane; c < d; c += WARP) {
@@ -135,11 +134,11 @@ extern "C" __global__ void attention_backward_keys(
         float of_keep = 0.0f;
         for (int i = lane; i < queries; i += WARP) {
             long long place = first + i;
-            float slope = expf(fminf(dot(key, asks + i * (d + 1), d) - highest[place], 0.0f)) / total[place];
+            float slope = expf(fminf(dot(key, asks + i * (d + 1), d) - highest[place], 0.0f));
             float u = dot(value, upstream + i * (d + 1), d) + (g_weights ? g_weights[place * tokens + j] : 0.0f) - along[place];
-            shares[i] = slope * SEEN(i, j);
+            shares[i] = slope * SEEN(i, j) / total[place];
             row[i] = u * shares[i] + (g_logits ? g_logits[place * tokens + j] : 0.0f);
-            if (!itself || i != j) of_keep += u * slope;
+            if (!itself || i != j) of_keep += u * (slope / fmaxf(total[place], SMALLEST));
         }
         if (dkeep) {
             of_keep = warp_sum(of_keep);

@@ -5,7 +5,6 @@
 // may be null; a token sees itself if `itself`. The formula is the one of attention.cu, its sums of 16 keys at a time.
 
 #define STRIDE (HEAD_DIM + 8)
-#define LOWEST -1e30f
 #define STEPS (HEAD_DIM / 16)  // of a product over the head's dimension
 #define TILES (HEAD_DIM / 8)   // columns of 8 of its rows
 
@@ -18,9 +17,9 @@ __device__ inline void load_rows(const bf16* from, long long stride, bf16* to, i
     }
 }
 
-// whether key j is seen by all but itself; beyond the last token: not
+// whether key j is seen by all but itself; beyond the last token: not. So little that bf16 could not hold its share is nothing.
 __device__ inline void load_seen(const float* keep, float* seen, int tokens, int padded) {
-    for (int j = threadIdx.x; j < padded; j += blockDim.x) seen[j] = j >= tokens ? 0.0f : keep ? keep[j] : 1.0f;
+    for (int j = threadIdx.x; j < padded; j += blockDim.x) seen[j] = j >= tokens || (keep && keep[j] < SMALLEST) ? 0.0f : keep ? keep[j] : 1.0f;
 }
 
 // rows i..i+15 of shared memory as the a of multiply_tiles, for each step over d

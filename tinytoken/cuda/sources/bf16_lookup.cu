@@ -45,7 +45,7 @@ extern "C" __global__ void lookup_gather_forward(const bf16x2* q, const bf16x2* 
     __syncthreads();
     int lane = threadIdx.x % WARP;
     for (int m = threadIdx.x / WARP; m < M; m += blockDim.x / WARP) {
-        float *row = weights + m * N, most = -INF, total = 0.0f;
+        float *row = weights + m * N, most = LOWEST, total = 0.0f;
         for (int n = lane; n < N; n += WARP) {
             row[n] = scale * dot_pairs(queries + m * (pairs + 1), keys + n * (pairs + 1), pairs);
             most = fmaxf(most, row[n]);
@@ -55,7 +55,7 @@ extern "C" __global__ void lookup_gather_forward(const bf16x2* q, const bf16x2* 
             row[n] = expf(row[n] - most);
             total += row[n];
         }
-        total = warp_sum(total);
+        total = fmaxf(warp_sum(total), 1.0f);
         for (int n = lane; n < N; n += WARP) {
             row[n] /= total;
             A[((long long)blockIdx.x * M + m) * N + n] = row[n];

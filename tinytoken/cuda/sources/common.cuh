@@ -6,6 +6,8 @@ typedef unsigned bf16x2;      // two neighbours, the first in the lower half
 #define WARP 32
 #define ALL 0xffffffffu
 #define INF __int_as_float(0x7f800000)
+#define LOWEST -3.402823466e38f  // finite, where a maximum begins: of a row of -INF, from which -INF could not be subtracted
+#define SMALLEST 1.175494351e-30f  // of what is divided by: 1e8 of its reciprocals can be added up
 
 __device__ inline float warp_sum(float value) {
     for (int step = WARP / 2; step; step /= 2) value += __shfl_xor_sync(ALL, value, step);

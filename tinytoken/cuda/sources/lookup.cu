@@ -8,8 +8,8 @@ extern "C" __global__ void infuse_weights(const float* given, float* R, float* m
     long long first = e / N * M * N + e % N;
     float most = 0.0f, total = 0.0f;
     if (soft) {
-        most = given[first];
-        for (int m = 1; m < M; m++) most = fmaxf(most, given[first + (long long)m * N]);
+        most = LOWEST;
+        for (int m = 0; m < M; m++) most = fmaxf(most, given[first + (long long)m * N]);
     }
     for (int m = 0; m < M; m++) total += soft ? expf(given[first + (long long)m * N] - most) : given[first + (long long)m * N];
     if (total == 0.0f) total = 1.0f;  // a column that underflowed receives nothing

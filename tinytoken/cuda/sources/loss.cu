@@ -1,19 +1,31 @@
 // Softmax cross-entropy: a warp per picture. Either labels (B,) or soft targets (B, K) are given, the other is null.
-// wanted_k = (1 - smoothing) t_k + smoothing / K, loss = -sum_k wanted_k log p_k.
+// wanted_k = (1 - smoothing) t_k + smoothing / K, loss = -sum_k wanted_k log p_k, over the K classes whose logit is not -INF.
+
+__device__ inline float target_of(const long long* labels, const float* targets, int b, int k, int classes) {
+    return labels ? (labels[b] == k ? 1.0f : 0.0f) : targets[(long long)b * classes + k];
+}
+
+// smoothing / K of a row
+__device__ inline float share_of(const float* row, float log_total, int classes, float smoothing) {
+    float count = 0.0f;
+    for (int k = threadIdx.x % WARP; k < classes; k += WARP) count += row[k] - log_total > -INF ? 1.0f : 0.0f;
+    return smoothing / fmaxf(warp_sum(count), 1.0f);
+}
 
 extern "C" __global__ void cross_entropy_forward(const float* logits, const long long* labels, const float* targets, float* losses,
                                                  float* log_sum, int batch, int classes, float smoothing) {
     int b = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (b >= batch) return;
     const float* row = logits + (long long)b * classes;
-    float most = -INF, total = 0.0f, loss = 0.0f;
+    float most = LOWEST, total = 0.0f, loss = 0.0f;
     for (int k = lane; k < classes; k += WARP) most = fmaxf(most, row[k]);
     most = warp_max(most);
     for (int k = lane; k < classes; k += WARP) total += expf(row[k] - most);
-    float log_total = logf(warp_sum(total)) + most;
+    float log_total = logf(fmaxf(warp_sum(total), 1.0f)) + most, share = share_of(row, log_total, classes, smoothing);
     for (int k = lane; k < classes; k += WARP) {
-        float target = labels ? (labels[b] == k ? 1.0f : 0.0f) : targets[(long long)b * classes + k];
-        loss -= ((1.0f - smoothing) * target + smoothing / classes) * (row[k] - log_total);
+        float log_p = row[k] - log_total;
+        float wanted = (1.0f - smoothing) * target_of(labels, targets, b, k, classes) + (log_p > -INF ? share : 0.0f);
+        if (wanted != 0.0f) loss -= wanted * log_p;
     }
     loss = warp_sum(loss);
     if (lane == 0) {
@@ -29,16 +41,15 @@ extern "C" __global__ void cross_entropy_backward(const float* logits, const lon
     int b = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (b >= batch) return;
     long long first = (long long)b * classes;
-    float upstream = g[0] / batch, mass = 0.0f;
-    for (int k = lane; k < classes; k += WARP) {
-        float target = labels ? (labels[b] == k ? 1.0f : 0.0f) : targets[first + k];
-        mass += (1.0f - smoothing) * target + smoothing / classes;
-    }
+    float upstream = g[0] / batch, mass = 0.0f, share = share_of(logits + first, log_sum[b], classes, smoothing);
+    for (int k = lane; k < classes; k += WARP)
+        mass += (1.0f - smoothing) * target_of(labels, targets, b, k, classes) + (logits[first + k] - log_sum[b] > -INF ? share : 0.0f);
     mass = warp_sum(mass);
     for (int k = lane; k < classes; k += WARP) {
-        float target = labels ? (labels[b] == k ? 1.0f : 0.0f) : targets[first + k], log_p = logits[first + k] - log_sum[b];
-        dlogits[first + k] = (expf(log_p) * mass - (1.0f - smoothing) * target - smoothing / classes) * upstream;
-        if (dtargets) dtargets[first + k] = (smoothing - 1.0f) * log_p * upstream;
+        float log_p = logits[first + k] - log_sum[b], there = log_p > -INF ? 1.0f : 0.0f;
+        float wanted = (1.0f - smoothing) * target_of(labels, targets, b, k, classes) + there * share;
+        dlogits[first + k] = (expf(log_p) * mass - wanted) * upstream;
+        if (dtargets) dtargets[first + k] = there != 0.0f ? (smoothing - 1.0f) * log_p * upstream : 0.0f;
     }
 }
 

@@ -5,11 +5,11 @@ extern "C" __global__ void log_softmax_forward(const float* x, float* out, int r
     int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (row >= rows) return;
     long long first = (long long)row * width;
-    float most = -INF, total = 0.0f;
+    float most = LOWEST, total = 0.0f;
     for (int c = lane; c < width; c += WARP) most = fmaxf(most, x[first + c]);
     most = warp_max(most);
     for (int c = lane; c < width; c += WARP) total += expf(x[first + c] - most);
-    total = logf(warp_sum(total));
+    total = logf(fmaxf(warp_sum(total), 1.0f));  // less than 1 is only the sum of nothing, 0
     for (int c = lane; c < width; c += WARP) out[first + c] = x[first + c] - most - total;
 }
 
@@ -29,7 +29,7 @@ extern "C" __global__ void gumbel_forward(const float* log_probs, const float* n
     long long row = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     long long first = row * classes;
-    float most = -INF, total = 0.0f;
+    float most = LOWEST, total = 0.0f;
     int winner = 0;
     for (int k = 0; k < classes; k++) most = fmaxf(most, (log_probs[first + k] + noise[first + k]) / tau);
     for (int k = 0; k < classes; k++) {
@@ -37,7 +37,7 @@ extern "C" __global__ void gumbel_forward(const float* log_probs, const float* n
         total += soft[first + k];
     }
     for (int k = 0; k < classes; k++) {
-        soft[first + k] /= total;
+        soft[first + k] /= fmaxf(total, 1.0f);
         if (soft[first + k] > soft[first + winner]) winner = k;
     }
     if (hard)
@@ -52,6 +52,9 @@ extern "C" __global__ void gumbel_backward(const float* soft, const float* g, fl
     for (int k = 0; k < classes; k++) dx[row * classes + k] = soft[row * classes + k] * (g[row * classes + k] - along) / tau;
 }
 
+// log p_t - log p_s where p is p_t; where that is 0 both may be -INF
+__device__ inline float gap_of(float p, float teacher, float student) { return p == 0.0f ? 0.0f : teacher - student; }
+
 // KL(softmax(teacher) || softmax(student)) of each row from the log softmax of both, a warp per row
 extern "C" __global__ void kl_forward(const float* student, const float* teacher, float* losses, int rows, int classes) {
     int row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -59,7 +62,8 @@ extern "C" __global__ void kl_forward(const float* student, const float* teacher
     float total = 0.0f;
     for (int k = lane; k < classes; k += WARP) {
         long long e = (long long)row * classes + k;
-        total += expf(teacher[e]) * (teacher[e] - student[e]);
+        float p = expf(teacher[e]);
+        total += p * gap_of(p, teacher[e], student[e]);
     }
     total = warp_sum(total);
     if (lane == 0) losses[row] = total;
@@ -72,5 +76,5 @@ extern "C" __global__ void kl_backward(const float* student, const float* teache
     if (e >= (long long)rows * classes) return;
     float upstream = g[0] / rows, p = expf(teacher[e]);
     of_student[e] = (expf(student[e]) - p) * upstream;
-    of_teacher[e] = p * (teacher[e] - student[e] - losses[e / classes]) * upstream;
+    of_teacher[e] = p * (gap_of(p, teacher[e], student[e]) - losses[e / classes]) * upstream;
 }
