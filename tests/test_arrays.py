@@ -36,7 +36,8 @@ def of_all_kinds(folder):
     """The values of A in arrays of other kinds."""
     return {"big-endian": A.astype(">f8"), "little-endian": A.astype("<f8"), "matrix": matrix(A),
             "memory map": memory_map(A, folder),
-            "memory map, big-endian": memory_map(A.astype(">f8"), folder), "subclass": A.view(Subclass), "masked array without masked values": np.ma.array(A)}
+            "memory map, big-endian": memory_map(A.astype(">f8"), folder), "subclass": A.view(Subclass),
+            "masked array without masked values": np.ma.array(A)}
 
 
 def test_an_ordinary_array_is_used_as_it_is(xp):

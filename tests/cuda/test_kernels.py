@@ -250,6 +250,21 @@ def test_masked_classes(rows, classes):
         agree(ops.cross_entropy, nothing, np.zeros(rows, int), smoothing=smoothing)
 
 
+def test_one_nan_makes_its_row_nan():
+    """A loss that is not a number ends a training: it must not be hidden by a maximum."""
+    x = normal(3, 40)
+    x[1, 5] = np.nan
+    there, labels = emulate.place.put(x), emulate.place.put(np.zeros(3, int))
+    rows = emulate.implementation_of(ops.log_softmax, there)(there)[0]
+    assert np.array_equal(np.isnan(to_numpy(rows)).all(axis=1), [False, True, False])
+    assert not np.isnan(to_numpy(rows)[::2]).any()
+    for op, other in ((ops.cross_entropy, labels), (ops.kl_divergence, there)):
+        assert np.isnan(to_numpy(emulate.implementation_of(op, there, other)(there, other)[0]))
+    noise, few = (emulate.place.put(a) for a in (normal(3, 7, seed=1), x[:, :7]))
+    soft = emulate.implementation_of(ops.gumbel_softmax, few, noise)(few, noise)[0]
+    assert np.array_equal(np.isnan(to_numpy(soft)).all(axis=1), [False, True, False])
+
+
 def test_infuse_where_a_token_has_no_logit():
     logits = normal(1, 2, 3, 5)
     logits[:, :, :, 2], logits[:, :, 1, 3] = -np.inf, -np.inf

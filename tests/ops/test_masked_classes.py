@@ -140,6 +140,17 @@ def test_targets_made_by_a_masked_softmax_get_a_gradient():
     assert teacher.grad[:, SEEN].all()
 
 
+def test_one_nan_is_not_taken_for_a_mask(xp):
+    x = xp.asarray([[1.0, math.nan, 0.0], [1.0, 2.0, 3.0]])
+    for op in (ops.softmax, ops.log_softmax):
+        assert np.array_equal(np.isnan(to_numpy(op(x).data)).all(axis=1), [True, False])
+    labels = xp.asarray([0, 0])
+    for loss in (ops.cross_entropy(x, labels), ops.cross_entropy(x, labels, smoothing=0.1),
+                 ops.kl_divergence(x, x[::-1]), ops.kl_divergence(x[::-1], x),
+                 ops.binary_cross_entropy(x, xp.zeros_like(x))):
+        assert math.isnan(loss.item())
+
+
 @pytest.mark.parametrize("target, right, slope", [(0, [0, INF], [0, 1]), (1, [INF, 0], [-1, 0])])
 def test_binary_cross_entropy_at_infinite_logits(target, right, slope, xp):
     for x, loss, grad in zip((-INF, INF), right, slope):

@@ -52,9 +52,11 @@ def cross_entropy(logits, targets: Index, *, smoothing=0.0):
         grad *= g / batch
         return grad
 
+    def of_targets(g):
+        return where_weighted(log_probs > -math.inf, log_probs) * (g * ((smoothing - 1) / batch))
+
     def vjp(g):
-        return (lambda: of_logits(g), None if not soft else
-                lambda: where_weighted(log_probs > -math.inf, log_probs) * (g * ((smoothing - 1) / batch)))
+        return lambda: of_logits(g), (lambda: of_targets(g)) if soft else None
     return -vecdot(wanted, where_weighted(wanted, log_probs)).sum() / batch, vjp
 
 

@@ -138,7 +138,7 @@ extern "C" __global__ void attention_backward_keys(
             float u = dot(value, upstream + i * (d + 1), d) + (g_weights ? g_weights[place * tokens + j] : 0.0f) - along[place];
             shares[i] = slope * SEEN(i, j) / total[place];
             row[i] = u * shares[i] + (g_logits ? g_logits[place * tokens + j] : 0.0f);
-            if (!itself || i != j) of_keep += u * (slope / fmaxf(total[place], SMALLEST));
+            if (!itself || i != j) of_keep += u * (slope / at_least(SMALLEST, total[place]));
         }
         if (dkeep) {
             of_keep = warp_sum(of_keep);

@@ -17,7 +17,7 @@ __device__ inline void load_rows(const bf16* from, long long stride, bf16* to, i
     }
 }
 
-// whether key j is seen by all but itself; beyond the last token: not. So little that bf16 could not hold its share is nothing.
+// whether key j is seen by all but itself; beyond the last token: not. A keep whose share bf16 could not hold is none.
 __device__ inline void load_seen(const float* keep, float* seen, int tokens, int padded) {
     for (int j = threadIdx.x; j < padded; j += blockDim.x) seen[j] = j >= tokens || (keep && keep[j] < SMALLEST) ? 0.0f : keep ? keep[j] : 1.0f;
 }

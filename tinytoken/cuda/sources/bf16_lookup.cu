@@ -55,7 +55,7 @@ extern "C" __global__ void lookup_gather_forward(const bf16x2* q, const bf16x2* 
             row[n] = expf(row[n] - most);
             total += row[n];
         }
-        total = fmaxf(warp_sum(total), 1.0f);
+        total = at_least(1.0f, warp_sum(total));
         for (int n = lane; n < N; n += WARP) {
             row[n] /= total;
             A[((long long)blockIdx.x * M + m) * N + n] = row[n];

@@ -19,6 +19,9 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
+// the larger one, and NaN for NaN, which fmaxf would hide
+__device__ inline float at_least(float least, float value) { return value < least ? least : value; }
+
 __device__ inline float low(bf16x2 both) { return __uint_as_float(both << 16); }
 __device__ inline float high(bf16x2 both) { return __uint_as_float(both & 0xffff0000u); }
 

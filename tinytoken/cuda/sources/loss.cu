@@ -21,7 +21,7 @@ extern "C" __global__ void cross_entropy_forward(const float* logits, const long
     for (int k = lane; k < classes; k += WARP) most = fmaxf(most, row[k]);
     most = warp_max(most);
     for (int k = lane; k < classes; k += WARP) total += expf(row[k] - most);
-    float log_total = logf(fmaxf(warp_sum(total), 1.0f)) + most, share = share_of(row, log_total, classes, smoothing);
+    float log_total = logf(at_least(1.0f, warp_sum(total))) + most, share = share_of(row, log_total, classes, smoothing);
     for (int k = lane; k < classes; k += WARP) {
         float log_p = row[k] - log_total;
         float wanted = (1.0f - smoothing) * target_of(labels, targets, b, k, classes) + (log_p > -INF ? share : 0.0f);

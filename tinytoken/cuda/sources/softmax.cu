@@ -9,7 +9,7 @@ extern "C" __global__ void log_softmax_forward(const float* x, float* out, int r
     for (int c = lane; c < width; c += WARP) most = fmaxf(most, x[first + c]);
     most = warp_max(most);
     for (int c = lane; c < width; c += WARP) total += expf(x[first + c] - most);
-    total = logf(fmaxf(warp_sum(total), 1.0f));  // less than 1 is only the sum of nothing, 0
+    total = logf(at_least(1.0f, warp_sum(total)));  // less than 1 is only the sum of nothing, 0
     for (int c = lane; c < width; c += WARP) out[first + c] = x[first + c] - most - total;
 }
 
@@ -37,7 +37,7 @@ extern "C" __global__ void gumbel_forward(const float* log_probs, const float* n
         total += soft[first + k];
     }
     for (int k = 0; k < classes; k++) {
-        soft[first + k] /= fmaxf(total, 1.0f);
+        soft[first + k] /= at_least(1.0f, total);
         if (soft[first + k] > soft[first + winner]) winner = k;
     }
     if (hard)
