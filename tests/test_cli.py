@@ -3,6 +3,7 @@ line."""
 import pathlib
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -278,3 +279,36 @@ def test_ctrl_c_on_the_command_line_and_the_same_command_again(tmp_path):
     whole = Trial(recipe, compare.arms(recipe), threads=2, bar=False)
     for phase in ("vit", "dynamicvit", "lookupvit"):
         assert bits(checkpoint.load_model(f"out/{phase}.npz")[0]) == bits(whole.train(phase)[0])
+
+
+WAITING = """
+import sys, tiny
+from tinytoken.experiments import trial
+load = trial.load_pictures
+def load_pictures(*args, **options):
+    print("loading", flush=True)
+    sys.stdin.read()
+    return load(*args, **options)
+trial.load_pictures = load_pictures
+sys.exit(tiny.command(sys.argv[1:]))
+"""
+
+
+def test_a_second_compare_in_the_same_folder_ends_before_its_work(tmp_path):
+    """It says who is at work there; that one goes on, to the bit."""
+    argv = ["compare", "--steps", "40", "--device", "cpu", "--threads", "2", "--out", "out"]
+    first = python("-c", WAITING, *argv, stdin=subprocess.PIPE)
+    assert first.stdout.readline() == "loading\n"
+    before = everything(tmp_path)
+    second = python("-c", "import tiny, sys; from tinytoken.experiments import trial\n"
+                    "trial.load_pictures = None\nsys.exit(tiny.command(sys.argv[1:]))", *argv)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 2 and out == "" and everything(tmp_path) == before
+    assert re.fullmatch(rf"error: another process is at work on out/table.json: process {first.pid} on \S+, "
+                        rf"since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d", err.splitlines()[-1]), err
+    out, err = first.communicate("go on", timeout=120)
+    assert first.returncode == 0 and out.endswith("everything is in out\n"), err
+    assert not [name for name in everything(tmp_path) if name.endswith((".lock", ".part"))]
+    recipe = SmallRecipe(steps=40)
+    whole = Trial(recipe, compare.arms(recipe), threads=2, bar=False)
+    assert bits(checkpoint.load_model("out/vit.npz")[0]) == bits(whole.train("vit")[0])

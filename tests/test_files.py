@@ -1,9 +1,14 @@
 """Files that are whole or not there, whatever happens while they are written; claims on them; values as
 JSON."""
+import concurrent.futures
 import errno
+import fcntl
 import json
 import os
+import socket
 import stat
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -180,7 +185,7 @@ def test_a_claim_is_for_one_at_a_time_and_ends_with_its_block(tmp_path):
     path = tmp_path / "a" / "model.npz"
     with files.claimed(path):
         assert path.parent.exists() and not path.exists()
-        with refuses(f"another process is at work on {path}"), files.claimed(path):
+        with pytest.raises(tt.errors.Busy), files.claimed(path):
             pass
         with files.claimed(path.parent / "other.npz"):
             pass
@@ -191,17 +196,88 @@ def test_a_claim_is_for_one_at_a_time_and_ends_with_its_block(tmp_path):
     assert issubclass(tt.errors.Busy, tt.InputError)
 
 
-def test_a_claim_ends_with_its_process(tmp_path):
-    path = tmp_path / "model.npz"
-    process = python("-c", "import sys, time; from tinytoken.files import claimed\n"
-                     "with claimed(sys.argv[1]):\n    print('mine', flush=True)\n    time.sleep(60)", path)
-    assert process.stdout.readline() == "mine\n"
-    with pytest.raises(tt.errors.Busy), files.claimed(path):
+def test_a_claim_leaves_nothing_behind_but_what_was_written(tmp_path):
+    with files.claimed(tmp_path / "a" / "b" / "model.npz"):
+        assert left_in(tmp_path / "a" / "b") == ["model.npz.lock"]
+    assert left_in(tmp_path) == []
+    with files.claimed(tmp_path / "a" / "b" / "model.npz"):
+        (tmp_path / "a" / "b" / "model.npz").write_text("weights")
+        (tmp_path / "a" / "empty").mkdir()
+    assert left_in(tmp_path / "a" / "b") == ["model.npz"] and left_in(tmp_path / "a") == ["b", "empty"]
+    (tmp_path / "mine").mkdir()
+    with files.claimed(tmp_path / "mine" / "model.npz"):  # who did not make a folder does not remove it
         pass
+    assert left_in(tmp_path) == ["a", "mine"]
+
+
+HOLDER = """
+import sys, time
+from tinytoken.files import claimed, replacing
+with claimed(sys.argv[1]), replacing(sys.argv[1]) as file:
+    file.write(b"half")
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_claim_says_who_has_it_and_ends_with_its_process(tmp_path):
+    """However it ends; the next one finds nothing in the way, and removes what it had half written."""
+    path = tmp_path / "model.npz"
+    for name in (".model.npz.original", ".model.npz.abcdefg.part", ".other.npz.abcdefgh.part"):
+        (tmp_path / name).write_text("another's")
+    before = left_in(tmp_path)
+    process = python("-c", HOLDER, path)
+    assert process.stdout.readline() == "mine\n"
+    text = (rf"^another process is at work on {path}: process {process.pid} on {socket.gethostname()}, "
+            rf"since {time.strftime('%Y')}-\d\d-\d\d \d\d:\d\d:\d\d$")
+    for _ in range(2):  # to be refused changes nothing
+        with pytest.raises(tt.errors.Busy, match=text), files.claimed(path):
+            pass
     process.kill()
     process.communicate()
+    assert len(left_in(tmp_path)) == len(before) + 2  # the half, and the file of the lock
+    (tmp_path / "model.npz.lock").write_text("a longer line than those that are written here: " * 3)
     with files.claimed(path):
-        pass
+        assert left_in(tmp_path) == sorted([*before, "model.npz.lock"])
+        text = text.replace(str(process.pid), str(os.getpid()))
+        with pytest.raises(tt.errors.Busy, match=text), files.claimed(path):
+            pass
+    assert left_in(tmp_path) == before
+
+
+def counted(path, times):
+    """Add 1 to the number in a file, so many times, with a pause between reading and writing."""
+    for _ in range(times):
+        with files.claimed(path, wait=True):
+            number = int(path.read_text())
+            time.sleep(0)
+            path.write_text(str(number + 1))
+
+
+def test_those_that_wait_for_a_claim_take_turns(tmp_path):
+    """The lock's file is removed after each turn: one that waits at a removed file must not think it is its
+    turn."""
+    path = tmp_path / "number"
+    path.write_text("0")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(counted, path, 100) for _ in range(4)]
+        assert [future.result(timeout=60) for future in done] == [None] * 4
+    assert path.read_text() == "400" and left_in(tmp_path) == ["number"]
+
+
+def test_to_wait_for_a_claim_is_to_wait(tmp_path):
+    path, order = tmp_path / "a.npz", []
+
+    def second():
+        with files.claimed(path, wait=True):
+            order.append("second")
+    with files.claimed(path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
 
 
 def test_a_claim_where_nothing_can_be_written(tmp_path):
@@ -212,10 +288,57 @@ def test_a_claim_where_nothing_can_be_written(tmp_path):
             pass
 
 
-def test_where_no_locks_are_nothing_is_claimed(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "fcntl", None)  # Windows
-    with files.claimed(tmp_path / "a.npz"), files.claimed(tmp_path / "a.npz"):
-        assert not list(tmp_path.iterdir())
+def test_a_claim_does_not_follow_a_link(tmp_path):
+    (tmp_path / "letter").write_text("dear")
+    (tmp_path / "m.npz.lock").symlink_to(tmp_path / "letter")
+    with pytest.raises(tt.InputError, match="^cannot write .*m.npz.lock: "):
+        with files.claimed(tmp_path / "m.npz"):
+            pass
+    assert (tmp_path / "letter").read_text() == "dear"
+
+
+def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="^this file system has no locks: another process on the same "):
+        with files.claimed(tmp_path / "a.npz"):
+            pass
+    fails = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(files.fcntl, "flock", lambda *_: (_ for _ in ()).throw(fails))
+    with refuses(f"cannot write {tmp_path / 'a.npz.lock'}: {os.strerror(errno.EIO)}"):
+        with files.claimed(tmp_path / "a.npz"):
+            pass
+
+
+class Msvcrt:
+    """Windows' locks, of one byte at the file's position, made of POSIX ones."""
+    LK_NBLCK, LK_UNLCK = object(), object()
+
+    def __init__(self):
+        self.places = []
+
+    def locking(self, handle, mode, count):
+        self.places.append((os.lseek(handle, 0, os.SEEK_CUR), count))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_UN if mode is self.LK_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+
+def test_a_claim_on_windows(tmp_path, monkeypatch):
+    """What is locked is no byte of the line that says whose it is, since there nobody could read it."""
+    windows, path = Msvcrt(), tmp_path / "a.npz"
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "msvcrt", windows, raising=False)
+    for _ in range(2):
+        with files.claimed(path):
+            with pytest.raises(tt.errors.Busy, match=rf"a.npz: process {os.getpid()} on .*, since \d"):
+                with files.claimed(path):
+                    pass
+    test_to_wait_for_a_claim_is_to_wait(tmp_path)
+    assert left_in(tmp_path) == []
+    assert {place > 10_000 for place, _ in windows.places} == {True} and {n for _, n in windows.places} == {1}
 
 
 def test_a_folder_is_tried_before_the_work(tmp_path):

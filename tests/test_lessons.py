@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -118,6 +119,21 @@ def test_a_part_that_does_not_name_a_newer_option_is_this_runs(tmp_path):
     with pytest.raises(tt.InputError, match=r"another run \(size 32 there, 64 now, steps 10 there, 20 now\)|"
                                             r"\(steps 10 there, 20 now, size 32 there, 64 now\)"):
         here.each({"a": lambda: 2}, dataclasses.asdict(Recipe(steps=20, size=64)))
+
+
+@pytest.mark.parametrize("text, reason", [
+    (b'{"value": 1, "rec', "is not JSON (JSONDecodeError: "), (b'{"value": "\xff"}', "is not JSON (Unicode"),
+    (b"[]", "is a list, expected a JSON object: delete it"),
+    (b'{"recipe": {}, "machine": {}}', "has no value: delete it"),
+    (b'{"value": 1, "machine": {}}', "has the recipe None, expected an object: delete it"),
+    (b'{"value": 1, "recipe": {}, "machine": "a"}', "has the machine 'a', expected an object: delete it")])
+def test_a_damaged_part_is_refused_by_name(text, reason, tmp_path):
+    here = lesson.begin("00_test", ["--full", "--out", str(tmp_path)])
+    path = tmp_path / "00_test_full_parts" / "a.json"
+    path.parent.mkdir()
+    path.write_bytes(text)
+    with pytest.raises(tt.InputError, match=f"^lesson: {re.escape(f'{path} {reason}')}"):
+        here.each({"a": lambda: 1}, {})
 
 
 def test_what_another_process_is_doing_is_left_for_later(tmp_path, monkeypatch, capsys):

@@ -266,6 +266,26 @@ def test_predict_refuses_checkpoints(capsys, tmp_path):
     assert everything(tmp_path) == ["arrays.npz", "bare.npz", "cat.png"]
 
 
+FEW = list(scenes.NAMES[:9])
+ODD = {"too few classes": (dict(classes=FEW), r"the classes \[.*\], expected 10 names"),
+       "too many": (dict(classes=[*scenes.NAMES, "one more"]), r"the classes \[.*\], expected 10 names"),
+       "numbers": (dict(classes=[*FEW, 5]), r"the classes \[.*\], expected 10 names"),
+       "a text": (dict(classes="ten chars!"), "the classes 'ten chars!', expected 10 names"),
+       "no mean": (dict(mean=None), "the mean None, expected 3 numbers"),
+       "a short mean": (dict(mean=[0.5]), r"the mean \[0.5\], expected 3 numbers"),
+       "a mean that is not finite": (dict(mean=[0.5, 0.5, float("nan")]),
+                                     r"the mean \[0.5, 0.5, nan\], expected 3 numbers"),
+       "a mean of texts": (dict(mean=["0.5"] * 3), r"the mean \['0.5', '0.5', '0.5'\], expected 3 numbers"),
+       "a zero": (dict(std=[0.5, 0.5, 0]), r"the std \[0.5, 0.5, 0\], expected 3 positive numbers")}
+
+
+@pytest.mark.parametrize("header, text", ODD.values(), ids=ODD)
+def test_predict_refuses_a_header_that_does_not_fit_its_model(header, text, capsys):
+    saved("model.npz", **header)
+    picture("cat.png")
+    assert re.fullmatch(f"predict: model.npz has {text}", refused(capsys, "predict", "model.npz", "cat.png"))
+
+
 def test_predict_refuses_a_place_that_cannot_be_written(capsys, tmp_path):
     saved("model.npz", "dynamicvit")
     picture("cat.png")

@@ -4,23 +4,33 @@ A file is written beside its target, flushed, and then renamed over it. Only a r
 rename over a device, a pipe or a folder would destroy it.
 """
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import re
+import socket
 import stat
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, TypeAlias
 
 from .errors import Busy, InputError, expect
 
 fcntl: Any
+msvcrt: Any
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+    import msvcrt
 
 FilePath: TypeAlias = str | os.PathLike[str]
+HALF_WRITTEN = r"\.{}\.[a-z0-9_]{{8}}\.part"  # the name of a file that is to become another: see `replacing`
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks answer
+MOMENT = "%Y-%m-%d %H:%M:%S"
 KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -70,7 +80,7 @@ def replacing(path: FilePath, mode: str = "wb") -> Iterator[IO[Any]]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -86,24 +96,92 @@ def replacing(path: FilePath, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextlib.contextmanager
-def claimed(path: FilePath) -> Iterator[None]:
-    """Context: this process alone works on `path`; Busy where another process is in such a block.
+def claimed(path: FilePath, wait: bool = False) -> Iterator[None]:
+    """Context: this process alone works on `path`. Where another does: Busy, which says who, or `wait`.
 
-    The claim is a lock on path.lock, so it ends with the process, however that ends. Windows has no such
-    locks: there nothing is claimed.
-    """
+    The claim is a lock on path.lock, so it ends with the process, however that ends. What a killed process
+    left half-written of `path` is removed at the beginning, and at the end folders that the claim has made
+    and that are empty."""
     path = pathlib.Path(path)
+    lock = path.parent / f"{path.name}.lock"
     with contextlib.ExitStack() as stack:
-        if fcntl is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(path.parent / f"{path.name}.lock", "w"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Busy(f"another process is at work on {path}") from None
-            except OSError as error:
-                raise InputError(f"cannot write {path}.lock: {error.strerror or error}") from error
+        try:
+            stack.callback(_remove_empty, [p for p in (path.parent, *path.parent.parents) if not p.exists()])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(_unlock, _locked(lock, path, wait), lock)
+            for name in os.listdir(path.parent):
+                if re.fullmatch(HALF_WRITTEN.format(re.escape(path.name)), name):
+                    (path.parent / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {lock}: {error.strerror or error}") from error
         yield
+
+
+def _locked(lock, path, wait):
+    """A handle of the lock's file, locked, with a line in the file that says who has it."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+            stack.callback(os.close, handle)
+            mine = _lock(handle, wait)
+            os.lseek(handle, 0, os.SEEK_SET)
+            if not mine:
+                holder = " ".join(os.read(handle, 200).decode("utf-8", "replace").split())
+                raise Busy(f"another process is at work on {path}" + f": {holder}" * bool(holder))
+            with contextlib.suppress(FileNotFoundError):  # its last holder has removed it: once more
+                if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                    line = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime(MOMENT)}\n"
+                    # cut after, not before: ext4 flushes a file that was cut to nothing when it is closed
+                    os.ftruncate(handle, os.write(handle, line.encode()))
+                    stack.pop_all()
+                    return handle
+
+
+def _lock(handle, wait):
+    """Lock an open file for this process -> whether it is. wait: until another process's lock ends."""
+    while True:
+        try:
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(_beyond(handle), msvcrt.LK_NBLCK, 1)
+            return True
+        except (BlockingIOError, PermissionError):  # of the two systems
+            if not wait:
+                return False
+            time.sleep(0.005)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn("this file system has no locks: another process on the same files goes unnoticed",
+                          stacklevel=5)
+            return True
+
+
+def _unlock(handle, lock):
+    try:
+        if fcntl is not None:
+            lock.unlink(missing_ok=True)  # while it is locked: who waits for it then finds another file there
+        else:
+            msvcrt.locking(_beyond(handle), msvcrt.LK_UNLCK, 1)
+    finally:
+        os.close(handle)
+    if fcntl is None:
+        with contextlib.suppress(PermissionError):  # somebody else has it open already
+            lock.unlink(missing_ok=True)
+
+
+def _remove_empty(folders):
+    with contextlib.suppress(OSError):  # the first that is not empty, or is gone, ends it
+        for folder in folders:
+            folder.rmdir()
+
+
+def _beyond(handle):
+    """The handle, at a byte that the file does not have. Windows lets nobody read a byte that is locked, and
+    the line is to be read."""
+    os.lseek(handle, 1 << 30, os.SEEK_SET)
+    return handle
 
 
 def check_writable(folder: pathlib.Path) -> None:
@@ -113,9 +191,10 @@ def check_writable(folder: pathlib.Path) -> None:
     """
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     probe = nearest / ".tinytoken-writable"
-    with replacing(probe) as file:
-        file.write(b"\0" * 65536)
-    probe.unlink()
+    with claimed(probe, wait=True):
+        with replacing(probe) as file:
+            file.write(b"\0" * 65536)
+        probe.unlink()
 
 
 def write_json(path: FilePath, value: Any) -> None:

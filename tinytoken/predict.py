@@ -46,14 +46,15 @@ def classify(path: FilePath, picture: FilePath, path_out: FilePath) -> str:
     model, header = checkpoint.load_model(path)
     expect("classes" in header, "predict",
            f"{path} does not say its classes and pixel statistics: train it with `compare`")
+    classes, mean, std = checkpoint.learned(path, header, model.config)
     images = read_picture(picture, both_sides(model.config.image_size))
     warn(picture, images[0], header)
     with no_grad():
-        out = model.eval()(normalise(images, header["mean"], header["std"]), trace=True)
+        out = model.eval()(normalise(images, mean, std), trace=True)
         probs = to_numpy(softmax(out.logits).data)[0]
     order = np.argsort(-probs, kind="stable")
-    lines = [f"{header['classes'][k]:<12} {100 * probs[k]:5.1f} %" for k in order]
-    return "\n".join([*lines, show(path_out, model, images, header["classes"][order[0]], out)])
+    lines = [f"{classes[k]:<12} {100 * probs[k]:5.1f} %" for k in order]
+    return "\n".join([*lines, show(path_out, model, images, classes[order[0]], out)])
 
 
 def default_out(picture: pathlib.Path) -> pathlib.Path:

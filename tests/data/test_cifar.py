@@ -1,8 +1,10 @@
 """Reading and fetching CIFAR, on archives of the right layout with few records: what is read, what is
 refused, what is left."""
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -10,6 +12,8 @@ import os
 import pathlib
 import tarfile
 import threading
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -188,6 +192,39 @@ def test_strange_members_are_passed_over_and_nothing_is_written(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["x", "cifar-10-binary.tar.gz"]
 
 
+@pytest.mark.parametrize("what", ["names", "stranger", "global header", "end"])
+def test_a_small_archive_that_unpacks_to_far_more_is_refused_while_it_is_read(what, tmp_path, monkeypatch):
+    """64 MB in the place of 3 GB, with a limit of 1 MB beside the pictures."""
+    monkeypatch.setattr(cifar, "OTHERS", 2**20)
+    path, most = write_archive("cifar10", tmp_path), sum(cifar._sizes(LAYOUTS["cifar10"]).values()) + 2**20
+    info = tarfile.TarInfo({"names": "cifar-10-batches-bin/batches.meta.txt"}.get(what, "stranger"))
+    info.type, info.size = (tarfile.XGLTYPE if what == "global header" else tarfile.REGTYPE), 64 * 2**20
+    with gzip.open(path) as file:
+        rest = file.read()
+    with gzip.open(path, "wb") as file:
+        file.write(rest + bytes(info.size) if what == "end" else info.tobuf() + bytes(info.size) + rest)
+    assert path.stat().st_size < 500_000
+    text = (f"unpacks to more than {most:,} bytes, which is more than a CIFAR archive" if what != "names"
+            else "cifar-10-batches-bin/batches.meta.txt: 67,108,864 bytes, expected at most 65,536")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=f"^{path}: {text}$"):
+            load_cifar(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_names_beyond_a_limit_and_pipes_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "cifar-10-binary.tar.gz")
+    with pytest.raises(InputError, match="^load_cifar: .*.tar.gz cannot be read: not a regular file$"):
+        load_cifar(tmp_path)
+    folder = write_folder("cifar10", tmp_path)
+    (folder / "batches.meta.txt").write_bytes(b"a" * 65_537)
+    with pytest.raises(InputError, match="^load_cifar: .*batches.meta.txt has more than 65,536 bytes$"):
+        load_cifar(folder)
+
+
 def test_no_module_here_can_unpickle():
     for module in pathlib.Path(cifar.__file__).parent.glob("*.py"):
         text = module.read_text()
@@ -327,6 +364,25 @@ def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch, no_proxy)
     with pytest.raises(KeyboardInterrupt):
         download_cifar(tmp_path / "dest")
     assert left_in(tmp_path / "dest") == []
+
+
+def test_one_process_downloads_at_a_time_and_what_a_killed_one_left_is_removed(tmp_path, monkeypatch):
+    calls, began = [], threading.Event()
+
+    def fetch(url, file):
+        calls.append(url)
+        began.set()
+        time.sleep(0.2)
+        file.write(b"all of it")
+        return "its sum"
+    monkeypatch.setattr(cifar, "_fetch", fetch)
+    monkeypatch.setattr(cifar, "_md5", lambda path: {b"all of it": "its sum"}[path.read_bytes()])
+    (tmp_path / ".cifar-10-binary.tar.gz.a1b2c3d4.part").write_bytes(b"half")
+    download = functools.partial(download_cifar, tmp_path, url="somewhere", checksum="its sum")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(download)
+        assert began.wait(10) and download() == first.result(10)
+    assert calls == ["somewhere"] and left_in(tmp_path) == ["cifar-10-binary.tar.gz"]
 
 
 def test_an_unwritable_place_and_a_bad_address_are_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Checkpoints: what is read back is what was saved, and what cannot be used is refused by name."""
 import json
+import os
 import re
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -166,14 +168,19 @@ FOREIGN = {
     "no model": (lambda path, data: write_header(path, {"format": checkpoint.FORMAT}),
                  "does not say its model and config"),
     "a list": (lambda path, data: write_header(path, [1]),
-               r"is not a readable checkpoint \(AttributeError: .*"),
+               r"is not a 'tinytoken checkpoint 1' \(its header says None\)"),
+    "its format alone": (lambda path, data: write_header(path, checkpoint.FORMAT),
+                         r"is not a 'tinytoken checkpoint 1' \(its header says None\)"),
     "not JSON": (lambda path, data: np.savez(path, header=np.array("{")),
-                 r"is not a readable checkpoint \(JSONDecodeError: .*"),
+                 r"has a header that is not JSON \(JSONDecodeError: .*"),
+    "a deep list": (lambda path, data: np.savez(path, header=np.array("[" * 100_000)),
+                    r"has a header that is not JSON \(RecursionError: .*"),
+    "a header of numbers": (lambda path, data: np.savez(path, header=np.ones(2)),
+                            r"has a header of \(2,\) float64, expected a text"),
     "pickled": (lambda path, data: np.savez(path, header=np.array([{}], dtype=object)),
-                r"is not a readable checkpoint \(ValueError: Object arrays cannot be loaded when "
-                r"allow_pickle=False\)"),
+                "holds 'header.npy' of Python objects, expected numbers"),
     "other arrays": (lambda path, data: write_header(path, GOOD, **{"other/x": np.ones(2)}),
-                     r"is not a readable checkpoint \(KeyError: 'other'\)"),
+                     "holds 'other/x', expected model/... or optimizer/..."),
     "another model": (lambda path, data: write_header(path, GOOD | {"model": "ResNet"}),
                       f"holds a 'ResNet', expected one of {', '.join(models.names())}"),
     "an option of tomorrow": (lambda path, data: write_header(path, GOOD | {"config": {"registers": 4}}),
@@ -193,7 +200,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
     with refuses(f"checkpoint: {tmp_path / 'none.npz'} does not exist"):
         checkpoint.load(tmp_path / "none.npz")
     with pytest.raises(tt.InputError,
-                       match=rf"^checkpoint: {tmp_path} is not a readable checkpoint \(IsADirectoryError"):
+                       match=rf"^checkpoint: {tmp_path} cannot be read: Is a directory$"):
         checkpoint.load(tmp_path)
 
 
@@ -261,17 +268,73 @@ def test_a_checkpoint_is_a_plain_zip_of_arrays(saved):
     assert names[0] == "header.npy" and "model/patch_embed.proj.weight.npy" in names
 
 
+def changed(path, change=lambda arrays: None, **header):
+    """Another header, or other arrays, in the checkpoint at `path`."""
+    with np.load(path) as box:
+        arrays = dict(box)
+    there = json.loads(str(arrays.pop("header")))
+    change(arrays)
+    write_header(path, {name: value for name, value in (there | header).items() if value != "gone"}, **arrays)
+
+
 @pytest.mark.parametrize("change, text", [
-    ({"model": 5}, "holds a 5, expected one of vit, "), ({"model": None}, "holds a None, expected one of vit, "),
+    ({"model": 5}, "has the model 5, expected the name of a class"),
+    ({"model": None}, "has the model None, expected the name of a class"),
     ({"config": []}, "has the config [], expected options by name"),
-    ({"config": {"mlp_ratio": "4"}}, "does not describe a ViT: ViT: mlp_ratio '4', expected a positive number"),
+    ({"config": {"mlp_ratio": "4"}},
+     "does not describe a ViT: ViT: mlp_ratio '4', expected a positive number"),
     ({"config": {"pool": None}}, "does not describe a ViT: ViT: pool None, expected token or mean")])
 def test_a_header_with_wrong_types_is_refused_by_name(change, text, tmp_path):
     path = tmp_path / "vit.npz"
     checkpoint.save(path, tt.models.ViT(8, 4, 8, 1, 2))
-    with np.load(path) as box:
-        arrays = {name: box[name] for name in box.files}
-    arrays["header"] = np.array(json.dumps(json.loads(str(arrays["header"])) | change))
-    np.savez(path, **arrays)
+    changed(path, **change)
     with pytest.raises(tt.InputError, match=re.escape(f"checkpoint: {path} {text}")):
         checkpoint.load_model(path)
+
+
+@pytest.mark.parametrize("read", [checkpoint.load_model, lambda path: checkpoint.restore(path, vit()[0])])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(value, read, saved):
+    changed(saved, lambda arrays: arrays["model/head.weight"].put([2, 3], value))
+    with refuses(f"checkpoint: {saved} has 2 values in head.weight that are not finite"):
+        read(saved)
+
+
+def test_moments_that_are_not_finite_are_refused_and_nothing_is_changed(tmp_path):
+    path, (model, _) = tmp_path / "m.npz", vit()
+    checkpoint.save(path, model, AdamW(model.parameters()))
+    for change, header, text in (
+            (lambda arrays: arrays["optimizer/v"].put(0, np.nan), {}, "1 values in v that are not finite"),
+            (lambda arrays: None, {"optimizer_steps": -1}, "the optimizer_steps -1, expected a whole number"),
+            (lambda arrays: None, {"optimizer_steps": "gone"},
+             "the optimizer_steps None, expected a whole number")):
+        checkpoint.save(path, model, AdamW(model.parameters()))
+        changed(path, change, **header)
+        other = ViT(**SIZES)
+        before, optimizer = bits(other), AdamW(other.parameters())
+        with pytest.raises(tt.InputError, match=f"^checkpoint: {path} has {text}"):
+            checkpoint.restore(path, other, optimizer)
+        assert bits(other) == before and optimizer.steps == 0 and not optimizer.v.any()
+
+
+@pytest.mark.parametrize("config", [
+    {"depth": 10**9}, {"dim": 10**9}, {"dim": 20_000}, {"num_classes": 10**9}, {"mlp_ratio": 1e12},
+    {"mlp_ratio": float("inf")},
+    {"image_size": 4_000}, {"image_size": 10**12}, {"channels": 10**9}, {"mlp_ratio": 10**400},
+    {"depth": 500}, {"patch_size": 10**9, "image_size": 10**9}])
+def test_a_config_beyond_the_weights_is_refused_before_anything_is_made(config, saved):
+    """The saved model has some 1,300 values."""
+    changed(saved, config=SIZES | config)
+    tracemalloc.start()
+    try:
+        with pytest.raises(tt.InputError, match=f"^checkpoint: {saved} does not describe a ViT: "):
+            checkpoint.load_model(saved)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pipe_in_place_of_a_checkpoint_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "m.npz")
+    with refuses(f"checkpoint: {tmp_path / 'm.npz'} cannot be read: not a regular file"):
+        checkpoint.load(tmp_path / "m.npz")

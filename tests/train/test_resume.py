@@ -48,12 +48,6 @@ def test_several_crashes_and_a_line_that_was_cut_off(tmp_path, uninterrupted):
     assert (bits(model), rows) == (uninterrupted[dynamicvit][0], uninterrupted[dynamicvit][2])
 
 
-def test_lines_of_others_in_the_history_stay(tmp_path):
-    (tmp_path / "history.jsonl").write_text('{"note": "mine"}\n{"phase": "train", "step": 0}\n')
-    Run(tmp_path).forget("train", 0)
-    assert (tmp_path / "history.jsonl").read_text() == '{"note": "mine"}\n'
-
-
 @both
 @pytest.mark.parametrize("step", [6, 19])
 def test_ctrl_c_ends_the_run_after_its_step_with_a_checkpoint(make, step, tmp_path, uninterrupted):

@@ -15,17 +15,20 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, expect
-from ..files import check_target
+from ..files import check_target, claimed
+from ..reading import opened, read_bytes
 from .sets import dataset
 
 PIXELS = 3 * 32 * 32
 DEFAULT_FOLDER = "data"  # where "cifar10" and "cifar100" are looked for when TINYTOKEN_DATA is not set
+NAMES = 1 << 16  # bytes of the file with the names of the classes, at most
+OTHERS = 1 << 24  # bytes that an archive has beside its pictures, at most
 TIMEOUT = 60  # seconds without a byte after which a download ends with an error
 
 
@@ -89,7 +92,7 @@ def load_cifar(path: str | os.PathLike, kind: str = "cifar10") -> tuple[Pictures
     layout = _layout(kind)
     source = _locate(path, layout)
     expect(source is not None, "load_cifar", f"no {layout.title} in {path}; {_how_to_get(kind)}")
-    files = _from_archive(source, layout) if source.is_file() else _from_folder(source, layout)
+    files = _from_folder(source, layout) if source.is_dir() else _from_archive(source, layout)
     names = layout.names
     if layout.names_file in files:
         names = tuple(files.pop(layout.names_file).decode("utf-8", "replace").split())
@@ -134,15 +137,16 @@ def download_cifar(dest: str | os.PathLike, kind: str = "cifar10", url: str | No
     check_target(target, probe=False)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_file() and _md5(target) == checksum:
-            return target
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=layout.archive, suffix=".part",
-                                         delete=False) as file:
-            part = Path(file.name)
-            digest = _fetch(url, file)
-        expect(digest == checksum, "download_cifar",
-               f"{url} has MD5 {digest}, expected {checksum}: damaged, or another file")
-        part.replace(target)
+        with claimed(target, wait=True):  # another process may be fetching it
+            if target.is_file() and _md5(target) == checksum:
+                return target
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{layout.archive}.", suffix=".part",
+                                             delete=False) as file:
+                part = Path(file.name)
+                digest = _fetch(url, file)
+            expect(digest == checksum, "download_cifar",
+                   f"{url} has MD5 {digest}, expected {checksum}: damaged, or another file")
+            part.replace(target)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -200,6 +204,21 @@ def _sizes(layout):
     return {name: records * record for name, records in (layout.train | layout.test).items()}
 
 
+class Bounded:
+    """What an archive unpacks to, as a stream of at most so many bytes: beyond, InputError."""
+
+    def __init__(self, stream: IO[bytes], most: int, archive: Path) -> None:
+        self.stream, self.left, self.most, self.archive = stream, most, most, archive
+
+    def read(self, size: int) -> bytes:
+        """The next bytes of the stream."""
+        data = self.stream.read(size)
+        self.left -= len(data)
+        expect(self.left >= 0, str(self.archive),
+               f"unpacks to more than {self.most:,} bytes, which is more than a CIFAR archive")
+        return data
+
+
 def _check_size(where, size, expected):
     expect(size == expected, where, f"{size:,} bytes, expected {expected:,}: truncated, or not a CIFAR file")
 
@@ -210,22 +229,29 @@ def _from_folder(folder, layout):
     for name, size in sizes.items():
         expect((folder / name).is_file(), folder / name, f"no such file, expected one of {size:,} bytes")
         _check_size(folder / name, (folder / name).stat().st_size, size)
-    there = [*sizes, *[name for name in (layout.names_file,) if (folder / name).is_file()]]
-    return {name: (folder / name).read_bytes() for name in there}
+    if (folder / layout.names_file).is_file():
+        sizes[layout.names_file] = NAMES
+    return {name: read_bytes(folder / name, "load_cifar", size) for name, size in sizes.items()}
 
 
 def _from_archive(archive, layout):
     """The same from a .tar.gz, read once from front to back; members we do not know are skipped."""
     sizes, files = _sizes(layout), {}
     known = {f"{layout.folder}/{name}": name for name in (*sizes, layout.names_file)}
+    most = sum(sizes.values()) + OTHERS
     try:
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                if name := known.get(member.name):
-                    expect(member.isreg(), archive,
-                           f"its member {member.name} is a link or a folder, expected a plain file")
-                    _check_size(f"{archive}: {member.name}", member.size, sizes.get(name, member.size))
-                    files[name] = tar.extractfile(member).read()
+        with opened(archive, "load_cifar") as file, gzip.open(file) as unpacked:
+            stream = Bounded(unpacked, most, archive)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    if name := known.get(member.name):
+                        expect(member.isreg(), archive,
+                               f"its member {member.name} is a link or a folder, expected a plain file")
+                        where = f"{archive}: {member.name}"
+                        expect(name in sizes or member.size <= NAMES, where,
+                               f"{member.size:,} bytes, expected at most {NAMES:,}")
+                        _check_size(where, member.size, sizes.get(name, member.size))
+                        files[name] = tar.extractfile(member).read()
             while stream.read(1 << 20):  # gzip compares its checksum at the end of the file
                 pass
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:

@@ -15,7 +15,7 @@ from typing import Any
 from .. import backend, plot
 from ..backend import products_in, to_numpy
 from ..errors import expect
-from ..files import check_target, check_writable, write_json
+from ..files import check_target, check_writable, claimed, write_json
 from ..random import manual_seed
 from ..tensor import no_grad
 from ..train import Run
@@ -45,7 +45,8 @@ def run(recipe: Recipe, out: str | os.PathLike, device: str = "auto", every: int
     """Run the comparison: write the checkpoints, history.jsonl, table.json and tokens.png into the folder
     `out` -> (table, a line that says where the picture is).
 
-    What an interrupted run has finished there is not done again."""
+    What an interrupted run has finished there is not done again. Busy, which says who, where another process
+    is at work on it."""
     began = time.perf_counter()
     out, device = pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
@@ -55,14 +56,16 @@ def run(recipe: Recipe, out: str | os.PathLike, device: str = "auto", every: int
     check_writable(out)
     check_target(out / "table.json", ".json")
     check_target(out / "tokens.png", ".png")
-    trial = Trial(recipe, arms(recipe), device=device, run=Run(out, every), threads=threads, bar=bar)
-    training = {phase: trial.train(phase)[1] for phase in trial.arms}
-    trained = {name: trial.train(phase)[0] for name, phase in SHOWN.items()}
-    table = measure(trial, trained)
-    seconds = round(time.perf_counter() - began, 1)
-    table |= {"training": training, "this_call": {"seconds": seconds, "peak_memory_mb": peak_memory()}}
-    write_json(out / "table.json", table)
-    return table, draw(trial, trained, out / "tokens.png")
+    # for the whole run, so that a second one ends before its work and not between two arms
+    with claimed(out / "table.json"), claimed(out / "tokens.png"):
+        trial = Trial(recipe, arms(recipe), device=device, run=Run(out, every), threads=threads, bar=bar)
+        training = {phase: trial.train(phase)[1] for phase in trial.arms}
+        trained = {name: trial.train(phase)[0] for name, phase in SHOWN.items()}
+        table = measure(trial, trained)
+        seconds = round(time.perf_counter() - began, 1)
+        table |= {"training": training, "this_call": {"seconds": seconds, "peak_memory_mb": peak_memory()}}
+        write_json(out / "table.json", table)
+        return table, draw(trial, trained, out / "tokens.png")
 
 
 def measure(trial: Trial, trained: dict[str, Any]) -> dict[str, Any]:

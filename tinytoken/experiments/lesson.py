@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -14,6 +13,7 @@ from .. import backend, random
 from ..data import dataset, load_pictures
 from ..errors import Busy, InputError, expect, one_line_of_warnings
 from ..files import as_json, check_target, check_writable, claimed, replacing, write_json
+from ..reading import field, read_json
 from ..train import Run
 from .arm import Arm, Recipe
 from .stats import bounds_text
@@ -108,7 +108,10 @@ class Lesson:
             if not path.exists():  # nor has another process written it meanwhile
                 write_json(path, {"value": job(), "recipe": recipe, "machine": machine(self.device),
                                   "seconds": round(time.perf_counter() - began, 1)})
-        part = json.loads(path.read_text())
+        part = read_json(path, "lesson")
+        expect("value" in part, "lesson", f"{path} has no value: delete it")
+        for key in ("recipe", "machine"):
+            field("lesson", path, part, key, lambda value: isinstance(value, dict), "an object: delete it")
         # an option of the recipe that an older part does not name had the value that is the default now
         there = {name: value for name, value in DEFAULTS.items() if name in recipe} | part["recipe"]
         other = [f"{name} {there.get(name)!r} there, {recipe.get(name)!r} now"
@@ -148,7 +151,7 @@ class Lesson:
         path = self.out / f"{self.stem}_{what}.png"
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
-        with one_line_of_warnings(path, "matplotlib"), replacing(path) as file:
+        with claimed(path, wait=True), one_line_of_warnings(path, "matplotlib"), replacing(path) as file:
             figure.savefig(file, format="png", dpi=110)
         print(f"picture: {path}")
         if "ipykernel" in sys.modules:
@@ -161,12 +164,13 @@ class Lesson:
         path = self.out / f"{self.stem}.json"
         if self.claims:
             self.measured(claims=self.claims)
-        write_json(path, {"lesson": self.name, "size": self.size, "seed": self.seed, "data": self.data,
-                          **({"headline": self.headline} if self.headline else {}),
-                          "machine": machine(self.device),
-                          "seconds": round(time.perf_counter() - self.began, 1),
-                          **({"machines_of_parts": self.machines} if self.machines else {}),
-                          "results": self.results})
+        saved = {"lesson": self.name, "size": self.size, "seed": self.seed, "data": self.data,
+                 **({"headline": self.headline} if self.headline else {}),
+                 "machine": machine(self.device), "seconds": round(time.perf_counter() - self.began, 1),
+                 **({"machines_of_parts": self.machines} if self.machines else {}),
+                 "results": self.results}
+        with claimed(path, wait=True):
+            write_json(path, saved)
         print(f"measured: {path} ({time.perf_counter() - self.began:.0f} s)")
         return path
 

@@ -1,5 +1,4 @@
 """A trial: the arms of an experiment, trained on one seed's pictures, and what is noted of each."""
-import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,6 @@ from ..backend import Array, to_device, to_numpy
 from ..cost import macs
 from ..data import Batches, likeness, load_pictures, normalise
 from ..errors import expect
-from ..files import claimed
 from ..models import model as models
 from ..tasks import Task
 from ..tasks import task as tasks
@@ -99,10 +97,9 @@ class Trial:
         phase, recipe = phase.replace(" ", "-"), self.recipe
         header = {"classes": list(self.train_set.names), "mean": self.batches.mean, "std": self.batches.std,
                   "data": recipe.data, **({"bounds": self.bounds} if self.run else {})}
-        with claimed(self.run.checkpoint(phase)) if self.run else contextlib.nullcontext():
-            return fit(task.model, task, self.batches, steps=steps, lr=lr, weight_decay=recipe.weight_decay,
-                       offset=offset, seed=recipe.seed, run=self.run, phase=phase, header=header,
-                       bar=self.bar, threads=self.threads, precision=recipe.precision, **more)
+        return fit(task.model, task, self.batches, steps=steps, lr=lr, weight_decay=recipe.weight_decay,
+                   offset=offset, seed=recipe.seed, run=self.run, phase=phase, header=header, bar=self.bar,
+                   threads=self.threads, precision=recipe.precision, **more)
 
     @functools.cached_property
     def bounds(self) -> dict[str, list[float]]:

@@ -6,7 +6,7 @@ import numpy as np
 from .. import random
 from ..backend import array_module
 from .layers import Linear, Projection
-from .module import Module, Parameter
+from .module import Module, Parameter, check_room
 
 
 def xavier(weight: Parameter, name: str, parts: int = 1, scale: float = 1.0) -> None:
@@ -44,6 +44,7 @@ def initialise(model: Module, residual_scale: float = 0.3) -> None:
 def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
     """The 2-D sine-cosine table, (h w, dim) float32: a quarter of the channels each for sin and cos of column
     and of row."""
+    check_room(math.prod(grid) * dim)
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
     rows, columns = (place.reshape(-1, 1) * frequencies
                      for place in np.mgrid[:grid[0], :grid[1]].astype("float64"))

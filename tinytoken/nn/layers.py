@@ -1,13 +1,11 @@
 """The layers of a transformer. Class and parameter names follow timm."""
 from typing import Any
 
-import numpy as np
-
 from .. import ops
 from ..backend import Array
 from ..errors import expect
 from ..tensor import Tensor, fused
-from .module import Module, Parameter
+from .module import Module, Parameter, zeros
 
 
 class Linear(Module):
@@ -17,8 +15,8 @@ class Linear(Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: int = 1) -> None:
         self.parts = parts
-        self.weight = Parameter(np.zeros((out_features, in_features), "float32"), decay=True)
-        self.bias = Parameter(np.zeros(out_features, "float32")) if bias else None
+        self.weight = Parameter(zeros(out_features, in_features), decay=True)
+        self.bias = Parameter(zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -29,7 +27,7 @@ class LayerNorm(Module):
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         self.eps = eps
-        self.weight, self.bias = Parameter(np.ones(dim, "float32")), Parameter(np.zeros(dim, "float32"))
+        self.weight, self.bias = Parameter(zeros(dim) + 1), Parameter(zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
@@ -129,8 +127,8 @@ class Projection(Module):
     parts = 1
 
     def __init__(self, dim: int, channels: int, patch: int) -> None:
-        self.weight = Parameter(np.zeros((dim, channels, patch, patch), "float32"), decay=True)
-        self.bias = Parameter(np.zeros(dim, "float32"))
+        self.weight = Parameter(zeros(dim, channels, patch, patch), decay=True)
+        self.bias = Parameter(zeros(dim))
 
     def forward(self, patches: Tensor) -> Tensor:
         return ops.linear(patches, self.weight.reshape(len(self.weight), -1), self.bias)

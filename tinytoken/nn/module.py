@@ -1,4 +1,7 @@
 """Modules: parameters and buffers by name, training and inference mode, state dicts."""
+import contextlib
+import contextvars
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
@@ -20,6 +23,7 @@ class Parameter(Tensor):
     __slots__ = ("decay", "lr_scale", "flat")
 
     def __init__(self, array: Array, decay: bool = False) -> None:
+        check_room(array.size, take=True)
         super().__init__(array, requires_grad=True)
         self.decay, self.lr_scale = decay, 1.0
         self.flat: Any = None
@@ -28,6 +32,36 @@ class Parameter(Tensor):
         twin = Parameter(self.data.copy(), self.decay)
         twin.lr_scale, twin.requires_grad = self.lr_scale, self.requires_grad
         return twin
+
+
+_room: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("room", default=None)
+
+
+@contextlib.contextmanager
+def at_most(values: int) -> Iterator[None]:
+    """Context: the parameters made in it may have so many values in all; InputError for one more.
+
+    For sizes that come from a file: a depth of 10^9 ends at the first block that the file cannot fill."""
+    token = _room.set([values])
+    try:
+        yield
+    finally:
+        _room.reset(token)
+
+
+def check_room(values: int, take: bool = False) -> None:
+    """InputError if `at_most` leaves no room for so many values more. take: they have it now."""
+    room = _room.get()
+    if room is not None:
+        expect(values <= room[0], "parameters",
+               f"{values:,} more are asked for, and the weights that are there have room for {room[0]:,}")
+        room[0] -= values if take else 0
+
+
+def zeros(*shape: int) -> np.ndarray:
+    """Zeros in float32 for a parameter of this shape, if `at_most` leaves room for it."""
+    check_room(math.prod(shape))
+    return np.zeros(shape, "float32")
 
 
 class Buffer:

@@ -2,9 +2,8 @@
 import dataclasses
 import json
 import os
-import pathlib
-import zipfile
-from typing import Any
+import reprlib
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -14,9 +13,11 @@ from ..errors import InputError, expect
 from ..files import as_json, plain_number, replacing
 from ..models import create, names
 from ..models import model as models
+from ..reading import field, finite, read_npz, whole
 
 FORMAT = "tinytoken checkpoint 1"
 Path = str | os.PathLike
+Groups: TypeAlias = dict[str, dict[str, np.ndarray]]  # {"model" or "optimizer": {name: array}}
 
 
 def save(path: Path, model: nn.Module, optimizer: Any = None, **header: Any) -> None:
@@ -30,34 +31,50 @@ def save(path: Path, model: nn.Module, optimizer: Any = None, **header: Any) -> 
         np.savez(file, header=np.array(json.dumps(header, default=plain_number)), **arrays)
 
 
-def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+def load(path: Path) -> tuple[dict[str, Any], Groups]:
     """(header, {group: {name: array}}) of a checkpoint; the groups are "model" and "optimizer".
 
-    InputError says what is wrong with a file that is not a checkpoint."""
-    path = pathlib.Path(path)
-    expect(path.exists(), "checkpoint", f"{path} does not exist")
-    groups: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}}
-    try:
-        with open(path, "rb") as file:
-            expect(zipfile.is_zipfile(file), "checkpoint",
-                   f"{path} is not a whole .npz file: truncated, or not a checkpoint")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as box:
-                header = json.loads(str(box["header"])) if "header" in box.files else {}
-                expect(header.get("format") == FORMAT, "checkpoint",
-                       f"{path} is not a {FORMAT!r} (its header says {header.get('format')!r})")
-                expect({"model", "config"} <= header.keys(), "checkpoint",
-                       f"{path} does not say its model and config")
-                for name in box.files:
-                    if name != "header":
-                        group, _, rest = name.partition("/")
-                        groups[group][rest] = native_array(box[name])
-    except InputError:
-        raise
-    except Exception as error:  # of a damaged file zipfile, zlib, json and NumPy raise a dozen different ones
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"checkpoint: {path} is not a readable checkpoint ({reason})") from error
+    The two are of one moment, whoever replaces the file meanwhile. InputError says what is wrong with a file
+    that is not a checkpoint."""
+    arrays = read_npz(path, "checkpoint")
+    header = _header(path, arrays.pop("header", None))
+    groups: Groups = {"model": {}, "optimizer": {}}
+    for name, array in arrays.items():
+        group, _, rest = name.partition("/")
+        expect(group in groups, "checkpoint", f"{path} holds {name!r}, expected model/... or optimizer/...")
+        groups[group][rest] = native_array(array)
     return header, groups
+
+
+def _header(path, array):
+    """The header, in which model and config have the right types."""
+    header = None
+    if array is not None:
+        expect(array.shape == () and array.dtype.kind == "U", "checkpoint",
+               f"{path} has a header of {array.shape} {array.dtype}, expected a text")
+        try:
+            header = json.loads(str(array))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"checkpoint: {path} has a header that is not JSON "
+                             f"({type(error).__name__}: {error})") from error
+    says = header.get("format") if isinstance(header, dict) else None
+    expect(says == FORMAT, "checkpoint", f"{path} is not a {FORMAT!r} (its header says {reprlib.repr(says)})")
+    expect({"model", "config"} <= header.keys(), "checkpoint", f"{path} does not say its model and config")
+    field("checkpoint", path, header, "model", lambda value: isinstance(value, str), "the name of a class")
+    field("checkpoint", path, header, "config", lambda value: isinstance(value, dict), "options by name")
+    return header
+
+
+def learned(path: Path, header: dict[str, Any], config: Any
+            ) -> tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]:
+    """(classes, mean, std) of the pictures that a model with this config was trained on: the names of its
+    classes, and the statistics of its channels. InputError where the header does not say them."""
+    def listed(name, count, ok, expected):
+        fits = lambda value: isinstance(value, list) and len(value) == count and all(map(ok, value))
+        return tuple(field("predict", path, header, name, fits, f"{count} {expected}"))
+    return (listed("classes", config.num_classes, lambda value: isinstance(value, str), "names"),
+            listed("mean", config.channels, finite, "numbers"),
+            listed("std", config.channels, lambda value: finite(value) and value > 0, "positive numbers"))
 
 
 def description(model: nn.Module) -> dict[str, Any]:
@@ -71,15 +88,16 @@ def description(model: nn.Module) -> dict[str, Any]:
 def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
     """The model that a checkpoint holds -> (model, header)."""
     header, groups = load(path)
-    name, config = str(header["model"]).lower(), header["config"]
+    name = header["model"].lower()
     expect(name in names(), "checkpoint",
            f"{path} holds a {header['model']!r}, expected one of {', '.join(names())}")
-    expect(isinstance(config, dict), "checkpoint",
-           f"{path} has the config {config!r}, expected options by name")
     try:
-        model = create(name, **config)
-    except (InputError, TypeError) as error:  # an option or a value that this version does not know
+        values = sum(array.size for array in groups["model"].values() if array.dtype.kind == "f")
+        with nn.at_most(2 * values):  # some models make parts, and then put others in their place
+            model = create(name, **header["config"])
+    except (ValueError, TypeError, ArithmeticError, MemoryError) as error:  # or an option that is not known
         raise InputError(f"checkpoint: {path} does not describe a {header['model']}: {error}") from error
+    _check_finite(path, groups["model"])
     model.load_state_dict(groups["model"])
     return model, header
 
@@ -89,15 +107,29 @@ def restore(path: Path, model: nn.Module, optimizer: Any = None) -> dict[str, An
 
     A checkpoint of another class or size of model is refused, and nothing is changed."""
     header, groups = load(path)
+    fill(path, header, groups, model, optimizer)
+    return header
+
+
+def fill(path: Path, header: dict[str, Any], groups: Groups, model: nn.Module, optimizer: Any = None) -> None:
+    """`restore` of what `load` has read from `path`."""
     there, expected = {"model": header["model"], "config": header["config"]}, description(model)
     expect(same_model(there, expected), "checkpoint",
            f"{path} holds {_call(**there)}, expected {_call(**expected)}")
+    for arrays in groups.values():
+        _check_finite(path, arrays)
     if optimizer is not None:
         expect(groups["optimizer"], "checkpoint",
                f"{path} holds no optimiser moments: it is a finished model, not a run to go on with")
-        optimizer.load_state(groups["optimizer"], header["optimizer_steps"])
+        steps = field("checkpoint", path, header, "optimizer_steps", whole, "a whole number")
+        optimizer.load_state(groups["optimizer"], steps)
     model.load_state_dict(groups["model"])
-    return header
+
+
+def _check_finite(path, arrays):
+    for name, array in arrays.items():
+        count = array.size - np.isfinite(array).sum() if array.dtype.kind == "f" else 0
+        expect(not count, "checkpoint", f"{path} has {count:,} values in {name} that are not finite")
 
 
 def same_model(there: dict[str, Any], expected: dict[str, Any]) -> bool:

@@ -1,4 +1,5 @@
 """The training loop."""
+import contextlib
 import time
 from typing import Any
 
@@ -33,6 +34,7 @@ def fit(model: nn.Module, task: Task, batches: Any, *, steps: int, lr: float = 1
     the end, and on Ctrl-C, which ends the run after the step it is in with KeyboardInterrupt. Training goes
     on from a checkpoint that exists, to the same bits as an uninterrupted run with as many threads. One with
     another model, recipe or header (JSON: what else a checkpoint is to say) is another run's, and refused.
+    Busy is raised where another process is training the same phase in the same folder.
     """
     expect(isinstance(steps, int) and steps > 0, "fit", f"steps {steps!r}, expected a positive whole number")
     params = [p for p in model.parameters() if p.requires_grad]
@@ -40,17 +42,17 @@ def fit(model: nn.Module, task: Task, batches: Any, *, steps: int, lr: float = 1
     recipe = dict(steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, clip=clip, micro=micro,
                   seed=seed, offset=offset)
     header = _header(recipe, task, batches, optimizer, precision) | (header or {})
-    start, report, recent = run.resume(phase, model, optimizer, header) if run else fresh()
     advice = f"of {phase}: try a learning rate below {lr}"
     advice += ". The last checkpoint is unharmed." if run else ""
     rates = [lr * warmup_cosine(step, steps, warmup) for step in range(steps)]
     work = Work(task, batches, optimizer, rates, seed, offset, micro, threads, advice)
-    losses = Losses(recent, advice)
-    model.train()
-    began, on_cpu = time.perf_counter() - report["seconds"], work.xp is np
-    with (products_in(precision, optimizer.params[0].device), Interrupt() as interrupt,
+    beginning = run.claimed(phase, model, optimizer, header) if run else contextlib.nullcontext(fresh())
+    with (beginning as (start, report, recent), products_in(precision, optimizer.params[0].device),
+          Interrupt() as interrupt,
           tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress):
-        take = stepper(work)
+        model.train()
+        losses, take = Losses(recent, advice), stepper(work)
+        began, on_cpu = time.perf_counter() - report["seconds"], work.xp is np
         for step in range(start, steps):
             losses.add(step, *take(step))
             progress.update()

@@ -1,14 +1,20 @@
 """Where a training run keeps its files, and how it goes on from them."""
+import contextlib
 import json
 import os
 import pathlib
 import reprlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 from .. import nn
 from ..errors import InputError, expect
-from ..files import as_json, plain_number, replacing
+from ..files import as_json, claimed, plain_number, replacing
+from ..reading import field, finite, numbers, open_regular, read_bytes, read_rows, whole
 from . import checkpoint
+
+# The step to go on from, the report so far, and the losses since the last logged step
+State: TypeAlias = tuple[int, dict[str, Any], list[dict[str, float]]]
 
 
 class Run:
@@ -24,54 +30,74 @@ class Run:
         """The path of a phase's checkpoint."""
         return self.folder / f"{phase}.npz"
 
+    @contextlib.contextmanager
+    def claimed(self, phase: str, model: nn.Module, optimizer: Any,
+                header: dict[str, Any]) -> Iterator[State]:
+        """Context: this process alone trains the phase -> what `resume` returns. Busy, which says who trains
+        it, where another does."""
+        with claimed(self.checkpoint(phase)):
+            yield self.resume(phase, model, optimizer, header)
+
     def log(self, **row: Any) -> None:
         """Append one line to the history."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.history, "a") as file:
-                file.write(json.dumps(row, default=plain_number) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.history}: {error.strerror}") from error
+        line = json.dumps(row, default=plain_number) + "\n"
+        with claimed(self.history, wait=True):  # of another phase, in another process
+            try:
+                with open_regular(self.history, "ab") as file:
+                    file.write(line.encode())
+            except OSError as error:
+                raise InputError(f"cannot write {self.history}: {error.strerror}") from error
 
     def forget(self, phase: str, step: int) -> None:
         """Drop the history of `phase` from `step` on: what an interrupted run logged after its last
-        checkpoint, and a last line that a crash cut off."""
-        if self.history.exists():
-            lines = self.history.read_text().splitlines()
-            kept = [line for line in lines if _earlier(line, phase, step)]
-            if len(kept) < len(lines):
-                with replacing(self.history, "w") as file:
-                    file.writelines(line + "\n" for line in kept)
+        checkpoint, and a last line that a crash cut off. InputError for other lines that cannot be read."""
+        if not self.history.exists():
+            return
+        with claimed(self.history, wait=True):
+            rows = read_rows(self.history, "Run")
+            steps = [field("Run", f"{self.history}, line {number},", row, "step", whole, "a whole number")
+                     if row.get("phase") == phase else -1 for number, _, row in rows]
+            kept = b"".join(line + b"\n" for at, (_, line, _) in zip(steps, rows) if at < step)
+            if kept != read_bytes(self.history, "Run"):
+                with replacing(self.history) as file:
+                    file.write(kept)
 
-    def resume(self, phase: str, model: nn.Module, optimizer: Any,
-               header: dict[str, Any]) -> tuple[int, dict[str, Any], list[dict[str, float]]]:
+    def resume(self, phase: str, model: nn.Module, optimizer: Any, header: dict[str, Any]) -> State:
         """Load the checkpoint of a phase, if there is one -> (step to go on from, the report so far, losses
         since the last logged step).
 
         A checkpoint that does not say what `header` says, recipe and all, is another run's, and refused."""
         path, state = self.checkpoint(phase), fresh()
         if path.exists():
-            there, _ = checkpoint.load(path)
+            there, groups = checkpoint.load(path)
             differences = ", ".join(_differences(there, model, header))
             expect(not differences, "fit",
                    f"{path} belongs to another run ({differences}): choose another --out, or delete it")
-            checkpoint.restore(path, model, optimizer if there["step"] < header["recipe"]["steps"] else None)
-            state = there["step"], there["result"], there["recent"]
+            steps = header["recipe"]["steps"]
+            state = _state(path, there, steps)
+            checkpoint.fill(path, there, groups, model, optimizer if state[0] < steps else None)
         self.forget(phase, state[0])
         return state
 
 
-def fresh() -> tuple[int, dict[str, Any], list[dict[str, float]]]:
+def fresh() -> State:
     """What `Run.resume` returns where there is no checkpoint."""
     return 0, {"seconds": 0.0}, []
 
 
-def _earlier(line, phase, step):
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return row.get("phase") != phase or row["step"] < step
+def _state(path, there, steps):
+    """What `Run.resume` returns of a checkpoint's header, if all of it has the right type and size."""
+    def found(name, ok, expected):
+        return field("fit", path, there, name, ok, expected)
+    step = found("step", lambda value: whole(value) and value <= steps, f"a whole number up to {steps}")
+    if step < steps:
+        found("optimizer_steps", lambda value: value == step, f"{step}, as its step")
+    report = found("result", numbers, "numbers by name")
+    field("fit", f"{path}: its result", report, "seconds", lambda value: finite(value) and value >= 0,
+          "those of the training so far")
+    recent = found("recent", lambda value: isinstance(value, list) and all(map(numbers, value)),
+                   "a list of losses, numbers by name")
+    return step, report, recent
 
 
 def _differences(there, model, header):
@@ -86,7 +112,7 @@ def _differences(there, model, header):
 def _changed(there, now):
     for name, value in now.items():
         old = there.get(name)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(old, dict | None):
             yield from _changed(old or {}, value)
         elif old != value:
             yield f"{name} {reprlib.repr(old)} there, {reprlib.repr(value)} now"

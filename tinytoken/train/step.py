@@ -118,6 +118,9 @@ class Losses:
 
     def mean(self) -> dict[str, float]:
         """{name: mean} of those that were read, which are then forgotten."""
+        first, last = self.recent[0], self.recent[-1]
+        expect(all(row.keys() == last.keys() for row in self.recent), "fit",
+               lambda: f"losses {', '.join(first)} in the checkpoint, {', '.join(last)} now")
         means = {name: sum(row[name] for row in self.recent) / len(self.recent) for name in self.recent[0]}
         self.recent.clear()
         return means
