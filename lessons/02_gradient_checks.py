@@ -314,9 +314,10 @@ assert columns < 1e-12 < 0.01 < length
 #
 # `tt.gradcheck(op, *inputs)` is this check with care: float64 or it refuses; a random upstream gradient,
 # drawn from a seed; each input by itself; twice, to see that the result is the same; inputs, outputs and g
-# unchanged; with zeros upstream, where every gradient must be zero. It passes if the gap is at most 1e-8 +
-# 1e-6 times the input's largest slope. It returns a report or raises `GradientError`, with a reading of what
-# kind of mistake the numbers look like.
+# unchanged; with zeros upstream, where every gradient must be zero; with an upstream gradient of large, small
+# and zero numbers, which a vjp must treat as any other, since it is linear in g. An element passes if the gap
+# is at most 1e-8 + 1e-6 times its slope. The check returns a report or raises `GradientError`, with a reading
+# of what kind of mistake the numbers look like.
 
 # %%
 print(tt.gradcheck(tt.ops.softmax, x))
@@ -680,8 +681,8 @@ here.measured(best_steps={f"{name} {dtype}": {"step": float(s), "error": float(e
 # %% [markdown]
 # ## Exercises
 #
-# 1. Write an op `square_root` with @tt.op and let gradcheck pass it. What does gradcheck say at x = 0, and at
-#    x = 1e-7?
+# 1. Write an op `square_root` with @tt.op and let gradcheck pass it. What does gradcheck say at x = 0? At
+#    x = 1e-7 a step of 1e-6 leads out of the domain, and still it passes: which steps could it take?
 # 2. For |x| with the vjp g sign(x), what does gradcheck say at x = 0? Explain why it differs from relu's
 #    case.
 # 3. Divide by 2h instead of (high - low) in `central`. Which part of the V changes, and why?

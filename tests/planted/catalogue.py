@@ -14,31 +14,36 @@ CATALOGUE, STRAIGHT_THROUGH = [], []
 @dataclasses.dataclass
 class Planted:
     """`wrong` and `right`: the two ops. inputs(rng): a tuple of tiny arrays. kind: what gradcheck should call
-    it, or None if no simple reading fits."""
+    it, or None if no simple reading fits. state: what wrong keeps between calls, empty at the start of each
+    check."""
     name: str
     wrong: object
     right: object
     inputs: object
     kind: str
     settings: dict
+    state: dict
 
     def call(self, function):
         """The function of the inputs alone, settings filled in."""
+        self.state.clear()
         return functools.partial(function, **self.settings)
 
 
 def plant(right, inputs, kind=None, into=CATALOGUE, **settings):
     """Decorator of wrong(output, *arrays, **the settings it names) -> vjp: plants it in place of right's own
-    vjp."""
+    vjp. A wrong with an argument `state` gets the same dictionary at every call."""
     def decorate(wrong):
-        names = inspect.signature(wrong).parameters
+        names, state = inspect.signature(wrong).parameters, {}
 
         @functools.wraps(right.function)
         def function(*arrays, **given):
             out, _ = right.function(*arrays, **given)
-            return out, wrong(out, *arrays, **{name: value for name, value in given.items() if name in names})
+            kept = {name: value for name, value in (given | {"state": state}).items() if name in names}
+            return out, wrong(out, *arrays, **kept)
         function.__name__, function.__module__ = wrong.__name__, wrong.__module__
-        into.append(Planted(wrong.__name__, op(function), right, inputs, kind, settings))
+        into.append(Planted(wrong.__name__, op(function), right, inputs, kind, settings,
+                            state))
         return wrong
     return decorate
 
