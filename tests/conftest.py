@@ -1,4 +1,5 @@
 """One test body for both array modules: the fixture `xp` is numpy, and cupy where it has a device."""
+import collections
 import gc
 
 import numpy
@@ -27,7 +28,15 @@ def pytest_collection_modifyitems(items):
     if not ready:
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=f"no GPU: {reason}"))
+                item.add_marker(pytest.mark.skip(reason=f"need a GPU: {reason}"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A line for each reason why tests were skipped, and how many."""
+    reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ")
+                                  for report in terminalreporter.stats.get("skipped", ()))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped: {count:,} ({reason})")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,7 +1,9 @@
 """The command line, in this process and in others: what it prints, how it ends, and what it refuses in one
 line."""
+import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,11 +13,12 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
-from tiny import SmallRecipe, bits, everything, python, refused, saved, small_cifar
+from tiny import ROOT, SmallRecipe, bits, everything, python, refused, saved, small_cifar
 from tinytoken import __main__, backend, doctor, experiments
 from tinytoken.__main__ import main
 from tinytoken.course import grade
 from tinytoken.data import dataset
+from tinytoken.errors import this_python
 from tinytoken.experiments import Trial, compare, tables
 from tinytoken.train import checkpoint
 
@@ -32,12 +35,11 @@ def small(monkeypatch, tmp_path):
 # compare
 
 def test_compare_prints_the_table_and_where_everything_is(capsys, tmp_path, monkeypatch):
-    no_gpu = False, "CuPy cannot be imported (No module named 'cupy')"
-    monkeypatch.setattr(backend, "cuda_ready", lambda: no_gpu)
+    monkeypatch.setattr(backend, "cuda_ready", lambda: (False, "CuPy cannot be imported"))
+    monkeypatch.setattr(backend, "gpu_present", lambda: False)
     assert main(["compare", "--steps", "4", "--seed", "7", "--threads", "1"]) == 0
     out, _ = capsys.readouterr()
-    lines = out.splitlines()
-    assert lines[:2] == ["running on the CPU: CuPy cannot be imported (No module named 'cupy')", ""]
+    lines = ["", *out.splitlines()]  # no word about a GPU where none is
     rows = ["| model", "|---|---|---|---|---|---|---|", "| ViT", "| DynamicViT", "| LookupViT",
             "| LookupViT, both heads"]
     assert [line.split(" |")[0] for line in lines[2:8]] == rows
@@ -66,24 +68,24 @@ def test_compare_takes_its_options(monkeypatch, capsys):
 
 BAD = {
     "steps": (["--steps", "0"], "compare: 0 steps, expected at least 4"),
+    "too many steps": (["--steps", "1" + 20 * "0"],
+                       "compare: 100,000,000,000,000,000,000 steps, expected at most 10,000,000"),
     "negative steps": (["--steps", "-3"], "compare: -3 steps, expected at least 4"),
     "seed": (["--seed", "-1"], "random: seed -1, expected 0 <= int < 2**64"),
     "large seed": (["--seed", str(2 ** 64)], f"random: seed {2 ** 64}, expected 0 <= int < 2**64"),
     "threads": (["--threads", "0"], "compare: 0 threads, expected at least 1"),
     "data": (["--data", "nowhere"],
-             f"data: nowhere does not exist; expected one of {', '.join(dataset)}, or a folder of one "
-             "of these kinds"),
+             f"data: nowhere does not exist; expected {dataset.choices()}"),
     "empty folder": (["--data", "."],
-                     f"data: . holds no data set that is known here; expected one of {', '.join(dataset)}, "
-                     "or a folder of one of these kinds"),
+                     f"data: . holds no data set that is known here; expected {dataset.choices()}"),
     "no data": (["--data", ""],
-                f"data: no name; expected one of {', '.join(dataset)}, or a folder of one of these kinds"),
+                f"data: no name; expected {dataset.choices()}"),
     "no cifar10": (["--data", "cifar10"], "find_data: no CIFAR-10 in data; download it (about 170 MB) with "
-                   "python -c \"from tinytoken.data import download_cifar; "
+                   "PYTHON -c \"from tinytoken.data import download_cifar; "
                    "download_cifar('data', 'cifar10')\" or name a folder that has cifar-10-batches-bin/ or "
                    "cifar-10-binary.tar.gz: --data DIR or TINYTOKEN_DATA=DIR"),
     "cuda": (["--device", "cuda"], "device: cuda asked for, but CuPy finds no usable CUDA device or driver; "
-             "`python -m tinytoken doctor` says how to fix it"),
+             "`PYTHON -m tinytoken doctor` says how to fix it"),
 }
 
 
@@ -92,7 +94,7 @@ def test_compare_refuses(arguments, text, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "cuda_ready", lambda: (False, "CuPy finds no usable CUDA device or driver"))
     device = [] if "--device" in arguments else ["--device", "cpu"]
     line = refused(capsys, "compare", *device, *arguments)
-    assert line == text
+    assert line == text.replace("PYTHON", this_python())
     assert everything(tmp_path) == []
 
 
@@ -178,7 +180,7 @@ def test_a_broken_cupy_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backend, "cuda_ready", backend.cuda_ready.__wrapped__)  # without its memory
     assert refused(capsys, "compare", "--device", "cuda") == (
         "device: cuda asked for, but CuPy cannot be imported (libcuda.so.1: cannot open shared object file); "
-        "`python -m tinytoken doctor` says how to fix it")
+        f"`{this_python()} -m tinytoken doctor` says how to fix it")
     assert len(doctor.report().splitlines()) == 8
 
 
@@ -234,12 +236,59 @@ def test_every_error_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.parametrize("text, line", [("", "by Ctrl-C"),
                                         ("vit stopped after step 3 of 9", "vit stopped after step 3 of 9")])
-def test_ctrl_c_is_130(text, line, monkeypatch, capsys):
-    def run(args):
+@pytest.mark.parametrize("saved", (True, False))
+def test_ctrl_c_promises_a_checkpoint_only_where_one_is(saved, text, line, monkeypatch, capsys, tmp_path):
+    def run(recipe, out, **settings):
+        if saved:
+            out.mkdir()
+            (out / "vit.npz").touch()
         raise KeyboardInterrupt(*([text] if text else []))
-    monkeypatch.setattr(__main__, "run_compare", run)
-    assert main(["compare"]) == 130
-    assert capsys.readouterr().err == f"stopped: {line}. The same command goes on from the last checkpoint.\n"
+    monkeypatch.setattr(compare, "run", run)
+    assert main(["compare", "--out", "out", "--device", "cpu"]) == 130
+    promise = ("The same command goes on from the last checkpoint." if saved else
+               "There is no checkpoint yet: the same command starts anew.")
+    assert capsys.readouterr().err == f"stopped: {line}. {promise}\n"
+
+
+def test_ctrl_c_in_a_command_that_keeps_nothing(monkeypatch, capsys):
+    def run(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(__main__, "run_bench", run)
+    assert main(["bench"]) == 130
+    assert capsys.readouterr().err == "stopped: by Ctrl-C\n"
+
+
+@pytest.mark.parametrize("gpu", (True, False))
+def test_a_gpu_that_cannot_be_used_is_said_where_one_is(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(backend, "cuda_ready", lambda: (False, "reason"))
+    monkeypatch.setattr(backend, "gpu_present", lambda: gpu)
+    assert backend.announced_device("auto") == backend.announced_device("cpu") == "cpu"
+    said = f"running on the CPU: reason; `{this_python()} -m tinytoken doctor` says how to fix it\n"
+    assert capsys.readouterr().out == (said if gpu else "")
+
+
+def test_a_gpu_is_present_where_its_driver_is(monkeypatch):
+    for tool, files in ((None, False), ("/bin/nvidia-smi", False), (None, True)):
+        monkeypatch.setattr(backend.shutil, "which", lambda name: tool)
+        monkeypatch.setattr(backend.os.path, "exists", lambda path: files)
+        assert backend.gpu_present() == bool(tool or files)
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["compare", "--out", ""], "argument --out: expected a path, given ''"),
+    (["predict", "", "a.png"], "argument checkpoint: expected a path, given ''"),
+    (["bench", "--image-size", str(2 ** 30)], "argument --image-size: 1073741824, expected at most 65,536"),
+    (["bench", "--dim", "1.5"], "argument --dim: invalid size value: '1.5'")])
+def test_paths_and_sizes_are_refused_by_their_option(argv, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith(f"error: {text}\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"tinytoken {tt.__version__}\n"
 
 
 # In a process of its own
@@ -248,6 +297,32 @@ def test_python_m_tinytoken(tmp_path):
     process = python("-m", "tinytoken", "predict", "none.npz", "none.png")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (2, "", "error: checkpoint: none.npz does not exist\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell's redirections")
+@pytest.mark.parametrize("ending, status, said", [
+    ("| head -c 1", 141, ""), ("| true", 141, ""), ("2>&1 | true", 141, ""),
+    (">&-", 0, ""), (">&- 2>&-", 0, ""), ("2>&-", 0, None),
+    pytest.param("> /dev/full", 2, "error: [Errno 28] No space left on device\n",
+                 marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full"))])
+def test_output_that_nobody_reads(ending, status, said, tmp_path):
+    """head has seen enough, or the stream was never open: no traceback, no word, the usual status."""
+    # 100 kB do not fit into a pipe: the writer waits for a reader, or learns that there is none. A short text
+    # is still in Python's buffer when the command has ended.
+    lines = 2 if "full" in ending else 50_000
+    (tmp_path / "long.py").write_text("import sys; from tinytoken import __main__, doctor\n"
+                                      f"doctor.report = lambda: 'x\\n' * {lines}\n"
+                                      "sys.exit(__main__.main(['doctor']))\n")
+    command = f"{shlex.quote(sys.executable)} long.py {ending}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == status and done.stderr == (said or "")
+
+
+def test_errors_with_both_streams_closed():
+    command = f"{shlex.quote(sys.executable)} -m tinytoken predict none.npz none.png >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 2
 
 
 def test_ctrl_c_on_the_command_line_and_the_same_command_again(tmp_path):

@@ -1,7 +1,9 @@
 """The doctor: what is found on a machine, and the pip line for what is missing."""
 import importlib.metadata
+import pathlib
 import subprocess
 import sys
+import tomllib
 import types
 
 import numpy as np
@@ -9,9 +11,12 @@ import pytest
 
 from tinytoken import backend, doctor
 from tinytoken.__main__ import main
+from tinytoken.errors import install, this_python
 
+CUPY12, CUPY13 = (install(f"cupy-cuda{n}x[ctk]>=14.1,<15") for n in (12, 13))
+UNINSTALL = f"{this_python()} -m pip uninstall"
 NO_DRIVER = ("No nvidia-smi here, so probably no NVIDIA driver; with one: "
-             "pip install 'tinytoken-vit[cuda13]' (driver 580 or newer) or [cuda12]")
+             f"{CUPY13} (driver 580 or newer), or cupy-cuda12x")
 
 
 def test_doctor_prints_what_it_found(capsys, monkeypatch):
@@ -35,14 +40,14 @@ def test_doctor_names_the_extra_that_is_missing(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "9.8" if name == "matplotlib" else None)
     for name in backend.blas_environment():
         monkeypatch.delenv(name)
-    assert "matplotlib 9.8 and pillow missing: pip install 'tinytoken-vit[plot]'" in doctor.report()
+    assert f"matplotlib 9.8 and pillow missing: {this_python()} -m pip install pillow" in doctor.report()
     assert "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set" in doctor.report()
 
 
 @pytest.mark.parametrize("said, advice", [
-    ("580.65.06\n", "Driver 580.65.06: pip install 'tinytoken-vit[cuda13]'"),
-    ("610.10\n610.10\n", "Driver 610.10: pip install 'tinytoken-vit[cuda13]'"),
-    ("579.99\n", "Driver 579.99: pip install 'tinytoken-vit[cuda12]'"),
+    ("580.65.06\n", f"Driver 580.65.06: {CUPY13}"),
+    ("610.10\n610.10\n", f"Driver 610.10: {CUPY13}"),
+    ("579.99\n", f"Driver 579.99: {CUPY12}"),
     ("", "nvidia-smi is here but names no driver version: is the driver loaded?"),
     ("NVIDIA-SMI has failed\n", "nvidia-smi is here but names no driver version: is the driver loaded?"),
     (subprocess.TimeoutExpired("nvidia-smi", 20),
@@ -72,11 +77,10 @@ def test_doctor_on_a_machine_with_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("wheels, driver, advice", [
     (["cupy-cuda12x", "cupy-cuda13x"], "580.65",
-     "pip uninstall cupy-cuda12x cupy-cuda13x, then install one. Driver 580.65: "
-     "pip install 'tinytoken-vit[cuda13]'"),
+     f"{UNINSTALL} cupy-cuda12x cupy-cuda13x, then install one. Driver 580.65: {CUPY13}"),
     (["cupy-cuda13x"], "535.1",
-     "Driver 535.1: pip uninstall cupy-cuda13x, then pip install 'tinytoken-vit[cuda12]'"),
-    (["cupy-cuda13x"], "580.65", "Driver 580.65: pip install 'tinytoken-vit[cuda13]'")])
+     f"Driver 535.1: {UNINSTALL} cupy-cuda13x, then {CUPY12}"),
+    (["cupy-cuda13x"], "580.65", f"Driver 580.65: {CUPY13}")])
 def test_doctor_says_which_wheel_has_to_go(wheels, driver, advice, monkeypatch):
     monkeypatch.setattr(backend, "cupy_wheels", lambda: wheels)
     monkeypatch.setattr(backend, "cuda_ready", lambda: (False, "reason"))
@@ -89,3 +93,15 @@ def test_doctor_says_which_wheel_has_to_go(wheels, driver, advice, monkeypatch):
 def test_doctor_reads_versions():
     assert doctor._version("numpy") == importlib.metadata.version("numpy")
     assert doctor._version("no-such-package") is None
+
+
+def test_the_doctor_installs_what_pyproject_asks_for():
+    project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert doctor.CUPY == {name: extras[name][0] for name in ("cuda12", "cuda13")}
+    assert {text.partition(">")[0] for text in extras["plot"]} == {"matplotlib", "pillow"}
+
+
+def test_no_hint_names_our_distribution_which_is_not_on_the_index():
+    for file in (pathlib.Path(doctor.__file__).parent).rglob("*.py"):
+        assert "tinytoken-vit" not in file.read_text(), file

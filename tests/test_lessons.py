@@ -13,6 +13,7 @@ import pytest
 
 import tinytoken as tt
 from tinytoken import files
+from tinytoken.errors import install
 from tinytoken.experiments import Recipe, lesson
 
 LESSONS = pathlib.Path(__file__).parents[1] / "lessons"
@@ -152,7 +153,7 @@ def test_what_another_process_is_doing_is_left_for_later(tmp_path, monkeypatch, 
 def test_without_matplotlib_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     lesson.begin("00_test", ["--out", str(tmp_path)]).picture("line", lambda figure: 1 / 0)
-    assert "pip install 'tinytoken-vit[plot]'" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
+    assert install("matplotlib") in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
 def test_options_that_cannot_be_used_end_the_program_with_one_line(tmp_path):

@@ -14,6 +14,7 @@ from tiny import KINDS, MEAN, STD, everything, recipes_model, refused, saved
 from tinytoken import plot, predict
 from tinytoken.__main__ import main
 from tinytoken.data import likeness, scenes
+from tinytoken.errors import install
 from tinytoken.train import checkpoint
 
 Image = pytest.importorskip("PIL.Image", reason="predict reads pictures with pillow")
@@ -204,11 +205,11 @@ def test_predict_without_matplotlib_or_pillow(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["predict", "model.npz", "cat.png"]) == 0
     out, _ = capsys.readouterr()
-    assert out.endswith(" %\nno picture written: matplotlib is not installed (pip install "
-                        "'tinytoken-vit[plot]')\n")
+    assert out.endswith(" %\nno picture written: matplotlib is not installed "
+                        f"({install('matplotlib')})\n")
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert refused(capsys, "predict", "model.npz", "cat.png") == (
-        "predict reads pictures with pillow, which is not installed: pip install 'tinytoken-vit[plot]'")
+        "predict reads pictures with pillow, which is not installed: " + install("pillow"))
     assert everything(tmp_path) == ["cat.png", "model.npz"]
 
 

@@ -1,5 +1,6 @@
 """tinytoken compare | predict | doctor | bench | stub | grade | autograder-zip; or python -m tinytoken ..."""
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -9,12 +10,45 @@ from . import __version__, backend, models, predict
 from .data import dataset
 from .errors import InputError, expect
 
+MOST = 65_536  # of a size on the command line
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line -> exit code: 0, 2 for an input that cannot be used, 130 after Ctrl-C."""
-    args = parser().parse_args(argv)
+    """The command line -> exit code.
+
+    0; 2 for an input that cannot be used; 130 after Ctrl-C; 141 where nobody reads the output any more, as in
+    `tinytoken ... | head`, which is no error.
+    """
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8")  # closed by `>&-`
+                              for stream in (sys.stdout, sys.stderr))
+    try:
+        try:
+            return run(parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()  # here and not at exit, where nothing could be said about it
+    except BrokenPipeError:
+        to_nowhere(sys.stdout, sys.stderr)
+        return 141
+    except OSError as error:  # a full disk under the output
+        print("error:", error, file=sys.stderr)
+        to_nowhere(sys.stdout)
+        return 2
+
+
+def to_nowhere(*streams: Any) -> None:
+    """What the streams still hold, and what comes, is dropped."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command that was chosen -> exit code, with one line on stderr if it is not 0."""
     try:
         return args.run(args) or 0
+    except BrokenPipeError:
+        raise
     except (InputError, OSError) as error:
         # on one line, even if the message has a hint on a second one
         print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -23,9 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: out of memory:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"stopped: {str(stop) or 'by Ctrl-C'}. The same command goes on from the last checkpoint.",
-              file=sys.stderr)
+        print(f"stopped: {str(stop) or 'by Ctrl-C'}", file=sys.stderr)
         return 130
+
+
+def path(text: str) -> pathlib.Path:
+    """A path of the command line; '' would be the present folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, given ''")
+    return pathlib.Path(text)
+
+
+def size(text: str) -> int:
+    """A size on the command line: small enough for arrays that have several of them as axes."""
+    if int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"{text}, expected at most {MOST:,}")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,23 +84,23 @@ def parser() -> argparse.ArgumentParser:
     job = commands.add_parser(
         "compare", help="train a ViT, a DynamicViT and a LookupViT side by side; a table and a picture")
     job.add_argument("--data", default="scenes",
-                     help=f"{', '.join(dataset)}, or a folder of one of these kinds (default: scenes)")
+                     help=f"{dataset.choices()} (default: scenes)")
     job.add_argument("--steps", type=int, help="training steps of each model")
     job.add_argument("--seed", type=int, default=0)
     job.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     job.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"),
                      help="of a GPU's products in training (default: fp32)")
     job.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    job.add_argument("--out", type=pathlib.Path,
+    job.add_argument("--out", type=path,
                      help="folder for what is written (default: runs/compare-DATA-SEED)")
     job.set_defaults(run=run_compare)
 
     guess = commands.add_parser(
         "predict", help="classes of a picture by a checkpoint, and the tokens it used",
         description=predict.EXPECTED, formatter_class=argparse.RawDescriptionHelpFormatter)
-    guess.add_argument("checkpoint", type=pathlib.Path)
-    guess.add_argument("picture", type=pathlib.Path)
-    guess.add_argument("--out", type=pathlib.Path,
+    guess.add_argument("checkpoint", type=path)
+    guess.add_argument("picture", type=path)
+    guess.add_argument("--out", type=path,
                        help="where to write the picture with its tokens: .png, .jpg, .pdf or .svg "
                             "(default: PICTURE.tokens.png, of a sample in the current folder)")
     guess.set_defaults(run=run_predict)
@@ -62,8 +109,8 @@ def parser() -> argparse.ArgumentParser:
         "bench", help="how fast this machine trains and runs a model; where the time of a step goes")
     clock.add_argument("--model", default="vit", choices=models.names())
     for name, value in dict(image_size=32, patch_size=4, dim=96, depth=6, heads=3, batch=64).items():
-        clock.add_argument("--" + name.replace("_", "-"), type=int, default=value, help=f"default: {value}")
-    clock.add_argument("--micro", type=int, help="images of a slice (default: what fit would take)")
+        clock.add_argument("--" + name.replace("_", "-"), type=size, default=value, help=f"default: {value}")
+    clock.add_argument("--micro", type=size, help="images of a slice (default: what fit would take)")
     clock.add_argument("--threads", type=int, help="CPU threads (default: all)")
     clock.add_argument("--profile", action="store_true", help="a training step on one thread, op by op")
     clock.set_defaults(run=run_bench)
@@ -80,28 +127,28 @@ def course(commands: Any) -> None:
     """The commands of the course. Assignments are looked for in lessons/assignments, or in --assignment."""
     copy = commands.add_parser(
         "stub", help="a student's copy of an assignment: without solutions and hidden tests")
-    copy.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
+    copy.add_argument("--out", type=path, required=True, help="a new folder")
     copy.add_argument("--notebook", action="store_true", help="write it as a notebook too")
     copy.set_defaults(run=run_stub)
 
     points = commands.add_parser("grade", help="points for a submission, case by case")
     which = points.add_mutually_exclusive_group(required=True)
-    which.add_argument("--submission", type=pathlib.Path, help="the folder that holds the file, or the file")
-    which.add_argument("--submissions", type=pathlib.Path, help="a folder of such folders; needs --csv")
-    points.add_argument("--csv", type=pathlib.Path, help="with --submissions: a line for each")
-    points.add_argument("--json", type=pathlib.Path, help="write the report as JSON")
-    points.add_argument("--gradescope", type=pathlib.Path, help="write Gradescope's results.json")
+    which.add_argument("--submission", type=path, help="the folder that holds the file, or the file")
+    which.add_argument("--submissions", type=path, help="a folder of such folders; needs --csv")
+    points.add_argument("--csv", type=path, help="with --submissions: a line for each")
+    points.add_argument("--json", type=path, help="write the report as JSON")
+    points.add_argument("--gradescope", type=path, help="write Gradescope's results.json")
     points.add_argument("--leaderboard", action="store_true",
                         help="with --gradescope: train with a submission that has all points "
                              "(a3, a4: about a minute) and post accuracy and multiply-adds")
     points.set_defaults(run=run_grade)
 
     archive = commands.add_parser("autograder-zip", help="the zip that Gradescope runs")
-    archive.add_argument("--out", type=pathlib.Path, help="default: NAME_autograder.zip")
+    archive.add_argument("--out", type=path, help="default: NAME_autograder.zip")
     archive.set_defaults(run=run_zip)
     for command in (copy, points, archive):
         command.add_argument("name", help="a1, a2, a3 or a4")
-        command.add_argument("--assignment", type=pathlib.Path,
+        command.add_argument("--assignment", type=path,
                              help="the folder of the assignment, or of several")
     for command in (points, archive):
         command.add_argument("--hidden", action="store_true",
@@ -115,7 +162,12 @@ def run_compare(args: argparse.Namespace) -> None:
     name = pathlib.Path(args.data).name or pathlib.Path(args.data).resolve().name  # "." has none
     out = args.out or pathlib.Path("runs") / f"compare-{name}-{args.seed}"
     device = backend.announced_device(args.device)
-    table, picture = compare.run(Recipe(**changes), out, device=device, threads=args.threads)
+    try:
+        table, picture = compare.run(Recipe(**changes), out, device=device, threads=args.threads)
+    except KeyboardInterrupt as stop:
+        kept = ("The same command goes on from the last checkpoint." if any(out.glob("*.npz"))
+                else "There is no checkpoint yet: the same command starts anew.")
+        raise KeyboardInterrupt(f"{str(stop) or 'by Ctrl-C'}. {kept}") from None
     print(f"\n{tables.table_text(table)}\n{picture}\neverything is in {out}")
 
 

@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import math
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from .errors import InputError, expect
+from .errors import InputError, expect, this_python
 
 FLOATS = ("float32", "float64")
+DOCTOR = "`{} -m tinytoken doctor` says how to fix it"
 Array: TypeAlias = np.ndarray  # in type hints: a NumPy or CuPy array
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -102,17 +104,21 @@ def choose_device(name: str = "auto") -> str:
         return "cpu"
     ready, reason = cuda_ready()
     if not ready and name == "cuda":
-        raise InputError(f"device: cuda asked for, but {reason}; "
-                         "`python -m tinytoken doctor` says how to fix it")
+        raise InputError(f"device: cuda asked for, but {reason}; {DOCTOR.format(this_python())}")
     return "cuda" if ready else "cpu"
 
 
 def announced_device(name: str = "auto") -> str:
-    """choose_device for a program: prints why, where 'auto' falls back to the CPU."""
+    """choose_device for a program: prints why, where 'auto' falls back to the CPU though a GPU is here."""
     device = choose_device(name)
-    if name == "auto" and device == "cpu":
-        print(f"running on the CPU: {cuda_ready()[1]}")
+    if name == "auto" and device == "cpu" and gpu_present():
+        print(f"running on the CPU: {cuda_ready()[1]}; {DOCTOR.format(this_python())}")
     return device
+
+
+def gpu_present() -> bool:
+    """Whether anything here speaks of an NVIDIA GPU: its driver's tool or its files."""
+    return shutil.which("nvidia-smi") is not None or os.path.exists("/proc/driver/nvidia")
 
 
 def module_for(device: str) -> Any:

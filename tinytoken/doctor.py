@@ -7,6 +7,9 @@ import subprocess
 import numpy as np
 
 from . import backend
+from .errors import install, this_python
+
+CUPY = {"cuda12": "cupy-cuda12x[ctk]>=14.1,<15", "cuda13": "cupy-cuda13x[ctk]>=14.1,<15"}
 
 
 def report() -> str:
@@ -22,7 +25,7 @@ def report() -> str:
             ("allocator", f"for training and inference: {backend.prepare_cpu()}"),
             ("GPU", gpu()),
             ("pictures", pictures if all(packages.values())
-             else f"{pictures}: pip install 'tinytoken-vit[plot]'")]
+             else f"{pictures}: {install(*(name for name, version in packages.items() if not version))}")]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
@@ -40,7 +43,7 @@ def advice() -> str:
     """The exact pip line for this machine's driver, as far as nvidia-smi tells."""
     wheels = backend.cupy_wheels()
     if len(wheels) > 1:
-        return f"pip uninstall {' '.join(wheels)}, then install one. {_for_driver()}"
+        return f"{_uninstall(wheels)}, then install one. {_for_driver()}"
     return _for_driver(wheels)
 
 
@@ -48,7 +51,7 @@ def _for_driver(wheels=()):
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ("No nvidia-smi here, so probably no NVIDIA driver; with one: "
-                "pip install 'tinytoken-vit[cuda13]' (driver 580 or newer) or [cuda12]")
+                f"{install(CUPY['cuda13'])} (driver 580 or newer), or cupy-cuda12x")
     try:
         output = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"],
                                 capture_output=True, text=True, timeout=20).stdout
@@ -61,8 +64,13 @@ def _for_driver(wheels=()):
     version = output.splitlines()[0]
     extra = "cuda13" if major >= 580 else "cuda12"
     # a CuPy wheel for another CUDA: too new for the driver, or older than it needs to be
-    uninstall = "".join(f"pip uninstall {name}, then " for name in wheels if name != f"cupy-{extra}x")
-    return f"Driver {version}: {uninstall}pip install 'tinytoken-vit[{extra}]'"
+    others = [name for name in wheels if name != f"cupy-{extra}x"]
+    uninstall = f"{_uninstall(others)}, then " if others else ""
+    return f"Driver {version}: {uninstall}{install(CUPY[extra])}"
+
+
+def _uninstall(packages):
+    return f"{this_python()} -m pip uninstall {' '.join(packages)}"
 
 
 def _version(package):

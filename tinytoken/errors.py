@@ -5,6 +5,9 @@
 """
 import contextlib
 import os
+import pathlib
+import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -67,3 +70,25 @@ def one_line_of_warnings(where: str | os.PathLike, library: str) -> Iterator[Non
         first = " ".join(str(caught[0].message).split())
         times = f", {len(caught):,} times" if len(caught) > 1 else ""
         print(f"{where}: {library} warns{times}: {first}", file=sys.stderr)
+
+
+def this_python() -> str:
+    """What starts this Python in the reader's shell: 'python', '.venv/bin/python', or a whole path.
+
+    A command that is to be pasted cannot count on an activated environment.
+    """
+    executable = sys.executable or "python"
+    found = shutil.which("python")
+    if found and os.path.dirname(found) == os.path.dirname(executable):  # an environment, and it is activated
+        return "python"
+    path = pathlib.Path(executable)
+    try:
+        here = pathlib.Path.cwd()
+    except FileNotFoundError:  # the present folder was removed
+        return shlex.quote(executable)
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def install(*packages: str) -> str:
+    """The command that installs the packages for this Python. (tinytoken itself is not on the index.)"""
+    return f"{this_python()} -m pip install {' '.join(map(shlex.quote, packages))}"

@@ -11,7 +11,7 @@ from .data import normalise
 from .data.folder import read_image
 from .data.likeness import outside
 from .data.scenes import NAMES
-from .errors import expect, one_line_of_warnings, some_of
+from .errors import expect, install, one_line_of_warnings, some_of
 from .files import FilePath, check_target
 from .nn import both_sides
 from .ops import softmax
@@ -87,5 +87,5 @@ def show(path: FilePath, model: Any, images: np.ndarray, name: str, out: Any) ->
     try:
         plot.tokens(path, images, None, {kind: [name]}, panels, model.config.patch_size)
     except ImportError:
-        return "no picture written: matplotlib is not installed (pip install 'tinytoken-vit[plot]')"
+        return f"no picture written: matplotlib is not installed ({install('matplotlib')})"
     return f"picture: {path}"

@@ -4,6 +4,7 @@ import pytest
 
 from mistakes import normal, refuses
 from tinytoken import GradientError, op, ops
+from tinytoken.checking import upstream
 from tinytoken.checking.diagnosis import read_crash, read_refusal
 
 
@@ -138,3 +139,10 @@ def test_not_finite():
         return 2 * x, lambda g: np.where(x > 0, 2 * g, np.nan)
     error = refuses(broken, np.array([1.0, -1.0, 2.0]))
     assert error.kind == "not finite" and "1 of 3 elements differ\n  worst at [1]: analytic nan" in str(error)
+
+
+def test_sums_of_gradients_agree_within_atol():
+    """Where a softmax is saturated, its gradients are the rounding of upstream gradients of 10^4."""
+    nothing, rounding = [np.zeros(2)], [np.array([0, 1e-9])]
+    assert upstream._not_the_sum(1e-8, nothing, rounding, nothing) is None
+    assert upstream._not_the_sum(0.0, nothing, rounding, nothing) == (0, [1])

@@ -8,7 +8,7 @@ import nvrtc
 from tinytoken.cuda import launcher
 
 pytestmark = pytest.mark.skipif(nvrtc.library() is None,
-                                reason="no NVRTC: pip install 'tinytoken-vit[nvrtc]'")
+                                reason="no NVRTC: pip install 'nvidia-cuda-nvrtc>=13'")
 FAMILIES = sorted({kernel.family for kernel in launcher.kernels().values()})
 COMPILED = [(family, constants) for family in FAMILIES for constants in (
     [((name, value),) for name, values in launcher.CONSTANTS.items() if name in launcher.source(family)

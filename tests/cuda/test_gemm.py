@@ -11,7 +11,7 @@ from small import refuses
 from tinytoken.cuda import gemm
 
 needs_library = pytest.mark.skipif(gemm.library() is None, reason="no cuBLASLt: pip install "
-                                                                  "'tinytoken-vit[cuda13]'")
+                                                                  "'cupy-cuda13x[ctk]'")
 
 
 def attribute(kind, thing, number, type_):

@@ -17,7 +17,7 @@ from tinytoken import experiments, predict
 from tinytoken.__main__ import main
 from tinytoken.data import cifar, dataset, folder, load_pictures
 from tinytoken.data.folder import load_images, read_image
-from tinytoken.errors import some_of
+from tinytoken.errors import install, some_of
 from tinytoken.experiments import compare
 
 Image = pytest.importorskip("PIL.Image", reason="pictures are read with pillow")
@@ -321,7 +321,7 @@ def test_decoders_may_raise_anything_but_memory_is_not_the_files_fault(tmp_path,
 def test_without_pillow(tmp_path, monkeypatch):
     write_classes(tmp_path)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    text = "imagefolder reads pictures with pillow, which is not installed: pip install 'tinytoken-vit[plot]'"
+    text = "imagefolder reads pictures with pillow, which is not installed: " + install("pillow")
     with refuses(text):
         load_pictures(tmp_path)
 

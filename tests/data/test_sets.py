@@ -43,7 +43,9 @@ def test_cifar_is_recognised_in_a_folder_and_known_by_name(way, tmp_path, monkey
 
 
 def test_what_is_not_there_and_what_holds_nothing(tmp_path):
-    kinds = f"expected one of {', '.join(dataset)}, or a folder of one of these kinds"
+    kinds = (f"expected {', '.join(dataset)}, or a folder with CIFAR's binary files or their archive or with "
+             "images by class: CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png")
+    assert kinds == f"expected {dataset.choices()}"
     with refuses(f"data: nowhere does not exist; {kinds}"):
         load_pictures("nowhere")
     with refuses(f"data: no name; {kinds}"):
@@ -87,6 +89,6 @@ def test_a_folder_called_as_a_set_is_asked_for_by_its_path(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scenes").mkdir()
     assert load_pictures("scenes", **REQUEST)[0].images.shape == (6, 3, 16, 16)
-    with refuses("data: ./scenes holds no data set that is known here; expected one of "
-                 f"{', '.join(dataset)}, or a folder of one of these kinds"):
+    with refuses("data: ./scenes holds no data set that is known here; expected "
+                 f"{dataset.choices()}"):
         load_pictures("./scenes")

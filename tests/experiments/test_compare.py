@@ -14,6 +14,7 @@ from small import refuses
 from tiny import RECIPE, bits, history, recipes_model, small_cifar
 from tinytoken import backend, files
 from tinytoken.data import load_pictures, make_scenes, normalise
+from tinytoken.errors import install
 from tinytoken.experiments import Trial, compare, tables, timing, trial
 from tinytoken.train import Run, checkpoint, step
 
@@ -204,7 +205,7 @@ def test_without_matplotlib_it_says_how_to_get_the_picture(copied, monkeypatch):
     for name in ("tokens.png", "table.json"):
         (copied / name).unlink()
     _, line = compare.run(RECIPE, copied, **RUN)
-    assert line == ("no tokens.png: matplotlib is not installed (pip install 'tinytoken-vit[plot]'); "
+    assert line == (f"no tokens.png: matplotlib is not installed ({install('matplotlib')}); "
                     "run the command again for it, nothing is trained twice")
     assert (copied / "table.json").exists() and not (copied / "tokens.png").exists()
 

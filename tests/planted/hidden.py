@@ -97,6 +97,14 @@ def tanh_doubles_from_the_fourth_call(out, x, state):
     return vjp
 
 
+@plant(ops.tanh, normal((2, 3)), "not deterministic")
+def tanh_drifts_from_the_seventh_call(out, x, state):
+    def vjp(g):  # the check calls it once more, after all else
+        state["calls"] = state.get("calls", 0) + 1
+        return g * (1 - out * out) * (1 if state["calls"] < 7 else 1.001)
+    return vjp
+
+
 @plant(ops.gelu, positive((2, 3)), "not deterministic")
 def gelu_tires_after_fourteen_forward_passes(out, x, state):
     state["calls"] = state.get("calls", 0) + 1

@@ -27,6 +27,7 @@ HARD = {  # what: (function, a maker per input)
     "matmul": (ops.matmul, signed(-3, 3, 3, 4), signed(-3, 3, 4, 2)),
     "linear": (ops.linear, signed(-3, 3, 3, 4), signed(-3, 3, 5, 4), signed(-3, 3, 5)),
     "softmax": (ops.softmax, signed(-3, 1.5, 3, 4)),
+    "softmax, saturated": (ops.softmax, signed(1.3, 1.6, 3, 4)),
     "log_softmax": (ops.log_softmax, signed(-3, 2, 3, 4)),
     "layer_norm": (ops.layer_norm, signed(-3, 3, 3, 4), signed(-3, 3, 4), signed(-3, 3, 4)),
     "layer_norm of small rows": (ops.layer_norm, signed(-4, -2, 3, 4), signed(-1, 0, 4), signed(-1, 0, 4)),

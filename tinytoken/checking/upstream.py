@@ -45,8 +45,8 @@ def linear(passes: Passes, first: tuple[Any, Sequence[Any]], atol: float, rng: n
     if _not_the_sum(atol, first[1], passes.gradients(upstream=wide)[1], of_rest) is None:
         raise passes.failure("strides", f"the gradient of {name} is wrong at {place} where the inputs or the "
                                         "upstream gradient are not contiguous (transposed, sliced)\n"
-                                        "  reading: order='K', a buffer, or writing through a reshape that then "
-                                        "copies")
+                                        "  reading: order='K', a buffer, or writing through a reshape "
+                                        "that then copies")
     raise passes.failure("not linear", f"the gradient of {name} is not linear in the upstream gradient, at "
                                        f"{place}: those for v and w do not add up to that for v + w. (w has "
                                        "large, small and zero elements.)\n"

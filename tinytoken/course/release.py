@@ -4,7 +4,7 @@ import pathlib
 import re
 from collections.abc import Collection
 
-from ..errors import InputError, expect
+from ..errors import InputError, expect, install
 from ..files import FilePath, replacing
 from .assignment import Assignment
 
@@ -133,7 +133,7 @@ def _notebook(script):
     try:
         import nbformat
     except ImportError as error:
-        raise InputError("stub: --notebook needs nbformat (pip install 'tinytoken-vit[notebook]')") from error
+        raise InputError(f"stub: --notebook needs nbformat ({install('nbformat')})") from error
     cells = []
     for part in re.split(r"^# %%", script.read_text(), flags=re.MULTILINE)[1:]:
         marker, _, body = part.partition("\n")

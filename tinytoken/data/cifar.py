@@ -20,7 +20,7 @@ from typing import IO, Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import InputError, expect
+from ..errors import InputError, expect, this_python
 from ..files import check_target, claimed
 from ..reading import opened, read_bytes
 from .sets import dataset
@@ -182,7 +182,8 @@ def _layout(name):
 
 def _how_to_get(name):
     layout = LAYOUTS[name]
-    return (f"download it (about 170 MB) with\n  python -c \"from tinytoken.data import download_cifar; "
+    return (f"download it (about 170 MB) with\n  {this_python()} -c "
+            f"\"from tinytoken.data import download_cifar; "
             f"download_cifar('{DEFAULT_FOLDER}', '{name}')\"\n  or name a folder that has {layout.folder}/ "
             f"or {layout.archive}: --data DIR or TINYTOKEN_DATA=DIR")
 
@@ -284,7 +285,7 @@ def _recognised(path):
     return any(_locate(path, layout) for layout in LAYOUTS.values())
 
 
-@dataset("cifar10", recognises=_recognised)
+@dataset("cifar10", recognises=_recognised, layout="CIFAR's binary files or their archive")
 def cifar10(place: os.PathLike | None, **_: Any) -> tuple[Pictures, Pictures]:
     """CIFAR-10; of a folder or archive, whichever of the two sets it holds."""
     return load_cifar(*find_data("cifar10" if place is None else str(place)))

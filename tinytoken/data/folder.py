@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import random
-from ..errors import InputError, expect, one_line_of_warnings, some_of
+from ..errors import InputError, expect, install, one_line_of_warnings, some_of
 from ..files import kind_of
 from ..threads import share_out
 from .cifar import Pictures
@@ -62,7 +62,7 @@ def _pillow(where):
         from PIL import Image, ImageOps
     except ImportError:
         raise InputError(f"{where} reads pictures with pillow, which is not installed: "
-                         "pip install 'tinytoken-vit[plot]'") from None
+                         f"{install('pillow')}") from None
     return Image, ImageOps
 
 
@@ -272,7 +272,8 @@ def _read(classes, size, left_out):
     return Pictures(images, labels, tuple(classes))
 
 
-@dataset("imagefolder", recognises=_recognised)
+@dataset("imagefolder", recognises=_recognised,
+         layout="images by class: CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png")
 def imagefolder(place: Any, *, seed: int, size: int, **_: Any) -> tuple[Pictures, Pictures]:
     """A folder of images by class."""
     expect(place is not None, "imagefolder", f"a sort of folder, not one: say which, --data DIR; {EXPECTED}")

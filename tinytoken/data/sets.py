@@ -19,14 +19,23 @@ class DataSets(Registry):
     def __init__(self) -> None:
         super().__init__("data")
         self.readers: list[tuple[Callable, Callable]] = []  # (recognises, load) of sets that lie in a folder
+        self.layouts: list[str] = []  # what such folders hold
 
-    def __call__(self, name: str, recognises: Callable[[pathlib.Path], bool] | None = None) -> Callable:
-        """Decorator: register a set. recognises(path): whether a folder or file holds such a set."""
+    def __call__(self, name: str, recognises: Callable[[pathlib.Path], bool] | None = None,
+                 layout: str = "") -> Callable:
+        """Decorator: register a set. recognises(path): whether a folder or file holds such a set; layout: how
+        it looks, for the reader."""
         def register(load):
             if recognises is not None:
                 self.readers.append((recognises, load))
+                self.layouts.append(layout or name)
             return super(DataSets, self).__call__(name)(load)
         return register
+
+
+    def choices(self) -> str:
+        """What may be asked for, as text."""
+        return f"{', '.join(self)}, or a folder with {' or with '.join(self.layouts)}"
 
 
 dataset = DataSets()
@@ -38,7 +47,7 @@ def load_pictures(name_or_dir: str | os.PathLike, *, train: int = 16000, test: i
 
     InputError says what may be asked for."""
     name = str(name_or_dir)
-    choices = f"expected one of {', '.join(dataset)}, or a folder of one of these kinds"
+    choices = f"expected {dataset.choices()}"
     expect(name, "data", f"no name; {choices}")
     request = dict(train=train, test=test, seed=seed, size=size)
     if name in dataset:

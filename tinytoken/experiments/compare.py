@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import backend, plot
 from ..backend import products_in, to_numpy
-from ..errors import expect
+from ..errors import expect, install
 from ..files import check_target, check_writable, claimed, write_json
 from ..random import manual_seed
 from ..tensor import no_grad
@@ -23,6 +23,7 @@ from .arm import Arm, Recipe
 from .timing import images_per_second, machine, peak_memory
 from .trial import Trial, kept_on_object
 
+MOST_STEPS = 10_000_000  # training holds a learning rate for each
 SHOWN = {"ViT": "vit", "DynamicViT": "dynamicvit", "LookupViT": "lookupvit"}  # the model's name: its arm
 
 
@@ -50,6 +51,7 @@ def run(recipe: Recipe, out: str | os.PathLike, device: str = "auto", every: int
     began = time.perf_counter()
     out, device = pathlib.Path(out), backend.choose_device(device)
     expect(recipe.steps >= 4, "compare", f"{recipe.steps} steps, expected at least 4")
+    expect(recipe.steps <= MOST_STEPS, "compare", f"{recipe.steps:,} steps, expected at most {MOST_STEPS:,}")
     expect(threads is None or threads >= 1, "compare", f"{threads} threads, expected at least 1")
     products_in(recipe.precision, device)  # refuses now what training would
     manual_seed(recipe.seed)  # refuses a bad one before any work
@@ -91,7 +93,7 @@ def draw(trial: Trial, trained: dict[str, Any], path: str | os.PathLike, count: 
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return ("no tokens.png: matplotlib is not installed (pip install 'tinytoken-vit[plot]'); "
+        return (f"no tokens.png: matplotlib is not installed ({install('matplotlib')}); "
                 "run the command again for it, nothing is trained twice")
     test, images = trial.test, trial.prepare(trial.test.images[:count])
     panels: list[tuple[str, Any]] = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import backend, random
 from ..data import dataset, load_pictures
-from ..errors import Busy, InputError, expect, one_line_of_warnings
+from ..errors import Busy, InputError, expect, install, one_line_of_warnings
 from ..files import as_json, check_target, check_writable, claimed, replacing, write_json
 from ..reading import field, read_json
 from ..train import Run
@@ -146,7 +146,7 @@ class Lesson:
         try:
             from matplotlib.figure import Figure  # not pyplot: no window system, no global state
         except ImportError:
-            print(f"no picture {what!r}: matplotlib is not installed (pip install 'tinytoken-vit[plot]')")
+            print(f"no picture {what!r}: matplotlib is not installed ({install('matplotlib')})")
             return
         path = self.out / f"{self.stem}_{what}.png"
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -185,7 +185,7 @@ def begin(name: str, argv: Sequence[str] | None = None, data: str = "scenes") ->
                       help="seconds: does it run?")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="more seeds and steps")
     parser.add_argument("--data", default=data,
-                        help=f"{', '.join(dataset)}, or a folder of one of these kinds (default: {data})")
+                        help=f"{dataset.choices()} (default: {data})")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=f"runs/{name}",
