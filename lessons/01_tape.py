@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tinytoken as tt
-from tinytoken import tensor
+from tinytoken import graph, tensor
 from tinytoken.experiments import lesson
 
 here = lesson.begin("01_tape")
@@ -515,32 +515,32 @@ here.picture("fit", draw)
 # %% [markdown]
 # ## The package's engine, line beside line
 #
-# The engine is `tinytoken/tensor.py`. It does what our tape does, in the same way. Here are its lines beside
-# ours. The cell looks each line up in the source of its function, so that this table cannot become outdated
-# unnoticed.
+# The engine is `tinytoken/tensor.py` and `tinytoken/graph.py`. It does what our tape does, in the same way. Here
+# are its lines beside ours. The cell looks each line up in the source of its function, so that this table
+# cannot become outdated unnoticed.
 
 # %%
 BESIDE = [
     ("a value made later has a larger number", Value.__init__, "self.number, self.grad = next(numbers), None",
-     tensor.Node.__init__, "self.op, self.vjp, self.number = op, vjp, next(self.numbers)"),
+     graph.Node.__init__, "self.op, self.vjp, self.number = op, vjp, next(self.numbers)"),
     ("an op: its result, and its vjp beside it", multiply, "(a, b), lambda g: (g * b.data, g * a.data))",
      tt.ops.multiply.function, "return a * b, lambda g: (lambda: g * b, lambda: g * a)"),
     ("find what is under the root", topological_order, "new = [parent for parent in stack.pop().parents if "
                                                        "parent not in found]",
-     tensor.topological_order, "new = [parent for parent in stack.pop().parents() if parent not in found]"),
+     graph.topological_order, "new = [parent for parent in stack.pop().parents() if parent not in found]"),
     ("sort by number", topological_order, "return sorted(found, key=lambda value: value.number)",
-     tensor.topological_order, "return sorted(found, key=lambda node: node.number)"),
+     graph.topological_order, "return sorted(found, key=lambda node: node.number)"),
     ("from the end", backward, "for value in reversed(topological_order(root)):",
-     tensor._backward, "node = order.pop()"),
+     graph.backward, "node = order.pop()"),
     ("take out the complete gradient", backward, "g = arrived.pop(value)",
-     tensor._backward, "arrived.pop((node, place), (None,))[0]"),
+     graph.backward, "arrived.pop((node, place), (None,))[0]"),
     ("run the vjp", backward, "zip(value.parents, value.vjp(g))",
-     tensor._run_node, "entries = vjp(*upstream)"),
+     graph._run_node, "entries = vjp(*upstream)"),
     ("undo broadcasting", backward, "part = unbroadcast(part, parent.data.shape)",
-     tensor._checked, "return unbroadcast(g, shape)"),
+     graph._checked, "return unbroadcast(g, shape)"),
     ("add up what arrives", backward, "arrived[parent] = arrived[parent] + part if parent in arrived else "
                                       "part",
-     tensor._accumulate, "held = held + g"),
+     graph._accumulate, "held = held + g"),
     ("a leaf keeps its gradient", backward, "value.grad = g if value.grad is None else value.grad + g",
      tensor._add_to_leaf, "leaf.grad += g"),
 ]

@@ -112,11 +112,15 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Use `.get()`")
 
     def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        if not all(isinstance(x, (ndarray, np.ndarray, np.generic, int, float)) for x in inputs):
+            return NotImplemented
         if method not in ("__call__", "at") or ufunc.__name__ in LACKS:
             raise TypeError(f"CuPy has no {ufunc.__name__}.{method}")
         return compute(getattr(ufunc, method), inputs, options)
 
-    def __array_function__(self, function, _, args, options):
+    def __array_function__(self, function, types, args, options):
+        if not all(issubclass(one, (ndarray, np.ndarray)) for one in types):
+            return NotImplemented
         if function.__name__ in LACKS or not function.__module__.startswith("numpy"):
             raise TypeError(f"CuPy has no {function.__name__}")
         return compute(function, args, options)

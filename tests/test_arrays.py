@@ -90,7 +90,7 @@ def test_what_holds_no_real_numbers_is_refused(array, dtype):
     text = f"multiply: argument 1 has dtype {dtype}, expected float, int or bool"
     x = leaf([1.0, 2.0])
     assert refusal(InputError, lambda: x * array) == text
-    assert refusal(InputError, lambda: array * x) == text
+    assert refusal(InputError, lambda: array * x) == text.replace("argument 1", "argument 0")
     assert refusal(InputError, ops.exp, array) == text.replace("multiply: argument 1", "exp: argument 0")
     text = f"Tensor: dtype {dtype}, expected float32, float64, int or bool"
     assert refusal(InputError, Tensor, array) == text

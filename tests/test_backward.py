@@ -6,7 +6,7 @@ import tinytoken as tt
 from engine import arrived, axpy, equal, leaf, op_returning, pair, refusal, twice_the_same
 from tinytoken import GradientError, InputError, Tensor
 from tinytoken.backend import to_numpy
-from tinytoken.tensor import Into
+from tinytoken.graph import Into
 
 
 # What a vjp may return
@@ -262,6 +262,26 @@ def test_grad_returns_arrays_and_touches_nothing_else():
     assert unreached[0].dtype == "float64"
 
 
+def test_grad_of_a_bare_tensor_is_a_bare_array(xp):
+    for values in (3.0, [1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]):
+        x = leaf(values, xp=xp)
+        found = tt.grad((x * x).sum(), x)
+        assert isinstance(found, xp.ndarray)
+        equal(found, 2 * np.array(values))
+        into = xp.full(x.shape, 100.0)
+        assert tt.grad((x * x).sum(), x, into=into, add=True) is into
+        equal(into, 100 + 2 * np.array(values))
+    equal(tt.grad(x * 3, x, gradient=xp.ones((2, 2)))[1], [3, 3])
+
+
+def test_grad_takes_any_iterable_of_tensors():
+    x, y = leaf([1.0, 2.0]), leaf([3.0, 4.0])
+    for wrt in ((x, y), iter([x, y]), {"x": x, "y": y}.values()):
+        found = tt.grad((x * y).sum(), wrt)
+        equal(found[0], [3, 4])
+        equal(found[1], [1, 2])
+
+
 def test_grad_into_given_arrays():
     x, y = leaf([1.0, 2.0]), leaf([3.0, 4.0])
     into = [np.full(2, 100.0), np.full(2, 100.0)]
@@ -326,6 +346,9 @@ def test_grad_refuses():
     x = leaf([1.0])
     text = "grad: 0 arrays in `into` for 1 tensors in `wrt`"
     assert refusal(InputError, tt.grad, x.sum(), [x], into=[]) == text
+    text = "grad: a ndarray, expected a Tensor"
+    assert refusal(InputError, tt.grad, x.sum(), [np.ones(1)]) == text
+    assert refusal(InputError, tt.grad, lambda: x.sum(), x) == "grad: a function, expected a Tensor"
     text = "grad: a tensor in `wrt` does not require a gradient"
     assert refusal(InputError, tt.grad, x.sum(), [Tensor([1.0])]) == text
     assert refusal(InputError, tt.grad, x * np.ones(2), [x]) == (

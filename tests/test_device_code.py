@@ -9,7 +9,7 @@ import pytest
 import house
 
 FILES = [house.File(house.PACKAGE / name)
-         for name in ("tensor.py", "random.py", "data/batches.py", "data/mix.py")]
+         for name in ("graph.py", "tensor.py", "random.py", "data/batches.py", "data/mix.py")]
 FILES += [house.File(path) for folder in ("nn", "ops", "models", "tasks", "train")
           for path in sorted((house.PACKAGE / folder).glob("*.py"))]
 
@@ -22,11 +22,13 @@ MAY = {
         "models/controls.py": {"PooledTokens.put_back", "means_of_parts", "morton_order"},
         "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
     "types and shapes, no values": {
-        "tensor.py": {"Tensor.__init__", "Op._float_dtype", "Op._raw", "Op._wrap", "_checked"},
+        "tensor.py": {"Tensor.__init__", "Op._setting", "Op._float_dtype", "Op._raw", "Op._wrap",
+                      "_as_array"}, "ops/shape.py": {"_index_array"}, "graph.py": {"_checked", "watched"},
         "ops/dense.py": {"_"}, "models/lookupvit.py": {"LookupViT._check_grid"},
         "random.py": {"bits", "_check_seed"}},
     "asked for by the caller": {
-        "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__array__"},
+        "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__int__", "Tensor.__bool__",
+                      "Tensor.__array__"},
         "nn/module.py": {"Module.state_dict"}, "models/dynamicvit.py": {"_places"}},
     "a host branch, or what a run reads every so many steps": {
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},

@@ -10,7 +10,7 @@ import pytest
 
 import tinytoken as tt
 from engine import axpy, equal, leaf, pair, refusal
-from tinytoken import GraphError, Tensor, ops, tensor
+from tinytoken import GraphError, Tensor, graph, ops, tensor
 from tinytoken.cost import graph_text
 
 
@@ -275,7 +275,7 @@ def test_an_entry_that_adds_its_gradient_itself_is_not_added_again():
             if place is None:
                 return np.full(3, 2.0)
             place += 2.0
-        return 2 * x, lambda g: tensor.Into(into)
+        return 2 * x, lambda g: graph.Into(into)
 
     def wrapper(op, way, shapes, run):
         noted.append((op.name, way))

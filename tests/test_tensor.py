@@ -1,4 +1,5 @@
 """Tensor; how an op takes its arguments; dtypes."""
+import importlib
 import inspect
 import operator
 
@@ -9,6 +10,9 @@ import tinytoken as tt
 from engine import axpy, equal, leaf, pick, refusal, seen
 from tinytoken import GradientError, InputError, Tensor, ops
 from tinytoken.backend import to_numpy
+from tinytoken.tensor import Index
+
+rng = np.random.default_rng(7)
 
 
 # Tensor
@@ -81,12 +85,6 @@ def test_operators_with_tensors_arrays_and_numbers_on_either_side(operate, xp):
             equal(out, expected)
 
 
-def test_a_numpy_function_of_a_tensor_is_refused():
-    """It would make an array of objects, without a gradient."""
-    for call in (lambda: np.multiply(np.ones(2), Tensor([1.0, 2.0])), lambda: np.exp(Tensor([1.0, 2.0]))):
-        assert "does not support ufuncs" in refusal(TypeError, call)
-
-
 def test_operators_keep_the_gradient_on_either_side(xp):
     x = leaf([[1.0, 2.0], [4.0, 8.0]], xp=xp)
     array = xp.asarray([[1.0, 3.0], [5.0, 7.0]])
@@ -114,6 +112,37 @@ def test_methods(xp):
         equal(found, expected)
     equal(t[Tensor(xp.asarray([1, 0, 1]))], a[[1, 0, 1]])
     equal(t[0, Tensor(xp.asarray([2]))], a[0, [2]])
+
+
+def test_a_tensor_is_gone_through_row_by_row(xp):
+    qkv = leaf(np.arange(12.0).reshape(3, 4), xp=xp)
+    q, k, v = qkv
+    assert all(isinstance(part, Tensor) and part.shape == (4,) for part in (q, k, v))
+    equal(tt.grad((q * 2 + k * v).sum(), qkv), [[2] * 4, to_numpy(v.data), to_numpy(k.data)])
+    assert [row.item() for row in Tensor(xp.asarray([3, 5]))] == [3, 5] and list(Tensor(np.ones((0, 2)))) == []
+    (a, b), (c, d) = Tensor(np.arange(4.0).reshape(2, 2))
+    assert sum(Tensor([1.0, 2.0, 4.0])).item() == 7 and (a.item(), d.item()) == (0, 3)
+    text = "Tensor: a 0-d tensor has no rows to go through; .item() is its value"
+    assert refusal(InputError, iter, Tensor(1.0)) == text
+    with pytest.raises(ValueError, match="too many values"):
+        q, k = qkv
+    with pytest.raises(TypeError, match="not a container"):
+        2.0 in qkv
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 2.5, float("nan"), 0, 7, True, False])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_tensor_of_one_element_is_a_python_number(value, shape, xp):
+    t = Tensor(xp.full(shape, value))
+    assert bool(t) is bool(value) and repr(float(t)) == repr(float(value)) and repr(t.item()) == repr(value)
+    assert value != value or int(t) == int(value)
+
+
+@pytest.mark.parametrize("kind", [bool, float, int, Tensor.item])
+@pytest.mark.parametrize("shape", [(2,), (0,), (2, 3)])
+def test_more_elements_have_no_one_value(kind, shape, xp):
+    text = f"Tensor: shape {shape}, expected one value for item(), float(), int() or bool()"
+    assert refusal(InputError, kind, Tensor(xp.zeros(shape))) == text
 
 
 # How an op takes its arguments
@@ -144,11 +173,73 @@ def test_gradients_reach_arguments_given_by_name():
      "axpy: got an unexpected keyword argument 'b'; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
     ((1.0, 2.0), {"x": 3},
      "axpy: multiple values for argument 'x'; it takes (x, y, shift=0.5, *, a=2.0, scale=1.0)"),
-    (([1.0], 2.0), {}, "axpy: argument 0 is a list, expected a Tensor, an array or a number"),
+    (({1.0}, 2.0), {}, "axpy: argument 0 is a set, expected a Tensor, an array or a number"),
     ((1.0, "2"), {}, "axpy: argument 1 is a str, expected a Tensor, an array or a number"),
+    ((["1"], 2.0), {}, "axpy: argument 0 has dtype <U1, expected float, int or bool"),
+    ((np.array([1j]), 2.0), {}, "axpy: argument 0 has dtype complex128, expected float, int or bool"),
 ])
 def test_wrong_calls_are_refused(args, kwargs, message):
     assert refusal(InputError, axpy, *args, **kwargs) == message
+
+
+def test_lists_are_arrays():
+    x = leaf([1.0, 2.0], "float32")
+    for values in ([10, 20], (10.0, 20.0), [np.float64(10), np.int8(20)], [Tensor(10), 20.0]):
+        out = axpy(x, values)
+        assert out.dtype == "float32"
+        equal(out, [12.5, 24.5])
+    equal(axpy([True, False], [[1, 2], [3, 4]]), [[3.5, 2.5], [5.5, 4.5]])
+    for rows in ([2, 0], (2, 0), [[2, 0]]):
+        equal(pick(leaf([1.0, 2.0, 3.0]), rows), np.array([3.0, 1.0]).reshape(np.shape(rows)))
+    assert pick(leaf([1.0]), []).shape == (0,)
+    text = "axpy: setting an array element with a sequence."
+    assert refusal(InputError, axpy, x, [[1.0], [1.0, 2.0]]).startswith(text)
+    text = "concat: argument 0 is a list, expected a Tensor, an array or a number"
+    assert refusal(InputError, ops.concat, [np.ones(2), np.ones(2)]) == text
+
+
+def test_lists_as_labels_and_keep_masks():
+    logits = rng.standard_normal((3, 4))
+    for targets in ([1, 0, 3], (1, 0, 3), np.eye(4)[[1, 0, 3]].tolist()):
+        expected = ops.cross_entropy(logits, np.array(targets))
+        equal(ops.cross_entropy(leaf(logits), targets), expected.data)
+    q, keep = rng.standard_normal((2, 1, 3, 4)), [[1, 0, 1], [True, True, False]]
+    equal(ops.attention(q, q, q, keep), ops.attention(q, q, q, np.array(keep)).data)
+    model = tt.models.DynamicViT(image_size=8, patch_size=4, dim=8, depth=2, heads=2, prune_before=(1,),
+                                 keep_ratios=(0.5,))
+    images, keep = rng.standard_normal((2, 3, 8, 8)), [[0, 1, 0, 1], [1, 0, 0, 1]]
+    for dtype, training in (("float32", True), ("float32", False), ("float64", True)):
+        model.astype(dtype).train(training)
+        for values in (keep, np.array(keep, float).tolist()):
+            equal(model(images, keep=[values]).logits, model(images, keep=[np.array(keep)]).logits.data)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, lambda n: np.array(n, "float64"), Tensor])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_numpy_numbers_are_settings(kind, dtype):
+    """Whatever their dtype is, they do not spread it."""
+    x, g = leaf([[0.5, 2.0], [1.5, 1.0]], dtype), np.ones((2, 2), dtype)
+    for call in (lambda n: x ** n(1.5), lambda n: x ** n(2), lambda n: ops.power(x, exponent=n(-1)),
+                 lambda n: ops.gumbel_softmax(x, g, tau=n(0.5)), lambda n: ops.layer_norm(x, eps=n(0.25)),
+                 lambda n: ops.cross_entropy(x, np.array([0, 1]), smoothing=n(0.25)),
+                 lambda n: axpy(x, g, a=n(0.5))):
+        out, expected = call(kind), call(float)
+        assert out.dtype == dtype
+        equal(out, expected.data)
+        equal(tt.grad(out.sum(), x), tt.grad(expected.sum(), x))
+
+
+def test_numpy_integers_and_truth_values_are_settings():
+    x = leaf(rng.standard_normal((2, 4, 6)))
+    equal(ops.softmax(x, axis=np.int8(1)), ops.softmax(x, axis=1).data)
+    equal(x.sum(np.int64(1), keepdims=np.True_), x.sum(1, keepdims=True).data)
+    assert ops.split_heads(x, heads=np.int32(2), parts=np.array(3))[0].shape == (2, 2, 4, 1)
+    assert ops.put_tokens(x, np.zeros((2, 4), int), length=np.int64(5)).shape == (2, 5, 6)
+
+
+def test_a_setting_has_no_gradient():
+    text = "power: exponent is a setting and gets no gradient: give a number, or a Tensor's .data"
+    assert refusal(InputError, ops.power, leaf([2.0]), exponent=leaf(2.0)) == text
 
 
 def test_unknown_setting_of_a_variadic_op():
@@ -237,6 +328,36 @@ def test_index_arrays_are_passed_as_they_are():
                  Tensor(np.array([2, 0]))):
         equal(pick(x, rows, np.array([1, 2])), [3, 1])
     assert seen == [("int64", "float32"), ("int32", "float32"), ("uint8", "float32"), ("int64", "float32")]
+
+
+@pytest.mark.parametrize("annotation", ["Index", "'Index'", "tensor.Index", "Index | None", "Alias", Index,
+                                        Index | None, "tt.tensor.Index | None"])
+def test_an_index_may_be_annotated_as_text(annotation):
+    """As under `from __future__ import annotations`."""
+    def rows_of(x, rows):
+        return x[rows], lambda g: (None, None)
+    rows_of.__globals__["Alias"] = Index
+    rows_of.__annotations__ = {"x": "Array", "rows": annotation}
+    equal(tt.op(rows_of)(leaf([1.0, 2.0, 3.0]), np.array([2, 0])), [3, 1])
+
+
+def test_what_is_annotated_otherwise_is_cast():
+    for annotation in ("Array", "np.ndarray", "Indexed", np.ndarray, "int | None", inspect.Parameter.empty):
+        def dtype_of(x, rows):
+            kinds.append(rows.dtype)
+            return x * 1, None
+        dtype_of.__annotations__ = {"rows": annotation}
+        kinds = []
+        tt.op(dtype_of)(leaf([1.0]), np.array([0]))
+        assert kinds == ["float64"], annotation
+
+
+def test_an_op_in_a_file_with_postponed_annotations(tmp_path, monkeypatch):
+    (tmp_path / "postponed.py").write_text(
+        "from __future__ import annotations\nimport tinytoken as tt\nfrom tinytoken.tensor import Index\n\n"
+        "@tt.op\ndef rows_of(x, rows: Index, *, k: int = 1):\n    return x[rows], lambda g: (None, None)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    equal(importlib.import_module("postponed").rows_of(leaf([1.0, 2.0]), np.array([1, 1, 0])), [2, 2, 1])
 
 
 def test_an_op_that_changes_the_dtype_is_named():

@@ -10,7 +10,7 @@ import pytest
 import tinytoken
 
 ROOT = pathlib.Path(__file__).parents[1]
-PUBLIC = ("backend", "checking", "cost", "data", "errors", "experiments", "files", "models", "nn", "random",
+PUBLIC = ("backend", "checking", "cost", "data", "errors", "experiments", "files", "graph", "models", "nn", "random",
           "registry", "tasks", "tensor", "train")
 
 

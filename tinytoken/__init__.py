@@ -4,7 +4,7 @@ from .checking import gradcheck
 from .cost import explain, macs
 from .errors import GradientError, GraphError, InputError
 from .random import manual_seed
-from .tensor import Tensor, fused, grad, no_grad, op, plain
+from .tensor import Tensor, checked, fused, grad, no_grad, op, plain
 from .train import checkpoint, optim
 
 __version__ = "0.2.0"

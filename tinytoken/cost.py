@@ -10,7 +10,8 @@ from typing import Any
 
 from .backend import Array
 from .errors import GraphError
-from .tensor import Tensor, no_grad, observe, recording, topological_order
+from .graph import topological_order
+from .tensor import Tensor, no_grad, observe, recording
 
 # Ops of tinytoken.ops: norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves
 # values. The count fails at an op that is not listed here and does not declare its MACs.

@@ -27,7 +27,7 @@ class GradientError(AssertionError):
 
 
 class GraphError(RuntimeError):
-    """A backward pass over a graph that was never recorded, or that is already freed."""
+    """A backward pass over a graph that was never recorded, is freed, or whose arrays were changed."""
 
 
 def expect(ok: Any, where: str, found: str | Callable[[], str], likely: str = "", lesson: str = "") -> None:

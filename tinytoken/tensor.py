@@ -1,4 +1,4 @@
-"""The engine, on which all that is differentiable is built: Tensor, @op, the graph, backward() and grad().
+"""The engine, on which all that is differentiable is built: Tensor, @op, backward() and grad().
 
 An op is one function on raw arrays that returns its output and its vector-Jacobian product (vjp):
 
@@ -9,27 +9,27 @@ An op is one function on raw arrays that returns its output and its vector-Jacob
         return a * b, vjp
 
 Calling it with Tensors runs it on their arrays and, if an input needs a gradient, records one Node. The graph
-of nodes is the tape: a Node knows the nodes it came from and nothing knows the Node but its outputs, so there
-is no global list and no reference cycle. Backward sorts the nodes, runs each vjp once with everything that
-arrived, and frees the node.
+of nodes is the tape; graph.py holds it, and the way back through it.
 """
 import contextlib
 import functools
 import inspect
-import itertools
+import re
 import threading
+import typing
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .backend import (FLOATS, Array, array_module, device_of, faster, implementation, is_array, native_array,
-                      swapped, to_numpy, unbroadcast, using_implementations)
-from .errors import GradientError, GraphError, InputError, expect
+                      swapped, to_numpy, using_implementations)
+from .errors import GradientError, InputError, expect
+from .graph import Node, backward
 
 
 class _Mode(threading.local):
-    recording, around = True, None
+    recording, around, samples = True, None, 16
 
 
 _mode = _Mode()
@@ -44,6 +44,16 @@ def no_grad() -> contextlib.AbstractContextManager:
 def recording() -> bool:
     """Whether ops record here and now: not under no_grad()."""
     return _mode.recording
+
+
+def checked(samples: int = 1 << 62) -> contextlib.AbstractContextManager:
+    """Context (or decorator): of each array that the ops of this thread hold for backward(), `samples`
+    elements are compared, and GraphError is raised if one was changed in place meanwhile.
+
+    Without this it is 16, which finds what changes a whole array (`x += 1`, an optimiser's step) and costs a
+    ViT's step 1 or 2 %. All elements, as here, make it three times as long. 0: none are compared, which is
+    how train.loss_and_grads runs, where nothing comes between the passes."""
+    return swapped(_mode, "samples", samples)
 
 
 def plain() -> contextlib.AbstractContextManager:
@@ -79,12 +89,11 @@ class Tensor:
     .data and .grad are raw arrays; .grad is None before the first backward.
     """
     __slots__ = ("data", "grad", "requires_grad", "node", "place", "__weakref__")
-    __array_ufunc__ = None  # array * Tensor comes to Tensor.__rmul__
 
     def __init__(self, array: Any, requires_grad: bool = False) -> None:
         if isinstance(array, Tensor):
             array = array.data
-        array = native_array(array)
+        array = native_array(array if is_array(array) else _as_array("Tensor", array))
         letter = array.dtype.kind
         expect(letter in "biu" or array.dtype.name in FLOATS, "Tensor",
                f"dtype {array.dtype}, expected float32, float64, int or bool")
@@ -104,6 +113,8 @@ class Tensor:
         mean = max = sum
         def reshape(self, *shape: Any) -> "Tensor": ...
         transpose = swapaxes = reshape
+        __array_ufunc__: Any
+        __array_function__: Any
 
     shape = property(lambda self: self.data.shape)
     ndim = property(lambda self: self.data.ndim)
@@ -113,6 +124,13 @@ class Tensor:
 
     def __len__(self):
         return len(self.data)
+
+    def __iter__(self):
+        """Its rows, each in the graph: `q, k, v = t`."""
+        expect(self.ndim, "Tensor", "a 0-d tensor has no rows to go through; .item() is its value")
+        return (self[i] for i in range(len(self)))
+
+    __contains__: Any = None  # `x in t` would compare objects, not values
 
     def __repr__(self):
         origin = f", made by {self.node.op.name}" if self.node else ", requires_grad" * self.requires_grad
@@ -127,11 +145,19 @@ class Tensor:
         return to_numpy(self.data)
 
     def item(self) -> float | int | bool:
-        """The one value as a Python number (waits for the GPU)."""
+        """The one value as a Python number (waits for the GPU). InputError unless there is one."""
+        expect(self.size == 1, "Tensor", lambda: f"shape {self.shape}, expected one value for item(), "
+               "float(), int() or bool()")
         return self.data.item()
 
     def __float__(self):
-        return float(self.data)
+        return float(self.item())
+
+    def __int__(self):
+        return int(self.item())
+
+    def __bool__(self):
+        return bool(self.item())
 
     def __array__(self, dtype=None, copy=None):
         return np.array(self.numpy(), dtype=dtype, copy=copy)
@@ -139,18 +165,23 @@ class Tensor:
     def backward(self, gradient: Any = None) -> None:
         """Add d(self)/d(leaf) to .grad of every leaf that requires it, and free the graph. `gradient` is the
         upstream gradient, an array of this tensor's shape; it may be left out for a tensor of one element."""
-        _backward(self, gradient, None, _add_to_leaf)
+        backward(_key(self), _upstream(self, gradient), None, _add_to_leaf, _mode.around)
 
 
-def grad(loss: Tensor, wrt: Sequence[Tensor], into: Any = None, *, gradient: Any = None,
-         add: bool = False) -> Sequence[Array]:
+def grad(loss: Tensor, wrt: Sequence[Tensor] | Tensor, into: Any = None, *, gradient: Any = None,
+         add: bool = False) -> Any:
     """The gradients of `loss` with respect to the tensors in `wrt`, as a list of arrays; nothing else is
     touched (.grad stays as it is, but the graph is freed). A tensor that the loss does not depend on gets
-    zeros.
+    zeros. A bare Tensor as `wrt` gets its bare array (and `into` is one).
 
     into: arrays to fill instead of making new ones (add=True adds to what they hold). gradient: as in
     Tensor.backward.
     """
+    if isinstance(wrt, Tensor):
+        return grad(loss, [wrt], None if into is None else [into], gradient=gradient, add=add)[0]
+    wrt = list(wrt)
+    for one in (loss, *wrt):
+        expect(isinstance(one, Tensor), "grad", lambda: f"a {type(one).__name__}, expected a Tensor")
     expect(into is None or len(into) == len(wrt), "grad",
            lambda: f"{len(into)} arrays in `into` for {len(wrt)} tensors in `wrt`")
     expect(all(t.requires_grad for t in wrt), "grad", "a tensor in `wrt` does not require a gradient")
@@ -166,7 +197,7 @@ def grad(loss: Tensor, wrt: Sequence[Tensor], into: Any = None, *, gradient: Any
         place[key] += g
 
     if loss.requires_grad:
-        _backward(loss, gradient, place, add_to_place)
+        backward(_key(loss), _upstream(loss, gradient), place, add_to_place, _mode.around)
     return into
 
 
@@ -175,6 +206,9 @@ def grad(loss: Tensor, wrt: Sequence[Tensor], into: Any = None, *, gradient: Any
 class Index(np.ndarray):
     """Annotation of an array argument of an op: integer arrays (indices, labels) are passed as they are, not
     cast to the float dtype. Never made."""
+
+
+WITH_DTYPE = (np.generic, np.ndarray, Tensor)
 
 
 class Op:
@@ -191,7 +225,7 @@ class Op:
         self.arrays = [p.name for p in positional]
         self.variadic = any(p.kind == p.VAR_POSITIONAL for p in parameters)
         self.settings = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-        self.index = {i for i, p in enumerate(positional) if p.annotation is Index}
+        self.index = {i for i, p in enumerate(positional) if _says_index(p.annotation, function)}
         registry[self.module, self.name] = self
 
     def implementation(self, module: str = "cupy", covers: Callable = lambda *_, **__: True) -> Callable:
@@ -209,6 +243,9 @@ class Op:
     def __call__(self, *args, **settings):
         if not settings.keys() <= self.settings or len(args) != len(self.arrays) and not self.variadic:
             args, settings = self._bind(args, settings)
+        for name, value in settings.items():
+            if isinstance(value, WITH_DTYPE):
+                settings[name] = self._setting(name, value)
         arrays, dtype, record, uniform = [], None, False, True
         for a in args:
             if isinstance(a, Tensor):
@@ -238,7 +275,7 @@ class Op:
         several = isinstance(out, tuple)
         outputs = out if several else (out,)
         record = record and vjp is not None and _mode.recording
-        node = Node(self, args, arrays, outputs, vjp) if record else None
+        node = self._node(args, arrays, outputs, vjp) if record else None
         wrapped = [self._wrap(o, dtype, node, i) for i, o in enumerate(outputs)]
         return tuple(wrapped) if several else wrapped[0]
 
@@ -252,6 +289,15 @@ class Op:
         given = bound.arguments
         arrays = args if self.variadic else tuple(given[name] for name in self.arrays)
         return arrays, {name: given[name] for name in self.settings}
+
+    def _setting(self, name, value):
+        """A setting that is not a Python value: a NumPy scalar or 0-d array, whose dtype would spread, as its
+        number."""
+        if isinstance(value, Tensor):
+            expect(not value.requires_grad, self.name, lambda: f"{name} is a setting and gets no gradient: "
+                   "give a number, or a Tensor's .data")
+            value = value.data
+        return value.item() if isinstance(value, (np.generic, np.ndarray)) and not value.ndim else value
 
     def _float_dtype(self, args):
         """The op's float dtype: its tensors', which must agree; without tensors the widest of its arrays."""
@@ -267,7 +313,10 @@ class Op:
         return dtype
 
     def _raw(self, i, a, dtype, xp):
-        """One argument as the function gets it: arrays as `dtype`; index arrays, numbers, None unchanged."""
+        """One argument as the function gets it: float, bool and int arrays and lists as `dtype`; index
+        arrays, numbers, None unchanged."""
+        if isinstance(a, (list, tuple)) and not self.variadic:
+            a = xp.asarray(_as_array(self.name, a, "int64" if i in self.index else dtype))
         a = xp.asarray(a) if isinstance(a, np.generic) else a  # whose dtype would else spread
         if not is_array(a):
             expect(a is None or isinstance(a, (int, float)), self.name,
@@ -282,6 +331,11 @@ class Op:
                lambda: f"argument {i} has dtype {a.dtype}, expected float, int or bool")
         return a.astype(dtype)
 
+    def _node(self, args, arrays, outputs, vjp):
+        edges = [(_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad else None
+                 for a in args]
+        return Node(self, edges, _shapes(arrays), [o.shape for o in outputs], vjp, _mode.samples)
+
     def _wrap(self, array, dtype, node, place):
         if not is_array(array):  # a reduction of everything gives a NumPy scalar
             array = np.asarray(array)
@@ -292,6 +346,40 @@ class Op:
         out.data, out.grad = array, None
         out.requires_grad, out.node, out.place = node is not None, node, place
         return out
+
+
+def _says_index(annotation, function):
+    """Whether an argument is annotated Index, or Index | None. Under `from __future__ import annotations` an
+    annotation is its text."""
+    if not isinstance(annotation, str):
+        return Index in (annotation, *typing.get_args(annotation))
+    words = re.findall(r"\w+", annotation)
+    return "Index" in words or any(function.__globals__.get(word) is Index for word in words)
+
+
+def _as_array(where, values, empty=None):
+    """A number or nested list as a NumPy array; with no values in it, as one of dtype `empty`. Tensors of a
+    graph in a list are refused, since it would end here."""
+    inside = [values]
+    while inside:
+        part = inside.pop()
+        expect(not (isinstance(part, Tensor) and part.requires_grad and _mode.recording), where,
+               "a list of Tensors would cut their graph", "ops.concat(*tensors), or their .data")
+        if isinstance(part, (list, tuple)):
+            inside += [one for one in part if isinstance(one, (list, tuple, Tensor))]
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # rows of several lengths
+        raise InputError(f"{where}: {error}") from error
+    return array if array.size else array.astype(empty or array.dtype)
+
+
+def tensor_like(x: Tensor, values: Any) -> Tensor:
+    """An array or nested list as a Tensor of x's dtype, on its device; a Tensor as it is."""
+    if isinstance(values, Tensor):
+        return values
+    array = values if is_array(values) else _as_array("Tensor", values)
+    return Tensor(array_module(x.data).asarray(array, x.dtype))
 
 
 def op(function: Callable) -> Op:
@@ -318,92 +406,14 @@ def fused(function: Callable) -> Callable:
     return run
 
 
-# The graph
-
-class Node:
-    """One run of an op. `edges` holds, per array argument, None or (key, shape, dtype). A key is what a
-    gradient is addressed to: (node, place) for output `place` of a node, the leaf Tensor itself otherwise.
-    Intermediate Tensors are not held: their arrays live as long as a vjp needs them."""
-    __slots__ = ("op", "edges", "vjp", "shapes", "outputs", "number")
-    numbers = itertools.count()  # a node is made after those that it came from, so has a larger one
-
-    def __init__(self, op, args, arrays, outputs, vjp):
-        self.op, self.vjp, self.number = op, vjp, next(self.numbers)
-        self.edges = [(_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad
-                      else None for a in args]
-        self.shapes = _shapes(arrays)
-        self.outputs = [o.shape for o in outputs]
-
-    def parents(self) -> list["Node"]:
-        """The nodes that made its inputs."""
-        return [edge[0][0] for edge in self.edges if edge and isinstance(edge[0], tuple)]
-
-
-def _shapes(arrays):
-    return [getattr(a, "shape", None) for a in arrays]
-
+# The way back: graph.py
 
 def _key(tensor):
     return (tensor.node, tensor.place) if tensor.node else tensor
 
 
-def topological_order(root: "Node") -> list["Node"]:
-    """The nodes under `root`, each after all that it depends on. Iterative: a graph may be very deep."""
-    found, stack = {root}, [root]
-    while stack:
-        new = [parent for parent in stack.pop().parents() if parent not in found]
-        found.update(new)
-        stack += new
-    return sorted(found, key=lambda node: node.number)
-
-
-def _add_to_leaf(leaf, g):
-    if leaf.grad is None:
-        leaf.grad = array_module(g).array(g)  # a copy: g may belong to somebody else
-    else:
-        leaf.grad += g
-
-
-def _backward(root, gradient, wanted, deliver):
-    """Run the graph backward from `root`, and deliver(key, gradient) whatever arrives at a wanted key (None:
-    at every leaf). Nodes that lead to none of them are not run. wanted: {key: the array that its gradient is
-    added to}, or None."""
-    gradient = _upstream(root, gradient)
-    order = topological_order(root.node) if root.node else []
-    if any(node.vjp is None for node in order):
-        raise GraphError("backward: this graph is already freed: backward() or grad() ran through it before. "
-                         "Run the forward pass again.")
-    is_wanted = _is_leaf if wanted is None else wanted.__contains__
-    place_of = lambda key: wanted.get(key) if wanted and _is_leaf(key) else None
-    live, arrived = _live_edges(order, is_wanted), {}
-    run_node = functools.partial(_run_node_in, _mode.around) if _mode.around else _run_node
-
-    def arrive(key, g):
-        if is_wanted(key):
-            deliver(key, g)
-        if isinstance(key, tuple):
-            _accumulate(arrived, key, g)
-
-    arrive(_key(root), gradient)
-    while order:
-        node = order.pop()
-        upstream = [arrived.pop((node, place), (None,))[0] for place in range(len(node.outputs))]
-        if node in live and any(g is not None for g in upstream):
-            run_node(node, live[node], upstream, arrive, place_of)
-
-
-_is_leaf = lambda key: isinstance(key, Tensor)
-
-
-def _live_edges(order, is_wanted):
-    """{node: its edges, None for those that lead to no wanted key} of nodes that lead to one, in `order`."""
-    live = {}
-    for node in order:
-        leads = lambda key: is_wanted(key) or isinstance(key, tuple) and key[0] in live
-        edges = [edge if edge and leads(edge[0]) else None for edge in node.edges]
-        if any(edges):
-            live[node] = edges
-    return live
+def _shapes(arrays):
+    return [getattr(a, "shape", None) for a in arrays]
 
 
 def _upstream(root, gradient):
@@ -420,74 +430,8 @@ def _upstream(root, gradient):
     return native_array(gradient)
 
 
-class Into:
-    """An entry of a vjp that can add its gradient to an array itself: run(array) adds to it and returns
-    nothing, run(None) returns the gradient. The engine gives it the array of `grad(..., into=)` where a
-    leaf's gradient belongs."""
-
-    def __init__(self, run):
-        self.run = run
-
-
-def _run_node(node, edges, upstream, arrive, place_of):
-    """Free a node, run its vjp, and send on the gradients along `edges`. What only the vjp held goes when
-    this returns. place_of(key): the array that a leaf's gradient is to be added to, or None."""
-    vjp = node.vjp
-    node.vjp, node.edges = None, ()
-    entries = vjp(*upstream)
-    entries = entries if isinstance(entries, tuple) else (entries,)
-    if len(entries) != len(edges):
-        raise GradientError(f"{node.op.name}: its vjp returned {len(entries)} entries for {len(edges)} array "
-                            f"arguments")
-    for i, (edge, g) in enumerate(zip(edges, entries)):
-        if not edge or g is None:
-            continue
-        if isinstance(g, Into):
-            place = place_of(edge[0])
-            g = g.run(place)
-            if place is not None:
-                continue
-        elif callable(g):
-            g = g()
-        arrive(edge[0], _checked(node.op, i, g, edge))
-
-
-def _run_node_in(wrapper, node, edges, upstream, arrive, place_of):
-    """_run_node through the wrapper of `around`."""
-    add = lambda key, g: wrapper(node.op, "add", node.shapes, functools.partial(arrive, key, g))
-    run = functools.partial(_run_node, node, edges, upstream, add, place_of)
-    wrapper(node.op, "backward", node.shapes, run)
-
-
-def _accumulate(arrived, key, g):
-    """The first gradient is held by reference, the second makes an array, and only to that one is added."""
-    held, ours = arrived.get(key, (None, False))
-    if held is None:
-        arrived[key] = (g, False)
-        return
-    if ours:
-        # not in place where held is a NumPy scalar, as the sum of 0-d arrays is: so it is stored again
-        held += g
+def _add_to_leaf(leaf, g):
+    if leaf.grad is None:
+        leaf.grad = array_module(g).array(g)  # a copy: g may belong to somebody else
     else:
-        held = held + g
-    arrived[key] = (held, True)
-
-
-def _checked(op, i, g, edge):
-    """The gradient with broadcasting undone; GradientError if its shape or dtype cannot be the input's."""
-    _, shape, dtype = edge
-    if is_array(g) and g.shape == shape and g.dtype == dtype:
-        return g
-    name = f"input {i}" if op.variadic else op.arrays[i]
-    if not is_array(g) and not isinstance(g, np.generic):
-        raise GradientError(f"{op.name}: its vjp returned a {type(g).__name__} for {name}, expected an array")
-    if g.dtype != dtype:
-        raise GradientError(f"{op.name}: its vjp returned {g.dtype} for {name}, which is {dtype}: is a "
-                            f"constant a NumPy scalar?")
-    try:
-        if np.broadcast_shapes(g.shape, shape) != g.shape:
-            raise ValueError
-    except ValueError:
-        text = f"{op.name}: its vjp returned shape {g.shape} for {name}, which is {shape}"
-        raise GradientError(text) from None
-    return unbroadcast(g, shape)
+        leaf.grad += g

@@ -12,7 +12,7 @@ import numpy as np
 
 import standin
 import tinytoken
-from tinytoken import backend, tensor
+from tinytoken import backend, graph
 from tinytoken.cuda import gemm, launcher, sums
 
 SHIM = pathlib.Path(__file__).with_name("shim.h")
@@ -126,7 +126,7 @@ def implementation_of(plain, *arrays, **settings):
 
 def gradient(entry):
     """What an entry of a vjp stands for."""
-    return entry.run(None) if isinstance(entry, tensor.Into) else entry() if callable(entry) else entry
+    return entry.run(None) if isinstance(entry, graph.Into) else entry() if callable(entry) else entry
 
 
 def pointer(value, parameter):

@@ -8,7 +8,7 @@ import emulate
 from tinytoken import ops
 from tinytoken.backend import to_numpy, using_implementations
 from tinytoken.cuda import launcher, registered
-from tinytoken.tensor import Into
+from tinytoken.graph import Into
 
 pytestmark = pytest.mark.usefixtures("place")
 
@@ -335,6 +335,13 @@ def test_other_arrays_are_left_to_the_plain_op(make, place):
         arrays = [make(*shape, seed=i) for i, shape in enumerate(shapes)]
         assert emulate.implementation_of(op, *arrays) is None, op
         assert emulate.implementation_of(op, *(normal_there(*shape) for shape in shapes)) is not None, op
+
+
+def test_the_smallest_arrays_are_left_to_the_plain_op(place):
+    q, no_keys = normal_there(1, 2, 3, 4), normal_there(1, 2, 0, 4)
+    for op, arrays in ((ops.log_softmax, [normal_there()]), (ops.layer_norm, [normal_there()]),
+                       (ops.attention, [q, no_keys, no_keys])):
+        assert emulate.implementation_of(op, *arrays) is None, op
 
 
 def test_every_registered_op_is_checked_here():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cases import CASES, IDS, REGISTERED
-from tinytoken import GradientError, checking, tensor
+from tinytoken import GradientError, backend, checking, tensor
 
 SMOOTH = [c for c in CASES if c.smooth]
 SMOOTH_IDS = [c.id for c in SMOOTH]
@@ -70,7 +70,7 @@ def damaged(op, input, damage):
             entries = list(entries) if isinstance(entries, tuple) else [entries]
             g = entries[input]() if callable(entries[input]) else entries[input]
             if g is not None:
-                entries[input] = damage(tensor.unbroadcast(g, arrays[input].shape))
+                entries[input] = damage(backend.unbroadcast(g, arrays[input].shape))
             return tuple(entries)
         return out, wrong
     twin = copy.copy(op)
@@ -86,7 +86,7 @@ def gradients_of(case):
     entries = vjp(*[rng.standard_normal(o.shape) for o in (out if isinstance(out, tuple) else (out,))])
     entries = entries if isinstance(entries, tuple) else (entries,)
     entries = [e() if callable(e) else e for e in entries]
-    return [e if e is None else tensor.unbroadcast(e, np.shape(a)) for e, a in zip(entries, arrays)]
+    return [e if e is None else backend.unbroadcast(e, np.shape(a)) for e, a in zip(entries, arrays)]
 
 
 def changes(damage, g):

@@ -36,11 +36,31 @@ def test_top_k_against_a_sort(dtype, xp):
         equal(ops.top_k(xp.asarray(scores), k), expected)
 
 
+@pytest.mark.parametrize("dtype", ["bool", *"bBhHiIlL", "float16", "float32", "float64"])
+def test_top_k_of_every_dtype(dtype, xp):
+    """With the extremes of the dtype, which have no negative, and many ties."""
+    dtype = np.dtype(dtype)
+    whole = np.iinfo(dtype) if dtype.kind in "iu" else None
+    ends = [whole.min, whole.max] if whole else [0, 1] if dtype == bool else [-np.inf, np.inf]
+    for _ in range(20):
+        scores = rng.integers(0, 9, (3, 8)).astype(dtype)
+        scores[rng.random((3, 8)) < 0.3], scores[0, 5] = ends[0], ends[1]
+        k = int(rng.integers(9))
+        expected = [sorted(sorted(range(8), key=lambda i: (row[i] * -1, i))[:k]) for row in scores.tolist()]
+        equal(ops.top_k(xp.asarray(scores), k), np.array(expected, int).reshape(3, k))
+    assert ops.top_k(xp.asarray(np.array([[0, 5, 255, 7]], "uint8")), 2).tolist() == [[2, 3]]
+
+
+def test_top_k_takes_nan_last(xp):
+    equal(ops.top_k(xp.asarray([[np.nan, -np.inf, 0.0, np.nan]]), 2), [[1, 2]])
+
+
 @pytest.mark.parametrize("scores, k, message", [
     (np.zeros((2, 3)), 4, "top_k: k 4 of scores (2, 3): expected (B, N) and 0 <= k <= N"),
     (np.zeros((2, 3)), -1, "top_k: k -1 of scores (2, 3): expected (B, N) and 0 <= k <= N"),
     (np.zeros(3), 1, "top_k: k 1 of scores (3,): expected (B, N) and 0 <= k <= N"),
     ([[1.0]], 1, "top_k: k 1 of scores list: expected (B, N) and 0 <= k <= N"),
+    (np.ones((1, 2), complex), 1, "top_k: scores of complex128, expected numbers"),
 ])
 def test_top_k_refuses(scores, k, message):
     with pytest.raises(InputError) as error:

@@ -3,7 +3,7 @@ is a product. A vector's is a sum over rows: in a captured step all partial sums
 kernel adds them up at its end (weights.py)."""
 import functools
 
-from ..tensor import Into
+from ..graph import Into
 from . import gemm, launcher, sums, weights
 
 

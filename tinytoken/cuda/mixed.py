@@ -9,7 +9,8 @@ import functools
 
 from .. import nn
 from ..backend import implementation
-from ..tensor import Into, Tensor, op
+from ..graph import Into
+from ..tensor import Tensor, op
 from . import gemm, launcher
 from .gradients import Sums, summed_gradients, weight_gradient
 from .launcher import contiguous, cover

@@ -54,7 +54,8 @@ def gelu(x):
     return out, vjp
 
 
-@kernels_of(ops.layer_norm, lambda x, weight=None, bias=None, *, eps=1e-6: (weight is None) == (bias is None)
+@kernels_of(ops.layer_norm, lambda x, weight=None, bias=None, *, eps=1e-6: x.ndim
+            and (weight is None) == (bias is None)
             and (weight is None or weight.shape == bias.shape == x.shape[-1:]))
 def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
     width = x.shape[-1]
@@ -92,7 +93,7 @@ def shared_bytes(queries, tokens, d, warps):
 
 def fits(q, k, v, keep=None, *, sees_itself=True, official=False, weights=False):
     """Whether the kernels cover this call: keys and values of a head must fit into shared memory."""
-    return (not official and q.ndim == k.ndim == 4
+    return (not official and q.ndim == k.ndim == 4 and k.size
             and shared_bytes(q.shape[2], k.shape[2], q.shape[3], 4) <= launcher.most_shared())
 
 
@@ -252,7 +253,7 @@ def log_softmax_rows(x):
     return out
 
 
-@kernels_of(ops.log_softmax, lambda x, *, axis=-1: axis in (-1, x.ndim - 1))
+@kernels_of(ops.log_softmax, lambda x, *, axis=-1: x.ndim and axis in (-1, x.ndim - 1))
 def log_softmax(x, *, axis=-1):
     out, width = log_softmax_rows(x), x.shape[-1]
 

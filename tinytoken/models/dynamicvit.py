@@ -15,7 +15,7 @@ import numpy as np
 from .. import nn, ops, random
 from ..backend import Array, array_module, to_numpy
 from ..errors import expect
-from ..tensor import Tensor
+from ..tensor import Tensor, tensor_like
 from .base import Loss, Output, Sizes, model, weighted_sum
 from .vit import Tokens, ViT
 
@@ -208,9 +208,10 @@ def per_stage(noise: Any) -> list[Array] | None:
 
 def _mask(keep, x, patches):
     """A forced decision as a Tensor (B, N) of the model's dtype."""
+    keep = tensor_like(x, keep)
     expect(tuple(keep.shape) == (len(x), patches), "DynamicViT",
            lambda: f"keep {tuple(keep.shape)}, expected (B, N) = {(len(x), patches)}")
-    return keep if isinstance(keep, Tensor) else Tensor(keep.astype(x.dtype))
+    return keep
 
 
 def _places(mask):
@@ -252,6 +253,5 @@ def dynamicvit_loss(out: DynamicOutput, targets: Array, teacher_logits: Any, tea
 def _token_loss(out, teacher_tokens, token_norm):
     keep = (out.keep.data > 0.5).astype(out.tokens.dtype)
     errors = ops.mse(out.tokens, teacher_tokens, axis=2) * keep
-    kept = keep.sum(axis=1) if token_norm == "image" else keep.sum().reshape(1)
-    sums = errors.sum(axis=1) if token_norm == "image" else errors.sum().reshape(1)
+    kept, sums = (a.sum(axis=1) if token_norm == "image" else a.sum().reshape(1) for a in (keep, errors))
     return (sums / (kept + (kept == 0))).mean()

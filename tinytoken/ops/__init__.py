@@ -10,6 +10,7 @@ from .dense import embedding, linear, matmul
 from .grid import patchify, resize, resize_matrix
 from .loss import binary_cross_entropy, cross_entropy, kl_divergence, mse
 from .norm import layer_norm, log_softmax, softmax
+from .numpy_functions import numpy_function, numpy_ufunc
 from .select import gumbel_softmax, put_tokens, take_tokens, top_k
 from .shape import broadcast_to, concat, getitem, index, pad, reshape, swapaxes, transpose
 
@@ -37,3 +38,4 @@ Tensor.max = lambda a, axis=None, keepdims=False: max(a, axis=axis, keepdims=kee
 Tensor.reshape = lambda a, *shape: reshape(a, shape=_shape(shape))
 Tensor.transpose = lambda a, *axes: transpose(a, axes=_shape(axes) or None)
 Tensor.swapaxes = swapaxes
+Tensor.__array_ufunc__, Tensor.__array_function__ = numpy_ufunc, numpy_function

@@ -2,8 +2,10 @@
 
 Shapes broadcast by NumPy's rules; the engine sums the gradients back over the axes that were broadcast.
 """
-from ..backend import array_module
-from ..errors import expect
+from typing import Any
+
+from ..backend import Array, array_module
+from ..errors import expect, shape_of
 from ..tensor import op
 
 
@@ -75,14 +77,23 @@ def sqrt(x):
 @op
 def sum(x, *, axis=None, keepdims=False):
     """Sum over `axis` (int, tuple, or None for all)."""
-    return x.sum(axis=axis, keepdims=keepdims), lambda g: _spread(g, x.shape, axis, keepdims)
+    shape = x.shape
+    return x.sum(axis=axis, keepdims=keepdims), lambda g: _spread(g, shape, axis, keepdims)
 
 
 @op
 def mean(x, *, axis=None, keepdims=False):
     """Mean over `axis` (int, tuple, or None for all)."""
-    out = x.mean(axis=axis, keepdims=keepdims)
-    return out, lambda g: _spread(g * (out.size / x.size), x.shape, axis, keepdims)
+    (out, count), shape = mean_of("mean", x, axis, keepdims), x.shape
+    return out, lambda g: _spread(g / count, shape, axis, keepdims)
+
+
+def mean_of(where: str, x: Array, axis: Any, keepdims: bool = False) -> tuple[Array, int]:
+    """(mean of a raw array over `axis`, how many values each mean is of). InputError if it is of none."""
+    total = x.sum(axis=axis, keepdims=keepdims)
+    count = x.size // (total.size or 1)
+    expect(count or not total.size, where, lambda: f"{shape_of('x', x)}: no values along axis {axis}")
+    return total / count, count
 
 
 @op
@@ -99,6 +110,6 @@ def max(x, *, axis=None, keepdims=False):
 def _spread(g, shape, axis, keepdims):
     """g, shaped like the output of a reduction over `axis`, repeated back to `shape` (a read-only view)."""
     xp = array_module(g)
-    if axis is not None and not keepdims:
+    if axis is not None and not keepdims and shape:
         g = xp.expand_dims(g, axis)
     return xp.broadcast_to(g, shape)

@@ -25,14 +25,14 @@ def split_heads(x, *, heads, parts=1):
     expect(x.ndim == 3 and x.shape[2] % (parts * heads) == 0, "split_heads",
            lambda: f"{shape_of('x', x)}: the last size must be a multiple of {parts} parts x {heads} heads")
     batch, tokens, width = x.shape
-    packed = x.reshape(batch, tokens, parts, heads, width // (parts * heads)).transpose(2, 0, 3, 1, 4)
+    size, xp, dtype = width // (parts * heads), array_module(x), x.dtype
+    packed = x.reshape(batch, tokens, parts, heads, size).transpose(2, 0, 3, 1, 4)
 
     def vjp(*gs):
-        xp = array_module(x)
-        out = xp.empty((batch, tokens, parts, heads, packed.shape[-1]), x.dtype)
+        out = xp.empty((batch, tokens, parts, heads, size), dtype)
         for part, g in enumerate(gs):
             out[:, :, part] = 0 if g is None else g.transpose(0, 2, 1, 3)
-        return out.reshape(x.shape)
+        return out.reshape(batch, tokens, width)
     return (tuple(packed) if parts > 1 else packed[0]), vjp
 
 
@@ -89,7 +89,7 @@ def check_attention(name: str, q: Any, k: Any, v: Any, keep: Any, sees_itself: b
     """InputError in the name of op `name` unless the shapes of q, k, v and keep fit together."""
     shapes = lambda: f"{shape_of('q', q)}, {shape_of('k', k)}, {shape_of('v', v)}"
     expect(q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
-           and k.shape[:3] == v.shape[:3], name,
+           and k.shape[:3] == v.shape[:3] and q.shape[3], name,
            lambda: f"{shapes()}: expected (B, H, Tq, d), (B, H, Tk, d), (B, H, Tk, d)")
     if keep is not None:
         expect(keep.shape == (k.shape[0], k.shape[2]), name,

@@ -18,11 +18,11 @@ def matmul(a, b):
                    f"inner sizes {a.shape[-1]} and {b.shape[-2]} differ.",
            *(("k.swapaxes(-1, -2)", "03") if a.shape[-1] == b.shape[-1] else ()))
     if b.ndim == 2:  # as one 2-D product: a stack of them is slower, and its gradients of b have to be summed
-        rows = a.reshape(-1, a.shape[-1])
+        rows, shape = rows_of(a), a.shape
 
         def vjp(g):
-            flat = g.reshape(-1, g.shape[-1])
-            return lambda: (flat @ b.T).reshape(a.shape), lambda: rows.T @ flat
+            flat = rows_of(g)
+            return lambda: (flat @ b.T).reshape(shape), lambda: rows.T @ flat
         return (rows @ b).reshape(*a.shape[:-1], b.shape[-1]), vjp
     return a @ b, lambda g: (lambda: g @ b.swapaxes(-1, -2), lambda: a.swapaxes(-1, -2) @ g)
 
@@ -41,22 +41,27 @@ def linear(x, weight, bias=None):
     expect(bias is None or bias.shape == weight.shape[:1], "linear",
            lambda: f"{shape_of('bias', bias)} for {shape_of('weight', weight)}: "
                    f"expected ({weight.shape[0]},)")
-    rows = x.reshape(-1, x.shape[-1])
+    rows, shape = rows_of(x), x.shape
     out = rows @ weight.T
     if bias is not None:
         out += bias
 
     def vjp(g):
-        flat = g.reshape(-1, g.shape[-1])
-        return (lambda: (flat @ weight).reshape(x.shape),
+        flat = rows_of(g)
+        return (lambda: (flat @ weight).reshape(shape),
                 lambda: flat.T @ rows,
                 lambda: column_sums(flat))
-    return out.reshape(*x.shape[:-1], weight.shape[0]), vjp
+    return out.reshape(*shape[:-1], weight.shape[0]), vjp
 
 
 @linear.macs
 def _(x, weight, bias=None):
     return math.prod(x) * weight[0]
+
+
+def rows_of(x: Array) -> Array:
+    """x (..., D) as rows (R, D), also where there are none or D is 0."""
+    return x.reshape(-1 if x.shape[-1] else math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def column_sums(rows: Array) -> Array:
@@ -71,11 +76,12 @@ def embedding(weight, rows: Index):
     The gradients of a row that is used more than once add up.
     """
     expect(rows.dtype.kind in "iu", "embedding", lambda: f"rows of dtype {rows.dtype}, expected integers")
+    shape = weight.shape
     in_range = array_module(rows) is not np or not rows.size or 0 <= rows.min() and rows.max() < len(weight)
     expect(in_range, "embedding", lambda: f"rows from {rows.min()} to {rows.max()} of a table {weight.shape}")
 
     def vjp(g):
-        out = array_module(g).zeros_like(weight)
-        scatter_add(out, rows.reshape(-1), g.reshape(-1, weight.shape[1]))
+        out = array_module(g).zeros(shape, g.dtype)
+        scatter_add(out, rows.reshape(-1), g.reshape(rows.size, shape[1]))
         return out, None
     return weight[rows], vjp

@@ -27,7 +27,7 @@ def patchify(images, *, patch):
 
     def vjp(g):
         back = g.reshape(batch, rows, columns, channels, patch, patch).transpose(0, 3, 1, 4, 2, 5)
-        return back.reshape(images.shape)
+        return back.reshape(batch, channels, height, width)
     return grid.reshape(batch, rows * columns, channels * patch * patch), vjp
 
 

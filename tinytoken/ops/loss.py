@@ -12,6 +12,7 @@ from ..backend import Array, array_module, vecdot
 from ..errors import expect, shape_of
 from ..tensor import Index, op
 from .activation import decay_of
+from .arithmetic import mean_of
 from .norm import log_softmax_of
 
 
@@ -126,10 +127,10 @@ def mse(x, target, *, axis=None):
     expect(x.shape == target.shape, "mse",
            lambda: f"{shape_of('x', x)}, {shape_of('target', target)}: equal shapes expected")
     gap = x - target
-    out = (gap * gap).mean(axis=axis)
+    out, count = mean_of("mse", gap * gap, axis)
 
     def vjp(g):
         g = g if axis is None else array_module(g).expand_dims(g, axis)
-        slope = gap * (g * (2 * out.size / x.size))
+        slope = gap * (g * 2 / count)
         return slope, lambda: -slope
     return out, vjp

@@ -17,6 +17,8 @@ def row_maximum(x: Array, axis: int = -1) -> Array:
 
 def softmax_of(x: Array, axis: int = -1) -> Array:
     """softmax of a raw array. The maximum is subtracted first, so that exp cannot overflow."""
+    if not x.size:
+        return x
     xp = array_module(x)
     out = x - row_maximum(x, axis)
     xp.exp(out, out=out)
@@ -35,19 +37,30 @@ def softmax_vjp(out: Array, g: Array, axis: int = -1) -> Array:
 @op
 def softmax(x, *, axis=-1):
     """exp(x) / sum(exp(x)) over `axis`. Zeros where all of x is -inf."""
-    out = softmax_of(x, axis)
-    return out, lambda g: softmax_vjp(out, g, axis)
+    out, shape = softmax_of(_with_axis(x), axis), x.shape
+    return out.reshape(shape), lambda g: softmax_vjp(out, g.reshape(out.shape), axis).reshape(shape)
 
 
 @op
 def log_softmax(x, *, axis=-1):
     """x - log(sum(exp(x))) over `axis`. -inf where all of x is."""
-    out = log_softmax_of(x, axis)
-    return out, lambda g: g - array_module(x).exp(out) * g.sum(axis=axis, keepdims=True)
+    out, shape = log_softmax_of(_with_axis(x), axis), x.shape
+
+    def vjp(g):
+        g = g.reshape(out.shape)
+        return (g - array_module(g).exp(out) * g.sum(axis=axis, keepdims=True)).reshape(shape)
+    return out.reshape(shape), vjp
+
+
+def _with_axis(x):
+    """x, but a 0-d array as a row of one."""
+    return x if x.ndim else x.reshape(1)
 
 
 def log_softmax_of(x: Array, axis: int = -1) -> Array:
     """log softmax of a raw array."""
+    if not x.size:
+        return x
     xp = array_module(x)
     shifted = x - row_maximum(x, axis)
     shifted -= xp.log(xp.maximum(xp.exp(shifted).sum(axis=axis, keepdims=True), 1))
@@ -60,11 +73,12 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
 
     x (..., D), weight and bias (D,) or None. eps is 1e-6 in timm's ViT, 1e-5 in DynamicViT's predictor.
     """
+    expect(x.ndim and x.shape[-1], "layer_norm", lambda: f"{shape_of('x', x)}, expected (..., D)")
     size = x.shape[-1]
     for name, p in (("weight", weight), ("bias", bias)):
         expect(p is None or p.shape == (size,), "layer_norm",
                lambda: f"{shape_of(name, p)} for {shape_of('x', x)}: expected ({size},)")
-    xp = array_module(x)
+    xp, shape = array_module(x), x.shape
     rows = x.reshape(-1, size)
     average = xp.full(size, 1 / size, x.dtype)  # row means as a product: faster than .mean(-1)
     normed = rows - (rows @ average)[:, None]
@@ -83,6 +97,6 @@ def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
             u -= (u @ average)[:, None]
             u -= normed * along
             u *= scale
-            return u.reshape(x.shape)
+            return u.reshape(shape)
         return of_x, lambda: column_sums(g * normed), lambda: column_sums(g)
-    return out.reshape(x.shape), vjp
+    return out.reshape(shape), vjp

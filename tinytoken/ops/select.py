@@ -4,6 +4,7 @@ import numpy as np
 from ..backend import Array, array_module, faster, is_array, scatter_add
 from ..errors import expect, shape_of
 from ..tensor import Index, Tensor, op
+from .dense import rows_of
 from .norm import softmax_of, softmax_vjp
 
 
@@ -35,13 +36,13 @@ def take_tokens(x, index: Index):
     The gradients of a row that is taken more than once add up.
     """
     rows = _flat_rows("take_tokens", x, index, x.shape[1])
-    batch, length, width = x.shape
+    (batch, length, width), shape = x.shape, x.shape
 
     def vjp(g):
         out = array_module(g).zeros((batch * length, width), g.dtype)
-        scatter_add(out, rows, g.reshape(-1, width))
-        return out.reshape(x.shape), None
-    return x.reshape(-1, width)[rows].reshape(batch, -1, width), vjp
+        scatter_add(out, rows, rows_of(g))
+        return out.reshape(shape), None
+    return rows_of(x)[rows].reshape(batch, index.shape[1], width), vjp
 
 
 @op
@@ -50,10 +51,10 @@ def put_tokens(x, index: Index, *, length):
     rows = _flat_rows("put_tokens", x, index, length)
     expect(index.shape == x.shape[:2], "put_tokens",
            lambda: f"{shape_of('index', index)} for {shape_of('x', x)}: one place per row expected")
-    batch, _, width = x.shape
+    (batch, _, width), shape = x.shape, x.shape
     out = array_module(x).zeros((batch * length, width), x.dtype)
-    scatter_add(out, rows, x.reshape(-1, width))
-    return out.reshape(batch, length, width), lambda g: (g.reshape(-1, width)[rows].reshape(x.shape), None)
+    scatter_add(out, rows, rows_of(x))
+    return out.reshape(batch, length, width), lambda g: (rows_of(g)[rows].reshape(shape), None)
 
 
 def _flat_rows(where, x, index, length):
@@ -80,6 +81,10 @@ def top_k(scores: Array | Tensor, k: int) -> Array:
     expect(is_array(scores) and scores.ndim == 2 and 0 <= k <= scores.shape[1], "top_k",
            lambda: f"k {k} of scores {getattr(scores, 'shape', type(scores).__name__)}: "
                    "expected (B, N) and 0 <= k <= N")
+    expect(scores.dtype.kind in "biuf", "top_k", lambda: f"scores of {scores.dtype}, expected numbers")
     xp = array_module(scores)
     fast = faster(top_k, xp, scores, k)
-    return fast(scores, k) if fast else xp.sort(xp.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
+    if fast:
+        return fast(scores, k)
+    falling = -scores if scores.dtype.kind == "f" else ~scores  # -0 and -(-128) are no lower than 0 and -128
+    return xp.sort(xp.argsort(falling, axis=1, kind="stable")[:, :k], axis=1)

@@ -2,6 +2,8 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from ..backend import array_module, is_array
 from ..errors import expect, shape_of
 from ..tensor import Tensor, op
@@ -14,14 +16,15 @@ def reshape(x, *, shape):
     fits = x.size == known if -1 not in shape else known and x.size % known == 0
     expect(fits, "reshape",
            lambda: f"{shape_of('x', x)} has {x.size} values, which do not fit {tuple(shape)}")
-    return x.reshape(shape), lambda g: g.reshape(x.shape)
+    before = x.shape
+    return x.reshape(shape), lambda g: g.reshape(before)
 
 
 @op
 def transpose(x, *, axes=None):
     """Axes in another order (None: reversed)."""
     axes = tuple(range(x.ndim))[::-1] if axes is None else tuple(axes)
-    expect(sorted(a % x.ndim for a in axes) == list(range(x.ndim)), "transpose",
+    expect(len(axes) == x.ndim and sorted(a % x.ndim for a in axes) == list(range(x.ndim)), "transpose",
            lambda: f"axes {axes} for {shape_of('x', x)}")
     back = sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim)
     return x.transpose(axes), lambda g: g.transpose(back)
@@ -40,6 +43,7 @@ def swapaxes(x: Tensor, a: int, b: int) -> Tensor:
 def concat(*xs, axis=0):
     """Arrays joined along `axis`; their other sizes must agree."""
     xp = array_module(*xs)
+    expect(all(x.ndim for x in xs), "concat", "a 0-d array, expected at least one axis")
     others = {x.shape[:axis % x.ndim] + x.shape[axis % x.ndim + 1:] for x in xs}
     expect(len(others) == 1, "concat",
            lambda: f"shapes {', '.join(str(x.shape) for x in xs)} differ outside axis {axis}")
@@ -51,19 +55,21 @@ def concat(*xs, axis=0):
     return xp.concatenate(xs, axis=axis), vjp
 
 
+PLAIN = (slice, int, type(None), type(Ellipsis), np.integer, np.bool_)  # in a key: what takes nothing twice
+
+
 @op
 def index(x, *, key):
-    """x[key]; the key may hold numbers, slices, None, ... and integer or boolean arrays.
+    """x[key]; the key may hold numbers, slices, None, ... and integer or boolean arrays, lists or tuples.
 
     The gradients of a row that is taken more than once add up.
     """
-    parts = key if isinstance(key, tuple) else (key,)
-    expect(not any(isinstance(part, list) for part in parts), "index", "a list as index: give an array")
-    repeats = any(is_array(part) and part.dtype.kind in "iu" for part in parts)
+    key, before = _plain_key(key, array_module(x)), x.shape
+    repeats = any(is_array(part) and part.dtype.kind in "iu" for part in key)
 
     def vjp(g):
         xp = array_module(g)
-        out = xp.zeros(x.shape, g.dtype)
+        out = xp.zeros(before, g.dtype)
         if repeats:
             xp.add.at(out, key, g)
         else:
@@ -72,12 +78,30 @@ def index(x, *, key):
     return x[key], vjp
 
 
+def _plain_key(key, xp):
+    """The key as a tuple of numbers, slices, None, ... and arrays: what else NumPy takes for an array becomes
+    one, so that it is seen whether it can name an element twice."""
+    parts = key if isinstance(key, tuple) else (key,)
+    return tuple([part if isinstance(part, PLAIN) or is_array(part) else _index_array(part, xp)
+                  for part in parts])
+
+
+def _index_array(part, xp):
+    if isinstance(part, Tensor):
+        return part.data
+    array = np.asarray(part)
+    array = array if array.size else array.astype("int64")
+    expect(array.dtype.kind in "biu", "index",
+           lambda: f"an index of {array.dtype}, expected integers or truth values")
+    return xp.asarray(array)
+
+
 def getitem(x: Tensor, key: Any) -> Tensor:
     """Tensor.__getitem__: x[key], where Tensors in the key become their arrays."""
-    raw = tuple(part.data if isinstance(part, Tensor) else part
-                for part in (key if isinstance(key, tuple) else (key,)))
+    if x.dtype.kind == "f":
+        return index(x, key=key)
     # integers are not indexed by the op, which would cast them to floats
-    return index(x, key=raw) if x.dtype.kind == "f" else Tensor(x.data[raw])
+    return Tensor(x.data[_plain_key(key, array_module(x.data))])
 
 
 @op

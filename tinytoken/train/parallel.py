@@ -7,7 +7,7 @@ import numpy as np
 from .. import nn
 from ..backend import Array, array_module, cpu_count
 from ..errors import expect
-from ..tensor import Tensor, grad
+from ..tensor import Tensor, checked, grad
 from ..threads import share_out
 
 
@@ -41,8 +41,9 @@ def loss_and_grads(loss_fn: Callable[..., Any], params: Iterable[nn.Parameter], 
         views, results = flat.cut(buffer), []
         for cut in cuts[first::threads]:
             share = (cut.stop - cut.start) / size
-            out = loss_fn(*(array[cut] for array in batch),
-                          **{name: array[cut] for name, array in draws.items()})
+            with checked(0):  # the backward pass follows at once
+                out = loss_fn(*(array[cut] for array in batch),
+                              **{name: array[cut] for name, array in draws.items()})
             loss, parts = out if isinstance(out, tuple) else (out, {})
             expect(isinstance(loss, Tensor) and loss.shape == (), "loss_and_grads",
                    "loss_fn must return a scalar Tensor, or one and its parts")
