@@ -639,7 +639,7 @@ here.says(f"Where two things must be looked up, two heads find {share['two heads
 #
 # | paper | our line |
 # |---|---|
-# | eq. 1: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V | `A = softmax_of((q * scale) @ k.swapaxes(-1, -2))`, `out = A @ v` |
+# | eq. 1: Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V | `scores = (q * scale) @ k.swapaxes(-1, -2)`, `A = softmax_of(scores)`, `out = A @ v` |
 # | footnote 4: q . k has mean 0 and variance d_k | `scale = 1 / math.sqrt(q.shape[-1])` |
 # | section 3.2.2: head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V) | `ops.split_heads(self.qkv(x), heads=self.heads, parts=3)` |
 # | section 3.2.2: MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O | `self.proj(ops.merge_heads(out))` |

@@ -422,7 +422,7 @@ for row in [row for row in official_table if row["spread"] in (1, 5, 10, 20)]:
 # | paper | ours |
 # |---|---|
 # | G_ij = 1 if i = j, else D_j (eq. 10) | `seen = seen + (1 - seen) * itself` |
-# | A_ij = e^(P_ij) G_ij / sum_k e^(P_ik) G_ik (eq. 11) | `A = slope * seen`, `slope` being e^(a - m) / Z |
+# | A_ij = e^(P_ij) G_ij / sum_k e^(P_ik) G_ik (eq. 11) | `A = slope * seen`, `A /= total`, with `slope` = e^(a - m) |
 #
 # The paper's equation has no eps, and ours has none either. The eps and the maximum over all keys are those
 # of the official code (`official=True`, kept for its weights).

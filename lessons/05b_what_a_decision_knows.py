@@ -386,8 +386,8 @@ for name, numbers in found.items():
 #
 # | paper | ours |
 # |---|---|
-# | the slope toward the mask G (the paper does not write it out) | `centred * slope`, with `centred` = u - sum u A and `slope` = e^(a - m) / Z |
-# | a cap for dropped keys (not in the paper, nor in the official code) | `slope` with min(a - m, 0) |
+# | the slope toward the mask G (the paper does not write it out) | `centred * slope`, with `centred` = u - sum u A and, by then, `slope` = e^(a - m) / Z |
+# | a cap for dropped keys (not in the paper, nor in the official code) | `slope = xp.minimum(scores, highest)`, from which `highest` is subtracted |
 
 # %%
 here.end()

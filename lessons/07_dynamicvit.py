@@ -533,9 +533,9 @@ here.measured(rows=rows, starts=starts, images_per_second=speeds, seeds=seeds, r
 # |---|---|
 # | section 3.2: local and global features, pi = Softmax(MLP(z)) | `Predictor.forward`; by hand `predictor_by_hand` |
 # | sections 3.2, 3.3: D <- D * (a Gumbel-softmax draw from pi) | `decision * previous` in `DynamicViT.mask`; `decide` draws |
-# | equations 10 and 11: G_ij = 1 if i = j, else D_j; G exp(P), normalised | `ops.attention(q, k, v, keep)` |
+# | equations 10 and 11: G_ij = 1 if i = j, else D_j; G exp(P), normalised | `ops.attention(q, k, v, keep, ...)` |
 # | training: the four losses | `models.dynamicvit_loss`; by hand `losses_by_hand` |
-# | at inference the floor(rho^s N) best stay | `ops.top_k(scores, self.counts[stage])` in `DynamicViT.remove` |
+# | at inference the floor(rho^s N) best stay | `ops.top_k(self.score_predictor[stage](...)[:, :, 0], self.counts[stage])` in `DynamicViT.remove` |
 #
 # We differ from the paper's code on purpose in four points. Our mask is exactly the same as removing. Our
 # predictors start near their ratios. L_token is a mean within each picture first. And all weights are trained

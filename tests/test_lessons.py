@@ -47,6 +47,33 @@ def test_the_lesson_is_a_percent_script(script):
         assert title in titles, f"no part {title!r}"
 
 
+def flat(*folders):
+    """The sources below these folders as one line."""
+    return " ".join(" ".join(path.read_text(encoding="utf-8").split())
+                    for folder in folders for path in sorted(folder.rglob("*.py")))
+
+
+ROOT = LESSONS.parent
+SOURCES = flat(ROOT / "tinytoken", ROOT / "tests")
+
+
+@every_lesson
+def test_the_lines_of_code_beside_the_paper_exist(script):
+    """Each is in the package, a test or the lesson, but for what "..." stands for. Class.method names a
+    method, and what has a slash and an ending names a file."""
+    text = script.read_text(encoding="utf-8")
+    code = " ".join(" ".join(line for line in text.splitlines() if not line.startswith("#")).split())
+    table = [line for line in text.partition("# ## The paper")[2].splitlines() if line.startswith("# |")]
+    for quoted in re.findall(r"`([^`]+)`", "\n".join(table)):
+        if re.fullmatch(r"(\w+/)+\w+\.\w+", quoted):
+            assert any((ROOT / folder / quoted).exists() for folder in ("", "tinytoken")), f"no {quoted}"
+            continue
+        method = re.fullmatch(r"([A-Z]\w+)\.(\w+)", quoted)
+        parts = [f"class {method[1]}", f"def {method[2]}("] if method else quoted.split("...")
+        missing = [part for part in map(str.strip, parts) if part not in SOURCES and part not in code]
+        assert not missing, f"{quoted}: no line has {missing}"
+
+
 @every_lesson
 def test_the_committed_result_is_of_a_longer_run(script):
     saved = json.loads((LESSONS / "results" / f"{script.stem}.json").read_text())
