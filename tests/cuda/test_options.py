@@ -26,8 +26,13 @@ FIRST = {"prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r":
 # ... and then each of these, if it has all of its options. drop_path is the task's.
 LOOKUP = [dict(zip(("reuse", "norm", "classifiers"), values))
           for values in itertools.product(lookupvit.REUSE, ("qk", "pre"), ("both", "compressed"))]
+TOKENS = [{"distilled": True}, {"reg_tokens": 3}, {"no_embed_class": True}, {"qk_norm": True},
+          {"layer_scale": 0.5}, {"pre_norm": True}, {"eps": 0.1},
+          {"pool": "mean", "class_token": True, "final_norm": "pooled"}, {"final_norm": "none"},
+          {"distilled": True, "reg_tokens": 2, "no_embed_class": True, "qk_norm": True, "layer_scale": 0.5,
+           "pre_norm": True, "eps": 0.1, "drop_path": 0.5}]
 CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"qkv_bias": False},
-           {"pool": "mean"}, {"official": True},
+           {"pool": "mean"}, {"official": True}, *TOKENS,
            {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4)},
            {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4), "official": True},
            {"compressed": (1, 1)}, {"compressed": (3, 2)}, {"compressed": (4, 4)}, {"lookup_mlp_ratio": 1.0},

@@ -68,6 +68,8 @@ class Sizes:
                        f"{name} {getattr(self, name)!r}, expected a positive whole number")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            self.check(field.type is not bool or value in (True, False),
+                       f"{field.name} {value!r}, expected True or False")
             self.check(not field.name.endswith("mlp_ratio") or is_number(value) and value > 0,
                        f"{field.name} {value!r}, expected a positive number")
             if isinstance(value, list):  # a config read from JSON has lists for tuples

@@ -100,7 +100,7 @@ class ClassAttention(Control):
         super().build(c)
 
     def scores(self, stage: int, tokens: Any) -> Array:
-        return tokens.attention[-1].data[:, :, 0, 1:].mean(axis=1)
+        return tokens.attention[-1].data[:, :, 0, tokens.extra:].mean(axis=1)
 
 
 @model("centretokens")
@@ -172,7 +172,7 @@ class PooledTokens(Control):
 
     def reduce(self, stage: int, tokens: DynamicTokens) -> None:
         pool = array_module(tokens.x.data).asarray(self.pools[stage])
-        tokens.x = ops.concat(tokens.x[:, :1], ops.matmul(pool, tokens.patches), axis=1)
+        tokens.x = ops.concat(tokens.x[:, :tokens.extra], ops.matmul(pool, tokens.patches), axis=1)
 
     def put_back(self, out: DynamicOutput) -> None:
         logits, n = out.logits, self.num_patches

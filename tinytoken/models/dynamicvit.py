@@ -16,20 +16,19 @@ from .. import nn, ops, random
 from ..backend import Array, array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor, tensor_like
-from .base import Loss, Output, Sizes, model, weighted_sum
+from .base import Loss, Output, model, weighted_sum
+from .column import ColumnConfig
 from .vit import Tokens, ViT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DynamicViTConfig(Sizes):
+class DynamicViTConfig(ColumnConfig):
     """prune_before: the blocks before which tokens are dropped. keep_ratios: the share of the N patches that
     is left after each, 0 < ratio <= 1, not rising. official: the official code's masked softmax in training,
     from the first block on (with ones before the first predictor)."""
-    qkv_bias: bool = True
     prune_before: tuple[int, ...] = (1, 3, 5)
     keep_ratios: tuple[float, ...] = (0.7, 0.49, 0.343)
     official: bool = False
-    pool = "token"  # not an option: the head reads the class token
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,8 +151,8 @@ class DynamicViT(ViT):
         decision = (self.decide(stage, tokens, previous) if tokens.forced is None
                     else _mask(tokens.forced[stage], tokens.x, self.num_patches))
         tokens.decisions.append(decision if previous is None else decision * previous)
-        # the class token is always kept
-        ones = array_module(tokens.x.data).ones((len(tokens.x), 1), tokens.x.dtype)
+        # the class token, and what else is no patch, is always kept
+        ones = array_module(tokens.x.data).ones((len(tokens.x), tokens.extra), tokens.x.dtype)
         tokens.keep = ops.concat(ones, tokens.decisions[-1], axis=1)
 
     def decide(self, stage: int, tokens: DynamicTokens, previous: Tensor | None) -> Tensor:

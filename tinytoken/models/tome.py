@@ -22,7 +22,8 @@ from .vit import Tokens, ViT, ViTConfig
 class ToMeConfig(ViTConfig):
     """r: how many tokens each block merges away: the same for all, or a tuple with one entry per block.
 
-    In one block, at most half of the patch tokens merge. The class token never does."""
+    In one block, at most half of the patch tokens merge. The class token, and what else is no patch, never
+    does."""
     r: int | tuple[int, ...] = 8
 
     def __post_init__(self):
@@ -72,10 +73,10 @@ class ToMe(ViT):
         q, k, v = block.attn.project(block.norm1(tokens.x))
         # softmax(q k / sqrt d + log size), eq. 1: a key that stands for s patches weighs s times as much
         out = block.attn.attend(q, k, v, tokens.size, sees_itself=False, attention=tokens.attention)
-        tokens.x = tokens.x + nn.scaled(out, nn.column(paths, 0))
+        tokens.x = tokens.x + nn.scaled(out, nn.column(paths, 0), block.ls1)
         if r:
             self.merge(tokens, matching(k.data.mean(axis=1), r, tokens.extra), r)
-        tokens.x = nn.mlp_branch(tokens.x, block.norm2, block.mlp, nn.column(paths, 1))
+        tokens.x = nn.mlp_branch(tokens.x, block.norm2, block.mlp, nn.column(paths, 1), block.ls2)
 
     def merge(self, tokens: MergedTokens, target: Array, r: int) -> None:
         """Average the tokens that merge, weighted by size. target (B, T): the place, out of T - r, that each
@@ -106,17 +107,22 @@ def matching(keys: Array, r: int, extra: int) -> Array:
     """Bipartite soft matching (section 3, appendix D) of r >= 1 tokens -> (B, T): each token's new place.
 
     There are T - r places: first the tokens of the first set that are left, then the second set. keys (B, T,
-    d). extra = 1: the first token is the class token, which does not merge."""
+    d). The first `extra` tokens (the class token, registers) do not merge, and keep their places."""
     xp = array_module(keys)
     length = xp.sqrt((keys * keys).sum(axis=2, keepdims=True))
     unit = keys / (length + (length == 0))
     first, second = unit[:, 0::2], unit[:, 1::2]
     alike = ops.matmul(first, second.swapaxes(1, 2)).data
+    # a token of the prefix is neither merged away nor merged into
+    alike[:, :(extra + 1) // 2], alike[:, :, :extra // 2] = -xp.inf, -xp.inf
     best, partner = alike.max(axis=2), alike.argmax(axis=2)
-    best[:, :extra] = -xp.inf
     rank = xp.argsort(xp.argsort(-best, axis=1, kind="stable"), axis=1)
     merged, left = rank < r, first.shape[1] - r
     target = xp.empty(keys.shape[:2], "int64")
     target[:, 0::2] = xp.where(merged, left + partner, xp.cumsum(~merged, axis=1) - 1)
     target[:, 1::2] = left + xp.arange(second.shape[1])
-    return target
+    if extra < 2:
+        return target
+    prefix = [left + i // 2 if i % 2 else i // 2 for i in range(extra)]  # where these tokens are by now
+    others = [place for place in range(keys.shape[1] - r) if place not in prefix]
+    return xp.asarray(np.argsort(prefix + others))[target]

@@ -12,26 +12,29 @@ from .. import nn, ops
 from ..backend import Array, array_module
 from ..tensor import Tensor
 from .base import Model, Output, Sizes, model
+from .column import ColumnConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTConfig(Sizes):
+class ViTConfig(ColumnConfig):
     """pool: what the head reads. "token": the class token (timm's default, and DynamicViT's). "mean": the
-    mean of the normed tokens; there is no class token then."""
-    qkv_bias: bool = True
+    mean of the patch tokens. class_token: whether there is one; None: if the head reads it. final_norm: what
+    the last norm is applied to, all "tokens", what is "pooled" of them (timm's fc_norm), or "none"."""
     pool: str = "token"
-    choices: ClassVar = {"pool": ("token", "mean")}
+    class_token: bool | None = None
+    final_norm: str = "tokens"
+    choices: ClassVar = {"pool": ("token", "mean"), "final_norm": ("tokens", "pooled", "none")}
 
 
 @dataclasses.dataclass
 class Tokens:
     """The state that goes from block to block.
 
-    x (B, T, D): the tokens; the first `extra` of them (the class token) are not patches. keep (B, T): the
-    mask of the attention; None: all are seen. official: whether the mask acts as in DynamicViT's official
-    code. size (B, T): how many patches each token stands for; None: one. attention: a list to which each
-    block adds its weights, or None. paths (B, depth, branches): factors of the residual branches, or None.
-    taken (B, n): what `index` is once tokens have been taken."""
+    x (B, T, D): the tokens; the first `extra` of them (the class token, registers) are not patches, and
+    always stay. keep (B, T): the mask of the attention; None: all are seen. official: whether the mask acts
+    as in DynamicViT's official code. size (B, T): how many patches each token stands for; None: one.
+    attention: a list to which each block adds its weights, or None. paths (B, depth, branches): factors of
+    the residual branches, or None. taken (B, n): what `index` is once tokens have been taken."""
     x: Tensor
     extra: int = 0
     keep: Tensor | None = None
@@ -55,7 +58,7 @@ class Tokens:
         return xp.broadcast_to(xp.arange(n), (len(self.x), n))
 
     def take(self, places: Array) -> None:
-        """Go on with the patch tokens at `places` (B, k), ascending, and with the class token."""
+        """Go on with the patch tokens at `places` (B, k), ascending, and with the tokens before them."""
         xp = array_module(places)
         self.taken = places if self.taken is None else xp.take_along_axis(self.taken, places, axis=1)
         if self.extra:
@@ -70,25 +73,34 @@ class ViT(Model):
     Config: type[Sizes] = ViTConfig
 
     def build(self, c: Any) -> None:
-        self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels)
+        self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels, bias=not c.pre_norm)
         positions = nn.start_positions(self.patch_embed.grid, c.dim)
         self.num_patches = len(positions)
-        if c.pool == "token":
-            self.cls_token = nn.Parameter(np.zeros((1, 1, c.dim), "float32"))
-            nn.normal(self.cls_token, "cls_token", std=0.02)
-            positions = np.concatenate([np.zeros((1, c.dim), "float32"), positions])
+        for name, count in c.prefix.items():
+            token = nn.Parameter(np.zeros((1, count, c.dim), "float32"))
+            nn.normal(token, name, std=0.02)
+            setattr(self, name, token)
+            if not c.no_embed_class:
+                positions = np.concatenate([np.zeros((count, c.dim), "float32"), positions])
         self.pos_embed = nn.Parameter(positions[None])
-        self.blocks = [nn.Block(c.dim, c.heads, c.mlp_ratio, c.qkv_bias) for _ in range(c.depth)]
-        self.norm = nn.LayerNorm(c.dim)
+        self.norm_pre = nn.LayerNorm(c.dim, c.eps) if c.pre_norm else None
+        self.blocks = [nn.Block(c.dim, c.heads, c.mlp_ratio, c.qkv_bias, c.eps, c.qk_norm, c.layer_scale)
+                       for _ in range(c.depth)]
+        self.norm = nn.LayerNorm(c.dim, c.eps) if c.final_norm == "tokens" else None
+        self.fc_norm = nn.LayerNorm(c.dim, c.eps) if c.final_norm == "pooled" else None
         self.head = nn.Linear(c.dim, c.num_classes)
+        self.head_dist = nn.Linear(c.dim, c.num_classes) if c.distilled else None
         nn.initialise(self)
 
     def embed(self, images: Tensor | Array) -> Tensor:
-        """images -> tokens with positions (B, T, D), the class token first if there is one."""
-        x = self.patch_embed(images)
-        if self.config.pool == "token":
-            x = ops.concat(ops.broadcast_to(self.cls_token, shape=(len(x), 1, x.shape[2])), x, axis=1)
-        return x + self.pos_embed
+        """images -> tokens with positions (B, T, D): those of config.prefix first, then the patches."""
+        x, everywhere = self.patch_embed(images), not self.config.no_embed_class
+        x = x if everywhere else x + self.pos_embed
+        first = [getattr(self, name) for name in self.config.prefix]
+        if first:
+            x = ops.concat(*(ops.broadcast_to(t, shape=(len(x), *t.shape[1:])) for t in first), x, axis=1)
+        x = x + self.pos_embed if everywhere else x
+        return x if self.norm_pre is None else self.norm_pre(x)
 
     def forward(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None) -> Output:
         """trace: keep the weights of the attention. paths: factors (B, depth, 2) of the residual branches
@@ -118,9 +130,12 @@ class ViT(Model):
 
     def read(self, tokens: Tokens) -> Output:
         """Tokens after the last block -> Output."""
-        tokens.x = self.norm(tokens.x)
+        tokens.x = tokens.x if self.norm is None else self.norm(tokens.x)
         return Output(self.classify(tokens.x), tokens.patches, tokens.attention or [])
 
     def classify(self, x: Tensor) -> Tensor:
-        """Normed tokens (B, T, D) -> logits (B, K)."""
-        return self.head(x[:, 0] if self.config.pool == "token" else x.mean(axis=1))
+        """Tokens (B, T, D) after the final norm -> logits (B, K)."""
+        extra = sum(self.config.prefix.values())
+        pooled = x[:, 0] if self.config.pool == "token" else (x[:, extra:] if extra else x).mean(axis=1)
+        logits = self.head(pooled if self.fc_norm is None else self.fc_norm(pooled))
+        return logits if self.head_dist is None else (logits + self.head_dist(x[:, 1])) * 0.5

@@ -53,19 +53,23 @@ class MLP(Module):
 class Attention(Module):
     """Multi-head self-attention. x (B, T, dim) -> (B, T, dim).
 
-    It is `attend(*project(x))`: a method that needs the queries, keys or values calls the two itself."""
+    It is `attend(*project(x))`: a method that needs the queries, keys or values calls the two itself.
+    qk_norm: a layer norm of each query and each key (Dehghani et al. 2023, section 2), with `eps`."""
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = True) -> None:
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, qk_norm: bool = False,
+                 eps: float = 1e-6) -> None:
         expect(dim % heads == 0, "Attention", f"heads {heads} do not divide dim {dim}")
         self.heads = heads
         self.qkv, self.proj = Linear(dim, 3 * dim, bias=qkv_bias, parts=3), Linear(dim, dim)
+        self.q_norm, self.k_norm = (LayerNorm(dim // heads, eps) if qk_norm else None for _ in "qk")
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         return self.attend(*self.project(x), **options)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, dim) -> queries, keys and values, each (B, H, T, d)."""
-        return ops.split_heads(self.qkv(x), heads=self.heads, parts=3)
+        q, k, v = ops.split_heads(self.qkv(x), heads=self.heads, parts=3)
+        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | Array | None = None, *,
                sees_itself: bool = True, official: bool = False,
@@ -80,11 +84,22 @@ class Attention(Module):
         return self.proj(ops.merge_heads(out))
 
 
-# Residual branches. What a branch adds may be scaled per image; a factor of 0 drops it (drop path, Huang et
-# al. 2016).
+# Residual branches. What a branch adds may be scaled per channel (LayerScale), and per image; there a factor
+# of 0 drops it (drop path, Huang et al. 2016).
 
-def scaled(out: Tensor, factors: Array | None) -> Tensor:
-    """out (B, T, D) times factors (B,); without factors, out itself."""
+class LayerScale(Module):
+    """x (..., dim) times a learned gamma (dim,), which begins as `start` (Touvron et al. 2021b, eq. 4)."""
+
+    def __init__(self, dim: int, start: float) -> None:
+        self.gamma = Parameter(zeros(dim) + start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def scaled(out: Tensor, factors: Array | None, scale: LayerScale | None = None) -> Tensor:
+    """out (B, T, D), through the LayerScale if there is one, times factors (B,) if there are any."""
+    out = out if scale is None else scale(out)
     return out if factors is None else out * factors[:, None, None]
 
 
@@ -95,40 +110,44 @@ def column(paths: Array | None, *index: Any) -> Array | None:
 
 @fused
 def attention_branch(x: Tensor, norm: LayerNorm, attn: Attention, factors: Array | None = None,
-                     **options: Any) -> Tensor:
-    """x + factors attn(norm(x)). x (B, T, D), factors (B,) or None; options: of Attention.attend."""
-    return x + scaled(attn(norm(x), **options), factors)
+                     scale: LayerScale | None = None, **options: Any) -> Tensor:
+    """x + factors scale(attn(norm(x))). x (B, T, D), factors (B,) or None; options: of Attention.attend."""
+    return x + scaled(attn(norm(x), **options), factors, scale)
 
 
 @fused
-def mlp_branch(x: Tensor, norm: LayerNorm, mlp: MLP, factors: Array | None = None) -> Tensor:
-    """x + factors mlp(norm(x)). x (B, T, D), factors (B,) or None."""
-    return x + scaled(mlp(norm(x)), factors)
+def mlp_branch(x: Tensor, norm: LayerNorm, mlp: MLP, factors: Array | None = None,
+               scale: LayerScale | None = None) -> Tensor:
+    """x + factors scale(mlp(norm(x))). x (B, T, D), factors (B,) or None."""
+    return x + scaled(mlp(norm(x)), factors, scale)
 
 
 class Block(Module):
-    """A pre-norm transformer block: x + attention(norm1 x), then x + mlp(norm2 x).
+    """A pre-norm transformer block: x + ls1(attention(norm1 x)), then x + ls2(mlp(norm2 x)).
 
-    x (B, T, dim) -> (B, T, dim). paths (B, 2): the two branches' factors. options: of Attention.attend."""
+    x (B, T, dim) -> (B, T, dim). paths (B, 2): the two branches' factors. options: of Attention.attend.
+    eps: of all its norms. layer_scale: the start of its two LayerScales' gammas; 0: it has none."""
     branches = 2
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True,
-                 eps: float = 1e-6) -> None:
-        self.norm1, self.attn = LayerNorm(dim, eps), Attention(dim, heads, qkv_bias)
+                 eps: float = 1e-6, qk_norm: bool = False, layer_scale: float = 0) -> None:
+        self.norm1, self.attn = LayerNorm(dim, eps), Attention(dim, heads, qkv_bias, qk_norm, eps)
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale else None
         self.norm2, self.mlp = LayerNorm(dim, eps), MLP(dim, round(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale else None
 
     def forward(self, x: Tensor, paths: Array | None = None, **options: Any) -> Tensor:
-        x = attention_branch(x, self.norm1, self.attn, column(paths, 0), **options)
-        return mlp_branch(x, self.norm2, self.mlp, column(paths, 1))
+        x = attention_branch(x, self.norm1, self.attn, column(paths, 0), self.ls1, **options)
+        return mlp_branch(x, self.norm2, self.mlp, column(paths, 1), self.ls2)
 
 
 class Projection(Module):
     """The patch embedding's weight as the convolution it is: (dim, C, p, p), stride p."""
     parts = 1
 
-    def __init__(self, dim: int, channels: int, patch: int) -> None:
+    def __init__(self, dim: int, channels: int, patch: int, bias: bool = True) -> None:
         self.weight = Parameter(zeros(dim, channels, patch, patch), decay=True)
-        self.bias = Parameter(zeros(dim))
+        self.bias = Parameter(zeros(dim)) if bias else None
 
     def forward(self, patches: Tensor) -> Tensor:
         return ops.linear(patches, self.weight.reshape(len(self.weight), -1), self.bias)
@@ -141,14 +160,14 @@ class PatchEmbed(Module):
     channel count, and integer pixels. Arrays are cast to the weights' dtype."""
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int,
-                 channels: int = 3) -> None:
+                 channels: int = 3, bias: bool = True) -> None:
         height, width = both_sides(image_size)
         expect(height % patch_size == 0 and width % patch_size == 0, "PatchEmbed",
                f"patch_size {patch_size} does not divide image_size {image_size}")
         self.image_size, self.patch_size = image_size, patch_size
         self.channels = channels
         self.grid = (height // patch_size, width // patch_size)
-        self.proj = Projection(dim, channels, patch_size)
+        self.proj = Projection(dim, channels, patch_size, bias)
 
     def forward(self, images: Tensor | Array) -> Tensor:
         expected = (self.channels, *both_sides(self.image_size))
