@@ -44,22 +44,32 @@ def resize(x, *, grid, size, antialias=True):
     return matrix @ x, lambda g: matrix.T @ g
 
 
-def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = True) -> np.ndarray:
+def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = True,
+                  cubic: bool = False) -> np.ndarray:
     """The (m n, h w) float64 matrix of `resize`; each row sums to 1.
 
     Along one axis, with s = h / m, output o has its centre at c = (o + 1/2) s - 1/2, and input i weighs
-    max(0, 1 - |i - c| / max(s, 1)); without antialias the divisor is 1.
+    max(0, 1 - |i - c| / max(s, 1)); without antialias the divisor is 1. cubic: Keys's kernel of the same
+    distance, with antialias alone: torch's "bicubic", with which timm resizes position tables.
     """
     expect(min(*grid, *size) >= 1, "resize",
            lambda: f"grid {tuple(grid)} to {tuple(size)}: at least 1 x 1 expected")
+    expect(antialias or not cubic, "resize", "cubic without antialias, expected antialias=True")
 
     def axis(inputs, outputs):
         step = inputs / outputs
         centres = (np.arange(outputs) + 0.5) * step - 0.5
         half_width = max(step, 1) if antialias else 1
-        weight = np.maximum(0, 1 - np.abs(np.arange(inputs) - centres[:, None]) / half_width)
+        distance = np.abs(np.arange(inputs) - centres[:, None]) / half_width
+        weight = _cubic(distance) if cubic else np.maximum(0, 1 - distance)
         return weight / weight.sum(axis=1, keepdims=True)
     return np.kron(axis(grid[0], size[0]), axis(grid[1], size[1]))
+
+
+def _cubic(x):
+    """The cubic convolution kernel at distances x >= 0, a = -1/2 (Keys 1981, eq. 15)."""
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
 
 
 @functools.lru_cache(maxsize=64)

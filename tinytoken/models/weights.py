@@ -1,0 +1,138 @@
+"""Published weights: the options that their names ask for, and how they are fitted to a model.
+
+Names and layouts are timm's, and those of the official DeiT and DynamicViT code.
+"""
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError, expect, some_of
+from ..files import FilePath
+from ..ops import resize_matrix
+from .formats import clean_names, read_weights
+
+HEADS = ("head", "head_dist", "lookup_head")
+ASSUMED = ("layer norms' eps={eps}, the exact GELU, and pictures normalised as when the weights were trained "
+           "(often by ImageNet's mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): "
+           "names do not tell")
+
+
+def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the ViT that has these names and shapes: tt.models.ViT(**options_of(state)).
+
+    Heads are read off normed queries, else taken as dim / 64, as nearly all are; a table of positions is
+    taken as square. What cannot be told is left out. InputError if these are no timm names."""
+    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+    expect(all(name in state for name in needed), "weights",
+           lambda: f"these are not the names of timm's ViT, which has {', '.join(needed)}: "
+                   f"{some_of(list(state))}")
+    dim, channels, _, patch = state[needed[0]].shape
+    hidden = len(state[needed[2]])
+    size, has = {"patch_size": patch, "dim": dim, "channels": channels}, state.__contains__
+    size["depth"] = 1 + max(int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name)))
+    size["mlp_ratio"] = hidden // dim if hidden % dim == 0 else hidden / dim
+    size |= {"num_classes": len(state["head.weight"])} if has("head.weight") else {}
+    query = "blocks.0.attn.q_norm.weight"
+    size |= ({"heads": dim // len(state[query])} if has(query) else
+             {"heads": dim // 64} if dim % 64 == 0 else {})
+    registers = state["reg_token"].shape[1] if has("reg_token") else 0
+    rows, before = state["pos_embed"].shape[1], has("cls_token") + has("dist_token") + registers
+    for embedded in (True, False):  # whether the tokens before the patches have positions, too
+        side = math.isqrt(max(rows - before * embedded, 0))
+        if "image_size" not in size and side and side**2 == rows - before * embedded:
+            size |= {"image_size": side * patch, "no_embed_class": bool(before) and not embedded}
+    pooled = has("fc_norm.weight")
+    by_token = has("cls_token") and not pooled
+    special = {"qkv_bias": has("blocks.0.attn.qkv.bias"), "distilled": has("dist_token"),
+               "reg_tokens": registers, "qk_norm": has(query), "layer_scale": 1e-5 if has("blocks.0.ls1.gamma") else 0.0,
+               "pre_norm": has("norm_pre.weight"), "pool": "token" if by_token else "mean",
+               "class_token": True if has("cls_token") and pooled else None,
+               "final_norm": "pooled" if pooled else "tokens" if has("norm.weight") else "none"}
+    return size | special
+
+
+def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, new_head: bool = False,
+                 grid: tuple[int, int] | None = None, strict: bool = True, quiet: bool = False) -> list[str]:
+    """Load published weights into a model -> what was changed and what was assumed, lines that are printed
+    unless `quiet`.
+
+    weights: a file for read_weights, or arrays by name. A position table of another grid is resized as timm
+    does it (bicubic, with antialias); grid: the (rows, columns) that it has in the file, where it is not
+    square. new_head: the model keeps its own heads, untrained, whatever the file has. strict: names must
+    agree; the error says which options the file's names ask for. Half precision becomes float32. InputError
+    for what does not fit, and then nothing is changed."""
+    state, notes = clean_names(weights if isinstance(weights, Mapping) else read_weights(weights))
+    state = {name: np.asarray(array) for name, array in state.items()}
+    narrow = [name for name, array in state.items() if array.dtype.name in ("float16", "bfloat16")]
+    if narrow:
+        state |= {name: state[name].astype("float32") for name in narrow}
+        notes.append(f"{len(narrow)} arrays of half precision are float32 now")
+    own = {name: p.shape for name, p in model.named_parameters()}
+    notes += _heads(state, own, new_head) + _positions(state, own, model, grid)
+    left_alone = [name for name in own if new_head and name.split(".")[0] in HEADS]
+    missing = [name for name in own if name not in state and name not in left_alone]
+    unexpected = [name for name in state if name not in own]
+    expect(not strict or not missing and not unexpected, "load_weights",
+           lambda: f"missing {some_of(missing)}; unexpected {some_of(unexpected)}",
+           _asked_for(state, model) or "strict=False, which leaves what is missing as it is")
+    model.load_state_dict(state, strict=False)
+    notes += [f"{what}: {some_of(names)}" for what, names in (("not in the file", missing),
+                                                              ("not in the model", unexpected)) if names]
+    config = model.config
+    notes.append(f"assumed: heads={config.heads}, {ASSUMED.format(eps=getattr(config, 'eps', 1e-6))}")
+    if not quiet:
+        print("\n".join(f"load_weights: {note}" for note in notes))
+    return notes
+
+
+def _heads(state, own, new_head):
+    """Take the heads out of `state` if the model is to keep its own; refuse those of another size."""
+    theirs = [name for name in state if name.split(".")[0] in HEADS]
+    if new_head:
+        for name in theirs:
+            del state[name]
+        return [f"the model's own, untrained head; the file's {some_of(theirs)} left out"]
+    wrong = [f"{name} {state[name].shape}, expected {own[name]}" for name in theirs
+             if name in own and state[name].shape != own[name]]
+    expect(not wrong, "load_weights", lambda: f"a head of another size: {some_of(wrong)}",
+           "new_head=True, with which the model keeps its own, untrained")
+    return []
+
+
+def _positions(state, own, model, grid):
+    """Resize the table of positions in `state` to the model's grid."""
+    table = state.get("pos_embed")
+    if table is None or "pos_embed" not in own or grid is None and table.shape == own["pos_embed"]:
+        return []
+    new, before = model.patch_embed.grid, own["pos_embed"][1] - math.prod(model.patch_embed.grid)
+    expect(table.ndim == 3 and len(table) == 1, "load_weights",
+           lambda: f"pos_embed {table.shape}, expected (1, positions, dim)")
+    places = table.shape[1] - before
+    side = math.isqrt(max(places, 0))
+    old = tuple(grid or (side, side))
+    expect(places > 0 and math.prod(old) == places, "load_weights",
+           lambda: f"pos_embed has {table.shape[1]} rows, {before} of them for tokens before the patches: "
+                   f"{places} are no grid of {old[0]} x {old[1]}",
+           _asked_for(state, model) or "grid=(rows, columns), where it is not square")
+    if old == tuple(new):
+        return []
+    resized = (resize_matrix(old, new, cubic=True) @ table[:, before:]).astype(table.dtype)
+    state["pos_embed"] = np.concatenate([table[:, :before], resized], axis=1)
+    return [f"pos_embed resized from {old[0]} x {old[1]} to {new[0]} x {new[1]} (bicubic, antialiased)"]
+
+
+def _asked_for(state, model):
+    """The options that the names in `state` ask for and the model does not have: 'distilled=True, ...'."""
+    try:
+        options = options_of(state)
+    except InputError:
+        return ""
+    size = ("image_size", "num_classes", "heads", "layer_scale")
+    wrong = {name: value for name, value in options.items()
+             if name not in size and hasattr(model.config, name) and getattr(model.config, name) != value}
+    if bool(options["layer_scale"]) != bool(getattr(model.config, "layer_scale", options["layer_scale"])):
+        wrong["layer_scale"] = options["layer_scale"]
+    return wrong and "a model with " + ", ".join(f"{name}={value!r}" for name, value in wrong.items())
