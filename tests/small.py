@@ -14,6 +14,26 @@ MODELS = {"ViT": lambda: ViT(**SMALL),
           "LookupViT": lambda: LookupViT(**SMALL, compressed=(2, 2))}
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
+# ViTs with the options that published weights have, as fixtures/make_reference.py makes them of timm's
+VARIANTS = {
+    "distilled": dict(distilled=True),
+    "registers": dict(reg_tokens=3),
+    "registers without positions": dict(reg_tokens=3, no_embed_class=True),
+    "layer scale": dict(layer_scale=1e-5),
+    "qk norm": dict(qk_norm=True),
+    "no qkv bias": dict(qkv_bias=False),
+    "pre-norm": dict(pre_norm=True),
+    "eps": dict(eps=0.1),
+    "mean, normed after it": dict(pool="mean", class_token=True, final_norm="pooled"),
+    "mean, normed before it": dict(pool="mean", class_token=True),
+    "mean, no class token": dict(pool="mean", final_norm="pooled", reg_tokens=2, no_embed_class=True),
+    "class token, normed alone": dict(final_norm="pooled"),
+    "no final norm": dict(final_norm="none"),
+    "all": dict(reg_tokens=3, no_embed_class=True, layer_scale=1e-5, qk_norm=True, qkv_bias=False, eps=0.1,
+                pre_norm=True, pool="mean", class_token=True, final_norm="pooled"),
+    "all, distilled": dict(distilled=True, layer_scale=1e-5, qk_norm=True, qkv_bias=False, eps=0.1,
+                           pre_norm=True)}
+
 
 def pictures(batch=2, seed=0, size=8):
     return np.random.default_rng(seed).standard_normal((batch, 3, size, size))

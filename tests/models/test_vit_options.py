@@ -7,7 +7,7 @@ import pytest
 
 import small
 import tinytoken as tt
-from small import STAGES, gumbel, masks, pictures, refuses, same, shaken
+from small import STAGES, VARIANTS, gumbel, masks, pictures, refuses, same, shaken
 from tinytoken.backend import to_numpy
 from tinytoken.checking import gradcheck
 from tinytoken.models import DynamicViT, ToMe, ViT
@@ -15,26 +15,7 @@ from tinytoken.models.controls import CONTROLS, LearnedTokens
 from tinytoken.models.tome import matching
 
 SIZES = dict(image_size=(12, 8), patch_size=4, dim=8, depth=2, heads=2, mlp_ratio=2, num_classes=5)
-# as in fixtures/make_reference.py, in our words
-CASES = {
-    "distilled": dict(distilled=True),
-    "registers": dict(reg_tokens=3),
-    "registers without positions": dict(reg_tokens=3, no_embed_class=True),
-    "layer scale": dict(layer_scale=1e-5),
-    "qk norm": dict(qk_norm=True),
-    "no qkv bias": dict(qkv_bias=False),
-    "pre-norm": dict(pre_norm=True),
-    "eps": dict(eps=0.1),
-    "mean, normed after it": dict(pool="mean", class_token=True, final_norm="pooled"),
-    "mean, normed before it": dict(pool="mean", class_token=True),
-    "mean, no class token": dict(pool="mean", final_norm="pooled", reg_tokens=2, no_embed_class=True),
-    "class token, normed alone": dict(final_norm="pooled"),
-    "no final norm": dict(final_norm="none"),
-    "all": dict(reg_tokens=3, no_embed_class=True, layer_scale=1e-5, qk_norm=True, qkv_bias=False, eps=0.1,
-                pre_norm=True, pool="mean", class_token=True, final_norm="pooled"),
-    "all, distilled": dict(distilled=True, layer_scale=1e-5, qk_norm=True, qkv_bias=False, eps=0.1,
-                           pre_norm=True)}
-each_case = pytest.mark.parametrize("case", CASES)
+each_case = pytest.mark.parametrize("case", VARIANTS)
 SMALL = small.SMALL | dict(depth=3)
 # of methods that read the class token: the tokens before the patches, and all options together
 EXTRA = {"distilled": dict(distilled=True), "registers": dict(reg_tokens=3),
@@ -66,12 +47,12 @@ def weights_of(timm, case):
 
 def test_every_case_of_the_file_is_tried(timm):
     others = {"versions", "about", "images", "labels", "resized"}
-    assert {name.split("/")[0] for name in timm} == others | set(CASES)
+    assert {name.split("/")[0] for name in timm} == others | set(VARIANTS)
 
 
 @each_case
 def test_timms_logits_features_and_gradient(timm, case, xp):
-    model = ViT(**SIZES | CASES[case])
+    model = ViT(**SIZES | VARIANTS[case])
     assert model.load_state_dict(weights_of(timm, case)) == ([], [])
     out = model.to("cpu" if xp is np else "cuda")(xp.asarray(timm["images"]))
     features = timm[f"{case}/features"][:, sum(model.config.prefix.values()):]
@@ -92,7 +73,7 @@ def test_eps_is_large_enough_to_be_seen(timm):
 
 @each_case
 def test_gradients_of_the_whole_model(case):
-    model = shaken(ViT(**small.SMALL | CASES[case]))
+    model = shaken(ViT(**small.SMALL | VARIANTS[case]))
     images, targets = pictures(), np.array([4, 1])
 
     def outputs(*parameters):
@@ -212,11 +193,9 @@ def test_controls_keep_what_is_no_patch(kind, extra):
         assert np.array_equal(out.kept[0], np.sort(np.argsort(to_patches, axis=1)[:, -11:], axis=1))
 
 
-@each_control
-def test_a_control_by_hand(kind):
-    """The logits of a control's own choice: DynamicViT's with the same decisions."""
-    if kind in (LearnedTokens, CONTROLS["average pooling"]):
-        pytest.skip("it makes no choice of tokens")
+@pytest.mark.parametrize("name", ["random tokens", "class attention", "fixed centre"])
+def test_a_controls_choice_is_dynamicvits_with_these_decisions(name):
+    kind = CONTROLS[name]
     control, dynamic = (k(**SMALL | EXTRA["all"], **STAGES) for k in (kind, DynamicViT))
     shaken(control)
     dynamic.astype("float64").load_state_dict(control.state_dict(), strict=False)

@@ -175,6 +175,10 @@ def changed(state, **other):
     return {name: other.get(name.replace(".", "_"), a + 1) for name, a in state.items()}
 
 
+LIKELY = ("\n  likely: tt.models.load_weights, which resizes pos_embed and can leave out the head "
+          "(new_head=True)")
+
+
 @pytest.mark.parametrize("change, text", [
     (lambda s: s.pop("head.bias"), "missing head.bias; unexpected none"),
     (lambda s: s.update(extra=np.ones(2)), "missing none; unexpected extra"),
@@ -183,9 +187,10 @@ def changed(state, **other):
     (lambda s: s.clear(),
      "missing cls_token, pos_embed, patch_embed.proj.weight, patch_embed.proj.bias, blocks.0.norm1.weight, "
      "blocks.0.norm1.bias and 26 more; unexpected none"),
-    (lambda s: s.update({"head.bias": np.ones(6, "float32")}), "other shapes: head.bias (6,), expected (5,)"),
+    (lambda s: s.update({"head.bias": np.ones(6, "float32")}),
+     "other shapes: head.bias (6,), expected (5,)" + LIKELY),
     (lambda s: s.update({"head.bias": np.ones((1, 5), "float32"), "cls_token": np.ones(8, "float32")}),
-     "other shapes: cls_token (8,), expected (1, 1, 8), head.bias (1, 5), expected (5,)"),
+     "other shapes: cls_token (8,), expected (1, 1, 8), head.bias (1, 5), expected (5,)" + LIKELY),
     (lambda s: s.update({"head.bias": np.ones(5)}),
      "dtypes float32, float64, expected all float32 or all float64"),
     (lambda s: s.update({"head.bias": np.ones(5, "int64")}),
@@ -204,7 +209,7 @@ def test_load_state_dict_refuses_and_changes_nothing(change, text):
 def test_shapes_and_widths_must_agree_without_strict_too():
     model = ViT(**SMALL)
     before = model.state_dict()
-    with refuses("load_state_dict: other shapes: head.bias (6,), expected (5,)"):
+    with refuses("load_state_dict: other shapes: head.bias (6,), expected (5,)" + LIKELY):
         model.load_state_dict(changed(before, head_bias=np.ones(6, "float32")), strict=False)
     with refuses("load_state_dict: dtypes float32, float64, expected all float32 or all float64"):
         model.load_state_dict(changed(before, head_bias=np.ones(5)), strict=False)

@@ -160,8 +160,8 @@ def are_known(*layers):
     return all(type(layer) in (nn.LayerNorm, nn.Linear) and layer.bias is not None for layer in layers)
 
 
-def covers_attention(x, norm, attn, factors=None, scale=None, *, keep=None, sees_itself=True, official=False,
-                     attention=None):
+def covers_attention(x, norm, attn, factors=None, scale=None, *, keep=None, sees_itself=True,
+                     official=False, attention=None):
     if not (covers_stream(x) and type(attn) is nn.Attention and type(attn.qkv) is nn.Linear
             and are_known(norm, attn.proj) and attn.q_norm is None and scale is None):
         return False

@@ -30,7 +30,7 @@ def read_weights(path: FilePath) -> dict[str, np.ndarray]:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        with np.load(path, allow_pickle=False) as box:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as box:
             expect("header" not in box.files, "weights", f"{path} is a checkpoint of this package",
                    "tt.train.checkpoint.load_model(path)")
             return {name: box[name] for name in box.files}

@@ -14,44 +14,51 @@ from ..files import FilePath
 from ..ops import resize_matrix
 from .formats import clean_names, read_weights
 
+QUERIES = "blocks.0.attn.q_norm.weight"
 HEADS = ("head", "head_dist", "lookup_head")
 ASSUMED = ("layer norms' eps={eps}, the exact GELU, and pictures normalised as when the weights were trained "
-           "(often by ImageNet's mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): "
-           "names do not tell")
+           "(often by ImageNet's mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and "
+           "0.5): names do not tell")
 
 
 def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the ViT that has these names and shapes: tt.models.ViT(**options_of(state)).
 
-    Heads are read off normed queries, else taken as dim / 64, as nearly all are; a table of positions is
-    taken as square. What cannot be told is left out. InputError if these are no timm names."""
+    Heads are read off normed queries, else they are taken to have 64 channels, as nearly all have; pictures
+    are taken as square. What cannot be told is left out. InputError if these are no timm names."""
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
     expect(all(name in state for name in needed), "weights",
            lambda: f"these are not the names of timm's ViT, which has {', '.join(needed)}: "
                    f"{some_of(list(state))}")
-    dim, channels, _, patch = state[needed[0]].shape
-    hidden = len(state[needed[2]])
-    size, has = {"patch_size": patch, "dim": dim, "channels": channels}, state.__contains__
-    size["depth"] = 1 + max(int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name)))
-    size["mlp_ratio"] = hidden // dim if hidden % dim == 0 else hidden / dim
-    size |= {"num_classes": len(state["head.weight"])} if has("head.weight") else {}
-    query = "blocks.0.attn.q_norm.weight"
-    size |= ({"heads": dim // len(state[query])} if has(query) else
-             {"heads": dim // 64} if dim % 64 == 0 else {})
-    registers = state["reg_token"].shape[1] if has("reg_token") else 0
-    rows, before = state["pos_embed"].shape[1], has("cls_token") + has("dist_token") + registers
+    has = state.__contains__
+    (dim, channels, _, patch), hidden = state[needed[0]].shape, len(state[needed[2]])
+    depth = 1 + max(int(number[1]) for name in state if (number := re.match(r"blocks\.(\d+)\.", name)))
+    options = {"patch_size": patch, "dim": dim, "depth": depth, "channels": channels,
+               "mlp_ratio": hidden // dim if hidden % dim == 0 else hidden / dim}
+    if has("head.weight"):
+        options["num_classes"] = len(state["head.weight"])
+    head = len(state[QUERIES]) if has(QUERIES) else 64
+    if dim % head == 0:
+        options["heads"] = dim // head
+    pooled = has("fc_norm.weight")
+    return options | _prefix_and_positions(state, patch) | {
+        "qkv_bias": has("blocks.0.attn.qkv.bias"), "qk_norm": has(QUERIES),
+        "pre_norm": has("norm_pre.weight"), "layer_scale": 1e-5 if has("blocks.0.ls1.gamma") else 0.0,
+        "pool": "token" if has("cls_token") and not pooled else "mean",
+        "class_token": True if has("cls_token") and pooled else None,
+        "final_norm": "pooled" if pooled else "tokens" if has("norm.weight") else "none"}
+
+
+def _prefix_and_positions(state, patch):
+    """The options of the tokens before the patches, of their positions, and of the pictures' size."""
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    options = {"distilled": "dist_token" in state, "reg_tokens": registers}
+    rows, before = state["pos_embed"].shape[1], ("cls_token" in state) + options["distilled"] + registers
     for embedded in (True, False):  # whether the tokens before the patches have positions, too
         side = math.isqrt(max(rows - before * embedded, 0))
-        if "image_size" not in size and side and side**2 == rows - before * embedded:
-            size |= {"image_size": side * patch, "no_embed_class": bool(before) and not embedded}
-    pooled = has("fc_norm.weight")
-    by_token = has("cls_token") and not pooled
-    special = {"qkv_bias": has("blocks.0.attn.qkv.bias"), "distilled": has("dist_token"),
-               "reg_tokens": registers, "qk_norm": has(query), "layer_scale": 1e-5 if has("blocks.0.ls1.gamma") else 0.0,
-               "pre_norm": has("norm_pre.weight"), "pool": "token" if by_token else "mean",
-               "class_token": True if has("cls_token") and pooled else None,
-               "final_norm": "pooled" if pooled else "tokens" if has("norm.weight") else "none"}
-    return size | special
+        if "image_size" not in options and side and side**2 == rows - before * embedded:
+            options |= {"image_size": side * patch, "no_embed_class": before > 0 and not embedded}
+    return options
 
 
 def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, new_head: bool = False,
@@ -71,13 +78,14 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
         state |= {name: state[name].astype("float32") for name in narrow}
         notes.append(f"{len(narrow)} arrays of half precision are float32 now")
     own = {name: p.shape for name, p in model.named_parameters()}
-    notes += _heads(state, own, new_head) + _positions(state, own, model, grid)
+    notes += _heads(state, own, new_head)
     left_alone = [name for name in own if new_head and name.split(".")[0] in HEADS]
     missing = [name for name in own if name not in state and name not in left_alone]
     unexpected = [name for name in state if name not in own]
     expect(not strict or not missing and not unexpected, "load_weights",
            lambda: f"missing {some_of(missing)}; unexpected {some_of(unexpected)}",
            _asked_for(state, model) or "strict=False, which leaves what is missing as it is")
+    notes += _positions(state, own, model, grid)
     model.load_state_dict(state, strict=False)
     notes += [f"{what}: {some_of(names)}" for what, names in (("not in the file", missing),
                                                               ("not in the model", unexpected)) if names]
@@ -116,7 +124,8 @@ def _positions(state, own, model, grid):
     expect(places > 0 and math.prod(old) == places, "load_weights",
            lambda: f"pos_embed has {table.shape[1]} rows, {before} of them for tokens before the patches: "
                    f"{places} are no grid of {old[0]} x {old[1]}",
-           _asked_for(state, model) or "grid=(rows, columns), where it is not square")
+           " or ".join(filter(None, ("grid=(rows, columns), where it is not square",
+                                     _asked_for(state, model)))))
     if old == tuple(new):
         return []
     resized = (resize_matrix(old, new, cubic=True) @ table[:, before:]).astype(table.dtype)
