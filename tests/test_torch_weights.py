@@ -98,9 +98,9 @@ FILES = {
     "more than arrays": (lambda t: t(STATE) | {"epoch": 3}, ["left out what is no array: epoch"])}
 MODEL = ["model: tt.models.ViT(image_size=8, patch_size=2, dim=64, depth=2, heads=1, num_classes=5)",
          "assumed: heads of 64 channels",
-         "assumed: layer norms' eps=1e-06, the exact GELU, and pictures normalised as when the weights were "
-         "trained (often by ImageNet's mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 "
-         "and 0.5): names do not tell"]
+         "assumed: layer norms' eps=1e-06 (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP has another), and "
+         "pictures normalised as when the weights were trained (often by ImageNet's mean (0.485, 0.456, "
+         "0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not tell"]
 
 
 def check(lines, before, out, state=STATE):
@@ -148,8 +148,8 @@ ASKS = pickle.UnpicklingError("Weights only load failed. ...\n(2) ... WeightsUnp
 
 
 @pytest.mark.parametrize("loaded, key, text", [
-    (ASKS, None, "{path} is not loaded: it asks for types.SimpleNamespace, and what it asks for would run. If "
-                 "you trust whoever made it, load it in torch with weights_only=False, save its state dict "
+    (ASKS, None, "{path} is not loaded: it asks for types.SimpleNamespace, and what it asks for would run. "
+                 "If you trust whoever made it, load it in torch with weights_only=False, save its state dict "
                  "alone by torch.save, and give that"),
     (KeyError(101), None, "{path} is no file of torch's, or is damaged (KeyError: 101)"),
     (RuntimeError("PytorchStreamReader failed\nat line 3"), None,
@@ -207,7 +207,7 @@ def test_which_model_the_names_ask_for(fake, tmp_path):
         assert sorted(lines[1:-1]) == sorted(more) and lines[0].startswith("model: tt.models.ViT(")
         assert lines[0] == f"model: tt.models.ViT({call})" and lines[-1] == MODEL[-1]
     [line] = torch_weights.model_of({"encoder.weight": np.zeros(2)})
-    assert line.startswith("which model they are for is not clear: weights: these are not the names of timm's")
+    assert line.startswith("which model they are for is not clear: weights: these are not the names of ")
 
 
 def test_the_printed_model_takes_the_file(fake, tmp_path):

@@ -15,10 +15,10 @@ from ..ops import resize_matrix
 from .formats import clean_names, read_weights
 
 QUERIES = "blocks.0.attn.q_norm.weight"
-HEADS = ("head", "head_dist", "lookup_head")
-ASSUMED = ("layer norms' eps={eps}, the exact GELU, and pictures normalised as when the weights were trained "
-           "(often by ImageNet's mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and "
-           "0.5): names do not tell")
+KEEP = "new_head=True, with which the model keeps its own, untrained"
+ASSUMED = ("layer norms' eps={eps} (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP has another), and pictures "
+           "normalised as when the weights were trained (often by ImageNet's mean (0.485, 0.456, 0.406) and "
+           "std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not tell")
 
 
 def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,11 +79,11 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
         notes.append(f"{len(narrow)} arrays of half precision are float32 now")
     own = {name: p.shape for name, p in model.named_parameters()}
     notes += _heads(state, own, new_head)
-    left_alone = [name for name in own if new_head and name.split(".")[0] in HEADS]
-    missing = [name for name in own if name not in state and name not in left_alone]
+    missing = [name for name in own if name not in state and not (new_head and _of_a_head(name))]
     unexpected = [name for name in state if name not in own]
     expect(not strict or not missing and not unexpected, "load_weights",
            lambda: f"missing {some_of(missing)}; unexpected {some_of(unexpected)}",
+           KEEP if all(map(_of_a_head, missing + unexpected)) else
            _asked_for(state, model) or "strict=False, which leaves what is missing as it is")
     notes += _positions(state, own, model, grid)
     model.load_state_dict(state, strict=False)
@@ -96,9 +96,13 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
     return notes
 
 
+def _of_a_head(name):
+    return name.split(".")[0] in ("head", "head_dist", "lookup_head")
+
+
 def _heads(state, own, new_head):
     """Take the heads out of `state` if the model is to keep its own; refuse those of another size."""
-    theirs = [name for name in state if name.split(".")[0] in HEADS]
+    theirs = [name for name in state if _of_a_head(name)]
     if new_head:
         for name in theirs:
             del state[name]
@@ -106,7 +110,7 @@ def _heads(state, own, new_head):
     wrong = [f"{name} {state[name].shape}, expected {own[name]}" for name in theirs
              if name in own and state[name].shape != own[name]]
     expect(not wrong, "load_weights", lambda: f"a head of another size: {some_of(wrong)}",
-           "new_head=True, with which the model keeps its own, untrained")
+           KEEP)
     return []
 
 
