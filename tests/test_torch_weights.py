@@ -149,8 +149,8 @@ ASKS = pickle.UnpicklingError("Weights only load failed. ...\n(2) ... WeightsUnp
 
 @pytest.mark.parametrize("loaded, key, text", [
     (ASKS, None, "{path} is not loaded: it asks for types.SimpleNamespace, and what it asks for would run. "
-                 "If you trust whoever made it, load it in torch with weights_only=False, save its state dict "
-                 "alone by torch.save, and give that"),
+                 "If you trust whoever made it, load it in torch with weights_only=False, save its state "
+                 "dict alone by torch.save, and give that"),
     (KeyError(101), None, "{path} is no file of torch's, or is damaged (KeyError: 101)"),
     (RuntimeError("PytorchStreamReader failed\nat line 3"), None,
      "{path} is no file of torch's, or is damaged (RuntimeError: PytorchStreamReader failed)"),

@@ -160,10 +160,10 @@ def are_known(*layers):
     return all(type(layer) in (nn.LayerNorm, nn.Linear) and layer.bias is not None for layer in layers)
 
 
-def covers_attention(x, norm, attn, factors=None, scale=None, *, keep=None, sees_itself=True,
-                     official=False, attention=None):
+def covers_attention(x, norm, attn, factors=None, *, keep=None, sees_itself=True, official=False,
+                     attention=None):
     if not (covers_stream(x) and type(attn) is nn.Attention and type(attn.qkv) is nn.Linear
-            and are_known(norm, attn.proj) and attn.q_norm is None and scale is None):
+            and attn.q_norm is None and are_known(norm, attn.proj)):
         return False
     d, tokens = x.shape[2] // attn.heads, x.shape[1]
     return ((sees_itself or keep is None) and not official and attention is None
@@ -172,17 +172,17 @@ def covers_attention(x, norm, attn, factors=None, scale=None, *, keep=None, sees
 
 
 @implementation(nn.attention_branch, covers=covers_attention)
-def attention_as_one(x, norm, attn, factors=None, scale=None, *, keep=None, **_):
+def attention_as_one(x, norm, attn, factors=None, *, keep=None, **_):
     return attention_branch(x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight,
                             attn.proj.bias, keep, factors, heads=attn.heads, eps=norm.eps)
 
 
-def covers_mlp(x, norm, mlp, factors=None, scale=None):
-    return (covers_stream(x) and scale is None and type(mlp) is nn.MLP and are_known(norm, mlp.fc1, mlp.fc2)
+def covers_mlp(x, norm, mlp, factors=None):
+    return (covers_stream(x) and type(mlp) is nn.MLP and are_known(norm, mlp.fc1, mlp.fc2)
             and len(mlp.fc1.weight) % 8 == 0)
 
 
 @implementation(nn.mlp_branch, covers=covers_mlp)
-def mlp_as_one(x, norm, mlp, factors=None, scale=None):
+def mlp_as_one(x, norm, mlp, factors=None):
     return mlp_branch(x, norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
                       factors, eps=norm.eps)

@@ -28,7 +28,7 @@ class ColumnConfig(Sizes):
     eps: float = 1e-6
     # fixed where the head must read the class token; ViTConfig makes options of them
     pool = "token"
-    class_token = None
+    class_token = None  # type: bool | None
     final_norm = "tokens"
 
     def __post_init__(self):

@@ -67,7 +67,7 @@ def clean_names(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     new = [names[name] for name in kept]
     expect(len(set(new)) == len(new), "weights",
            lambda: f"two entries for one name: {some_of([n for n in new if new.count(n) > 1])}")
-    wrapped = [WRAPPERS.match(name)[0] for name in state if WRAPPERS.match(name)]
+    wrapped = [match[0] for name in state if (match := WRAPPERS.match(name))]
     notes = [f"removed {wrapped[0]!r} from {len(wrapped)} names"] if wrapped else []
     if left := [name for name in state if name not in kept]:
         notes.append(f"left out {some_of(left)}")

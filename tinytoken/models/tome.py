@@ -76,7 +76,7 @@ class ToMe(ViT):
         tokens.x = tokens.x + nn.scaled(out, nn.column(paths, 0), block.ls1)
         if r:
             self.merge(tokens, matching(k.data.mean(axis=1), r, tokens.extra), r)
-        tokens.x = nn.mlp_branch(tokens.x, block.norm2, block.mlp, nn.column(paths, 1), block.ls2)
+        tokens.x = block.second(tokens.x, nn.column(paths, 1))
 
     def merge(self, tokens: MergedTokens, target: Array, r: int) -> None:
         """Average the tokens that merge, weighted by size. target (B, T): the place, out of T - r, that each

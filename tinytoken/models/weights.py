@@ -16,9 +16,9 @@ from .formats import clean_names, read_weights
 
 QUERIES = "blocks.0.attn.q_norm.weight"
 KEEP = "new_head=True, with which the model keeps its own, untrained"
-ASSUMED = ("layer norms' eps={eps} (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP has another), and pictures "
-           "normalised as when the weights were trained (often by ImageNet's mean (0.485, 0.456, 0.406) and "
-           "std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not tell")
+ASSUMED = ("layer norms' eps={eps} (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP has another), and "
+           "pictures normalised as when the weights were trained (often by ImageNet's mean (0.485, 0.456, "
+           "0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not tell")
 
 
 def options_of(state: Mapping[str, Any]) -> dict[str, Any]:

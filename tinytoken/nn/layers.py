@@ -69,7 +69,9 @@ class Attention(Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, dim) -> queries, keys and values, each (B, H, T, d)."""
         q, k, v = ops.split_heads(self.qkv(x), heads=self.heads, parts=3)
-        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | Array | None = None, *,
                sees_itself: bool = True, official: bool = False,
@@ -110,16 +112,15 @@ def column(paths: Array | None, *index: Any) -> Array | None:
 
 @fused
 def attention_branch(x: Tensor, norm: LayerNorm, attn: Attention, factors: Array | None = None,
-                     scale: LayerScale | None = None, **options: Any) -> Tensor:
-    """x + factors scale(attn(norm(x))). x (B, T, D), factors (B,) or None; options: of Attention.attend."""
-    return x + scaled(attn(norm(x), **options), factors, scale)
+                     **options: Any) -> Tensor:
+    """x + factors attn(norm(x)). x (B, T, D), factors (B,) or None; options: of Attention.attend."""
+    return x + scaled(attn(norm(x), **options), factors)
 
 
 @fused
-def mlp_branch(x: Tensor, norm: LayerNorm, mlp: MLP, factors: Array | None = None,
-               scale: LayerScale | None = None) -> Tensor:
-    """x + factors scale(mlp(norm(x))). x (B, T, D), factors (B,) or None."""
-    return x + scaled(mlp(norm(x)), factors, scale)
+def mlp_branch(x: Tensor, norm: LayerNorm, mlp: MLP, factors: Array | None = None) -> Tensor:
+    """x + factors mlp(norm(x)). x (B, T, D), factors (B,) or None."""
+    return x + scaled(mlp(norm(x)), factors)
 
 
 class Block(Module):
@@ -137,8 +138,18 @@ class Block(Module):
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale else None
 
     def forward(self, x: Tensor, paths: Array | None = None, **options: Any) -> Tensor:
-        x = attention_branch(x, self.norm1, self.attn, column(paths, 0), self.ls1, **options)
-        return mlp_branch(x, self.norm2, self.mlp, column(paths, 1), self.ls2)
+        factors = column(paths, 0)
+        if self.ls1 is None:
+            x = attention_branch(x, self.norm1, self.attn, factors, **options)
+        else:
+            x = x + scaled(self.attn(self.norm1(x), **options), factors, self.ls1)
+        return self.second(x, column(paths, 1))
+
+    def second(self, x: Tensor, factors: Array | None) -> Tensor:
+        """The second branch, that of the MLP, alone. x (B, T, dim), factors (B,) or None."""
+        if self.ls2 is None:
+            return mlp_branch(x, self.norm2, self.mlp, factors)
+        return x + scaled(self.mlp(self.norm2(x)), factors, self.ls2)
 
 
 class Projection(Module):
