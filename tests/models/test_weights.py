@@ -165,7 +165,8 @@ def test_loading_and_what_is_said(capsys, tmp_path):
     np.savez(tmp_path / "w.npz", **state)
     assumed = ("assumed: heads=2, layer norms' eps=1e-05 (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP "
                "has another), and pictures normalised as when the weights were trained (often by ImageNet's "
-               "mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not tell")
+               "mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not "
+               "tell")
     for weights in (state, tmp_path / "w.npz", str(tmp_path / "w.npz")):
         model = ViT(**SMALL, eps=1e-5)
         notes = load_weights(model, weights)

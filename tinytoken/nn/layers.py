@@ -61,7 +61,8 @@ class Attention(Module):
         expect(dim % heads == 0, "Attention", f"heads {heads} do not divide dim {dim}")
         self.heads = heads
         self.qkv, self.proj = Linear(dim, 3 * dim, bias=qkv_bias, parts=3), Linear(dim, dim)
-        self.q_norm, self.k_norm = (LayerNorm(dim // heads, eps) if qk_norm else None for _ in "qk")
+        self.q_norm = LayerNorm(dim // heads, eps) if qk_norm else None
+        self.k_norm = LayerNorm(dim // heads, eps) if qk_norm else None
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         return self.attend(*self.project(x), **options)
@@ -90,7 +91,8 @@ class Attention(Module):
 # of 0 drops it (drop path, Huang et al. 2016).
 
 class LayerScale(Module):
-    """x (..., dim) times a learned gamma (dim,), which begins as `start` (Touvron et al. 2021b, eq. 4)."""
+    """x (..., dim) times a learned gamma (dim,), which begins as `start` (Touvron et al. 2021, arXiv
+    2103.17239, section 2)."""
 
     def __init__(self, dim: int, start: float) -> None:
         self.gamma = Parameter(zeros(dim) + start)

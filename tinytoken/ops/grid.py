@@ -67,7 +67,7 @@ def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = Tr
 
 
 def _cubic(x):
-    """The cubic convolution kernel at distances x >= 0, a = -1/2 (Keys 1981, eq. 15)."""
+    """The cubic convolution kernel at distances x >= 0, a = -1/2 (Keys 1981)."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return np.where(x < 1, near, np.where(x < 2, far, 0))
 
