@@ -147,6 +147,12 @@ def test_heads_are_of_64_channels_or_left_out(dim, heads):
     assert options_of(ViT(**SMALL | dict(dim=dim), qk_norm=True).state_dict())["heads"] == 2
 
 
+def test_where_both_fit_the_tokens_before_the_patches_have_positions():
+    """As timm makes them if not told otherwise: 25 rows are 16 patches and 9 such tokens, not 25 patches."""
+    options = options_of(ViT(**SMALL, reg_tokens=8).state_dict())
+    assert options["image_size"] == 8 and not options["no_embed_class"]
+
+
 def test_what_names_do_not_tell_is_left_out():
     state = ViT(**SMALL | dict(image_size=(8, 10))).state_dict()
     assert not {"image_size", "no_embed_class"} & options_of(state).keys()
