@@ -114,6 +114,26 @@ def test_gammas_of_one_are_the_plain_model():
     assert np.array_equal(scaled(pictures()).logits.data, plain(pictures()).logits.data)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_keeps_the_options(variant, tmp_path):
+    model = shaken(ViT(**small.SMALL | VARIANTS[variant]))
+    tt.train.checkpoint.save(tmp_path / "c.npz", model)
+    again, _ = tt.train.checkpoint.load_model(tmp_path / "c.npz")
+    assert again.config == model.config
+    assert np.array_equal(again(pictures()).logits.data, model(pictures()).logits.data)
+
+
+def test_a_configuration_without_the_options_is_the_plain_vits():
+    """What a checkpoint of before these options says."""
+    sizes = small.SMALL | dict(mlp_ratio=4, channels=3, qkv_bias=True)
+    description = tt.train.checkpoint.description(ViT(**sizes))
+    older = {"model": "ViT", "config": sizes | {"pool": "token"}}
+    assert set(description["config"]) - set(older["config"]) == {
+        "distilled", "reg_tokens", "no_embed_class", "qk_norm", "layer_scale", "pre_norm", "eps", "class_token",
+        "final_norm"}
+    assert tt.train.checkpoint.same_model(older, description)
+
+
 @pytest.mark.parametrize("options, text", [
     (dict(reg_tokens=-1), "reg_tokens -1, expected a whole number that is not negative"),
     (dict(reg_tokens=1.5), "reg_tokens 1.5, expected a whole number that is not negative"),

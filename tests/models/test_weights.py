@@ -297,6 +297,12 @@ def test_a_table_that_is_not_square_needs_its_grid():
     assert len(same_grid) == 1
 
 
+def test_a_grid_that_is_none():
+    for grid in (4, (4,), "4 x 4"):
+        with refuses(f"load_weights: grid {grid!r}, expected (rows, columns)"):
+            load_weights(ViT(**SMALL), ViT(**SMALL).state_dict(), grid=grid)
+
+
 def test_a_table_of_other_axes():
     state = ViT(**SMALL).state_dict()
     state["pos_embed"] = state["pos_embed"][0]

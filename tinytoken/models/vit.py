@@ -75,7 +75,7 @@ class ViT(Model):
     def build(self, c: Any) -> None:
         self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels, bias=not c.pre_norm)
         positions = nn.start_positions(self.patch_embed.grid, c.dim)
-        self.num_patches = len(positions)
+        self.num_patches, self.prefix, self.extra = len(positions), tuple(c.prefix), sum(c.prefix.values())
         for name, count in c.prefix.items():
             token = nn.Parameter(np.zeros((1, count, c.dim), "float32"))
             nn.normal(token, name, std=0.02)
@@ -93,11 +93,11 @@ class ViT(Model):
         nn.initialise(self)
 
     def embed(self, images: Tensor | Array) -> Tensor:
-        """images -> tokens with positions (B, T, D): those of config.prefix first, then the patches."""
+        """images -> tokens with positions (B, T, D): those of `prefix` first, then the patches."""
         x, everywhere = self.patch_embed(images), not self.config.no_embed_class
         x = x if everywhere else x + self.pos_embed
-        first = [getattr(self, name) for name in self.config.prefix]
-        if first:
+        if self.prefix:
+            first = (getattr(self, name) for name in self.prefix)
             x = ops.concat(*(ops.broadcast_to(t, shape=(len(x), *t.shape[1:])) for t in first), x, axis=1)
         x = x + self.pos_embed if everywhere else x
         return x if self.norm_pre is None else self.norm_pre(x)
@@ -135,7 +135,9 @@ class ViT(Model):
 
     def classify(self, x: Tensor) -> Tensor:
         """Tokens (B, T, D) after the final norm -> logits (B, K)."""
-        extra = sum(self.config.prefix.values())
-        pooled = x[:, 0] if self.config.pool == "token" else (x[:, extra:] if extra else x).mean(axis=1)
+        if self.config.pool == "token":
+            pooled = x[:, 0]
+        else:
+            pooled = (x[:, self.extra:] if self.extra else x).mean(axis=1)
         logits = self.head(pooled if self.fc_norm is None else self.fc_norm(pooled))
         return logits if self.head_dist is None else (logits + self.head_dist(x[:, 1])) * 0.5

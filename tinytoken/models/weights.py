@@ -71,6 +71,8 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
     square. new_head: the model keeps its own heads, untrained, whatever the file has. strict: names must
     agree; the error says which options the file's names ask for. Half precision becomes float32. InputError
     for what does not fit, and then nothing is changed."""
+    expect(grid is None or isinstance(grid, (tuple, list)) and len(grid) == 2, "load_weights",
+           lambda: f"grid {grid!r}, expected (rows, columns)")
     state, notes = clean_names(weights if isinstance(weights, Mapping) else read_weights(weights))
     state = {name: np.asarray(array) for name, array in state.items()}
     narrow = [name for name, array in state.items() if array.dtype.name in ("float16", "bfloat16")]
