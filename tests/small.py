@@ -1,5 +1,6 @@
 """What the tests of modules and models share: a tiny size, pictures for it, weights that hide no mistake,
 exact error texts."""
+import pathlib
 import re
 
 import numpy as np
@@ -33,6 +34,12 @@ VARIANTS = {
                 pre_norm=True, pool="mean", class_token=True, final_norm="pooled"),
     "all, distilled": dict(distilled=True, layer_scale=1e-5, qk_norm=True, qkv_bias=False, eps=0.1,
                            pre_norm=True)}
+
+
+def reference(name):
+    """The arrays of a file that fixtures/make_reference.py has made."""
+    with np.load(pathlib.Path(__file__).parent / "fixtures" / name) as file:
+        return dict(file)
 
 
 def pictures(batch=2, seed=0, size=8):

@@ -1,13 +1,11 @@
 """The options of ViTs that published weights have: timm's outputs from timm's weights, and every method with
 the tokens that are no patches."""
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import small
 import tinytoken as tt
-from small import STAGES, VARIANTS, gumbel, masks, pictures, refuses, same, shaken
+from small import STAGES, VARIANTS, gumbel, masks, pictures, reference, refuses, same, shaken
 from tinytoken.backend import to_numpy
 from tinytoken.checking import gradcheck
 from tinytoken.models import DynamicViT, ToMe, ViT
@@ -33,8 +31,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def timm():
-    with np.load(Path(__file__).parents[1] / "fixtures" / "timm_options.npz") as file:
-        return dict(file)
+    return reference("timm_options.npz")
 
 
 def weights_of(timm, case):
@@ -129,8 +126,8 @@ def test_a_configuration_without_the_options_is_the_plain_vits():
     description = tt.train.checkpoint.description(ViT(**sizes))
     older = {"model": "ViT", "config": sizes | {"pool": "token"}}
     assert set(description["config"]) - set(older["config"]) == {
-        "distilled", "reg_tokens", "no_embed_class", "qk_norm", "layer_scale", "pre_norm", "eps", "class_token",
-        "final_norm"}
+        "distilled", "reg_tokens", "no_embed_class", "qk_norm", "layer_scale", "pre_norm", "eps",
+        "class_token", "final_norm"}
     assert tt.train.checkpoint.same_model(older, description)
 
 

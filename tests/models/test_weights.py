@@ -4,13 +4,12 @@ import re
 import struct
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tinytoken as tt
-from small import SMALL, VARIANTS, pictures, refuses, same, shaken
+from small import SMALL, VARIANTS, pictures, reference, refuses, same, shaken
 from tinytoken.models import DynamicViT, LookupViT, ViT, clean_names, load_weights, options_of, read_weights
 
 LIKELY = "\n  likely: "
@@ -23,8 +22,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def timm():
-    with np.load(Path(__file__).parents[1] / "fixtures" / "timm_options.npz") as file:
-        return dict(file)
+    return reference("timm_options.npz")
 
 
 def same_weights(model, state):
