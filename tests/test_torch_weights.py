@@ -95,7 +95,8 @@ FILES = {
                        ["took 'state_dict_ema' of state_dict, state_dict_ema"]),
     "averaged": (lambda t: t(PREFIXED | {"n_averaged": np.array(3)}),
                  ["removed 'module.' from 32 names", "left out n_averaged"]),
-    "more than arrays": (lambda t: t(STATE) | {"epoch": 3}, ["left out what is no array: epoch"])}
+    "more than arrays": (lambda t: t(STATE) | {"epoch": 3} | {0: next(iter(t(STATE).values()))},
+                         ["left out what is no array with a name: epoch, 0"])}
 MODEL = ["model: tt.models.ViT(image_size=8, patch_size=2, dim=64, depth=2, heads=1, num_classes=5)",
          "assumed: heads of 64 channels",
          "assumed: layer norms' eps=1e-06 (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP has another), and "
@@ -185,6 +186,13 @@ def test_names_of_files_that_are_refused(fake, tmp_path):
 def test_without_torch_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(tt.InputError, match="w.pth needs torch to be read .*: pip install torch, here or in"):
+        torch_weights.convert(source(tmp_path), tmp_path / "o.npz")
+
+
+def test_a_torch_that_is_too_old(fake, tmp_path):
+    fake.__version__ = "2.1"
+    del fake.serialization.safe_globals
+    with pytest.raises(tt.InputError, match="^torch_weights: torch 2.1 is here, expected 2.5 or newer$"):
         torch_weights.convert(source(tmp_path), tmp_path / "o.npz")
 
 

@@ -57,6 +57,8 @@ def unpickle(path):
     except ImportError as error:
         raise InputError(f"torch_weights: {path} needs torch to be read ({error}): pip install torch, here "
                          "or in an environment of its own") from error
+    expect(hasattr(torch.serialization, "safe_globals"), "torch_weights",
+           lambda: f"torch {torch.__version__} is here, expected 2.5 or newer")
     try:
         with torch.serialization.safe_globals(list(PLAIN)):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -82,12 +84,13 @@ def chosen(loaded, key):
     key = key or next((name for name in KEYS if name in inside), None)
     notes = [] if key is None else [f"took {key!r} of {some_of(list(loaded), 12)}"]
     state = loaded if key is None else loaded[key]
-    others = [name for name, value in state.items() if not hasattr(value, "shape")]
-    notes += [f"left out what is no array: {some_of(others)}"] if others else []
-    state = {name: value for name, value in state.items() if hasattr(value, "shape")}
-    expect(state, "torch_weights", f"no weights under {', '.join(KEYS)}: it holds {some_of(list(loaded))}",
+    arrays = {name: value for name, value in state.items()
+              if isinstance(name, str) and hasattr(value, "shape")}
+    others = [name for name in state if name not in arrays]
+    notes += [f"left out what is no array with a name: {some_of(others)}"] if others else []
+    expect(arrays, "torch_weights", f"no weights under {', '.join(KEYS)}: it holds {some_of(list(loaded))}",
            f"--key {inside[0]}" if inside else "")
-    return state, notes
+    return arrays, notes
 
 
 def in_float32(state):

@@ -161,6 +161,18 @@ def test_what_names_do_not_tell_is_left_out():
         options_of({"encoder.weight": 0, "a": 1})
 
 
+@pytest.mark.parametrize("name, shape", [("patch_embed.proj.weight", (8, 12)),
+                                         ("patch_embed.proj.weight", (8, 3, 2, 4)), ("pos_embed", (17, 8))])
+def test_options_are_not_read_off_shapes_of_other_layouts(name, shape):
+    state = ViT(**SMALL).state_dict() | {name: np.zeros(shape, "float32")}
+    kernel, table = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
+    with refuses(f"weights: patch_embed.proj.weight {kernel} and pos_embed {table}, expected (dim, channels, "
+                 "p, p) and (1, positions, dim)"):
+        options_of(state)
+    with pytest.raises(tt.InputError, match="^load_weights: missing none; unexpected extra\n  likely: strict"):
+        load_weights(ViT(**SMALL), state | {"extra": np.zeros(2)})
+
+
 # Loading
 
 def test_loading_and_what_is_said(capsys, tmp_path):

@@ -30,8 +30,12 @@ def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
     expect(all(name in state for name in needed), "weights",
            lambda: f"these are not the names of timm's ViT, which has {', '.join(needed)}: "
                    f"{some_of(list(state))}")
+    kernel, table = (tuple(state[name].shape) for name in needed[:2])
+    expect(len(kernel) == 4 and kernel[2] == kernel[3] and len(table) == 3, "weights",
+           lambda: f"{needed[0]} {kernel} and pos_embed {table}, expected (dim, channels, p, p) and "
+                   "(1, positions, dim)")
     has = state.__contains__
-    (dim, channels, _, patch), hidden = state[needed[0]].shape, len(state[needed[2]])
+    (dim, channels, _, patch), hidden = kernel, len(state[needed[2]])
     depth = 1 + max(int(number[1]) for name in state if (number := re.match(r"blocks\.(\d+)\.", name)))
     options = {"patch_size": patch, "dim": dim, "depth": depth, "channels": channels,
                "mlp_ratio": hidden // dim if hidden % dim == 0 else hidden / dim}
@@ -83,10 +87,10 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
     notes += _heads(state, own, new_head)
     missing = [name for name in own if name not in state and not (new_head and _of_a_head(name))]
     unexpected = [name for name in state if name not in own]
-    expect(not strict or not missing and not unexpected, "load_weights",
-           lambda: f"missing {some_of(missing)}; unexpected {some_of(unexpected)}",
-           KEEP if all(map(_of_a_head, missing + unexpected)) else
-           _asked_for(state, model) or "strict=False, which leaves what is missing as it is")
+    if strict and (missing or unexpected):
+        way = KEEP if all(map(_of_a_head, missing + unexpected)) else (
+            _asked_for(state, model) or "strict=False, which leaves what is missing as it is")
+        expect(False, "load_weights", f"missing {some_of(missing)}; unexpected {some_of(unexpected)}", way)
     notes += _positions(state, own, model, grid)
     model.load_state_dict(state, strict=False)
     notes += [f"{what}: {some_of(names)}" for what, names in (("not in the file", missing),
@@ -111,8 +115,7 @@ def _heads(state, own, new_head):
         return [f"the model's own, untrained head; the file's {some_of(theirs)} left out"]
     wrong = [f"{name} {state[name].shape}, expected {own[name]}" for name in theirs
              if name in own and state[name].shape != own[name]]
-    expect(not wrong, "load_weights", lambda: f"a head of another size: {some_of(wrong)}",
-           KEEP)
+    expect(not wrong, "load_weights", lambda: f"a head of another size: {some_of(wrong)}", KEEP)
     return []
 
 
@@ -140,7 +143,8 @@ def _positions(state, own, model, grid):
 
 
 def _asked_for(state, model):
-    """The options that the names in `state` ask for and the model does not have: 'distilled=True, ...'."""
+    """'a model with' the options that the names in `state` ask for and this one has not; '' if there are
+    none."""
     try:
         options = options_of(state)
     except InputError:
@@ -150,4 +154,5 @@ def _asked_for(state, model):
              if name not in size and hasattr(model.config, name) and getattr(model.config, name) != value}
     if bool(options["layer_scale"]) != bool(getattr(model.config, "layer_scale", options["layer_scale"])):
         wrong["layer_scale"] = options["layer_scale"]
-    return wrong and "a model with " + ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+    found = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+    return f"a model with {found}" if found else ""
