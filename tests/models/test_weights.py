@@ -169,7 +169,7 @@ def test_options_are_not_read_off_shapes_of_other_layouts(name, shape):
     with refuses(f"weights: patch_embed.proj.weight {kernel} and pos_embed {table}, expected (dim, channels, "
                  "p, p) and (1, positions, dim)"):
         options_of(state)
-    with pytest.raises(tt.InputError, match="^load_weights: missing none; unexpected extra\n  likely: strict"):
+    with pytest.raises(tt.InputError, match="^load_weights: missing none; unexpected extra\n  likely: str"):
         load_weights(ViT(**SMALL), state | {"extra": np.zeros(2)})
 
 
