@@ -173,12 +173,15 @@ def test_files_that_are_refused(fake, tmp_path, loaded, key, text):
 def test_names_of_files_that_are_refused(fake, tmp_path):
     fake.loaded = tensors(STATE)
     taken = source(tmp_path, "taken.npz")
-    for args, text in ((("gone.pth", "o.npz"), "gone.pth is not there, or is no file"),
-                       (("w.pth", "o.npy"), "o.npy: the result is an .npz file"),
+    (tmp_path / "folder.npz").mkdir()
+    for args, text in ((("gone.pth", "o.npz"), "torch_weights: .*gone.pth is not there, or is no file"),
+                       (("folder.npz", "o.npz"), "torch_weights: .*folder.npz is not there, or is no file"),
+                       (("w.pth", "o.npy"), "cannot write .*o.npy: expected a name that ends in .npz"),
+                       (("w.pth", "folder.npz"), "cannot write .*folder.npz: it is a folder, expected the .*"),
                        (("w.pth", "taken.npz"),
-                        "taken.npz is there already: name another file for the result")):
+                        "torch_weights: .*taken.npz is there already: name another file for the result")):
         source(tmp_path)
-        with pytest.raises(tt.InputError, match=f"^torch_weights: .*{text}$"):
+        with pytest.raises(tt.InputError, match=f"^{text}$"):
             torch_weights.convert(*(tmp_path / name for name in args))
     assert taken.read_bytes() == b""
 

@@ -25,7 +25,7 @@ import numpy as np
 
 import tinytoken as tt
 from tinytoken.errors import InputError, expect, some_of
-from tinytoken.files import replacing
+from tinytoken.files import check_target, replacing
 from tinytoken.models.weights import ASSUMED
 
 # What a checkpoint may hold its weights under, the first that is there; averaged weights first, as in timm.
@@ -38,7 +38,7 @@ OFFICIAL = "(official: 3, 6, 9 of 12 blocks and 0.7, 0.49, 0.343)"
 def convert(source, out, key=None):
     """Write the weights of the file `source` to the .npz `out` -> lines that say how."""
     source, out = pathlib.Path(source), pathlib.Path(out)
-    expect(out.suffix == ".npz", "torch_weights", f"{out}: the result is an .npz file")
+    check_target(out, ".npz")
     expect(source.is_file(), "torch_weights", f"{source} is not there, or is no file")
     expect(not out.exists(), "torch_weights", f"{out} is there already: name another file for the result")
     loaded = (tt.models.read_weights(source) if source.suffix == ".safetensors" else unpickle(source))
