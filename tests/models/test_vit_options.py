@@ -111,6 +111,11 @@ def test_gammas_of_one_are_the_plain_model():
     assert np.array_equal(scaled(pictures()).logits.data, plain(pictures()).logits.data)
 
 
+def test_registers_are_within_the_bounds_of_a_file():
+    with tt.nn.at_most(10_000), pytest.raises(tt.InputError, match="^parameters: 8,000,000,000 more are asked "):
+        ViT(**small.SMALL, reg_tokens=10**9)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_checkpoint_keeps_the_options(variant, tmp_path):
     model = shaken(ViT(**small.SMALL | VARIANTS[variant]))

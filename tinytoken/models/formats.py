@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import InputError, expect, some_of
 from ..files import FilePath
+from ..reading import opened, read_npz
 
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # of torch.compile and of data-parallel training
 UNUSED = re.compile(r"pre_logits\.|n_averaged$")  # a layer that no model has any more; a count of averages
@@ -23,32 +24,31 @@ def read_weights(path: FilePath) -> dict[str, np.ndarray]:
     """{name: array} of an .npz or a .safetensors file (the extra `safetensors`); bfloat16 becomes float32.
 
     InputError says what is wrong with any other file."""
-    path = pathlib.Path(path)
-    expect(path.is_file(), "weights", f"{path} is not there, or is no file")
-    expect(path.suffix in (".npz", ".safetensors"), "weights",
-           f"{path} is neither .npz nor .safetensors", TORCH_FILES)
-    try:
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as box:
-            expect("header" not in box.files, "weights", f"{path} is a checkpoint of this package",
-                   "tt.train.checkpoint.load_model(path)")
-            return {name: box[name] for name in box.files}
-    except (InputError, ImportError):
-        raise
-    except Exception as error:  # of a damaged file zipfile, zlib, NumPy and safetensors raise a dozen
-        raise InputError(f"weights: {path} cannot be read ({type(error).__name__}: {error})") from error
+    path, where = pathlib.Path(path), "weights file"
+    expect(path.suffix in (".npz", ".safetensors"), where, f"{path} is neither .npz nor .safetensors",
+           TORCH_FILES)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, where)
+    arrays = read_npz(path, where)
+    expect("header" not in arrays, where, f"{path} is a checkpoint of this package",
+           "tt.train.checkpoint.load_model(path)")
+    return arrays
 
 
-def _read_safetensors(path):
+def _read_safetensors(path, where):
     try:
         import safetensors
     except ImportError as error:
         raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from error
+    with opened(path, where) as file:
+        try:
+            entries = safetensors.deserialize(file.read())  # checks the header and all bounds
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{where}: {path} is not a readable .safetensors file ({error})") from error
     arrays = {}
-    for name, entry in safetensors.deserialize(path.read_bytes()):  # checks the header and all bounds
+    for name, entry in entries:
         kind = entry["dtype"]
-        expect(kind in SAFETENSORS, "weights",
+        expect(kind in SAFETENSORS, where,
                f"{name} in {path} is {kind}, expected one of {', '.join(SAFETENSORS)}")
         array = np.frombuffer(entry["data"], SAFETENSORS[kind])
         if kind == "BF16":  # the upper half of a float32

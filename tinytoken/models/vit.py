@@ -77,11 +77,11 @@ class ViT(Model):
         positions = nn.start_positions(self.patch_embed.grid, c.dim)
         self.num_patches, self.prefix, self.extra = len(positions), tuple(c.prefix), sum(c.prefix.values())
         for name, count in c.prefix.items():
-            token = nn.Parameter(np.zeros((1, count, c.dim), "float32"))
+            token = nn.Parameter(nn.zeros(1, count, c.dim))
             nn.normal(token, name, std=0.02)
             setattr(self, name, token)
             if not c.no_embed_class:
-                positions = np.concatenate([np.zeros((count, c.dim), "float32"), positions])
+                positions = np.concatenate([nn.zeros(count, c.dim), positions])
         self.pos_embed = nn.Parameter(positions[None])
         self.norm_pre = nn.LayerNorm(c.dim, c.eps) if c.pre_norm else None
         self.blocks = [nn.Block(c.dim, c.heads, c.mlp_ratio, c.qkv_bias, c.eps, c.qk_norm, c.layer_scale)
