@@ -112,7 +112,7 @@ def test_gammas_of_one_are_the_plain_model():
 
 
 def test_registers_are_within_the_bounds_of_a_file():
-    with tt.nn.at_most(10_000), pytest.raises(tt.InputError, match="^parameters: 8,000,000,000 more are asked "):
+    with tt.nn.at_most(10_000), pytest.raises(tt.InputError, match="^parameters: 8,000,000,000 more are "):
         ViT(**small.SMALL, reg_tokens=10**9)
 
 
