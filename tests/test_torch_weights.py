@@ -188,7 +188,7 @@ def test_names_of_files_that_are_refused(fake, tmp_path):
 
 def test_without_torch_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(tt.InputError, match="w.pth needs torch to be read .*: pip install torch, here or in"):
+    with pytest.raises(tt.InputError, match="w.pth needs torch to be read .*: .*-m pip install torch, or in an"):
         torch_weights.convert(source(tmp_path), tmp_path / "o.npz")
 
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import numpy as np
 
 import tinytoken as tt
-from tinytoken.errors import InputError, expect, some_of
+from tinytoken.errors import InputError, expect, install, some_of
 from tinytoken.files import check_target, replacing
 from tinytoken.models.weights import ASSUMED
 
@@ -55,8 +55,8 @@ def unpickle(path):
     try:
         import torch
     except ImportError as error:
-        raise InputError(f"torch_weights: {path} needs torch to be read ({error}): pip install torch, here "
-                         "or in an environment of its own") from error
+        raise InputError(f"torch_weights: {path} needs torch to be read ({error}): {install('torch')}, or in "
+                         "an environment of its own, with tinytoken") from error
     expect(hasattr(torch.serialization, "safe_globals"), "torch_weights",
            lambda: f"torch {torch.__version__} is here, expected 2.5 or newer")
     try:

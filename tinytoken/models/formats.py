@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, expect, some_of
+from ..errors import InputError, expect, install, some_of
 from ..files import FilePath
 from ..reading import opened, read_npz
 
@@ -39,7 +39,7 @@ def _read_safetensors(path, where):
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from error
+        raise ImportError(f"{path} needs safetensors: {install('safetensors')}") from error
     with opened(path, where) as file:
         try:
             entries = safetensors.deserialize(file.read())  # checks the header and all bounds
