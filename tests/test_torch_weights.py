@@ -177,7 +177,7 @@ def test_names_of_files_that_are_refused(fake, tmp_path):
     for args, text in ((("gone.pth", "o.npz"), "torch_weights: .*gone.pth is not there, or is no file"),
                        (("folder.npz", "o.npz"), "torch_weights: .*folder.npz is not there, or is no file"),
                        (("w.pth", "o.npy"), "cannot write .*o.npy: expected a name that ends in .npz"),
-                       (("w.pth", "folder.npz"), "cannot write .*folder.npz: it is a folder, expected the .*"),
+                       (("w.pth", "folder.npz"), "cannot write .*folder.npz: it is a folder, expected .*"),
                        (("w.pth", "taken.npz"),
                         "torch_weights: .*taken.npz is there already: name another file for the result")):
         source(tmp_path)
@@ -188,7 +188,7 @@ def test_names_of_files_that_are_refused(fake, tmp_path):
 
 def test_without_torch_it_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(tt.InputError, match="w.pth needs torch to be read .*: .*-m pip install torch, or in an"):
+    with pytest.raises(tt.InputError, match="w.pth needs torch to be read .*: .*-m pip install torch, or in"):
         torch_weights.convert(source(tmp_path), tmp_path / "o.npz")
 
 
