@@ -130,7 +130,8 @@ class ViT(Model):
 
     def read(self, tokens: Tokens) -> Output:
         """Tokens after the last block -> Output."""
-        tokens.x = tokens.x if self.norm is None else self.norm(tokens.x)
+        if self.norm is not None:
+            tokens.x = self.norm(tokens.x)
         return Output(self.classify(tokens.x), tokens.patches, tokens.attention or [])
 
     def classify(self, x: Tensor) -> Tensor:
