@@ -618,7 +618,7 @@ if here.size == "full" and here.data != "scenes":
 # | eq. 1: z_0 = [x_class; x_1 E; ...; x_N E] + E_pos | `ops.concat(..., x, axis=1)`, `x + self.pos_embed` |
 # | eq. 2: z'_l = MSA(LN(z_{l-1})) + z_{l-1} | `x + scaled(attn(norm(x), **options), factors)` |
 # | eq. 3: z_l = MLP(LN(z'_l)) + z'_l | `x + scaled(mlp(norm(x)), factors)` |
-# | eq. 4: y = LN(z_L^0) | `tokens.x = self.norm(tokens.x)`, then `self.head(x[:, 0] ...)` |
+# | eq. 4: y = LN(z_L^0) | `tokens.x = self.norm(tokens.x)`, then `pooled = x[:, 0]` and `self.head(pooled ...)` |
 #
 # In the paper, as here, positions are learned, but ours start as sines and cosines. The paper trains on
 # millions of photographs of 224 x 224 pixels with patches of 16 x 16 (also 14 and 32). Our names and shapes
