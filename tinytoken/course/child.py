@@ -1,139 +1,257 @@
-"""Runs the cases of one exercise, in a process of its own: `main` is what grade.py starts.
+"""The process in which a submission runs: it holds the submission and NumPy, and nothing it is checked with.
 
-The job comes in as JSON on stdin. A result goes out on the original stdout as soon as a case is done, on a
-line that begins with a word that only the parent knows. So nothing that a submission prints can pass for a
-result, and the results of finished cases survive a process that ends early.
+judge.py starts this file by its path, so it imports nothing of the package. Both sides speak through a Peer:
+a message is a line of JSON, in which arrays stand by number, and then the bytes of those arrays. Nothing in a
+message is ever run, so all that a submission can send is numbers, which the judge compares.
 """
 import ast
+import builtins
 import json
+import math
 import os
-import pathlib
+import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from . import rules
-from .assignment import Assignment, load, run_file
+import numpy as np
+
+MOST, HEAD = 2**28, 2**25  # bytes of a message, and of its line of JSON
+DTYPE = re.compile(r"[<>|=][biufc]\d{1,2}")
+PLAIN = (bool, int, float, str, type(None))
 
 
-def main() -> None:
-    """Read a job from stdin and run it.
+class Ended(Exception):
+    """The other process has ended, or what it sent is no message."""
 
-    The job is {"assignment": folder, "exercise": "1.3", "source": text, "cases": [name], "word": text,
-    "limits": {...}}. Where the exercise is null, the assignment's training is run, with all of the
-    submission's functions.
+
+class Raised(Exception):
+    """What a function raised in the other process. kind: the name of its type."""
+
+    def __init__(self, text: str, kind: str):
+        self.args, self.kind = (text,), kind
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def raised(kind: str, text: str) -> Raised:
+    """The exception to raise here; also a ValueError, say, if `kind` is the name of an error of Python's."""
+    known = getattr(builtins, kind, None)
+    if isinstance(known, type) and issubclass(known, Exception) and known is not Exception:
+        return type(kind, (Raised, known), {})(text, kind)
+    return Raised(text, kind)
+
+
+class Peer:
+    """One end of two pipes. While it waits for an answer, it does what the other end asks.
+
+    An object that is not plain numbers, text, arrays, lists, tuples or dicts stays where it is and is lent
+    under a number. Subclasses say what they lend and what they do with what they are lent.
     """
-    job = json.load(sys.stdin)
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(nothing, stream)
-    _limit(job["limits"])
 
-    def report(**row):
-        channel.write(f"{job['word']} {json.dumps(row)}\n")
-    assignment = load(pathlib.Path(job["assignment"]))
-    try:
-        student = compose(job["source"], assignment, job["exercise"])
-    except BaseException as error:  # a submission may raise anything while it is loaded, SystemExit too
-        report(failed=f"the file stopped while it was loaded: {_short(error)}")
-        return
-    if job["exercise"] is None:
-        report(board=run_file(assignment.folder / "training.py").run(student))
-    else:
-        run_cases(assignment, student, job["cases"], report)
-    report(done=True)
+    def __init__(self, source: Any, sink: Any):
+        self.source, self.sink = source, sink
+        self.lent: list[Any] = []
+        self.numbers: dict[int, int] = {}  # id of an object -> its place in `lent`, which keeps it alive
+
+    def ask(self, **request: Any) -> Any:
+        """Send a request and return the other end's answer; Raised if it raised, Ended if it is gone."""
+        self.send(request)
+        while True:
+            message = self.receive()
+            if "answer" in message:
+                return message["answer"]
+            if "raised" in message:
+                raise raised(*map(str, message["raised"]))
+            self.serve(message)
+
+    def serve(self, request: dict[str, Any]) -> None:
+        """Do what was asked, and send the answer or what was raised."""
+        try:
+            reply = {"answer": self.do(request)}
+        except Ended:
+            raise
+        except BaseException as error:  # a submission may raise anything, SystemExit too
+            reply = {"raised": [getattr(error, "kind", type(error).__name__), _text(error)]}
+        try:
+            self.send(reply | self.notes())
+        except (TypeError, ValueError, RecursionError, MemoryError) as error:  # an answer that cannot be sent
+            self.send({"raised": [type(error).__name__, _text(error)]})
+
+    def do(self, request: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def notes(self) -> dict[str, Any]:
+        """What goes with every answer."""
+        return {}
+
+    def lend(self, value: Any) -> dict[str, Any]:
+        """The JSON for an object that stays here."""
+        number = self.numbers.setdefault(id(value), len(self.lent))
+        if number == len(self.lent):
+            self.lent.append(value)
+        return {"lent": number, "kind": type(value).__name__}
+
+    def borrowed(self, number: int, kind: str) -> Any:
+        """What stands here for an object that stays on the other side."""
+        raise NotImplementedError
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write a message. ValueError if it is too long."""
+        arrays: list[np.ndarray] = []
+        packed = {key: self.pack(value, arrays) for key, value in message.items()}
+        head = json.dumps([packed, [[array.dtype.str, array.shape] for array in arrays]]).encode() + b"\n"
+        size = sum(array.nbytes for array in arrays)
+        if size > MOST or len(head) > HEAD:
+            raise ValueError(f"too much in one call: {size} bytes of arrays, at most {MOST}, and {len(head)} "
+                             f"of all else, at most {HEAD}")
+        try:
+            self.sink.write(b"".join([head, *(array.tobytes() for array in arrays)]))
+            self.sink.flush()
+        except OSError as error:
+            raise Ended from error
+
+    def receive(self) -> dict[str, Any]:
+        """Read a message. Ended where there is none, or where it is not of this form."""
+        try:
+            packed, shapes = json.loads(self.source.readline(HEAD))
+            arrays = [self._array(str(dtype), tuple(map(int, shape))) for dtype, shape in shapes]
+            return {key: self.unpack(value, arrays) for key, value in packed.items()}
+        except (OSError, ValueError, TypeError, KeyError, LookupError, AttributeError, RecursionError,
+                MemoryError, OverflowError) as error:
+            raise Ended("no message") from error
+
+    def _array(self, dtype, shape):
+        if not DTYPE.fullmatch(dtype) or min(shape, default=0) < 0:
+            raise ValueError(dtype)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size > MOST:
+            raise ValueError(size)
+        return np.frombuffer(bytearray(self.source.read(size)), dtype).reshape(shape)  # one that can be written
+
+    def pack(self, value: Any, arrays: list[np.ndarray]) -> Any:
+        """The JSON for a value; its arrays are appended to `arrays`."""
+        if type(value) in PLAIN:
+            return value
+        if isinstance(value, np.generic) and DTYPE.fullmatch(value.dtype.str):
+            return {"scalar": self.pack(np.array(value), arrays)}
+        if type(value) is np.ndarray and DTYPE.fullmatch(value.dtype.str):
+            arrays.append(value)
+            return {"array": len(arrays) - 1}
+        if isinstance(value, list | tuple):
+            return {"list" if isinstance(value, list) else "tuple": [self.pack(v, arrays) for v in value]}
+        if type(value) is dict:
+            return {"dict": [[self.pack(k, arrays), self.pack(v, arrays)] for k, v in value.items()]}
+        return self.lend(value)
+
+    def unpack(self, packed: Any, arrays: list[np.ndarray]) -> Any:
+        """The value of what `pack` made."""
+        if not isinstance(packed, dict):
+            return packed
+        if "lent" in packed:
+            return self.borrowed(int(packed["lent"]), str(packed["kind"]))
+        (form, content), = packed.items()
+        if form == "yours":
+            return self.lent[content]
+        if form == "array":
+            return arrays[content]
+        if form == "scalar":
+            return self.unpack(content, arrays)[()]
+        if form == "dict":
+            return {self.unpack(key, arrays): self.unpack(value, arrays) for key, value in content}
+        return {"list": list, "tuple": tuple}[form](self.unpack(value, arrays) for value in content)
 
 
-def compose(source: str, assignment: Assignment, number: str | None) -> types.SimpleNamespace:
-    """The submission's functions for exercise `number` and the references for all others, in a namespace.
+class Child(Peer):
+    """The submission's end. It lends anything, and calls what the judge lends it."""
 
-    number None: the submission's functions for all exercises.
+    def __init__(self, source: Any, sink: Any):
+        super().__init__(source, sink)
+        self.functions: dict[int, Callable[..., Any]] = {}  # the judge's, by its numbers
+        self.theirs: dict[int, int] = {}  # id of such a function -> its number
+        self.kept: dict[int, np.ndarray] = {}  # the judge's arrays of this call
+        self.before: dict[int, bytes] = {}
+        self.depth = 0
+
+    def serve(self, request: dict[str, Any]) -> None:
+        self.depth += 1
+        try:
+            super().serve(request)
+        finally:
+            self.depth -= 1
+            if not self.depth:
+                self.kept, self.before = {}, {}
+
+    def do(self, request: dict[str, Any]) -> Any:
+        if request["do"] == "load":
+            return load(**request["job"])
+        value = self.lent[request["of"]]
+        if request["do"] == "get":
+            return getattr(value, request["name"])
+        if request["do"] == "list":
+            return list(value)
+        return value(*request["args"], **request["kwargs"])
+
+    def notes(self) -> dict[str, Any]:
+        return {"changed": [number for number, array in self.kept.items()
+                            if array.tobytes() != self.before[number]]}
+
+    def lend(self, value: Any) -> dict[str, Any]:
+        return {"yours": self.theirs[id(value)]} if id(value) in self.theirs else super().lend(value)
+
+    def borrowed(self, number: int, kind: str) -> Any:
+        if number not in self.functions:
+            def function(*args, **kwargs):
+                return self.ask(of=number, args=args, kwargs=kwargs)
+            self.functions[number] = function
+            self.theirs[id(function)] = number
+        return self.functions[number]
+
+    def unpack(self, packed: Any, arrays: list[np.ndarray]) -> Any:
+        """As above; an array of the judge's that comes twice in a call is one array here, too."""
+        if isinstance(packed, dict) and "number" in packed:
+            number = packed["number"]
+            if "array" in packed:
+                self.kept[number] = arrays[packed["array"]]
+                self.before[number] = self.kept[number].tobytes()
+            return self.kept[number]
+        if isinstance(packed, dict) and "generator" in packed:
+            bits = np.random.PCG64()
+            bits.state = packed["generator"]
+            return np.random.Generator(bits)
+        return super().unpack(packed, arrays)
+
+
+def load(source: str, name: str, taken: list[int], given: dict[str, Any], forbidden: list[str],
+         roots: list[str]) -> dict[str, Any]:
+    """Run the statements `taken` of a submission, where the names `given` are there -> all names then there.
+
+    The submission has the builtins that are not `forbidden`, and imports from `roots`.
     """
-    references = run_file(assignment.folder / "references.py")
-    tree, others = taken(source, assignment, number)
-    space: dict[str, Any] = {name: getattr(references, name) for name in others
-                             if hasattr(references, name)}
-    space |= {"__name__": "submission", "__builtins__": rules.safe_builtins(assignment)}
-    exec(compile(tree, assignment.script, "exec"), space)
-    return types.SimpleNamespace(**{name: value for name, value in space.items()
-                                    if not name.startswith("__")})
-
-
-def taken(source: str, assignment: Assignment, number: str | None) -> tuple[ast.Module, set[str]]:
-    """(the part of a submission that is run for exercise `number`, the names that solve the others).
-
-    Nothing that solves another exercise is run, so a slip in one costs nothing in another. rules.is_taken
-    says which of the remaining statements are run.
-    """
-    others = {name for exercise in assignment.exercises if number not in (None, exercise.number)
-              for name in exercise.names}
+    # Here only the first part of a name is checked. NumPy imports some of its parts when they are first used,
+    # and such an import is made in the submission's name.
+    def guarded(name, globals=None, locals=None, fromlist=(), level=0):
+        if name.split(".")[0] not in roots or level:
+            raise ImportError(f"a submission may not import {name}")
+        return builtins.__import__(name, globals, locals, fromlist, level)
+    kept = {name: value for name, value in vars(builtins).items() if name not in forbidden}
+    kept |= {"__import__": guarded, "__build_class__": builtins.__build_class__}
     tree = ast.parse(source)
-    tree.body = [node for node in tree.body if rules.is_taken(node, others)]
-    return tree, others
+    tree.body = [tree.body[place] for place in taken]
+    space = {**given, "__name__": "submission", "__builtins__": kept}
+    exec(compile(tree, name, "exec"), space)
+    return {name: value for name, value in space.items()
+            if not name.startswith("__") and not isinstance(value, types.ModuleType)}
 
 
-def run_cases(assignment: Assignment, student: Any, names: Sequence[str], say: Callable[..., None]) -> None:
-    """Run the cases with pytest; say(case=, passed=, seconds=, message=) as each is done."""
-    import pytest
-    modules = Guard(assignment)
-
-    class Plugin:
-        @pytest.fixture
-        def student(self):
-            return student
-
-        def pytest_configure(self, config):
-            config.addinivalue_line(
-                "markers", "points(points, number, visibility, hint): what a case is worth")
-
-        def pytest_collection_modifyitems(self, items):
-            items[:] = sorted((item for item in items if item.name in names),
-                              key=lambda item: names.index(item.name))
-
-        def pytest_runtest_makereport(self, item, call):
-            if call.when == "call" or call.excinfo:
-                message = "" if call.excinfo is None else _short(call.excinfo.value)
-                if changed := modules.restored():
-                    message = f"the submission changed {', '.join(changed)}"
-                say(case=item.name, passed=not message, seconds=round(call.duration, 4), message=message)
-
-        def pytest_collectreport(self, report):
-            if report.failed:
-                say(failed=f"the tests cannot be loaded: {report.longreprtext.splitlines()[-1]}")
-    pytest.main([str(assignment.folder / "tests"), "-q", "--import-mode=importlib", "-p", "no:cacheprovider",
-                 "-c", os.devnull, "--rootdir", str(assignment.folder), "--noconftest", "-W", "ignore"],
-                plugins=[Plugin()])
-
-
-class Guard:
-    """The contents of modules before a case runs, to put back what a submission changes in them.
-
-    A submission that changes numpy, say, would change what it is compared with.
-    """
-
-    def __init__(self, assignment: Assignment):
-        names = {"tinytoken", *assignment.imports, "numpy.linalg", "numpy.random", "tinytoken.ops",
-                 "tinytoken.models", "tinytoken.course.checks"}
-        self.modules = {name: sys.modules[name] for name in names if name in sys.modules}
-        self.held = {name: dict(vars(module)) for name, module in self.modules.items()}
-
-    def restored(self) -> list[str]:
-        """Put back what was changed since -> the names of what was."""
-        changed = []
-        for name, module in self.modules.items():
-            for attribute, value in self.held[name].items():
-                if vars(module).get(attribute) is not value:
-                    changed.append(f"{name}.{attribute}")
-                    setattr(module, attribute, value)
-        return changed
-
-
-def _short(error, most=600):
-    """An exception in a few lines that a student can use."""
-    text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text}"[:most]
+def _text(error, most=600):
+    """What an exception says, in a few lines."""
+    try:
+        return str(error).strip()[:most] or "no message"
+    except BaseException as second:  # an exception of the submission's own class
+        return f"no message: {type(second).__name__}"
 
 
 def _limit(limits):
@@ -142,9 +260,7 @@ def _limit(limits):
         import resource
     except ImportError:  # Windows
         return
-    for name, value in (("RLIMIT_CPU", limits["seconds"]), ("RLIMIT_AS", limits["bytes"]),
-                        ("RLIMIT_FSIZE", limits["file_bytes"]), ("RLIMIT_NPROC", limits["processes"]),
-                        ("RLIMIT_CORE", 0)):
+    for name, value in limits.items():
         if hasattr(resource, name):
             limit = getattr(resource, name)
             hard = resource.getrlimit(limit)[1]
@@ -165,3 +281,23 @@ def _leave_the_network(new_user=0x10000000, new_network=0x40000000):
         libc = ctypes.CDLL(None)
         if libc.unshare(new_network) != 0:
             libc.unshare(new_user | new_network)
+
+
+def main() -> None:
+    """Do what the judge asks until it closes the pipe. The arguments: the limits, and folders to import from."""
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    sys.path += sys.argv[2:]
+    _limit(json.loads(sys.argv[1]))
+    child = Child(source, sink)
+    while True:
+        try:
+            child.serve(child.receive())
+        except Ended:
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The grader: a child process for each exercise, a row for each case, one report."""
+"""The grader: a judge in a process of its own for each exercise, a row for each case, one report."""
 import concurrent.futures
 import csv
 import dataclasses
@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,15 +19,16 @@ import tqdm
 from ..backend import cpu_count
 from ..errors import expect
 from ..files import FilePath
-from . import rules
+from . import rules, sandbox
 from .assignment import Assignment, Case, Exercise
+from .judge import PATIENCE
+from .processes import end_tree
 
 GIB = 2**30
-# An exercise may take this many seconds on the clock for each second of computing: the machine may be busy.
-PATIENCE = 4
+GRACE = 30  # seconds in which a judge starts and ends, beside those of the submission
 TRAINING_SECONDS = 300
 START = ("import sys; sys.dont_write_bytecode = True; sys.path.insert(0, {root!r}); "
-         "from tinytoken.course.child import main; main()")
+         "from tinytoken.course.judge import main; main()")
 
 
 @dataclasses.dataclass
@@ -65,13 +65,14 @@ class Report:
 
 
 def grade_submission(assignment: Assignment, submission: FilePath, bar: bool = False,
-                     jobs: int | None = None) -> Report:
+                     jobs: int | None = None, sandboxed: bool | None = None) -> Report:
     """Grade a submission: the folder that holds the assignment's file, or that file.
 
     A folder without it has a Report too. Nothing else in the folder is read, and nothing is written there.
-    jobs: exercises at a time (default: the CPUs of this process).
+    jobs: exercises at a time (default: the CPUs of this process). sandboxed: run the submission in bubblewrap
+    (default: where that works). InputError if it is asked for and does not work.
     """
-    began = time.perf_counter()
+    began, sandboxed = time.perf_counter(), _sandboxed(sandboxed)
     cases, source = assignment.cases(), _handed_in(assignment, submission)
     refused: dict[str | None, str] = {}
     problem = ""
@@ -90,7 +91,7 @@ def grade_submission(assignment: Assignment, submission: FilePath, bar: bool = F
         its = [case for case in cases if case.number == exercise.number]
         if exercise.number in refused:
             return {case.name: _row(case, False, refused[exercise.number]) for case in its}
-        return run_exercise(assignment, exercise, source, its)
+        return run_exercise(assignment, exercise, source, its, sandboxed)
     rows: dict[str, Row] = {}
     with concurrent.futures.ThreadPoolExecutor(jobs or cpu_count()) as pool:
         for more in tqdm.tqdm(pool.map(rows_of, assignment.exercises), total=len(assignment.exercises),
@@ -107,80 +108,75 @@ def _handed_in(assignment, submission):
     return path.read_text(errors="replace") if path.is_file() else None
 
 
-def run_exercise(assignment: Assignment, exercise: Exercise, source: str,
-                 cases: Sequence[Case]) -> dict[str, Row]:
-    """{case name: Row} of one exercise, run in a child process."""
-    messages, ended = _ask_child(assignment, exercise.number, source, [case.name for case in cases],
-                                 assignment.seconds)
+def run_exercise(assignment: Assignment, exercise: Exercise, source: str, cases: Sequence[Case],
+                 sandboxed: bool = False) -> dict[str, Row]:
+    """{case name: Row} of one exercise, checked in a process of its own."""
+    # visible cases come first: what a hidden one asks is not known yet when their messages are written
+    names = [case.name for case in sorted(cases, key=lambda case: case.visibility != "visible")]
+    messages = _ask_judge(assignment, exercise.number, source, names, assignment.seconds, sandboxed)
     results = {message["case"]: message for message in messages if "case" in message}
-    stopped = "" if any("done" in message for message in messages) else ended
-    stopped = next((message["failed"] for message in messages if "failed" in message), stopped)
+    failed = next((message["failed"] for message in messages if "failed" in message), "the case did not run")
     rows = {}
     for case in cases:
-        result = results.get(case.name)
-        message = result["message"] if result else stopped or "the case did not run"
-        rows[case.name] = _row(case, bool(result and result["passed"]), message)
+        result = results.get(case.name, {"passed": False, "message": failed})
+        rows[case.name] = _row(case, result["passed"], result["message"])
     return rows
 
 
-def leaderboard(assignment: Assignment, submission: FilePath, report: Report) -> list[Any]:
+def leaderboard(assignment: Assignment, submission: FilePath, report: Report,
+                sandboxed: bool | None = None) -> list[Any]:
     """The assignment's training with this submission's functions, for a leaderboard.
 
     Returns [(name, value, "asc" or "desc")]; nothing where the report lacks a point, where the assignment has
-    no training.py, or where the training fails.
+    no training.py, or where the training fails. sandboxed: as for `grade_submission`.
     """
     if report.points < report.max_points or not (assignment.folder / "training.py").is_file():
         return []
-    messages, _ = _ask_child(assignment, None, _handed_in(assignment, submission), [], TRAINING_SECONDS)
+    messages = _ask_judge(assignment, None, _handed_in(assignment, submission), [], TRAINING_SECONDS,
+                          _sandboxed(sandboxed))
     return next((message["board"] for message in messages if "board" in message), [])
 
 
-def _ask_child(assignment, number, source, names, seconds):
-    """(the messages of a child process, how it ended)."""
+def _sandboxed(wanted):
+    """Whether to use the sandbox: as wanted, and by default where it works. InputError where it cannot be."""
+    why_not = sandbox.missing() if wanted is not False else ""
+    expect(not (wanted and why_not), "grade", f"--sandbox: {why_not}")
+    return wanted is not False and not why_not
+
+
+def _ask_judge(assignment, number, source, names, seconds, sandboxed):
+    """The messages of a judge. It and all that it started are ended with it."""
     word = secrets.token_hex(16)
+    limits = {"RLIMIT_CPU": math.ceil(seconds), "RLIMIT_AS": 4 * GIB, "RLIMIT_FSIZE": 2**20,
+              "RLIMIT_NPROC": 64, "RLIMIT_CORE": 0}
+    job = {"assignment": str(assignment.folder.resolve()), "exercise": number, "source": source,
+           "word": word, "cases": names, "seconds": seconds, "limits": limits, "sandbox": sandboxed}
     with tempfile.TemporaryDirectory(prefix="tinytoken-grade-") as folder:
-        limits = {"seconds": math.ceil(seconds), "bytes": 4 * GIB, "file_bytes": 2**20, "processes": 64}
-        job = {"assignment": str(assignment.folder.resolve()), "exercise": number, "source": source,
-               "word": word, "cases": names, "limits": limits}
-        lines, ended = _run_child(job, folder, seconds)
-    return [json.loads(line.removeprefix(word)) for line in lines if line.startswith(word + " ")], ended
+        lines = _run_judge(job, folder, PATIENCE * seconds + GRACE)
+    said = [json.loads(line.removeprefix(word)) for line in lines if line.startswith(word + " ")]
+    if not any("done" in message or "failed" in message for message in said):
+        said.append({"failed": "the tests stopped early: too much time or memory"})
+    return said
 
 
-def _run_child(job, folder, seconds):
-    """(the lines that the child wrote, how it ended). Its whole group of processes is ended with it."""
+def _run_judge(job, folder, seconds):
+    """The lines that the judge wrote in this time."""
     root = str(pathlib.Path(__file__).parents[2])
     environment = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH")
                    if name in os.environ}
     environment |= {"HOME": folder, "TMPDIR": folder, "TEMP": folder, "PYTHONHASHSEED": "0",
                     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    child = subprocess.Popen([sys.executable, "-I", "-c", START.format(root=root)], cwd=folder,
+    judge = subprocess.Popen([sys.executable, "-I", "-c", START.format(root=root)], cwd=folder,
                              env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True)
     try:
-        out, _ = child.communicate(json.dumps(job), timeout=PATIENCE * seconds)
-        signal_name = signal.Signals(-child.returncode).name if child.returncode < 0 else ""
-        if signal_name == "SIGXCPU":
-            how = f"stopped after {seconds:g} s of computing: an endless loop?"
-        elif signal_name:
-            how = f"the process was ended ({signal_name}): too much time or memory"
-        else:
-            how = (f"the process ended by itself (exit code {child.returncode}): "
-                   "it may not exit, and may use 4 GiB of memory")
+        out, _ = judge.communicate(json.dumps(job), timeout=seconds)
     except subprocess.TimeoutExpired:
-        _end(child)
-        out, _ = child.communicate()
-        how = f"stopped after {PATIENCE * seconds:g} s: an endless loop, or sleep?"
+        end_tree(judge, judge.pid)
+        out, _ = judge.communicate()
     finally:
-        _end(child)
-    return out.splitlines(), how
-
-
-def _end(child):
-    """End the child and whatever it has started."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError, AttributeError):  # gone already; Windows has no groups
-        child.kill()
+        end_tree(judge, judge.pid)
+    return out.splitlines()
 
 
 def _row(case, passed, message):

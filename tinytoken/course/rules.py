@@ -5,7 +5,6 @@ from text and none of Python's internals: with those it could read the tests, or
 rules stop honest mistakes and simple tricks, no more: whoever grades strangers' code does it in a container.
 """
 import ast
-import builtins
 from collections.abc import Collection
 from typing import Any
 
@@ -144,17 +143,7 @@ def _chain(node):
     return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else None
 
 
-def safe_builtins(assignment: Assignment) -> dict[str, Any]:
-    """The builtins that a submission runs with: none forbidden, and an import that keeps the rules."""
-    # Here only the first part of a name is checked. NumPy imports some of its parts when they are first used,
-    # and such an import is made in the submission's name.
-    roots = {name.split(".")[0] for name in assignment.imports}
-    if assignment.tinytoken:
-        roots.add("tinytoken")
-
-    def guarded(name, globals=None, locals=None, fromlist=(), level=0):
-        if name.split(".")[0] not in roots or level:
-            raise ImportError(f"a submission may not import {name}")
-        return builtins.__import__(name, globals, locals, fromlist, level)
-    kept = {name: value for name, value in vars(builtins).items() if name not in FORBIDDEN}
-    return kept | {"__import__": guarded, "__build_class__": builtins.__build_class__}
+def roots(assignment: Assignment) -> list[str]:
+    """The packages that a submission may import from, by their first names."""
+    names = {name.split(".")[0] for name in assignment.imports}
+    return sorted(names | {"tinytoken"} if assignment.tinytoken else names)
