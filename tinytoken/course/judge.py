@@ -26,6 +26,7 @@ from .processes import adopt_orphans, end_tree
 
 # An exercise may take this many seconds on the clock for each second of computing: the machine may be busy.
 PATIENCE = 4
+PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -44,20 +45,25 @@ def main() -> None:
 
     def report(**row):
         channel.write(f"{job['word']} {json.dumps(row)}\n")
-    assignment = load(pathlib.Path(job["assignment"]))
+    try:
+        _do(job, load(pathlib.Path(job["assignment"])), report)
+    except Exception as error:
+        report(failed=f"the tests cannot be run: {_short(error)}")
+    report(done=True)
+
+
+def _do(job, assignment, report):
     with Judge(assignment, job["seconds"], job["limits"], job["sandbox"]) as judge:
         try:
             student = judge.load(job["source"], job["exercise"])
-        except Stopped as error:
-            report(failed=str(error))
-        except Exception as error:
-            report(failed=f"the file stopped while it was loaded: {_short(error)}")
+        except (Stopped, child.Raised) as error:
+            report(failed=str(error) if isinstance(error, Stopped)
+                   else f"the file stopped while it was loaded: {_short(error)}")
+            return
+        if job["exercise"] is None:
+            report(board=run_file(assignment.folder / "training.py").run(student))
         else:
-            if job["exercise"] is None:
-                report(board=run_file(assignment.folder / "training.py").run(student))
-            else:
-                run_cases(assignment, student, job["source"], job["cases"], report)
-    report(done=True)
+            run_cases(assignment, student, job["source"], job["cases"], report)
 
 
 class Stopped(child.Ended):
@@ -106,12 +112,12 @@ class Judge(child.Peer):
         self.sent: list[np.ndarray] = []  # the arrays of this call
         self.places: dict[int, int] = {}  # id of such an array -> its place
         # the package, for assignments that allow some of it
-        folders = [sandbox.PACKAGE] if assignment.tinytoken else []
+        folders = [PACKAGE] if assignment.tinytoken else []
         file = pathlib.Path(child.__file__)
         program = [sys.executable, "-I", "-B", str(file), json.dumps(limits),
                    *(str(folder.parent) for folder in folders)]
         if sandboxed:
-            program = sandbox.command(program, [file, *folders], [sandbox.PACKAGE, assignment.folder])
+            program = sandbox.command(program, [file, *folders], [PACKAGE, assignment.folder])
         self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, start_new_session=True)
         super().__init__(self.process.stdout, self.process.stdin)
