@@ -1,5 +1,5 @@
-"""Each case is given `student`, the functions of the submission. What they are compared with is the
-package's, or loops."""
+"""Each case is given `student`, the functions of the submission, and `rng`, which draws its inputs: for each
+submission others. What it returns is compared with the package's, or loops."""
 import numpy as np
 import pytest
 
@@ -7,45 +7,53 @@ import tinytoken as tt
 from tinytoken.course.checks import close, refuse_changes
 
 
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
+def sizes(rng, count):
+    return tuple(map(int, rng.integers(2, 6, count)))
 
 
 @pytest.mark.points(1, number="2.1", hint="exp(x) / sum(exp(x)), over the last axis")
-def test_shares(student):
-    x = normal(2, 3, 4)
-    close(refuse_changes(student.softmax, x), np.exp(x) / np.exp(x).sum(axis=2, keepdims=True))
+def test_shares(student, rng):
+    for shape in ((2, 3, 4), sizes(rng, 2), sizes(rng, 4)):
+        x = rng.standard_normal(shape)
+        close(refuse_changes(student.softmax, x), np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True))
 
 
 @pytest.mark.points(1, number="2.1", hint="take something off the scores before exp; it cancels")
-def test_large_scores(student):
-    close(student.softmax(np.array([1000.0, 1001.0])), np.exp([0.0, 1.0]) / np.exp([0.0, 1.0]).sum())
-    close(student.softmax(np.array([-1000.0, -1001.0])), np.exp([1.0, 0.0]) / np.exp([1.0, 0.0]).sum())
+def test_large_scores(student, rng):
+    for n in (2, *sizes(rng, 2)):
+        x, far = rng.standard_normal(n), float(rng.uniform(1000, 2000))
+        close(student.softmax(x + far), np.exp(x) / np.exp(x).sum())
+        close(student.softmax(x - far), np.exp(x) / np.exp(x).sum())
 
 
 @pytest.mark.points(1, number="2.1", visibility="hidden", hint="each row has its own maximum")
-def test_rows_far_apart(student):
-    x = np.array([[0.0, 1.0], [-2000.0, -2001.0]])
-    close(student.softmax(x), np.array([[1, np.e], [np.e, 1]]) / (1 + np.e))
+def test_rows_far_apart(student, rng):
+    for n in (2, *sizes(rng, 2)):
+        x = rng.standard_normal((3, n))
+        far = np.array([[0.0], [-2000.0], [1000.0]])
+        close(student.softmax(x + far), np.exp(x) / np.exp(x).sum(axis=1, keepdims=True))
 
 
 @pytest.mark.points(2, number="2.2", hint="softmax(q k^T / sqrt(d)) v, and the weights")
-def test_one_head(student):
-    q, k, v = normal(3, 4), normal(5, 4, seed=1), normal(5, 4, seed=2)
-    scores = np.array([[sum(q[i, c] * k[j, c] for c in range(4)) / 2 for j in range(5)] for i in range(3)])
-    A = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-    answers, found = refuse_changes(student.attention, q, k, v)
-    close(found, A)
-    close(answers, A @ v)
+def test_one_head(student, rng):
+    for n, m, d in ((3, 5, 4), sizes(rng, 3), sizes(rng, 3)):
+        q, k, v = (rng.standard_normal((rows, d)) for rows in (n, m, m))
+        scores = np.array([[sum(q[i, c] * k[j, c] for c in range(d)) / d**0.5 for j in range(m)]
+                           for i in range(n)])
+        A = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+        answers, found = refuse_changes(student.attention, q, k, v)
+        close(found, A)
+        close(answers, A @ v)
 
 
 @pytest.mark.points(2, number="2.2", hint="axes in front of (T, d) go along")
-def test_heads_and_pictures_go_along(student):
-    q, k, v = normal(2, 3, 4, 9), normal(2, 3, 5, 9, seed=1), normal(2, 3, 5, 9, seed=2)
-    out, A = tt.ops.attention(q, k, v, weights=True)
-    answers, found = student.attention(q, k, v)
-    close(answers, out.data)
-    close(found, A.data)
+def test_heads_and_pictures_go_along(student, rng):
+    for B, H, n, m, d in ((2, 3, 4, 5, 9), sizes(rng, 5), sizes(rng, 5)):
+        q, k, v = (rng.standard_normal((B, H, rows, d)) for rows in (n, m, m))
+        out, A = tt.ops.attention(q, k, v, weights=True)
+        answers, found = student.attention(q, k, v)
+        close(answers, out.data)
+        close(found, A.data)
 
 
 def gradients(q, k, v, g):
@@ -56,51 +64,56 @@ def gradients(q, k, v, g):
 
 
 @pytest.mark.points(1, number="2.3", hint="dL/dv = weights^T g")
-def test_the_gradient_of_the_values(student):
-    q, k, v, g = (normal(2, 2, 4, 3, seed=s) for s in range(4))
-    A, (_, _, d_v) = gradients(q, k, v, g)
-    close(student.attention_vjp(q, k, v, A, g)[2], d_v)
+def test_the_gradient_of_the_values(student, rng):
+    for shape in ((2, 2, 4, 3), sizes(rng, 4), sizes(rng, 4)):
+        q, k, v, g = rng.standard_normal((4, *shape))
+        A, (_, _, d_v) = gradients(q, k, v, g)
+        close(student.attention_vjp(q, k, v, A, g)[2], d_v)
 
 
 @pytest.mark.points(2, number="2.3", hint="through the softmax: A (u - sum(u A)) with u = g v^T; and the 1 / "
                                           "sqrt(d)")
-def test_the_gradients_of_queries_and_keys(student):
-    q, k, v, g = normal(1, 2, 4, 3), normal(1, 2, 5, 3, seed=1), normal(1, 2, 5, 3, seed=2), normal(1, 2, 4, 3, seed=3)
-    A, wanted = gradients(q, k, v, g)
-    for found, expected in zip(refuse_changes(student.attention_vjp, q, k, v, A, g)[:2], wanted):
-        close(found, expected)
+def test_the_gradients_of_queries_and_keys(student, rng):
+    for n, m, d in ((4, 5, 3), sizes(rng, 3), sizes(rng, 3)):
+        q, k, v, g = (rng.standard_normal((1, 2, rows, d)) for rows in (n, m, m, n))
+        A, wanted = gradients(q, k, v, g)
+        for found, expected in zip(refuse_changes(student.attention_vjp, q, k, v, A, g)[:2], wanted):
+            close(found, expected)
 
 
 @pytest.mark.points(1, number="2.3", visibility="hidden", hint="large scores too")
-def test_gradients_at_large_scores(student):
-    q, k, v, g = (normal(1, 1, 6, 4, seed=s) * (9 if s < 2 else 1) for s in range(4))
-    A, wanted = gradients(q, k, v, g)
-    for found, expected in zip(student.attention_vjp(q, k, v, A, g), wanted):
-        close(found, expected)
+def test_gradients_at_large_scores(student, rng):
+    for shape in ((1, 1, 6, 4), (2, *sizes(rng, 3)), (1, *sizes(rng, 3))):
+        q, k, v, g = rng.standard_normal((4, *shape))
+        q, k = 9 * q, 9 * k
+        A, wanted = gradients(q, k, v, g)
+        for found, expected in zip(student.attention_vjp(q, k, v, A, g), wanted, strict=True):
+            close(found, expected)
 
 
 @pytest.mark.points(1, number="2.4", hint="(B, T, D) -> (B, T, H, d) by reshape, then the transpose")
-def test_split(student):
-    x = normal(2, 5, 6)
-    found = student.split_heads(x, 3)
-    for head in range(3):
-        close(found[:, head], x[:, :, 2 * head:2 * head + 2])
+def test_split(student, rng):
+    for B, T, H, d in ((2, 5, 3, 2), sizes(rng, 4), sizes(rng, 4)):
+        x = rng.standard_normal((B, T, H * d))
+        close(student.split_heads(x, H),
+              np.stack([x[:, :, head * d:(head + 1) * d] for head in range(H)], axis=1))
 
 
 @pytest.mark.points(1, number="2.4", hint="a reshape alone mixes heads and tokens")
-def test_merge(student):
-    x = normal(2, 3, 5, 2)
-    found = student.merge_heads(x)
-    for head in range(3):
-        close(found[:, :, 2 * head:2 * head + 2], x[:, head])
+def test_merge(student, rng):
+    for B, H, T, d in ((2, 3, 5, 2), sizes(rng, 4), sizes(rng, 4)):
+        x = rng.standard_normal((B, H, T, d))
+        close(student.merge_heads(x), np.concatenate([x[:, head] for head in range(H)], axis=2))
 
 
 @pytest.mark.points(1, number="2.4", visibility="hidden", hint="merging undoes splitting, for any number of "
                                                                "heads")
-def test_there_and_back(student):
-    x = normal(2, 5, 12)
+def test_there_and_back(student, rng):
     for heads in (1, 2, 4, 12):
-        close(student.merge_heads(student.split_heads(x, heads)), x)
+        x = rng.standard_normal((2, 5, 12))
+        there = student.split_heads(x, heads)
+        close(there, tt.ops.split_heads(x, heads=heads).data)
+        close(student.merge_heads(there), x)
 
 
 def softmax_of(x):
@@ -109,71 +122,83 @@ def softmax_of(x):
 
 
 def is_removing(student, scores, keep):
-    found = student.masked_weights(scores, keep)
-    close(found.sum(axis=-1), np.ones(found.shape[:-1]))
-    for b in range(len(scores)):
-        kept = np.flatnonzero(keep[b])
-        rows = found[b][:, kept]
-        close(rows[:, :, kept], softmax_of(scores[b][:, kept][:, :, kept]), 1e-12)
-        assert not rows[:, :, keep[b] == 0].any(), "a kept row gives weight to a dropped token"
+    expected = np.zeros(scores.shape)
+    for b, h, i in np.ndindex(scores.shape[:3]):
+        seen = [j for j in range(scores.shape[3]) if keep[b, j] or j == i]
+        expected[b, h, i, seen] = softmax_of(scores[b, h, i, seen])
+    close(student.masked_weights(scores, keep), expected, 1e-12)
 
 
 @pytest.mark.points(1, number="2.5", hint="kept rows: the softmax among the kept columns, zeros elsewhere")
-def test_a_mask_is_removing(student):
-    is_removing(student, normal(2, 3, 6, 6), np.array([[1, 0, 1, 1, 0, 1.0], [0, 1, 1, 0, 0, 0.0]]))
+def test_a_mask_is_removing(student, rng):
+    keep = np.array([[1, 0, 1, 1, 0, 1.0], [0, 1, 1, 0, 0, 0.0]])
+    is_removing(student, rng.standard_normal((2, 3, 6, 6)), keep)
+    for _ in range(3):
+        keep = (rng.uniform(size=(3, 5)) < 0.6).astype(float)
+        keep[:, rng.integers(5)] = 1
+        is_removing(student, rng.standard_normal((3, 2, 5, 5)), keep)
 
 
 @pytest.mark.points(1, number="2.5", hint="a dropped row sees itself and the kept ones, and sums to 1")
-def test_dropped_rows_see_themselves(student):
-    scores, keep = normal(1, 1, 3, 3), np.array([[1, 0, 0.0]])
-    row = np.exp(scores[0, 0, 1, [0, 1]])
-    close(student.masked_weights(scores, keep)[0, 0, 1], np.array([*row / row.sum(), 0.0]))
+def test_dropped_rows_see_themselves(student, rng):
+    for n in (3, *sizes(rng, 2)):
+        scores, keep = rng.standard_normal((1, 1, n, n)), np.eye(n)[:1]
+        row = np.exp(scores[0, 0, 1, [0, 1]])
+        close(student.masked_weights(scores, keep)[0, 0, 1],
+              np.array([*row / row.sum(), *np.zeros(n - 2)]))
 
 
 @pytest.mark.points(1, number="2.5", hint="take off the largest score that the row sees, not the largest of "
                                           "all")
-def test_a_dropped_key_that_stands_out(student):
-    scores = normal(1, 2, 5, 5)
-    scores[..., 2] += 1000
-    is_removing(student, scores, np.array([[1, 1, 0, 1, 0.0]]))
+def test_a_dropped_key_that_stands_out(student, rng):
+    for _ in range(3):
+        scores, column = rng.standard_normal((1, 2, 5, 5)), int(rng.integers(5))
+        scores[..., column] += rng.uniform(800, 1200)
+        keep = np.ones((1, 5))
+        keep[0, [column, column - 1]] = 0
+        is_removing(student, scores, keep)
 
 
 @pytest.mark.points(1, number="2.5", visibility="hidden", hint="one token left, none left, all left")
-def test_one_none_all(student):
-    scores = normal(3, 2, 4, 4)
-    found = student.masked_weights(scores, np.array([[0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1.0]]))
-    close(found[0, :, 2, 2], np.ones(2))
-    close(found[1], np.broadcast_to(np.eye(4), (2, 4, 4)))
-    close(found[2], softmax_of(scores[2]))
+def test_one_none_all(student, rng):
+    for n in (4, *sizes(rng, 2)):
+        scores, one = rng.standard_normal((3, 2, n, n)), int(rng.integers(n))
+        found = student.masked_weights(scores, np.stack([np.eye(n)[one], np.zeros(n), np.ones(n)]))
+        close(found[0, :, one], np.broadcast_to(np.eye(n)[one], (2, n)))
+        close(found[1], np.broadcast_to(np.eye(n), (2, n, n)))
+        close(found[2], softmax_of(scores[2]))
 
 
 def cross(x, memory, keep, w, heads):
-    q, k, v = (tt.ops.split_heads(a @ w[name].T, heads=heads) for a,
-               name in ((x, "q"), (memory, "k"), (memory, "v")))
+    q, k, v = (tt.ops.split_heads(a @ w[name].T, heads=heads)
+               for a, name in ((x, "q"), (memory, "k"), (memory, "v")))
     return tt.ops.merge_heads(tt.ops.attention(q, k, v, keep, sees_itself=False)).data @ w["out"].T
 
 
 @pytest.mark.points(2, number="2.6", hint="queries from x, keys and values from the memory; then the output "
                                           "matrix")
-def test_reading_a_memory(student):
-    w = {name: normal(6, 6, seed=s) for s, name in enumerate(("q", "k", "v", "out"))}
-    x, memory, keep = normal(2, 3, 6, seed=8), normal(2, 5, 6, seed=9), np.ones((2, 5))
-    close(student.cross_attention(x, memory, keep, w, 2), cross(x, memory, keep, w, 2))
+def test_reading_a_memory(student, rng):
+    for B, n, m, heads in ((2, 3, 5, 2), (*sizes(rng, 3), 3), (*sizes(rng, 3), 2)):
+        w = {name: rng.standard_normal((6, 6)) for name in ("q", "k", "v", "out")}
+        x, memory, keep = rng.standard_normal((B, n, 6)), rng.standard_normal((B, m, 6)), np.ones((B, m))
+        close(student.cross_attention(x, memory, keep, w, heads), cross(x, memory, keep, w, heads))
 
 
 @pytest.mark.points(1, number="2.6", hint="what is dropped is never read, however it is scored; there is no "
                                           "diagonal here")
-def test_reading_what_is_left_of_a_memory(student):
-    w = {name: 3 * normal(6, 6, seed=s) for s, name in enumerate(("q", "k", "v", "out"))}
-    x, memory, keep = normal(2, 5, 6, seed=8), normal(2, 5, 6, seed=9), np.array([[1, 0, 1, 0, 0],
-                                                                                  [0, 0, 0, 1, 0.0]])
-    close(student.cross_attention(x, memory, keep, w, 3), cross(x, memory, keep, w, 3))
+def test_reading_what_is_left_of_a_memory(student, rng):
+    keep = np.array([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0.0]])
+    for heads in (3, 2, 1):
+        w = {name: 3 * rng.standard_normal((6, 6)) for name in ("q", "k", "v", "out")}
+        x, memory = rng.standard_normal((2, 2, 5, 6))
+        keep = rng.permuted(keep, axis=1)
+        close(student.cross_attention(x, memory, keep, w, heads), cross(x, memory, keep, w, heads))
 
 
-def weights_of_block(width):
+def weights_of_block(rng, width):
     shapes = {"qkv": (3 * width, width), "proj": (width, width), "fc1": (4 * width, width),
               "fc2": (width, 4 * width)}
-    return {name: normal(*shape, seed=s) / 2 for s, (name, shape) in enumerate(shapes.items())}
+    return {name: rng.standard_normal(shape) / 2 for name, shape in shapes.items()}
 
 
 def packages_block(x, w, heads):
@@ -185,13 +210,18 @@ def packages_block(x, w, heads):
     return made(tt.Tensor(x)).data
 
 
+def is_a_block(student, rng, shape, heads):
+    x, w = rng.standard_normal(shape), weights_of_block(rng, shape[-1])
+    close(refuse_changes(lambda x: student.block(x, w, heads), x), packages_block(x, w, heads), 1e-6)
+
+
 @pytest.mark.points(2, number="2.7", hint="both halves add to x; the norm stands in front of each")
-def test_a_block_of_one_head(student):
-    x, w = normal(2, 5, 6, seed=9), weights_of_block(6)
-    close(refuse_changes(lambda x: student.block(x, w, 1), x), packages_block(x, w, 1), 1e-6)
+def test_a_block_of_one_head(student, rng):
+    for T in (5, *sizes(rng, 2)):
+        is_a_block(student, rng, (2, T, 6), 1)
 
 
 @pytest.mark.points(2, number="2.7", hint="queries, keys, values in this order; heads after that")
-def test_a_block_of_three_heads(student):
-    x, w = normal(1, 4, 12, seed=9), weights_of_block(12)
-    close(student.block(x, w, 3), packages_block(x, w, 3), 1e-6)
+def test_a_block_of_three_heads(student, rng):
+    for T in (4, *sizes(rng, 2)):
+        is_a_block(student, rng, (1, T, 12), 3)
