@@ -129,7 +129,7 @@ class Peer:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size > MOST:
             raise ValueError(size)
-        return np.frombuffer(bytearray(self.source.read(size)), dtype).reshape(shape)  # one that can be written
+        return np.frombuffer(bytearray(self.source.read(size)), dtype).reshape(shape)
 
     def pack(self, value: Any, arrays: list[np.ndarray]) -> Any:
         """The JSON for a value; its arrays are appended to `arrays`."""
@@ -284,7 +284,7 @@ def _leave_the_network(new_user=0x10000000, new_network=0x40000000):
 
 
 def main() -> None:
-    """Do what the judge asks until it closes the pipe. The arguments: the limits, and folders to import from."""
+    """Do what the judge asks until it closes the pipe. Arguments: the limits, and folders to import from."""
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

@@ -105,7 +105,8 @@ class Judge(child.Peer):
     seconds: of computing; limits: names and values of resource.setrlimit; sandboxed: start it in bubblewrap.
     """
 
-    def __init__(self, assignment: Assignment, seconds: float, limits: dict[str, int], sandboxed: bool = False):
+    def __init__(self, assignment: Assignment, seconds: float, limits: dict[str, int],
+                 sandboxed: bool = False):
         self.assignment, self.seconds, self.how = assignment, seconds, ""
         self.lock, self.depth = threading.RLock(), 0
         self.remotes: dict[int, Remote] = {}
@@ -142,9 +143,9 @@ class Judge(child.Peer):
     def load(self, source: str, number: str | None) -> Submission:
         """The submission's functions for exercise `number` (None: all), and the references for the others."""
         places, others = taken(source, self.assignment, number)
-        references = run_file(self.assignment.folder / "references.py") if others else None
+        references = vars(run_file(self.assignment.folder / "references.py"))
         job = {"source": source, "name": self.assignment.script, "taken": places,
-               "given": {name: getattr(references, name) for name in sorted(others) if hasattr(references, name)},
+               "given": {name: references[name] for name in sorted(others & references.keys())},
                "forbidden": sorted(rules.FORBIDDEN), "roots": rules.roots(self.assignment)}
         return Submission(**self.ask(do="load", job=job))
 
@@ -185,8 +186,9 @@ class Judge(child.Peer):
         if isinstance(value, np.random.Generator):
             return {"generator": value.bit_generator.state}
         if not callable(value):
-            raise TypeError(f"a case passes a {type(value).__name__} to the submission; expected numbers, texts, "
-                            "arrays, lists, tuples, dicts, functions, NumPy generators, or what it returned")
+            raise TypeError(f"a case passes a {type(value).__name__} to the submission; expected numbers, "
+                            "texts, arrays, lists, tuples, dicts, functions, NumPy generators, or what it "
+                            "returned")
         return super().lend(value)
 
     def borrowed(self, number: int, kind: str) -> Remote:
@@ -221,7 +223,8 @@ def taken(source: str, assignment: Assignment, number: str | None) -> tuple[list
     """
     others = {name for exercise in assignment.exercises if number not in (None, exercise.number)
               for name in exercise.names}
-    return [place for place, node in enumerate(ast.parse(source).body) if rules.is_taken(node, others)], others
+    statements = ast.parse(source).body
+    return [place for place, node in enumerate(statements) if rules.is_taken(node, others)], others
 
 
 def run_cases(assignment: Assignment, student: Any, source: str, names: Sequence[str],
