@@ -138,6 +138,10 @@ def course(commands: Any) -> None:
     points.add_argument("--csv", type=path, help="with --submissions: a line for each")
     points.add_argument("--json", type=path, help="write the report as JSON")
     points.add_argument("--gradescope", type=path, help="write Gradescope's results.json")
+    points.add_argument("--sandbox", action=argparse.BooleanOptionalAction, default=None,
+                        help="run what was handed in inside bubblewrap, where it can read Python alone "
+                             "(default: where bubblewrap works). Without it a submission's process may read "
+                             "and change what you may, should it get past the rules")
     points.add_argument("--leaderboard", action="store_true",
                         help="with --gradescope: train with a submission that has all points "
                              "(a3, a4: about a minute) and post accuracy and multiply-adds")
@@ -199,7 +203,7 @@ def run_stub(args: argparse.Namespace) -> None:
 
 
 def run_grade(args: argparse.Namespace) -> None:
-    from .course import grade, gradescope
+    from .course import grade, gradescope, sandbox
     from .files import check_target, write_json
     assignment = find_assignment(args)
     for path, ending in ((args.csv, ".csv"), (args.json, ".json"), (args.gradescope, ".json")):
@@ -207,14 +211,18 @@ def run_grade(args: argparse.Namespace) -> None:
             check_target(path, ending)
     if args.submissions:
         expect(args.csv, "grade", "--submissions without --csv: give the file for the points")
-        reports = grade.grade_folder(assignment, args.submissions, args.csv)
+        reports = grade.grade_folder(assignment, args.submissions, args.csv, sandboxed=args.sandbox)
+        if args.sandbox is None and (why_not := sandbox.missing()):
+            print(f"graded without a sandbox: {why_not}", file=sys.stderr)
         print(f"{len(reports)} submissions graded: {args.csv}")
         return
-    report = grade.grade_submission(assignment, args.submission, bar=sys.stderr.isatty())
+    report = grade.grade_submission(assignment, args.submission, bar=sys.stderr.isatty(),
+                                    sandboxed=args.sandbox)
     if args.json:
         write_json(args.json, report.as_json())
     if args.gradescope:
-        board = grade.leaderboard(assignment, args.submission, report) if args.leaderboard else ()
+        board = (grade.leaderboard(assignment, args.submission, report, args.sandbox)
+                 if args.leaderboard else ())
         gradescope.write_results(report, args.gradescope, hidden=args.hidden, leaderboard=board)
     print(grade.text(report, assignment))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
-from tinytoken.course import assignment, child, grade
+from tinytoken.course import assignment, grade, judge
 
 GIVEN = {name: assignment.find(name) for name in ("a3", "a4")}
 
@@ -17,8 +17,8 @@ def solved(given):
 def test_a_short_training_and_the_packages_ops_come_back(name, steps, capsys):
     given, before = GIVEN[name], dict(vars(tt.ops))
     training = assignment.run_file(given.folder / "training.py")
-    with np.errstate(all="ignore"):
-        board = training.run(child.compose(solved(given), given, None), steps=steps, pictures=(64, 64))
+    with judge.Judge(given, 60, {}) as student, np.errstate(all="ignore"):
+        board = training.run(student.load(solved(given), None), steps=steps, pictures=(64, 64))
     assert all(isinstance(label, str) and isinstance(value, float) and order in ("asc", "desc") for label,
                value, order in board)
     assert {"a3": 2, "a4": 8}[name] == len(board) and vars(tt.ops) == before
@@ -28,7 +28,7 @@ def test_a_short_training_and_the_packages_ops_come_back(name, steps, capsys):
 
 
 def test_a_lost_point_or_an_assignment_without_training_has_no_leaderboard(tmp_path, monkeypatch):
-    monkeypatch.setattr(grade, "_ask_child", lambda *_: pytest.fail("a child was started"))
+    monkeypatch.setattr(grade, "_ask_judge", lambda *_: pytest.fail("a judge was started"))
     row = lambda points: grade.Row("1.1", "x", points, 1.0, "visible", "")
     a1 = assignment.find("a1")
     assert grade.leaderboard(a1, a1.folder, grade.Report(a1.name, [row(1.0)])) == []

@@ -17,9 +17,9 @@ from typing import Any
 import tqdm
 
 from ..backend import cpu_count
-from ..errors import expect
+from ..errors import InputError, expect
 from ..files import FilePath
-from . import rules, sandbox
+from . import plain, rules, sandbox
 from .assignment import Assignment, Case, Exercise
 from .judge import PATIENCE
 from .processes import end_tree
@@ -73,12 +73,9 @@ def grade_submission(assignment: Assignment, submission: FilePath, bar: bool = F
     (default: where that works). InputError if it is asked for and does not work.
     """
     began, sandboxed = time.perf_counter(), _sandboxed(sandboxed)
-    cases, source = assignment.cases(), _handed_in(assignment, submission)
+    cases, (source, problem) = assignment.cases(), _handed_in(assignment, submission)
     refused: dict[str | None, str] = {}
-    problem = ""
-    if source is None:
-        problem = f"no {assignment.script} was handed in"
-    else:
+    if not problem:
         for number, lines in rules.breaches(source, assignment).items():
             refused[number] = "was not run: " + "; ".join(lines[:5])
         if None in refused:
@@ -101,11 +98,18 @@ def grade_submission(assignment: Assignment, submission: FilePath, bar: bool = F
 
 
 def _handed_in(assignment, submission):
-    """The text of the assignment's file: `submission`, or in that folder; None where the folder lacks it."""
+    """(the text of the assignment's file, `submission` or in that folder; why there is none, or "")."""
     path = pathlib.Path(submission)
     expect(path.exists(), "grade", f"no {path}: expected the folder that holds {assignment.script}")
     path = path / assignment.script if path.is_dir() else path
-    return path.read_text(errors="replace") if path.is_file() else None
+    if not os.path.lexists(path):
+        return "", f"no {assignment.script} was handed in"
+    try:
+        return plain.read(path).decode(errors="replace"), ""
+    except InputError as error:
+        return "", str(error)
+    except OSError as error:
+        return "", f"{path.name} cannot be read: {error.strerror}"
 
 
 def run_exercise(assignment: Assignment, exercise: Exercise, source: str, cases: Sequence[Case],
@@ -132,7 +136,7 @@ def leaderboard(assignment: Assignment, submission: FilePath, report: Report,
     """
     if report.points < report.max_points or not (assignment.folder / "training.py").is_file():
         return []
-    messages = _ask_judge(assignment, None, _handed_in(assignment, submission), [], TRAINING_SECONDS,
+    messages = _ask_judge(assignment, None, _handed_in(assignment, submission)[0], [], TRAINING_SECONDS,
                           _sandboxed(sandboxed))
     return next((message["board"] for message in messages if "board" in message), [])
 
@@ -207,16 +211,19 @@ def text(report: Report, assignment: Assignment) -> str:
 
 
 def grade_folder(assignment: Assignment, submissions: FilePath, csv_path: FilePath,
-                 jobs: int | None = None) -> dict[str, Report]:
+                 jobs: int | None = None, sandboxed: bool | None = None) -> dict[str, Report]:
     """Grade every folder in `submissions`, `jobs` at a time -> {name: Report}.
 
-    Each has a line in the CSV: name, points, points of each exercise, problem.
+    Each has a line in the CSV: name, points, points of each exercise, problem. sandboxed: as for
+    `grade_submission`.
     """
+    sandboxed = _sandboxed(sandboxed)
     folders = sorted(path for path in pathlib.Path(submissions).iterdir() if path.is_dir())
     expect(folders, "grade", f"no folders in {submissions}: expected one for each submission")
     reports = {}
     with concurrent.futures.ThreadPoolExecutor(jobs or cpu_count()) as pool:
-        waiting = {pool.submit(grade_submission, assignment, path, jobs=1): path.name for path in folders}
+        waiting = {pool.submit(grade_submission, assignment, path, jobs=1, sandboxed=sandboxed): path.name
+                   for path in folders}
         for done in tqdm.tqdm(concurrent.futures.as_completed(waiting), total=len(waiting),
                               desc="submissions"):
             reports[waiting[done]] = done.result()

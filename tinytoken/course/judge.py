@@ -6,6 +6,7 @@ package stay here. What a submission does to its arguments or to NumPy happens i
 whatever it says of itself is compared like any result.
 """
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -131,6 +132,9 @@ class Judge(child.Peer):
     def __exit__(self, *_: Any) -> None:
         self.process.kill()
         self.watch.join()
+        for pipe in (self.source, self.sink):
+            with contextlib.suppress(OSError):  # what could not be sent to it any more
+                pipe.close()
 
     def _watch(self):
         """Wait for the process, to its limit at most, and end what it leaves: that could hold the pipes."""
@@ -167,7 +171,10 @@ class Judge(child.Peer):
 
     def receive(self) -> dict[str, Any]:
         message = super().receive()
-        checks.CHANGED.extend(self.sent[place] for place in message.get("changed", ()))
+        try:
+            checks.CHANGED.extend(self.sent[place] for place in message.get("changed", ()))
+        except (LookupError, TypeError) as error:
+            raise child.Ended("no message") from error
         return message
 
     def pack(self, value: Any, arrays: list[np.ndarray]) -> Any:

@@ -50,13 +50,13 @@ def made(student, parents, vjps=None):
 
 def reached(parents, end):
     """The numbers of all nodes that node `end` was made from, and its own."""
-    found, todo = set(), [end]
+    reached_so_far, todo = set(), [end]
     while todo:
         number = todo.pop()
-        if number not in found:
-            found.add(number)
+        if number not in reached_so_far:
+            reached_so_far.add(number)
             todo += parents[number]
-    return found
+    return reached_so_far
 
 
 def is_an_order(student, parents, end=-1):
