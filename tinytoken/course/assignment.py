@@ -7,7 +7,8 @@
         training.py        optional: run(student) trains something with the submission, at the end of the
                            script and for a leaderboard
         tests/*.py         pytest functions, each with
-                           @pytest.mark.points(3, number="1.2", visibility="visible", hint="...")
+                           @pytest.mark.points(3, number="1.2", visibility="visible", hint="...");
+                           their fixtures are `student`, the submission's functions, and `rng` (judge.py)
         mistakes.py        wrong solutions, for the tests of the tests; never released
 """
 import ast

@@ -2,7 +2,7 @@
 
 An exercise needs arithmetic, arrays and functions of its own. It needs no files, no processes, no code made
 from text and none of Python's internals: with those it could read the tests, or change what checks it. These
-rules stop honest mistakes and simple tricks, no more: whoever grades strangers' code does it in a container.
+rules stop honest mistakes and simple tricks, no more: strangers' code belongs in the sandbox (sandbox.py).
 """
 import ast
 from collections.abc import Collection
