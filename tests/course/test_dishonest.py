@@ -286,6 +286,34 @@ def test_a_changed_argument_is_seen_and_the_judges_own_is_not_changed(pair):
     checks.close(pair.write(a, a), np.ones(3))
 
 
+def test_an_array_that_a_function_of_the_judge_returns_twice_is_one_array_there():
+    shared = np.zeros(2)
+    with judge.Judge(GIVEN["a1"], 60, {}) as its:
+        student = its.load("def unbroadcast(f):\n    f()[0] = 1\n    return f(), f() is f()\n", "1.4")
+        with pytest.raises(AssertionError, match="argument 1 was changed"):
+            checks.refuse_changes(lambda shared: student.unbroadcast(lambda: shared), shared)
+        found, same = student.unbroadcast(lambda: shared)
+    assert same and not shared.any()
+    checks.close(found, np.array([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("source, kind", [
+    ("import os\n", "ImportError"), ("import numpy\nf = lambda: 1\nclass A:\n    open('x')\n", "NameError"),
+    ("class A:\n    __import__('os')\n", "ImportError"), ("class A:\n    raise SystemExit\n", "SystemExit")])
+def test_what_the_rules_missed_is_not_there_when_it_runs(source, kind):
+    with judge.Judge(GIVEN["a1"], 60, {}) as its, pytest.raises(child.Raised) as caught:
+        its.load(source, "1.4")
+    assert caught.value.kind == kind
+
+
+def test_what_trains_and_what_solves_another_exercise_is_not_run():
+    source = "raise SystemExit\n\n\ndef order(end):\n    return 'mine'\n\n\ndef unbroadcast():\n    return order\n"
+    with judge.Judge(GIVEN["a1"], 60, {}) as its:
+        student = its.load(source, "1.4")
+        reference = student.unbroadcast()
+    assert reference.__module__ == "references" and reference is student.order
+
+
 def test_more_than_fits_in_a_message_is_refused(pair, monkeypatch):
     monkeypatch.setattr(child, "MOST", 1000)
     with pytest.raises(ValueError, match="too much in one call: 1600 bytes"):
