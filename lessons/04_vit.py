@@ -363,7 +363,7 @@ def train_one(seed):
         result = tt.train.fit(model, tt.train.Classify(model), batches, steps=steps, lr=1e-3, seed=seed,
                               run=run, log_every=EVERY,
                               phase="vit")
-        history = [json.loads(line) for line in run.history.read_text().splitlines()]
+        history = [json.loads(line) for line in run.history.read_text(encoding="utf-8").splitlines()]
     return before, model, history, result["seconds"]
 
 

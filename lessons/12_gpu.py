@@ -382,7 +382,7 @@ def build(source):
     elif compiler:
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder) / "kernel.cpp"
-            file.write_text(SHIM + source + RUN)
+            file.write_text(SHIM + source + RUN, encoding="utf-8")
             subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(file), "-o",
                             str(file.with_suffix(".so"))], check=True)
             library = ctypes.CDLL(str(file.with_suffix(".so")))

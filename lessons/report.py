@@ -36,7 +36,7 @@ def write(root):
     for page in PAGES:
         path = root / page
         expect(path.exists(), "report", f"no {path}: it writes the pages of a checkout")
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         after = render(before, root / "lessons" / "results")
         if after != before:
             changed[page] = after
@@ -58,7 +58,7 @@ def render(text, results):
 def load(path):
     """A result's JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"report: cannot read the result {path}: {error}") from error
 
@@ -294,7 +294,7 @@ def lessons(results):
     """A line for each lesson: its title, and the headline of its default run."""
     lines = []
     for script, headline in headlines(results).items():
-        title = script.read_text().splitlines()[1].partition(": ")[2]  # "# # Lesson 07: DynamicViT"
+        title = script.read_text(encoding="utf-8").splitlines()[1].partition(": ")[2]  # "# # Lesson 07: DynamicViT"
         headline = headline or f"no headline; `python lessons/{script.name} --out lessons/results` notes one."
         lines.append(f"- {script.stem.split('_')[0]} [{title}]({script.name}): {headline}")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""tinytoken compare | predict | doctor | bench | stub | grade | autograder-zip; or python -m tinytoken ..."""
+"""tinytoken compare | predict | doctor | bench | stub | grade | nbgrader | autograder-zip
+
+or python -m tinytoken ...
+"""
 import argparse
 import os
 import pathlib
@@ -128,7 +131,7 @@ def course(commands: Any) -> None:
     copy = commands.add_parser(
         "stub", help="a student's copy of an assignment: without solutions and hidden tests")
     copy.add_argument("--out", type=path, required=True, help="a new folder")
-    copy.add_argument("--notebook", action="store_true", help="write it as a notebook too")
+    copy.add_argument("--notebook", action="store_true", help="a notebook as well; either can be handed in")
     copy.set_defaults(run=run_stub)
 
     points = commands.add_parser("grade", help="points for a submission, case by case")
@@ -147,10 +150,15 @@ def course(commands: Any) -> None:
                              "(a3, a4: about a minute) and post accuracy and multiply-adds")
     points.set_defaults(run=run_grade)
 
+    marked = commands.add_parser("nbgrader", help="the instructor's notebook for nbgrader, with solutions")
+    marked.add_argument("--out", type=path, required=True,
+                        help="a new folder: source/NAME in nbgrader's course")
+    marked.set_defaults(run=run_nbgrader)
+
     archive = commands.add_parser("autograder-zip", help="the zip that Gradescope runs")
     archive.add_argument("--out", type=path, help="default: NAME_autograder.zip")
     archive.set_defaults(run=run_zip)
-    for command in (copy, points, archive):
+    for command in (copy, points, marked, archive):
         command.add_argument("name", help="a1, a2, a3 or a4")
         command.add_argument("--assignment", type=path,
                              help="the folder of the assignment, or of several")
@@ -225,6 +233,11 @@ def run_grade(args: argparse.Namespace) -> None:
                  if args.leaderboard else ())
         gradescope.write_results(report, args.gradescope, hidden=args.hidden, leaderboard=board)
     print(grade.text(report, assignment))
+
+
+def run_nbgrader(args: argparse.Namespace) -> None:
+    from .course import nbgrader
+    print("\n".join(map(str, nbgrader.write_source(find_assignment(args), args.out))))
 
 
 def run_zip(args: argparse.Namespace) -> None:

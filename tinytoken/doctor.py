@@ -54,7 +54,7 @@ def _for_driver(wheels=()):
                 f"{install(CUPY['cuda13'])} (driver 580 or newer), or cupy-cuda12x")
     try:
         output = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"],
-                                capture_output=True, text=True, timeout=20).stdout
+                                capture_output=True, encoding="utf-8", errors="replace", timeout=20).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi is here but cannot be run ({error})"
     first = output.split(".")[0]

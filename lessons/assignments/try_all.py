@@ -36,7 +36,7 @@ def graded(name, folder, *options):
     """(points, of) by the command line."""
     report = folder.parent / f"{folder.name}.json"
     command("grade", name, "--submission", folder, "--json", report, *options)
-    said = json.loads(report.read_text())
+    said = json.loads(report.read_text(encoding="utf-8"))
     return said["points"], said["max_points"]
 
 
@@ -46,7 +46,8 @@ def go_through(name, out):
     command("stub", name, "--out", folder)
     script = folder / given.script
     untouched = graded(name, folder)
-    script.write_text(pasted(script.read_text(), (given.folder / given.script).read_text()))
+    solved = (given.folder / given.script).read_text(encoding="utf-8")
+    script.write_text(pasted(script.read_text(encoding="utf-8"), solved), encoding="utf-8")
     at_home, at_school = graded(name, folder, "--assignment", folder), graded(name, folder)
     print(f"{name}: the untouched copy {untouched[0]:g} of {untouched[1]:g}; solved, at home {at_home[0]:g} "
           f"of {at_home[1]:g} "

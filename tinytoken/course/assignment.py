@@ -104,12 +104,12 @@ def load(folder: pathlib.Path) -> Assignment:
     """The assignment in `folder`. InputError where assignment.toml is missing or cannot be used."""
     path = folder / "assignment.toml"
     try:
-        settings = tomllib.loads(path.read_text())
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
         exercises = tuple(Exercise(e["number"], e["title"], tuple(e["names"]), e["lesson"])
                           for e in settings["exercise"])
         assignment = Assignment(folder, settings["name"], settings["title"], tuple(settings["imports"]),
                                 tuple(settings["tinytoken"]), float(settings["seconds"]), exercises)
-    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"cannot use {path}: {type(error).__name__} {error}") from error
     names = [name for exercise in exercises for name in exercise.names]
     expect(len(set(names)) == len(names), "assignment", f"{path}: a name belongs to two exercises: {names}")
@@ -125,7 +125,7 @@ def run_file(path: pathlib.Path) -> Any:
 
 
 def _cases(path):
-    for node in ast.parse(path.read_text(), str(path)).body:
+    for node in ast.parse(path.read_bytes(), str(path)).body:
         if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test")):
             continue
         marks = [mark for mark in node.decorator_list if ast.unparse(mark).startswith("pytest.mark.points(")]

@@ -234,7 +234,7 @@ def load(source: str, name: str, taken: list[int], given: dict[str, Any], forbid
     # and such an import is made in the submission's name.
     def guarded(name, globals=None, locals=None, fromlist=(), level=0):
         if name.split(".")[0] not in roots or level:
-            raise ImportError(f"a submission may not import {name}")
+            raise ModuleNotFoundError(f"a submission may not import {name}")
         return builtins.__import__(name, globals, locals, fromlist, level)
     kept = {name: value for name, value in vars(builtins).items() if name not in forbidden}
     kept |= {"__import__": guarded, "__build_class__": builtins.__build_class__}

@@ -2,6 +2,7 @@
 import concurrent.futures
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -17,9 +18,9 @@ from typing import Any
 import tqdm
 
 from ..backend import cpu_count
-from ..errors import InputError, expect
-from ..files import FilePath
-from . import plain, rules, sandbox
+from ..errors import expect
+from ..files import FilePath, check_target, replacing
+from . import sandbox, sources
 from .assignment import Assignment, Case, Exercise
 from .judge import PATIENCE
 from .processes import end_tree
@@ -44,11 +45,13 @@ class Row:
 
 @dataclasses.dataclass
 class Report:
-    """A submission's rows, in the order of the exercises. problem: why the file was not run at all, or ""."""
+    """A submission's rows, in the order of the exercises. problem: why the file was not run at all, or "".
+    file: the name of the file that was graded."""
     assignment: str
     rows: list[Row]
     problem: str = ""
     seconds: float = 0.0
+    file: str = ""
 
     @property
     def points(self) -> float:
@@ -60,56 +63,43 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Without times, so that the same submission gives the same text."""
-        return {"assignment": self.assignment, "points": self.points, "max_points": self.max_points,
-                "problem": self.problem, "rows": [dataclasses.asdict(row) for row in self.rows]}
+        return {"assignment": self.assignment, "file": self.file, "points": self.points,
+                "max_points": self.max_points, "problem": self.problem, "rows": [dataclasses.asdict(row) for row in self.rows]}
 
 
 def grade_submission(assignment: Assignment, submission: FilePath, bar: bool = False,
                      jobs: int | None = None, sandboxed: bool | None = None) -> Report:
-    """Grade a submission: the folder that holds the assignment's file, or that file.
+    """Grade a submission: the folder that holds the assignment's script or notebook, or that file.
 
     A folder without it has a Report too. Nothing else in the folder is read, and nothing is written there.
     jobs: exercises at a time (default: the CPUs of this process). sandboxed: run the submission in bubblewrap
-    (default: where that works). InputError if it is asked for and does not work.
+    (default: where that works). InputError if it is asked for and does not work, and where grading cannot
+    work here.
     """
     began, sandboxed = time.perf_counter(), _sandboxed(sandboxed)
-    cases, (source, problem) = assignment.cases(), _handed_in(assignment, submission)
-    refused: dict[str | None, str] = {}
-    if not problem:
-        for number, lines in rules.breaches(source, assignment).items():
-            refused[number] = "was not run: " + "; ".join(lines[:5])
-        if None in refused:
-            problem = f"{assignment.script} {refused[None]}"
-    if problem:
-        return Report(assignment.name, [_row(case, False, problem) for case in cases], problem,
-                      time.perf_counter() - began)
+    sources.check_ready()
+    cases, source = assignment.cases(), sources.read(assignment, submission)
+    if problem := source.refused.get(None, ""):
+        return _unread(assignment, problem, time.perf_counter() - began, source.name)
 
     def rows_of(exercise):
         its = [case for case in cases if case.number == exercise.number]
-        if exercise.number in refused:
-            return {case.name: _row(case, False, refused[exercise.number]) for case in its}
-        return run_exercise(assignment, exercise, source, its, sandboxed)
+        if exercise.number in source.refused:
+            return {case.name: _row(case, False, source.refused[exercise.number]) for case in its}
+        return run_exercise(assignment, exercise, source.text, its, sandboxed)
     rows: dict[str, Row] = {}
     with concurrent.futures.ThreadPoolExecutor(jobs or cpu_count()) as pool:
         for more in tqdm.tqdm(pool.map(rows_of, assignment.exercises), total=len(assignment.exercises),
                               desc="exercises", disable=not bar, leave=False):
             rows |= more
-    return Report(assignment.name, [rows[case.name] for case in cases], "", time.perf_counter() - began)
+    return Report(assignment.name, [rows[case.name] for case in cases], "", time.perf_counter() - began,
+                  source.name)
 
 
-def _handed_in(assignment, submission):
-    """(the text of the assignment's file, `submission` or in that folder; why there is none, or "")."""
-    path = pathlib.Path(submission)
-    expect(path.exists(), "grade", f"no {path}: expected the folder that holds {assignment.script}")
-    path = path / assignment.script if path.is_dir() else path
-    if not os.path.lexists(path):
-        return "", f"no {assignment.script} was handed in"
-    try:
-        return plain.read(path).decode(errors="replace"), ""
-    except InputError as error:
-        return "", str(error)
-    except OSError as error:
-        return "", f"{path.name} cannot be read: {error.strerror}"
+def _unread(assignment, problem, seconds=0.0, file=""):
+    """The report of a submission that was not run."""
+    rows = [_row(case, False, problem) for case in assignment.cases()]
+    return Report(assignment.name, rows, problem, seconds, file)
 
 
 def run_exercise(assignment: Assignment, exercise: Exercise, source: str, cases: Sequence[Case],
@@ -136,8 +126,8 @@ def leaderboard(assignment: Assignment, submission: FilePath, report: Report,
     """
     if report.points < report.max_points or not (assignment.folder / "training.py").is_file():
         return []
-    messages = _ask_judge(assignment, None, _handed_in(assignment, submission)[0], [], TRAINING_SECONDS,
-                          _sandboxed(sandboxed))
+    source = sources.read(assignment, submission)
+    messages = _ask_judge(assignment, None, source.text, [], TRAINING_SECONDS, _sandboxed(sandboxed))
     return next((message["board"] for message in messages if "board" in message), [])
 
 
@@ -172,7 +162,8 @@ def _run_judge(job, folder, seconds):
                     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     judge = subprocess.Popen([sys.executable, "-I", "-c", START.format(root=root)], cwd=folder,
                              env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True)
+                             stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace",
+                             start_new_session=True)
     try:
         out, _ = judge.communicate(json.dumps(job), timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -193,7 +184,9 @@ def _row(case, passed, message):
 def text(report: Report, assignment: Assignment) -> str:
     """The report as a student reads it, without the hidden cases."""
     shown = [row for row in report.rows if row.visibility == "visible"]
-    lines = [f"{assignment.name}: {assignment.title}"] + ([report.problem] if report.problem else [])
+    lines = [f"{assignment.name}: {assignment.title}", *([report.problem] if report.problem else [])]
+    if report.file.endswith(".ipynb"):
+        lines.append(f"graded: {report.file}")
     for exercise in assignment.exercises:
         rows = [row for row in shown if row.number == exercise.number]
         if not rows:
@@ -214,27 +207,37 @@ def grade_folder(assignment: Assignment, submissions: FilePath, csv_path: FilePa
                  jobs: int | None = None, sandboxed: bool | None = None) -> dict[str, Report]:
     """Grade every folder in `submissions`, `jobs` at a time -> {name: Report}.
 
-    Each has a line in the CSV: name, points, points of each exercise, problem. sandboxed: as for
+    Each has a line in the CSV (UTF-8): name, points, points of each exercise, problem. InputError before any
+    is graded where grading cannot work here, or the CSV cannot be written. sandboxed: as for
     `grade_submission`.
     """
     sandboxed = _sandboxed(sandboxed)
     folders = sorted(path for path in pathlib.Path(submissions).iterdir() if path.is_dir())
     expect(folders, "grade", f"no folders in {submissions}: expected one for each submission")
+    check_target(csv_path)
+    sources.check_ready()
+    assignment.cases()
+
+    def graded(folder):
+        try:
+            return grade_submission(assignment, folder, jobs=1, sandboxed=sandboxed)
+        except Exception as error:  # whatever it was: it concerns this submission, and its line says so
+            return _unread(assignment, f"could not be graded: {type(error).__name__}: {error}")
     reports = {}
     with concurrent.futures.ThreadPoolExecutor(jobs or cpu_count()) as pool:
-        waiting = {pool.submit(grade_submission, assignment, path, jobs=1, sandboxed=sandboxed): path.name
-                   for path in folders}
+        waiting = {pool.submit(graded, path): path.name for path in folders}
         for done in tqdm.tqdm(concurrent.futures.as_completed(waiting), total=len(waiting),
                               desc="submissions"):
             reports[waiting[done]] = done.result()
-    with open(csv_path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "points", "of", *(exercise.number for exercise in assignment.exercises),
-                         "problem"])
-        for folder in folders:
-            report = reports[folder.name]
-            each = [sum(row.points for row in report.rows if row.number == e.number)
-                    for e in assignment.exercises]
-            writer.writerow([folder.name, f"{report.points:g}", f"{report.max_points:g}",
-                             *(f"{p:g}" for p in each), report.problem])
-    return dict(sorted(reports.items()))
+    reports = dict(sorted(reports.items()))
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines)
+    numbers = [exercise.number for exercise in assignment.exercises]
+    writer.writerow(["name", "points", "of", *numbers, "problem"])
+    for name, report in reports.items():
+        each = [sum(row.points for row in report.rows if row.number == number) for number in numbers]
+        writer.writerow([name, f"{report.points:g}", f"{report.max_points:g}", *(f"{p:g}" for p in each),
+                         report.problem])
+    with replacing(csv_path) as file:  # a name of a folder may hold bytes that are no text
+        file.write(lines.getvalue().encode("utf-8", errors="backslashreplace"))
+    return reports

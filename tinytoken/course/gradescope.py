@@ -71,11 +71,11 @@ def autograder_zip(assignment: Assignment, out: FilePath, hidden: bool = False) 
     files = {"setup.sh": SETUP,
              "run_autograder": RUN.format(name=assignment.name, options="--hidden" if hidden else "")}
     for path in sorted(package.rglob("*.py")):
-        files[f"tinytoken/{path.relative_to(package)}"] = path.read_text()
+        files[f"tinytoken/{path.relative_to(package)}"] = path.read_text(encoding="utf-8")
     for path in [*(assignment.folder / name for name in ("assignment.toml", "references.py", "training.py")),
                  *sorted((assignment.folder / "tests").glob("*.py"))]:
         if path.exists():
-            files[f"assignment/{path.relative_to(assignment.folder)}"] = path.read_text()
+            files[f"assignment/{path.relative_to(assignment.folder)}"] = path.read_text(encoding="utf-8")
     ours = {name: text for name, text in files.items() if name.startswith("assignment/")}
     problems = [line for line in leaks(assignment, ours) if "hidden test" not in line]
     expect(not problems, "autograder-zip", f"not written: {'; '.join(problems)}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checks, child, rules, sandbox
+from . import checks, child, rules, sandbox, statements
 from .assignment import Assignment, load, run_file
 from .processes import adopt_orphans, end_tree
 
@@ -38,7 +38,7 @@ def main() -> None:
     training is run, with all of the submission's functions.
     """
     job = json.load(sys.stdin)
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
@@ -225,13 +225,12 @@ class Judge(child.Peer):
 def taken(source: str, assignment: Assignment, number: str | None) -> tuple[list[int], set[str]]:
     """(the places of the statements that are run for exercise `number`, the names that solve the others).
 
-    Nothing that solves another exercise is run, so a slip in one costs nothing in another. rules.is_taken
-    says which of the remaining statements are run. number None: all exercises.
+    Nothing that solves another exercise is run, so a slip in one costs nothing in another. rules.taken says
+    which of the remaining statements are run. number None: all exercises.
     """
-    others = {name for exercise in assignment.exercises if number not in (None, exercise.number)
-              for name in exercise.names}
-    statements = ast.parse(source).body
-    return [place for place, node in enumerate(statements) if rules.is_taken(node, others)], others
+    tree = ast.parse(source)
+    nodes, others = rules.taken(statements.read(tree), assignment, number)
+    return [place for place, node in enumerate(tree.body) if node in nodes], others
 
 
 def run_cases(assignment: Assignment, student: Any, source: str, names: Sequence[str],

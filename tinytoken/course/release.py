@@ -1,12 +1,12 @@
 """A student's copy of an assignment: without solutions and hidden tests, and checked for leaks of them."""
 import ast
 import pathlib
-import re
 from collections.abc import Collection
 
-from ..errors import InputError, expect, install
+from ..errors import InputError, expect
 from ..files import FilePath, replacing
 from .assignment import Assignment
+from .notebook import from_script
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"  # nbgrader's words
 # A solution's line of so many characters may not be in a student's copy, unless it is outside a solution too.
@@ -62,30 +62,35 @@ def _exercise_of(assignment, tree, line):
 def write_copy(assignment: Assignment, out: FilePath, notebook: bool = False) -> list[pathlib.Path]:
     """Write the student's copy into the folder `out` -> the paths written.
 
-    The folder is new or empty, or has an earlier copy of the same assignment, which is replaced. Nothing is
-    written if something would leak.
+    The folder is new or empty, or has an earlier copy of the same assignment, which is replaced; but not a
+    script or notebook that someone has worked in. Nothing is written if something would leak.
     """
-    out, source = pathlib.Path(out), (assignment.folder / assignment.script).read_text()
+    out, source = pathlib.Path(out), (assignment.folder / assignment.script).read_text(encoding="utf-8")
     expect(regions(source, assignment.script), "stub",
            f"{assignment.script} has no solutions: it is a student's copy already")
-    files = {assignment.script: without_solutions(assignment, source)}
+    stub = without_solutions(assignment, source)
+    work = {assignment.script: stub, f"{assignment.name}.ipynb": from_script(stub)}
+    files = {assignment.script: stub}
     for name in ("assignment.toml", "references.py", "training.py", "README.md"):
         if (assignment.folder / name).exists():
-            files[name] = (assignment.folder / name).read_text()
+            files[name] = (assignment.folder / name).read_text(encoding="utf-8")
     hidden = {case.name: case for case in assignment.cases() if case.visibility != "visible"}
     for path in sorted((assignment.folder / "tests").glob("*.py")):
-        files[f"tests/{path.name}"] = without_functions(path.read_text(), hidden)
+        files[f"tests/{path.name}"] = without_functions(path.read_text(encoding="utf-8"), hidden)
     expect(not (problems := leaks(assignment, files)), "stub", f"not released: {'; '.join(problems)}")
-    strangers = [path.name for path in out.glob("*")
-                 if path.name not in ("tests", *files, f"{assignment.name}.ipynb")]
+    files |= work if notebook else {}
+    strangers = [path.name for path in out.glob("*") if path.name not in ("tests", *files, *work)]
     expect(not strangers, "stub",
            f"{out} holds other files ({', '.join(sorted(strangers))}): give a new folder")
+    for name, text in work.items():
+        there = (out / name).read_text(encoding="utf-8", errors="replace") if (out / name).exists() else text
+        expect(there == text, "stub", f"{out / name} is not as it was released: it may be someone's work; "
+                                      "give a new folder")
     for name, text in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(out / name, "w") as file:
             file.write(text)
-    written = [out / name for name in files]
-    return written + ([_notebook(out / assignment.script)] if notebook else [])
+    return [out / name for name in files]
 
 
 def without_functions(text: str, names: Collection[str]) -> str:
@@ -104,14 +109,14 @@ def without_functions(text: str, names: Collection[str]) -> str:
 
 def leaks(assignment: Assignment, files: dict[str, str]) -> list[str]:
     """What a copy with these files, {name: text}, would give away: a line for each leak."""
-    source = (assignment.folder / assignment.script).read_text()
+    source = (assignment.folder / assignment.script).read_text(encoding="utf-8")
     lines = source.splitlines()
     solved = {i for first, last in regions(source) for i in range(first, last + 1)}
     public = {line.strip() for i, line in enumerate(lines) if i not in solved}
     secret = {lines[i].strip() for i in solved} - public
     mistakes = assignment.folder / "mistakes.py"
     if mistakes.exists():
-        secret |= {line.strip() for line in mistakes.read_text().splitlines()} - public
+        secret |= {line.strip() for line in mistakes.read_text(encoding="utf-8").splitlines()} - public
     secret = {line for line in secret if len(line) >= LEAK
               and not line.startswith(("#", '"""', "import ", "from "))}
     hidden = [case.name for case in assignment.cases() if case.visibility != "visible"]
@@ -126,23 +131,3 @@ def leaks(assignment: Assignment, files: dict[str, str]) -> list[str]:
                 or "mistakes" in name):
             leaked.append(f"{name} is no file for students")
     return leaked
-
-
-def _notebook(script):
-    """Write the percent script as a notebook beside it -> its path."""
-    try:
-        import nbformat
-    except ImportError as error:
-        raise InputError(f"stub: --notebook needs nbformat ({install('nbformat')})") from error
-    cells = []
-    for part in re.split(r"^# %%", script.read_text(), flags=re.MULTILINE)[1:]:
-        marker, _, body = part.partition("\n")
-        new_cell = nbformat.v4.new_code_cell
-        if "[markdown]" in marker:
-            new_cell = nbformat.v4.new_markdown_cell
-            body = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.splitlines())
-        cells.append(new_cell(body.strip("\n"), id=f"cell-{len(cells)}"))
-    path = script.with_suffix(".ipynb")
-    with replacing(path, "w") as file:
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), file)
-    return path

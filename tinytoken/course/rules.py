@@ -5,9 +5,11 @@ from text and none of Python's internals: with those it could read the tests, or
 rules stop honest mistakes and simple tricks, no more: strangers' code belongs in the sandbox (sandbox.py).
 """
 import ast
-from collections.abc import Collection
+import builtins
+from collections.abc import Callable
 from typing import Any
 
+from . import statements
 from .assignment import Assignment
 
 # Builtins that read or make files, code, or names that are only known at run time.
@@ -24,33 +26,81 @@ OUTSIDE = {"os", "sys", "subprocess", "ctypes", "ctypeslib",
 FRAMES = ("__", "tb_", "gi_", "cr_", "ag_", "f_", "co_")  # how the names of the interpreter's internals begin
 DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem__", "__add__", "__mul__",
            "__neg__"}  # those that a submission may use all the same
+# What catches the error of a missing module.
+MISSING = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
-def breaches(source: str, assignment: Assignment) -> dict[str | None, list[str]]:
+def breaches(source: str, assignment: Assignment,
+             place: Callable[[int], str] = "line {}".format) -> dict[str | None, list[str]]:
     """Why a submission, or some of its exercises, is refused: {exercise number: ["line 3: ...", ...]}.
 
-    Under None is what concerns the whole file: a syntax error, and what lies in no exercise's function.
+    Under None is what concerns the whole file: a syntax error, and what is run for every exercise.
+    place: how a line of the source is named.
     """
     try:
         tree = ast.parse(source)
+        compile(tree, assignment.script, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     except SyntaxError as error:
-        return {None: [f"line {error.lineno}: {error.msg}"]}
+        return {None: [f"{place(error.lineno or 1)}: {error.msg}"]}
     except ValueError as error:  # a null byte
         return {None: [f"the file cannot be read: {error}"]}
-    solves = {name: exercise.number for exercise in assignment.exercises for name in exercise.names}
-    taken = [statement for statement in tree.body if is_taken(statement)]
-    modules = {name: dotted for statement in taken for node in ast.walk(statement)
-               for name, dotted, _ in _imported(node)}
+    parts = statements.read(tree)
+    numbers = [exercise.number for exercise in assignment.exercises]
+    runs = {number: set(map(id, taken(parts, assignment, number)[0])) for number in numbers}
+    nodes, _ = taken(parts, assignment, None)
+    modules = _modules(nodes)
     lines: dict[str | None, list[str]] = {}
-    for reasons_of in (_import_reasons, _reasons):
-        for statement in taken:
-            nodes: Any = ast.walk(statement)
-            reasons = {(node.lineno, reason) for node in nodes
-                       for reason in reasons_of(node, modules, assignment)}
-            exercise = solves.get(getattr(statement, "name", ""))
-            for line, reason in sorted(reasons):
-                lines.setdefault(exercise, []).append(f"line {line}: {reason}")
+    for statement in nodes:
+        users: list[str | None] = [number for number in numbers if id(statement) in runs[number]]
+        for line, reason in _refusals(statement, modules, assignment):
+            for number in users if 0 < len(users) < len(numbers) else [None]:
+                lines.setdefault(number, []).append(f"{place(line)}: {reason}")
     return lines
+
+
+def taken(parts: list[statements.Statement], assignment: Assignment,
+          number: str | None) -> tuple[list[ast.stmt], set[str]]:
+    """(what is run for exercise `number`, the names that solve the others); None: for all exercises together.
+
+    A submission is a student's file as it is: beside the solutions it may train, print and try things out,
+    and none of that may cost a point. What gives a value to a name that solves another exercise is not run.
+    Imports, functions, classes and lambdas are. Any other statement (EPS = np.finfo(float).eps, a try with
+    imports, a loop that fills a table) is run if the exercise needs it: if it binds a name that its functions
+    look up, or what these call. So is a constant of any function that keeps the rules and is made without the
+    submission's own functions. weights = train() is run for an exercise that uses these weights, else not.
+    """
+    solving = {name for exercise in assignment.exercises if number in (None, exercise.number)
+               for name in exercise.names}
+    others = {name for exercise in assignment.exercises for name in exercise.names} - solving
+    parts = [each for each in parts if not each.binds & others]
+    definitions = [each for each in parts if statements.defines(each.node)]
+    needed = statements.needed(parts, solving.union(*(each.uses_now for each in definitions)))
+    used = statements.needed(parts, set().union(*(each.uses for each in definitions)))
+    modules = _modules([each.node for each in parts])
+    known = set(dir(builtins))  # names with a value that no function of the submission has made
+    nodes = []
+    for each in parts:
+        defines = statements.defines(each.node)
+        constant = (not defines and each.uses <= known and each.binds & used
+                    and not _refusals(each.node, modules, assignment))
+        if defines or constant or each.binds & needed:
+            nodes.append(each.node)
+        if constant or isinstance(each.node, (ast.Import, ast.ImportFrom)):
+            known |= each.binds
+    return nodes, others
+
+
+def _modules(nodes):
+    """{name: dotted name} of all that is imported in these statements."""
+    return {name: dotted for each in nodes for node in ast.walk(each) for name, dotted, _ in _imported(node)}
+
+
+def _refusals(statement, modules, assignment):
+    """[(line, why it is refused)] of a statement."""
+    excused = _excused(statement)
+    return sorted({(node.lineno, reason) for node in ast.walk(statement)
+                   for reason in (*_import_reasons(node, assignment, node in excused),
+                                  *_reasons(node, modules, assignment))})
 
 
 def _imported(node):
@@ -65,34 +115,27 @@ def _imported(node):
             yield first, first, alias
 
 
-def _import_reasons(node, modules, assignment):
+def _import_reasons(node, assignment, excused):
     for _, dotted, alias in _imported(node):
-        if not importable(node, alias, assignment):
+        fails = excused and dotted.split(".")[0] not in roots(assignment)
+        if not importable(node, alias, assignment) and not fails:
             yield f"may not import {alias.name if isinstance(node, ast.Import) else dotted}"
 
 
-def is_taken(node: ast.stmt, others: Collection[str] = ()) -> bool:
-    """Whether the grader runs this statement at the top level of a submission.
+def _excused(statement):
+    """The imports that a file can do without: those in a `try` that catches what a missing module raises."""
+    def catches(handler):
+        return handler.type is None or MISSING & {name.id for name in ast.walk(handler.type)
+                                                  if isinstance(name, ast.Name)}
+    return {node for each in ast.walk(statement) if isinstance(each, ast.Try)
+            and any(map(catches, each.handlers)) for inner in each.body for node in ast.walk(inner)
+            if isinstance(node, (ast.Import, ast.ImportFrom))}
 
-    It runs imports, functions, classes, and assignments of lambdas and constants, unless they define one of
-    the names `others`. It does not run what trains or prints.
-    """
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return node.name not in others
-    if isinstance(node, ast.Assign) and all(isinstance(target, (ast.Name, ast.Tuple))
-                                            for target in node.targets):
-        stored = {name.id for name in ast.walk(node)
-                  if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
-        if stored & set(others):
-            return False
-        if isinstance(node.value, ast.Lambda):
-            return True
-        try:
-            ast.literal_eval(node.value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+def roots(assignment: Assignment) -> list[str]:
+    """The packages that a submission may import from, by their first names."""
+    names = {"__future__", *(name.split(".")[0] for name in assignment.imports)}
+    return sorted(names | {"tinytoken"} if assignment.tinytoken else names)
 
 
 def importable(node: ast.Import | ast.ImportFrom, alias: ast.alias, assignment: Assignment) -> bool:
@@ -100,7 +143,8 @@ def importable(node: ast.Import | ast.ImportFrom, alias: ast.alias, assignment: 
     if isinstance(node, ast.ImportFrom):
         if node.level or alias.name == "*" or alias.name in OUTSIDE:
             return False
-        return node.module in assignment.imports or allowed(f"{node.module}.{alias.name}", assignment)
+        return (node.module in ("__future__", *assignment.imports)
+                or allowed(f"{node.module}.{alias.name}", assignment))
     return alias.name in assignment.imports or (alias.name == "tinytoken" and bool(assignment.tinytoken))
 
 
@@ -141,9 +185,3 @@ def _chain(node):
         names.append(node.attr)
         node = node.value
     return ".".join([node.id, *reversed(names)]) if isinstance(node, ast.Name) else None
-
-
-def roots(assignment: Assignment) -> list[str]:
-    """The packages that a submission may import from, by their first names."""
-    names = {name.split(".")[0] for name in assignment.imports}
-    return sorted(names | {"tinytoken"} if assignment.tinytoken else names)

@@ -49,6 +49,6 @@ def missing() -> str:
     if not shutil.which("bwrap"):
         return "bubblewrap is not installed"
     tried = subprocess.run(command([sys.executable, "-I", "-c", "import numpy"]), capture_output=True,
-                           text=True, errors="replace", timeout=60, check=False)
+                           encoding="utf-8", errors="replace", timeout=60, check=False)
     said = (tried.stderr.strip().splitlines() or ["no message"])[-1]
     return "" if tried.returncode == 0 else f"bubblewrap does not work here: {said}"

@@ -45,7 +45,7 @@ def kernels():
     """{name: Kernel} of all sources."""
     found = {}
     for path in sorted(SOURCES.glob("*.cu")):
-        for name, parameters in DECLARATION.findall(path.read_text()):
+        for name, parameters in DECLARATION.findall(path.read_text(encoding="utf-8")):
             found[name] = Kernel(name, path.stem, tuple(map(_parameter, parameters.split(","))))
     return found
 
@@ -61,7 +61,7 @@ def source(family, constants=(), device=True):
     understands."""
     shared = [SOURCES / name for name in (("device.cuh",) if device else ()) + ("common.cuh", f"{family}.cu")]
     defined = "".join(f"#define {name} {value}\n" for name, value in constants)
-    return defined + "".join(path.read_text() for path in shared)
+    return defined + "".join(path.read_text(encoding="utf-8") for path in shared)
 
 
 def launch(name, blocks, threads, *arguments, shared=0, constants=()):

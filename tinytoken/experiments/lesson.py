@@ -72,7 +72,8 @@ class Lesson:
         run, folder = None, self.checkpoints
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".gitignore").write_text("*\n")  # wherever it is, weights stay out of version control
+            # wherever it is, weights stay out of version control
+            (folder / ".gitignore").write_text("*\n", encoding="utf-8")
             run = Run(folder / f"seed{seed}", every=100)
         recipe = dataclasses.replace(recipe, seed=seed)
         return Trial(recipe, arms, device=self.device, run=run, bar=self.size != "smoke", **changes)

@@ -47,7 +47,7 @@ def seconds(run: Callable[[], Any]) -> float:
 def machine(device: str) -> dict[str, Any]:
     """What the results were measured on."""
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {"processor": processors[0] if processors else platform.processor() or platform.machine(),
             "cpus": backend.cpu_count(), "blas": backend.blas_description(),
