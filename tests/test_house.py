@@ -144,3 +144,36 @@ def test_public_names_are_there():
                  "ops", "models", "macs",
                  "explain"):
         assert hasattr(tinytoken, name), name
+
+
+def says_no_encoding(tree):
+    """The lines of a file's calls that read or write text in whatever encoding the system has."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            words = {keyword.arg for keyword in node.keywords}
+            texts = {each.value for each in [*node.args, *(keyword.value for keyword in node.keywords)]
+                     if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+            binary = any("b" in text and set(text) <= set("rwaxb+") for text in texts)
+            of_os = ast.unparse(node.func) in ("os.open", "Image.open", "gzip.open", "tarfile.open")
+            if (name in ("read_text", "write_text") or name in ("open", "fdopen") and not binary and not of_os
+                    or words & {"text", "universal_newlines"}) and "encoding" not in words:
+                yield node.lineno
+
+
+@pytest.mark.parametrize("folder", ["tinytoken", "lessons"])
+def test_every_file_is_read_and_written_with_its_encoding_said(folder):
+    paths = sorted((house.ROOT / folder).rglob("*.py"))
+    assert len(paths) > 10
+    assert not {f"{path}:{line}" for path in paths
+                for line in says_no_encoding(ast.parse(path.read_text(encoding="utf-8")))}
+
+
+@pytest.mark.parametrize("call, said", [
+    ("open(p)", False), ("open(p, 'w')", False), ("open(p, 'rb')", True), ("open(p, mode='wb')", True),
+    ("p.open()", False), ("p.read_text()", False), ("p.read_text(errors='replace')", False),
+    ("p.write_text(t, encoding='utf-8')", True), ("gzip.open(p)", True), ("Image.open(p)", True),
+    ("os.fdopen(h, 'a')", False), ("os.open(p, os.O_RDWR)", True), ("run(c, text=True)", False),
+    ("run(c, text=True, encoding='utf-8')", True), ("p.read_bytes()", True)])
+def test_an_encoding_that_is_not_said_is_seen(call, said):
+    assert (not list(says_no_encoding(ast.parse(call)))) == said

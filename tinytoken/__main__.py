@@ -3,6 +3,7 @@
 or python -m tinytoken ...
 """
 import argparse
+import io
 import os
 import pathlib
 import sys
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8")  # closed by `>&-`
                               for stream in (sys.stdout, sys.stderr))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a letter that the terminal's encoding lacks is written as \u03bb, where it would end the command
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return run(parser().parse_args(argv))

@@ -106,6 +106,29 @@ def test_a_copy_is_not_written_over_other_files(a1, tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("notebook", [False, True])
+@pytest.mark.parametrize("name", ["a1_autograd.py", "a1_autograd.ipynb"])
+def test_a_copy_is_not_written_over_someones_work(a1, tmp_path, name, notebook):
+    release.write_copy(a1, tmp_path / "copy", notebook=True)
+    path = tmp_path / "copy" / name
+    worked_in = path.read_text(encoding="utf-8").replace("raise NotImplementedError", "return", 1)
+    path.write_text(worked_in, encoding="utf-8")
+    (tmp_path / "copy" / "README.md").write_text("of last year", encoding="utf-8")
+    with pytest.raises(tt.InputError, match=f"{name} is not as it was released"):
+        release.write_copy(a1, tmp_path / "copy", notebook)
+    assert path.read_text(encoding="utf-8") == worked_in
+    assert (tmp_path / "copy" / "README.md").read_text(encoding="utf-8") == "of last year"
+    release.write_copy(a1, tmp_path / "new", notebook)
+
+
+def test_an_untouched_copy_is_replaced(a1, tmp_path):
+    release.write_copy(a1, tmp_path / "copy", notebook=True)
+    (tmp_path / "copy" / "README.md").write_text("of last year", encoding="utf-8")
+    release.write_copy(a1, tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_bytes() == (a1.folder / "README.md").read_bytes()
+    assert (tmp_path / "copy" / "a1_autograd.ipynb").exists()
+
+
 def test_a_notebook_has_the_scripts_cells(a1, tmp_path):
     nbformat = pytest.importorskip("nbformat")
     *_, path = release.write_copy(a1, tmp_path / "copy", notebook=True)

@@ -64,7 +64,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Without times, so that the same submission gives the same text."""
         return {"assignment": self.assignment, "file": self.file, "points": self.points,
-                "max_points": self.max_points, "problem": self.problem, "rows": [dataclasses.asdict(row) for row in self.rows]}
+                "max_points": self.max_points, "problem": self.problem,
+                "rows": [dataclasses.asdict(row) for row in self.rows]}
 
 
 def grade_submission(assignment: Assignment, submission: FilePath, bar: bool = False,
@@ -236,8 +237,9 @@ def grade_folder(assignment: Assignment, submissions: FilePath, csv_path: FilePa
     writer.writerow(["name", "points", "of", *numbers, "problem"])
     for name, report in reports.items():
         each = [sum(row.points for row in report.rows if row.number == number) for number in numbers]
-        writer.writerow([name, f"{report.points:g}", f"{report.max_points:g}", *(f"{p:g}" for p in each),
+        shown = os.fsencode(name).decode("utf-8", errors="replace")  # a folder's name may be no text
+        writer.writerow([shown, f"{report.points:g}", f"{report.max_points:g}", *(f"{p:g}" for p in each),
                          report.problem])
-    with replacing(csv_path) as file:  # a name of a folder may hold bytes that are no text
+    with replacing(csv_path) as file:
         file.write(lines.getvalue().encode("utf-8", errors="backslashreplace"))
     return reports

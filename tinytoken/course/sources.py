@@ -3,8 +3,8 @@
 To parse a text takes memory and time, with some texts all that there is. So the grader itself reads bytes
 only, and not too many; a child makes a source of them and looks for what the rules refuse. It runs nothing.
 """
-import ast
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -58,7 +58,7 @@ def read(assignment: Assignment, submission: FilePath) -> Source:
             most = MOST.get(file.suffix, MOST[".py"])
             contents[file.name] = plain.read(file, most + 1)
             if len(contents[file.name]) > most:
-                return _refused(file.name, f"{file.name} is larger than {most:,} bytes: hand in the code alone, "
+                return _refused(file.name, f"{file.name} is larger than {most:,} bytes: hand in code alone, "
                                            "a notebook without its outputs")
     except InputError as error:
         return _refused(path.name, str(error))
@@ -105,6 +105,7 @@ def run_python(start: str, said: str, seconds: float) -> tuple[int | None, str, 
     return done.returncode, done.stdout, done.stderr
 
 
+@functools.cache
 def check_ready() -> None:
     """InputError unless a process that this Python starts has all that grading needs, so pytest too."""
     code, _, said = run_python(NEEDED, "", SECONDS)
@@ -115,7 +116,7 @@ def check_ready() -> None:
 
 
 def main() -> None:
-    """The child: {"assignment": folder, "contents": {name: bytes as Latin-1}} on stdin -> a source on stdout."""
+    """The child: reads {"assignment": folder, "contents": {name: bytes as Latin-1}}, writes a source."""
     job = json.load(sys.stdin)
     _limit()
     found = [_source(load(pathlib.Path(job["assignment"])), name, text.encode("latin-1"))

@@ -1,0 +1,147 @@
+"""Which statements of a submission are run: what a right solution may need, and not what it tries out."""
+import ast
+import builtins
+import types
+
+import numpy as np
+import pytest
+
+from tinytoken.course import assignment, rules, statements
+
+A1 = assignment.find("a1")
+SOLVED = (A1.folder / A1.script).read_text(encoding="utf-8")
+
+
+def run_for(number, source):
+    """The names after the statements that are run for an exercise."""
+    assert rules.breaches(source, A1) == {}
+    nodes, _ = rules.taken(statements.read(ast.parse(source)), A1, number)
+
+    def known(module, *rest):
+        if module.split(".")[0] not in ("numpy", "math", "__future__"):
+            raise ModuleNotFoundError(module)
+        return __import__(module, *rest)
+    space = {"__name__": "submission", "__builtins__": vars(builtins) | {"__import__": known}}
+    exec(compile(ast.Module(nodes, []), "submission", "exec", dont_inherit=True), space)
+    return types.SimpleNamespace(**space)
+
+
+# what stands above, and an expression for a number that comes out as 1e-12 or less
+RIGHT = {
+    "annotated": ("EPS: float = 1e-12", "EPS"),
+    "computed": ("EPS = 10**-12", "EPS"),
+    "from two constants": ("DIGITS = 12\nEPS = 10.0**-DIGITS", "EPS"),
+    "a call": ("EPS = np.finfo(float).eps", "EPS"),
+    "a generator of numbers": ("RNG = np.random.default_rng(0)", "1e-13 * RNG.random()"),
+    "a generator expression": ("PARTS = tuple(1e-13 * i for i in range(3))", "PARTS[1]"),
+    "a generator function": ("def parts():\n    yield 1e-13", "next(parts())"),
+    "an alias of NumPy": ("total = np.sum", "1e-13 * total(np.ones(3))"),
+    "an alias of a function": ("def half(x):\n    return x / 2\nsmaller = half", "smaller(1e-12)"),
+    "an alias of a class": ("class Box:\n    eps = 1e-12\nThing = Box", "Thing().eps"),
+    "an own function's table": ("def table(n):\n    return [1e-13] * n\nTABLE = table(3)", "TABLE[2]"),
+    "a table filled in a loop": ("TABLE = {}\nfor i in range(3):\n    TABLE[i] = 1e-13 * i", "TABLE[1]"),
+    "a table filled at its places": ("TABLE = np.ones(3)\nTABLE[1] = 1e-13", "TABLE[1]"),
+    "in steps": ("EPS = 1e-6\nEPS *= 1e-6", "EPS"),
+    "one of several": ("EPS, BIG = 1e-12, 10**6", "EPS"),
+    "by a condition": ("if np.finfo(float).bits == 64:\n    EPS = 1e-12\nelse:\n    EPS = 1e-6", "EPS"),
+    "within a context": ("with np.errstate(all='ignore'):\n    EPS = np.exp(-30.0)", "EPS"),
+    "a default": ("EPS = 1e-6 ** 2\ndef small(x, eps=EPS):\n    return eps", "small(3)"),
+    "a class's own": ("EPS = 1e-6 ** 2\nclass Box:\n    eps = EPS", "Box.eps"),
+    "a decorator": ("def twice(f):\n    return lambda x: f(f(x))\nwrap = twice\n@wrap\ndef small(x):\n"
+                    "    return 1e-6 * x", "small(1)"),
+    "a walrus": ("PAIR = (EPS := 1e-12, 1)", "EPS"),
+    "a try for an import": ("try:\n    import numpy as xp\nexcept ImportError:\n    xp = None",
+                            "1e-13 * xp.ones(1)[0]"),
+    "a try for what is not allowed": ("try:\n    import torch\nexcept ImportError:\n    torch = None",
+                                      "1e-13 if torch is None else 1"),
+    "a try within a function": ("def small():\n    try:\n        from scipy import special\n    except "
+                                "(ImportError, OSError):\n        return 1e-13", "small()"),
+    "a lambda": ("small = lambda x: 1e-13 * x", "small(1)"),
+    "an annotated lambda": ("small: object = lambda x: 1e-13 * x", "small(1)"),
+    "a global counter": ("CALLS = 0\ndef count():\n    global CALLS\n    CALLS += 1\n    return CALLS",
+                         "1e-13 * count()"),
+    "names in Greek": ("ε = 10**-12", "ε"),
+}
+
+
+@pytest.mark.parametrize("above, small", RIGHT.values(), ids=RIGHT.keys())
+def test_a_right_solution_gets_what_it_needs(above, small):
+    head = "def softmax_vjp(p, g):\n"
+    source = SOLVED.replace(head, f"{above}\n\n\n{head}    added = {small}\n")
+    source = source.replace("return p * (g -", "return added + p * (g -")
+    p, g = np.array([0.25, 0.75]), np.array([1.0, 0.0])
+    found = run_for("1.6", source).softmax_vjp(p, g)
+    assert np.abs(found - p * (g - 0.25)).max() <= 1e-11 and found[0] != p[0] * 0.75
+    run_for("1.1", source)
+
+
+def test_annotations_may_be_postponed():
+    annotated = SOLVED.replace("def softmax_vjp(p, g):", "def softmax_vjp(p: Array, g: Array) -> Array:")
+    source = f"from __future__ import annotations\n{annotated}"
+    assert run_for("1.6", source).softmax_vjp(np.array([1.0]), np.array([2.0])) == 0
+
+
+TRIED_OUT = """
+weights = Node(softmax(np.ones(3)))
+learned = train(weights, None)
+data = open("scenes.txt").read()
+table = np.load("scenes.npy")
+later = learned + 1
+def show():
+    return weights, learned, data, table, later
+for step in range(10):
+    learned = train(learned, step)
+if learned:
+    import torch
+try:
+    import jax
+except ImportError:
+    raise SystemExit("no jax")
+x = matmul_vjp(weights, weights, weights)
+print(x)
+x.sum()
+if __name__ == "__main__":
+    import tinytoken
+"""
+
+
+def test_what_is_tried_out_is_not_run_and_costs_nothing():
+    for number in ("1.1", "1.6", None):
+        assert not vars(run_for(number, SOLVED + TRIED_OUT)).keys() & {
+            "weights", "learned", "data", "table", "later", "step", "torch", "jax", "x", "tinytoken"}
+
+
+def test_what_an_exercise_needs_is_run_for_it_alone():
+    source = SOLVED.replace("    return p * (g -", "    return scale * p * (g -")
+    source += "scale = unbroadcast(np.ones(3), (1,))\n"
+    assert not hasattr(run_for("1.1", source), "scale")
+    nodes, others = rules.taken(statements.read(ast.parse(source)), A1, "1.6")
+    assert any(ast.unparse(node).startswith("scale =") for node in nodes)
+    assert "unbroadcast" in others and not any(getattr(node, "name", "") == "unbroadcast" for node in nodes)
+
+
+@pytest.mark.parametrize("name, numbers", [("softmax_vjp", ["1.6"]), ("softmax", [None])])
+def test_what_the_rules_refuse_costs_who_needs_it(name, numbers):
+    source = SOLVED.replace(f"def {name}(", f"def {name}(*_, table=None):\n    return TABLE\ndef unused(", 1)
+    refused = rules.breaches(source + "TABLE = np.load('x')\n", A1)
+    assert list(refused) == (["1.6"] if numbers == ["1.6"] else [])
+    refused = rules.breaches(source + "import torch as TABLE\n", A1)
+    assert list(refused) == [None]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("try:\n    import numpy.lib as small\nexcept ImportError:\n    small = 1\n", "may not import numpy.lib"),
+    ("try:\n    import torch as small\nexcept KeyError:\n    small = 1\n", "may not import torch"),
+    ("try:\n    small = 1\nexcept ImportError:\n    import torch as small\n", "may not import torch"),
+    ("try:\n    from numpy import testing as small\nexcept:\n    small = 1\n",
+     "may not import numpy.testing")])
+def test_a_try_allows_no_import_that_would_be_found(text, said):
+    source = SOLVED.replace("def softmax_vjp(p, g):\n", f"{text}\ndef softmax_vjp(p, g):\n    small\n")
+    assert said in rules.breaches(source, A1)["1.6"][0]
+
+
+@pytest.mark.parametrize("source, said", [
+    ("a = 1\nreturn a\n", "line 2: 'return' outside function"),
+    ("def f(a, a):\n    pass\n", "line 1: duplicate argument 'a' in function definition")])
+def test_what_only_the_compiler_refuses_has_its_line(source, said):
+    assert rules.breaches(source, A1) == {None: [said]}
