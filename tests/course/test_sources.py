@@ -59,7 +59,7 @@ def test_what_one_submission_does_costs_only_itself(doubling, tmp_path, monkeypa
     points = {name: report.points for name, report in reports.items()}
     assert {name: got for name, got in points.items() if got} == {"ada": 3, "odd 0": 2}
     assert reports["crash"].problem == "could not be graded: RuntimeError: the grader itself failed"
-    assert "no b1_doubling.py was handed in" in reports["folder"].problem
+    assert "no regular file" in reports["folder"].problem
     assert "no notebook of nbformat 4" in reports["broken"].problem
     lines = (tmp_path / "points.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + len(reports) == 1 + len(ODD) + 4 and "ada,3,3,2,1," in lines
@@ -105,6 +105,28 @@ def test_a_byte_order_mark_and_greek_names_cost_nothing(doubling, tmp_path):
     text = "π = 2\ndef double(χ):\n    return π * χ\ndef fourfold(x):\n    return double(double(x))\n"
     folder = handed_in(doubling, tmp_path / "in", b"\xef\xbb\xbf" + text.encode())
     assert grade.grade_submission(doubling, folder).points == 3
+
+
+def test_what_a_right_solution_may_need_is_there_when_it_is_graded(doubling, tmp_path):
+    text = """from __future__ import annotations
+import numpy as np
+try:
+    import torch
+except ImportError:
+    torch = None
+EPS: float = np.finfo(float).eps * 0
+RNG = np.random.default_rng(0)
+Array = np.ndarray
+def two() -> int:
+    return 2
+TWO = two()
+def double(x: Array) -> Array:
+    return TWO * x + EPS + 0 * RNG.random() if torch is None else None
+def fourfold(x: Nothing) -> Nothing:
+    return TWO * double(x)
+"""
+    report = grade.grade_submission(doubling, handed_in(doubling, tmp_path / "in", text))
+    assert report.points == 3, report.rows
 
 
 def test_where_the_system_has_a_code_page_nothing_else_comes_out(doubling, tmp_path):

@@ -24,7 +24,7 @@ def descendants(pid: int) -> list[int]:
     parents = {}
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            state, parent = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:2]
         except (OSError, ValueError):  # it has just ended
             continue
         if state not in "ZX":
