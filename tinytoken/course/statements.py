@@ -42,7 +42,8 @@ def needed(statements: list[Statement], wanted: set[str]) -> set[str]:
 def _statement(node):
     # The symbol table knows which of a function's names are its own; it is made from text alone.
     table = symtable.symtable(ast.unparse(node), "submission", "exec")
-    binds = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned()}
+    binds = {symbol.get_name() for symbol in table.get_symbols()
+             if symbol.is_assigned() or symbol.is_imported()}
     again = set()  # also looked up: n += 1, table[0] = 1
     if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         for each in ast.walk(node):
