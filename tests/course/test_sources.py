@@ -72,6 +72,14 @@ def test_a_reader_that_is_ended_or_takes_too_long_is_the_submissions_loss(doubli
         assert "too much time or memory" in sources.read(doubling, folder).refused[None]
 
 
+def test_no_more_is_read_than_may_be(doubling, tmp_path, monkeypatch):
+    def read(path, most):
+        assert most == 2**18 + 1
+        return b"#" * most
+    monkeypatch.setattr(sources.plain, "read", read)
+    assert "larger than" in sources.read(doubling, handed_in(doubling, tmp_path / "in", "")).refused[None]
+
+
 def test_a_process_that_takes_too_long_is_ended():
     assert sources.run_python("import time; time.sleep(60)  # {root!r}", "", 0.5)[0] is None
 
