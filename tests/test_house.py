@@ -18,7 +18,7 @@ every_file = pytest.mark.parametrize("file", FILES, ids=[file.name for file in F
 ANYWHERE = {"numpy", "threadpoolctl", "tqdm"}       # the core dependencies
 IN_FUNCTIONS = {"matplotlib", "PIL", "IPython",      # the `plot` extra; IPython is there in a notebook
                 "safetensors",                       # the extra of its name
-                "pytest", "nbformat"}               # the course's grader and notebooks
+                "pytest"}                           # the course's grader
 IN_BACKEND_AND_CUDA = {"cuda", "cupy", "cupyx"}
 NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}
 

@@ -230,7 +230,8 @@ def taken(source: str, assignment: Assignment, number: str | None) -> tuple[list
     """
     tree = ast.parse(source)
     nodes, others = rules.taken(statements.read(tree), assignment, number)
-    return [place for place, node in enumerate(tree.body) if node in nodes], others
+    run = set(map(id, nodes))
+    return [place for place, node in enumerate(tree.body) if id(node) in run], others
 
 
 def run_cases(assignment: Assignment, student: Any, source: str, names: Sequence[str],
