@@ -248,7 +248,7 @@ def run_cases(assignment: Assignment, student: Any, source: str, names: Sequence
         def rng(self, request):
             """Draws a case's inputs: always the same for one file, others as soon as it is changed, so that
             no file can hold the answers to its own."""
-            text = f"{request.node.name}".encode(errors="replace")
+            text = f"{request.node.name}\n{source}".encode(errors="replace")
             return np.random.default_rng(int.from_bytes(hashlib.sha256(text).digest()[:8]))
 
         def pytest_configure(self, config):
