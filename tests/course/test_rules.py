@@ -41,6 +41,12 @@ RIGHT = {
     "an own function's table": ("def table(n):\n    return [1e-13] * n\nTABLE = table(3)", "TABLE[2]"),
     "a table of a table": ("def table(n):\n    return [1e-13] * n\nA = table(3)\nB = table(2) + A\n"
                            "C = table(1) + B", "C[5]"),
+    "a list that grows": ("TABLE = []\nTABLE.append(1)\nfor i in range(3):\n    TABLE.append(i * 1e-13)",
+                          "TABLE[2]"),
+    "an own function's list": ("def table(n):\n    return [1e-13] * n\nTABLE = table(0)\n"
+                               "TABLE.extend(table(2))", "TABLE[1]"),
+    "a function's attribute": ("def small():\n    small.calls += 1\n    return 1e-13\nsmall.calls = 0",
+                               "small()"),
     "a table filled in a loop": ("TABLE = {}\nfor i in range(3):\n    TABLE[i] = 1e-13 * i", "TABLE[1]"),
     "a table filled at its places": ("TABLE = np.ones(3)\nTABLE[1] = 1e-13", "TABLE[1]"),
     "in steps": ("EPS = 1e-6\nEPS *= 1e-6", "EPS"),
@@ -103,6 +109,8 @@ try:
     import jax
 except ImportError:
     raise SystemExit("no jax")
+np.core = None
+np.random.dump("scenes")
 x = matmul_vjp(weights, weights, weights)
 print(x)
 x.sum()
@@ -122,6 +130,12 @@ def test_what_a_test_may_ask_for_is_there_though_the_exercise_does_not_need_it()
     ready = run_for("1.4", source + "first = lambda x: x\nsecond: object = lambda x: x\n")
     assert not hasattr(run_for("1.4", source + "from math import floor as order\n"), "order")
     assert ready.Node([1, 2]).value.dtype == np.float64 and ready.first(1) == ready.second(1)
+
+
+def test_what_saves_a_constant_is_no_part_of_it():
+    above = "import math\nimport numpy as np\nEPS = np.full(3, 1e-5)\nEPS.dump('x')\n"
+    source = SOLVED.replace("eps=1e-5", "eps=EPS[0]").replace("import math\n", above)
+    assert run_for("1.7", source).layer_norm(np.array([1.0, 3.0]))[1] > 0.99
 
 
 def test_what_an_exercise_needs_is_run_for_it_alone():

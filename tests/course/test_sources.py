@@ -204,7 +204,14 @@ def test_of_a_stub_with_both_files_the_one_that_was_worked_in_is_graded(doubling
     (tmp_path / "copy" / book).write_text(notebook.from_script(solved), encoding="utf-8")
     assert sources.read(doubling, tmp_path / "copy").name == book
     assert grade.grade_submission(doubling, tmp_path / "copy").points == 3
+    (tmp_path / "copy" / script).write_text("", encoding="utf-8")
+    assert sources.read(doubling, tmp_path / "copy").name == book
+    half = solved.replace("return double(double(x))", "raise NotImplementedError('Exercise 1.2: x')")
+    (tmp_path / "copy" / script).write_text(half, encoding="utf-8")
+    (tmp_path / "copy" / book).write_text("{", encoding="utf-8")
+    assert sources.read(doubling, tmp_path / "copy").name == script
     (tmp_path / "copy" / book).write_text(untouched, encoding="utf-8")
+    assert sources.read(doubling, tmp_path / "copy").name == script
     (tmp_path / "copy" / script).write_text(solved, encoding="utf-8")
     assert sources.read(doubling, tmp_path / "copy").name == script
 

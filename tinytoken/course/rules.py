@@ -80,10 +80,12 @@ def taken(parts: list[statements.Statement], assignment: Assignment,
     known = set(dir(builtins))  # names with a value that no function of the submission has made
     nodes = []
     for each in parts:
-        defines = statements.defines(each.node)
+        defines, wanted = statements.defines(each.node), each.binds & needed
         constant = (not defines and each.uses <= known and each.binds & used
                     and not _refusals(each.node, modules, assignment))
-        if defines or constant or each.binds & needed:
+        if isinstance(each.node, ast.Expr) and not constant:  # x.append(1) may be needed, x.dump("x") is not
+            wanted = wanted and not _refusals(each.node, modules, assignment)
+        if defines or constant or wanted:
             nodes.append(each.node)
         if constant or isinstance(each.node, (ast.Import, ast.ImportFrom)):
             known |= each.binds

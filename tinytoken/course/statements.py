@@ -10,8 +10,8 @@ COMPREHENSIONS = ("listcomp", "setcomp", "dictcomp", "genexpr")
 class Statement:
     """A statement at the top level, and names of that level.
 
-    binds: those that it gives a value. uses_now: those that it looks up when it is run. uses: also those that
-    what it defines looks up when it is called.
+    binds: those that it gives a value, or whose value it changes. uses_now: those that it looks up when it is
+    run. uses: also those that what it defines looks up when it is called.
     """
     node: ast.stmt
     binds: frozenset[str]
@@ -21,7 +21,9 @@ class Statement:
 
 def read(tree: ast.Module) -> list[Statement]:
     """The statements of a file, without what only a script does (`if __name__ == "__main__"`)."""
-    return [_statement(node) for node in tree.body
+    imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    return [_statement(node, imported) for node in tree.body
             if not (isinstance(node, ast.If) and "__name__" in _names(node.test))]
 
 
@@ -39,20 +41,27 @@ def needed(statements: list[Statement], wanted: set[str]) -> set[str]:
     return found
 
 
-def _statement(node):
+def _statement(node, imported):
     # The symbol table knows which of a function's names are its own; it is made from text alone.
     table = symtable.symtable(ast.unparse(node), "submission", "exec")
     binds = {symbol.get_name() for symbol in table.get_symbols()
              if symbol.is_assigned() or symbol.is_imported()}
-    again = set()  # also looked up: n += 1, table[0] = 1
+    changed = set()
     if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        for each in ast.walk(node):
-            if isinstance(each, ast.AugAssign):
-                again |= _root(each.target)
-            elif isinstance(each, (ast.Subscript, ast.Attribute)) and isinstance(each.ctx, ast.Store):
-                again |= _root(each)
-    return Statement(node, frozenset(binds | again), frozenset(_looked_up(table, True) | again),
-                     frozenset(_looked_up(table, False) | again))
+        changed = set().union(*map(_changed, ast.walk(node))) - imported
+    return Statement(node, frozenset(binds | changed), frozenset(_looked_up(table, True) | changed),
+                     frozenset(_looked_up(table, False) | changed))
+
+
+def _changed(node):
+    """The name whose value n += 1, n[0] = 1 or n.a = 1 changes, or n.append(1) as a statement."""
+    if isinstance(node, ast.AugAssign):
+        return _root(node.target)
+    if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+        return _root(node)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        return _root(node.value.func) if isinstance(node.value.func, ast.Attribute) else set()
+    return set()
 
 
 def _looked_up(table, now):
