@@ -80,7 +80,7 @@ def taken(parts: list[statements.Statement], assignment: Assignment,
     known = set(dir(builtins))  # names with a value that no function of the submission has made
     nodes = []
     for each in parts:
-        defines, wanted = statements.defines(each.node), each.binds & needed
+        defines, wanted = statements.defines(each.node), bool(each.binds & needed)
         constant = (not defines and each.uses <= known and each.binds & used
                     and not _refusals(each.node, modules, assignment))
         if isinstance(each.node, ast.Expr) and not constant:  # x.append(1) may be needed, x.dump("x") is not
