@@ -247,14 +247,16 @@ def test_without_pytest_nothing_is_graded(doubling, tmp_path, capsys, without_py
     assert not (tmp_path / "x.csv").exists()
 
 
-@pytest.mark.parametrize("option", ["--csv", "--json", "--gradescope"])
-@pytest.mark.parametrize("place, said", [("in", "is a folder"), ("file/points", "cannot write")])
+@pytest.mark.parametrize("option, ending", [("--csv", ".csv"), ("--json", ".json"), ("--gradescope", ".json")])
+@pytest.mark.parametrize("place, said", [("folder", "is a folder"), ("file/points", "cannot write")])
 def test_where_no_report_can_be_written_nothing_is_graded(doubling, tmp_path, capsys, monkeypatch, option,
-                                                          place, said):
+                                                          ending, place, said):
     monkeypatch.setattr(grade, "grade_submission", lambda *_, **__: pytest.fail("graded"))
     folder = handed_in(doubling, tmp_path / "in" / "ada", "")
     (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / f"folder{ending}").mkdir()
     words = ["--submissions", str(folder.parent)] if option == "--csv" else ["--submission", str(folder)]
-    words = ["grade", "b1", "--assignment", str(doubling.folder), *words, option, str(tmp_path / place)]
+    words = ["grade", "b1", "--assignment", str(doubling.folder), *words, option,
+             str(tmp_path / f"{place}{ending}")]
     assert main(words) == 2
     assert said in capsys.readouterr().err
