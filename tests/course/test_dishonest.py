@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
+from tinytoken.__main__ import main
 from tinytoken.course import assignment, checks, child, grade, judge, processes, sandbox
 
 GIVEN = {name: assignment.find(name) for name in ("a1", "a2", "a3", "a4")}
@@ -164,6 +165,20 @@ if os.fork() == 0:
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_descendants_are_the_living_ones_at_any_depth_and_are_ended():
+    with subprocess.Popen(["sh", "-c", "sh -c 'sleep 1000; true' & wait"], start_new_session=True) as top:
+        until = time.monotonic() + 20
+        while len(processes.descendants(top.pid)) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        inner, sleeping = processes.descendants(top.pid)
+        assert processes.descendants(inner) == [sleeping] and top.pid in processes.descendants(os.getpid())
+        processes.end_tree(top, top.pid)
+        assert not processes.descendants(top.pid)
+        os.waitid(os.P_PID, top.pid, os.WEXITED | os.WNOWAIT)
+        assert top.pid not in processes.descendants(os.getpid())  # ended, though nobody has asked how
+
+
 @pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="needs /proc and a subreaper")
 @pytest.mark.parametrize("then", ["time.sleep(1000)", "os._exit(3)", "return g"])
 def test_what_leaves_its_group_does_not_hold_the_grader_and_is_ended(anything, then):
@@ -224,7 +239,7 @@ def answering(given, line):
 
 @pytest.mark.parametrize("line", [
     b"no message\n", b"\n", b"[]\n", b"[1, 2]\n", b'[{"answer": {"array": 0}}, []]\n',
-    b'[{"answer": {"array": 0}}, [["O", [2]]]]\n', b'[{"answer": {"array": 0}}, [["<f8", [-1]]]]\n',
+    b'[{"answer": {"array": 0}}, [["O", [2]]]]\n', b'[{"answer": {"array": 0}}, [["|b1", [-1]]]]\n',
     b'[{"answer": {"array": 0}}, [["<f8", [99999999999]]]]\n', b'[{"answer": {"yours": 99}}, []]\n',
     b'[{"answer": {"pickle": []}}, []]\n', b'[{"answer": 0, "changed": [7]}, []]\n', b"[" * 100_000 + b"\n",
     b'[{"answer": ' + b"9" * 5000 + b"}, []]\n"], ids=lambda line: line[:40].decode())
@@ -256,6 +271,10 @@ def test_values_go_there_and_come_back(pair, value):
     assert kwargs == {} and pair.unbroadcast(a=1) == ((), {"a": 1})
 
 
+def raise_value_error(text):
+    raise ValueError(text)
+
+
 def test_objects_functions_and_errors_on_both_sides(pair):
     assert pair.called(lambda x: x + 1, 2) == 3 and sorted(pair.a_set()) == [1, 2]
     function = pair.called
@@ -267,6 +286,10 @@ def test_objects_functions_and_errors_on_both_sides(pair):
     with pytest.raises(child.Raised) as caught:
         pair.worse()
     assert caught.value.kind == "Error" and str(caught.value) == "no message: Error"
+    for text, said in (("", "no message"), ("x" * 10**6, "x" * 600)):
+        with pytest.raises(ValueError) as refused:
+            pair.called(lambda text=text: raise_value_error(text))
+        assert str(refused.value) == said
     with pytest.raises(TypeError, match="a case passes a object"):
         pair.unbroadcast(object())
     with pytest.raises(AttributeError, match="nothing is missing: the submission has no"):
@@ -289,10 +312,11 @@ def test_a_changed_argument_is_seen_and_the_judges_own_is_not_changed(pair):
 def test_an_array_that_a_function_of_the_judge_returns_twice_is_one_array_there():
     shared = np.zeros(2)
     with judge.Judge(GIVEN["a1"], 60, {}) as its:
-        student = its.load("def unbroadcast(f):\n    f()[0] = 1\n    return f(), f() is f()\n", "1.4")
+        student = its.load("def unbroadcast(f):\n    f(f)[0] = 1\n    return f({1}), f({1}) is f({1})\n", "1.4")
+        of_the_judge = lambda x: shared if callable(x) else (list(x), shared)[1]  # it may ask back meanwhile
         with pytest.raises(AssertionError, match="argument 1 was changed"):
-            checks.refuse_changes(lambda shared: student.unbroadcast(lambda: shared), shared)
-        found, same = student.unbroadcast(lambda: shared)
+            checks.refuse_changes(lambda shared: student.unbroadcast(of_the_judge), shared)
+        found, same = student.unbroadcast(of_the_judge)
     assert same and not shared.any()
     checks.close(found, np.array([1.0, 0.0]))
 
@@ -367,7 +391,44 @@ def test_where_there_is_no_sandbox_it_says_why(tmp_path, monkeypatch, platform, 
         sandbox.missing.cache_clear()
 
 
+def test_the_command_asks_for_the_sandbox_or_does_without(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sandbox, "missing", lambda: "bubblewrap is not installed")
+    monkeypatch.setattr(grade, "_ask_judge", lambda *args: asked.append(args[-1]) or [{"failed": ""}])
+    (tmp_path / "in" / "ada").mkdir(parents=True)
+    (tmp_path / "in" / "ada" / GIVEN["a1"].script).write_text(source_of(GIVEN["a1"]), encoding="utf-8")
+    one = ["grade", "a1", "--submission", str(tmp_path / "in" / "ada")]
+    many = ["grade", "a1", "--submissions", str(tmp_path / "in"), "--csv", str(tmp_path / "points.csv")]
+    assert main([*one, "--sandbox"]) == main([*many, "--sandbox"]) == 2 and not asked
+    assert capsys.readouterr().err.count("grade: --sandbox: bubblewrap is not installed") == 2
+    assert main(many) == 0 and "without a sandbox: bubblewrap is not installed" in capsys.readouterr().err
+    assert main([*many, "--no-sandbox"]) == 0 and "without" not in capsys.readouterr().err
+    assert len(asked) == 16 and not any(asked)
+    monkeypatch.setattr(sandbox, "missing", lambda: "")
+    for words in (one, many, [*one, "--sandbox"]):
+        assert main(words) == 0
+    assert asked[16:] == 24 * [True]
+
+
+def test_the_package_and_the_assignment_are_hidden_in_the_sandbox(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sandbox, "command", lambda *args: asked.append(args) or [sys.executable, "-c", ""])
+    with judge.Judge(GIVEN["a1"], 60, {}, True):
+        pass
+    (program, shown, hidden), = asked
+    assert hidden == [judge.PACKAGE, GIVEN["a1"].folder] and [str(path) for path in shown] == [child.__file__]
+    assert program[:4] == [sys.executable, "-I", "-B", child.__file__]
+
+
 boxed = pytest.mark.skipif(bool(sandbox.missing()), reason=f"no sandbox: {sandbox.missing()}")
+
+
+@pytest.mark.parametrize("sandboxed", [False, pytest.param(True, marks=boxed)])
+def test_an_assignment_may_allow_some_of_the_package(sandboxed):
+    given = dataclasses.replace(GIVEN["a1"], tinytoken=("ops.softmax",))
+    source = "from tinytoken.ops import softmax\n\n\ndef unbroadcast(g, shape):\n    return softmax(g).data\n"
+    with judge.Judge(given, 60, {}, sandboxed) as its:
+        checks.close(its.load(source, "1.4").unbroadcast(np.zeros(2), ()), np.full(2, 0.5))
 
 
 @boxed

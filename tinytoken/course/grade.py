@@ -169,7 +169,10 @@ def _run_judge(job, folder, seconds):
         out, _ = judge.communicate(json.dumps(job), timeout=seconds)
     except subprocess.TimeoutExpired:
         end_tree(judge, judge.pid)
-        out, _ = judge.communicate()
+        try:
+            out, _ = judge.communicate(timeout=5)
+        except subprocess.TimeoutExpired:  # something that was not ended holds the pipe
+            out = ""
     finally:
         end_tree(judge, judge.pid)
     return out.splitlines()

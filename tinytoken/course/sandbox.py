@@ -48,7 +48,10 @@ def missing() -> str:
         return "bubblewrap is for Linux only"
     if not shutil.which("bwrap"):
         return "bubblewrap is not installed"
-    tried = subprocess.run(command([sys.executable, "-I", "-c", "import numpy"]), capture_output=True,
-                           encoding="utf-8", errors="replace", timeout=60, check=False)
+    try:
+        tried = subprocess.run(command([sys.executable, "-I", "-c", "import numpy"]), capture_output=True,
+                               encoding="utf-8", errors="replace", timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"bubblewrap does not work here: {error}"
     said = (tried.stderr.strip().splitlines() or ["no message"])[-1]
     return "" if tried.returncode == 0 else f"bubblewrap does not work here: {said}"
