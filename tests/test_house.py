@@ -155,7 +155,8 @@ def says_no_encoding(tree):
             texts = {each.value for each in [*node.args, *(keyword.value for keyword in node.keywords)]
                      if isinstance(each, ast.Constant) and isinstance(each.value, str)}
             binary = any("b" in text and set(text) <= set("rwaxb+") for text in texts)
-            of_os = ast.unparse(node.func) in ("os.open", "Image.open", "gzip.open", "tarfile.open")
+            of_os = ast.unparse(node.func) in ("os.open", "Image.open", "gzip.open", "tarfile.open",
+                                                  "box.open")  # box: a zip archive
             if (name in ("read_text", "write_text") or name in ("open", "fdopen") and not binary and not of_os
                     or words & {"text", "universal_newlines"}) and "encoding" not in words:
                 yield node.lineno

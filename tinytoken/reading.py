@@ -29,7 +29,7 @@ def open_regular(path: FilePath, mode: str = "rb") -> IO[Any]:
     """open(path, mode) of a regular file; OSError for others: to read a pipe or a device might never end."""
     # without O_NONBLOCK, opening a pipe waits for its other end
     opener = lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o644)
-    file = open(path, mode, opener=opener)
+    file = open(path, mode, encoding=None if "b" in mode else "utf-8", opener=opener)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file")
