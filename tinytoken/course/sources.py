@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tokenize
 
-from ..errors import InputError, expect, some_of
+from ..errors import InputError, expect, install, some_of
 from ..files import FilePath
 from . import notebook, plain, rules
 from .assignment import Assignment, load
@@ -112,7 +112,7 @@ def check_ready() -> None:
     if code != 0:
         why = (said.strip().splitlines() or ["no message"])[-1]
         raise InputError(f"grade: {sys.executable} -I lacks what grading needs, so nothing was graded: {why} "
-                         f"(pytest: {sys.executable} -m pip install pytest)")
+                         f"(pytest: {install('pytest')})")
 
 
 def main() -> None:
