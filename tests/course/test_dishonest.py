@@ -194,6 +194,20 @@ def test_what_leaves_its_group_does_not_hold_the_grader_and_is_ended(anything, t
     assert f'"RLIMIT_CPU": {int(anything.seconds)}' not in alive
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs resource limits")
+def test_the_judge_has_a_limit_too_and_ends_nothing_that_is_not_the_submissions(anything):
+    tests = anything.folder / "tests" / "test_a1.py"
+    tests.write_text("import resource\nimport pytest\n\n\n@pytest.mark.points(1, number=\"1.4\")\n"
+                     "def test_limit(student):\n"
+                     "    assert resource.getrlimit(resource.RLIMIT_AS)[0] == 4 * 2**30\n", encoding="utf-8")
+    with subprocess.Popen(["sleep", "1000"]) as other:
+        assert points(anything, "1.4", source_of(anything)) == 1
+        with judge.Judge(anything, 60, {}) as its:
+            its.load(source_of(anything), "1.4")
+        assert other.poll() is None
+        other.kill()
+
+
 def test_a_judge_that_hangs_is_ended_in_time(anything, monkeypatch):
     tests = anything.folder / "tests" / "test_a1.py"
     tests.write_text("import time\nimport pytest\n\n\n"

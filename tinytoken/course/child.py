@@ -254,24 +254,26 @@ def _text(error, most=600):
         return f"no message: {type(second).__name__}"
 
 
-def _limit(limits):
-    """Limit processor time, memory, file sizes and processes, and cut the network, where the platform can."""
+def limit(limits: dict[str, int]) -> None:
+    """Limit processor time, memory, file sizes and processes of this process, where the platform can.
+
+    limits: names and values of resource.setrlimit.
+    """
     try:
         import resource
     except ImportError:  # Windows
         return
     for name, value in limits.items():
         if hasattr(resource, name):
-            limit = getattr(resource, name)
-            hard = resource.getrlimit(limit)[1]
+            kind = getattr(resource, name)
+            hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             # processor time ends with a signal (soft), and a second later with the process (hard)
             new_hard = value + 1 if name == "RLIMIT_CPU" and value != hard else value
             try:
-                resource.setrlimit(limit, (value, new_hard))
+                resource.setrlimit(kind, (value, new_hard))
             except (ValueError, OSError):  # macOS refuses some
                 pass
-    _leave_the_network()
 
 
 def _leave_the_network(new_user=0x10000000, new_network=0x40000000):
@@ -290,7 +292,8 @@ def main() -> None:
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     sys.path += sys.argv[2:]
-    _limit(json.loads(sys.argv[1]))
+    limit(json.loads(sys.argv[1]))
+    _leave_the_network()
     child = Child(source, sink)
     while True:
         try:

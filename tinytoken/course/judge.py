@@ -43,6 +43,7 @@ def main() -> None:
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     adopt_orphans()
+    child.limit({name: job["limits"][name] for name in ("RLIMIT_AS", "RLIMIT_CORE")})
 
     def report(**row):
         channel.write(f"{job['word']} {json.dumps(row)}\n")
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def _do(job, assignment, report):
-    with Judge(assignment, job["seconds"], job["limits"], job["sandbox"]) as judge:
+    with Judge(assignment, job["seconds"], job["limits"], job["sandbox"], alone=True) as judge:
         try:
             student = judge.load(job["source"], job["exercise"])
         except (Stopped, child.Raised) as error:
@@ -104,10 +105,11 @@ class Judge(child.Peer):
     NumPy generators. It changes none of its own arrays, whatever the submission does with its copies.
 
     seconds: of computing; limits: names and values of resource.setrlimit; sandboxed: start it in bubblewrap.
+    alone: this process has started nothing else, so all that it is left with is the submission's, and is ended.
     """
 
     def __init__(self, assignment: Assignment, seconds: float, limits: dict[str, int],
-                 sandboxed: bool = False):
+                 sandboxed: bool = False, alone: bool = False):
         self.assignment, self.seconds, self.how = assignment, seconds, ""
         self.lock, self.depth = threading.RLock(), 0
         self.remotes: dict[int, Remote] = {}
@@ -123,6 +125,7 @@ class Judge(child.Peer):
         self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, start_new_session=True)
         super().__init__(self.process.stdout, self.process.stdin)
+        self.root = os.getpid() if alone else self.process.pid
         self.watch = threading.Thread(target=self._watch, daemon=True)
         self.watch.start()
 
@@ -142,7 +145,7 @@ class Judge(child.Peer):
             self.process.wait(PATIENCE * self.seconds)
         except subprocess.TimeoutExpired:
             self.how = f"stopped after {PATIENCE * self.seconds:g} s: an endless loop, or sleep?"
-        end_tree(self.process, os.getpid())
+        end_tree(self.process, self.root)
 
     def load(self, source: str, number: str | None) -> Submission:
         """The submission's functions for exercise `number` (None: all), and the references for the others."""
