@@ -201,11 +201,13 @@ def test_the_judge_has_a_limit_too_and_ends_nothing_that_is_not_the_submissions(
                      "def test_limit(student):\n"
                      "    assert resource.getrlimit(resource.RLIMIT_AS)[0] == 4 * 2**30\n", encoding="utf-8")
     with subprocess.Popen(["sleep", "1000"]) as other:
-        assert points(anything, "1.4", source_of(anything)) == 1
-        with judge.Judge(anything, 60, {}) as its:
-            its.load(source_of(anything), "1.4")
-        assert other.poll() is None
-        other.kill()
+        try:
+            assert points(anything, "1.4", source_of(anything)) == 1
+            with judge.Judge(anything, 60, {}) as its:
+                its.load(source_of(anything), "1.4")
+            assert other.poll() is None
+        finally:
+            other.kill()
 
 
 def test_a_judge_that_hangs_is_ended_in_time(anything, monkeypatch):
