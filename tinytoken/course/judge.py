@@ -105,7 +105,7 @@ class Judge(child.Peer):
     NumPy generators. It changes none of its own arrays, whatever the submission does with its copies.
 
     seconds: of computing; limits: names and values of resource.setrlimit; sandboxed: start it in bubblewrap.
-    alone: this process has started nothing else, so all that it is left with is the submission's, and is ended.
+    alone: this process has started nothing else, so all it is left with is the submission's and is ended.
     """
 
     def __init__(self, assignment: Assignment, seconds: float, limits: dict[str, int],
