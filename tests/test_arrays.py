@@ -45,6 +45,23 @@ def test_an_ordinary_array_is_used_as_it_is(xp):
         assert backend.native_array(array) is array and Tensor(array).data is array
 
 
+class Watcher(np.ndarray):
+    """Sees the ufuncs that it is computed with."""
+    seen: list = []
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        Watcher.seen.append(ufunc.__name__)
+        return getattr(ufunc, method)(*(x.view(np.ndarray) if isinstance(x, Watcher) else x for x in inputs))
+
+
+def test_a_subclass_that_wants_to_see_what_is_computed_does(monkeypatch):
+    monkeypatch.setattr(Watcher, "seen", [])
+    watcher = A.view(Watcher)
+    assert Tensor(watcher).data is watcher and type(Tensor(watcher.astype(">f8")).data) is Watcher
+    equal(ops.tanh(Tensor(watcher)) * watcher, np.tanh(A) * A)
+    assert Watcher.seen == ["tanh", "multiply"]
+
+
 def test_a_memory_map_is_not_copied(tmp_path):
     mapped = memory_map(A, tmp_path)
     assert np.shares_memory(Tensor(mapped).data, mapped)

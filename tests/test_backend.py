@@ -12,6 +12,7 @@ import pytest
 
 from tinytoken import InputError, backend
 from tinytoken.backend import to_numpy
+from tinytoken.errors import this_python
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -44,7 +45,7 @@ def test_choose_device(monkeypatch):
     with pytest.raises(InputError) as error:
         backend.choose_device("cuda")
     assert str(error.value) == ("device: cuda asked for, but CuPy finds no usable CUDA device or driver; "
-                                "`python -m tinytoken doctor` says how to fix it")
+                                f"`{this_python()} -m tinytoken doctor` says how to fix it")
     with pytest.raises(InputError) as error:
         backend.choose_device("gpu")
     assert str(error.value) == "device: 'gpu', expected auto, cpu or cuda"

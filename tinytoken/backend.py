@@ -55,15 +55,17 @@ def is_array(x: Any) -> bool:
 def native_array(x: Any) -> Array:
     """x (anything that numpy.asarray takes) with the same values as an array that computes as expected.
 
-    Of a subclass the array below it, since np.matrix means something else by `*`; in this machine's byte
-    order, which kernels and BLAS need. The very object if it is so already. InputError for a masked array
-    with masked values: without its mask they would count.
+    Of a subclass the array below it, since np.matrix means something else by `*`; but one that defines
+    __array_ufunc__ stays, since it wants to see what is computed (lessons 12 and 13 count so). In this
+    machine's byte order, which kernels and BLAS need. The very object if it is so already. InputError for a
+    masked array with masked values: without its mask they would count.
     """
     if type(x) is np.ndarray and x.dtype.isnative or array_module(x) is not np:
         return x
     expect(not np.ma.is_masked(x), "array", "a masked array, whose masked values would count",
            "array.filled(0), and the mask as an argument of its own")
-    array = np.asarray(x)
+    sees = isinstance(x, np.ndarray) and type(x).__array_ufunc__ is not np.ndarray.__array_ufunc__
+    array = x if sees else np.asarray(x)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
