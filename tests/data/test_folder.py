@@ -190,6 +190,8 @@ MODES = {
     "P, transparent": (("x.png", 3, "P"), {"transparency": 3}, (255, 255, 255)),
     "1, transparent": (("x.png", 0, "1"), {"transparency": 0}, (255, 255, 255)),
     "P, half transparent": (("x.png", 3, "P"), {"transparency": bytes([255] * 3 + [51])}, (210, 205, 254)),
+    "LAB": (("x.tif", (136, 208, 195), "LAB"), {}, (250, 3, 11)),  # red, near 255 0 0
+    "LAB, grey": (("x.tif", (99, 128, 128), "LAB"), {}, (91, 91, 91)),
     "YCbCr": (("x.jpg", (128, 128, 128), "RGB"), {}, (128, 128, 128)),
     "16 bits, big-endian": (("x.tif", GREY16.astype(">u2")), {}, (128, 128, 128)),
     "L, transparent": (("x.png", 77, "L"), {"transparency": 77}, (255, 255, 255)),
@@ -242,8 +244,6 @@ BROKEN = {
     "negative": (lambda path: Image.new("I", (4, 4), -1).save(path, "TIFF"), "integers of 32 bits or with a"),
     "with a sign": (lambda path: tiff(path, np.full((4, 6), 99, "<i2").tobytes(), 16, sample_format=2),
                     "integers of 32 bits or with a sign"),
-    "LAB": (lambda path: Image.new("LAB", (4, 4), (99, 128, 128)).save(path, "TIFF"),
-            "colours in LAB; expected RGB, CMYK, YCbCr or grey"),
 }
 
 

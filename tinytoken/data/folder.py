@@ -42,7 +42,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int], where: str = "ima
     transparent parts become white. Then the largest central part of the shape H : W is cut out (for a square
     model, the central square), and scaled with bilinear weights, which average where it shrinks. Of an
     animation, this is the first picture. InputError for what pillow cannot read, for grey of which nobody can
-    know the value of white (32 bits, floats), for LAB colours, and for pipes and devices."""
+    know the value of white (32 bits, floats), and for pipes and devices."""
     Image, ImageOps = _pillow(where)
     kind = kind_of(path)
     expect(kind in ("a file", "a folder", "nothing"), where, f"{path} is {kind}, expected a file")
@@ -68,8 +68,6 @@ def _pillow(where):
 
 def _rgb(image, ends, Image):
     """A picture of pillow's modes as RGB. ends: black and white of grey of more than 8 bits, else None."""
-    if image.mode == "LAB":  # pillow itself would take its channels for red, green and blue
-        raise ValueError("colours in LAB; expected RGB, CMYK, YCbCr or grey")
     if ends:  # pillow itself would cut these off at 255
         image = Image.fromarray(_eight_bits(np.asarray(image), *ends, image.info.get("transparency")))
     if image.has_transparency_data:
