@@ -17,10 +17,13 @@ FILES += [house.File(path) for folder in ("nn", "ops", "models", "tasks", "train
 OF_MODELS = ("__init__", "__post_init__", "build", "show")  # a model is made on the host, and shown there
 MAY = {
     "made once, on the host": {
-        "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions"}, "ops/grid.py": {"resize_matrix"},
+        "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions"}, "ops/grid.py": {"resize_matrix", "_cubic"},
         "models/controls.py": {"PooledTokens.put_back", "means_of_parts", "morton_order"},
         "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
+    "weights that are read from a file": {
+        "models/formats.py": {"_read_safetensors"}, "models/weights.py": {"options_of", "_asked_for", "_positions", "load_weights"}},
     "types and shapes, no values": {
+        "models/column.py": {"ColumnConfig.prefix"}, "models/tome.py": {"matching"},
         "tensor.py": {"Tensor.__init__", "Op._setting", "Op._float_dtype", "Op._raw", "Op._wrap",
                       "_as_array"}, "ops/shape.py": {"_index_array"}, "graph.py": {"_checked", "watched"},
         "ops/dense.py": {"_"}, "models/lookupvit.py": {"LookupViT._check_grid"},
