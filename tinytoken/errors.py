@@ -23,7 +23,9 @@ class Busy(InputError):
 
 
 class GradientError(AssertionError):
-    """A gradient that finite differences, or the engine's own checks, refuse."""
+    """A gradient that finite differences, or the engine's own checks, refuse. kind: the mistake in a word,
+    where gradcheck could tell."""
+    kind: str | None = None
 
 
 class GraphError(RuntimeError):

@@ -82,7 +82,7 @@ class Comparison:
 
     def elements(self, which: Sequence[int], gradients: Sequence[Any]) -> None:
         """Every input's gradient at the sampled elements, each by its own size."""
-        mistakes = []
+        mistakes: list[Any] = []
         for i, gradient in enumerate(gradients):
             a, n = to_numpy(gradient).reshape(-1)[self.positions[i]], self.numeric[i][:, which].sum(axis=1)
             scale, gaps = np.abs(np.where(np.isfinite(n), n, a)), np.abs(a - n)
@@ -99,7 +99,7 @@ class Comparison:
                     break
             self.note(i, float(np.abs(a - n).max(initial=0)), loose)
         if mistakes:
-            raise self.mistake(*mistakes[0], which, also=[self.names[i] for i, *_ in mistakes[1:]])
+            raise self.mistake(*mistakes[0], which=which, also=[self.names[i] for i, *_ in mistakes[1:]])
 
     def note(self, i, error, allowed):
         """Keep, for the report, the error that is largest relative to what was allowed."""

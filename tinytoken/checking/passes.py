@@ -59,8 +59,9 @@ class Passes:
                  positions: Sequence[int], seed: int, rng: np.random.Generator):
         self.fn, self.seed, self.label = fn, seed, _label(fn)
         self.tensors, self.all_names = tensors, names
-        self.wanted, self.names = [tensors[i] for i in positions], [names[i] for i in positions]
-        self.start = [None if t is None else t.data.copy() for t in tensors]
+        self.wanted: list[Any] = [tensors[i] for i in positions]  # Tensors: what is None is not wanted
+        self.names = [names[i] for i in positions]
+        self.start: list[Any] = [None if t is None else t.data.copy() for t in tensors]
         outputs = self.forward()
         self.label, self.shapes = _label(fn, outputs), [o.shape for o in outputs]
         # Random, never ones: the sum of a softmax does not depend on its input, and the sum of tokens that
