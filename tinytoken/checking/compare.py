@@ -82,7 +82,7 @@ class Comparison:
 
     def elements(self, which: Sequence[int], gradients: Sequence[Any]) -> None:
         """Every input's gradient at the sampled elements, each by its own size."""
-        mistakes: list[Any] = []
+        mistakes = {}  # {the input's name: what makes its error}
         for i, gradient in enumerate(gradients):
             a, n = to_numpy(gradient).reshape(-1)[self.positions[i]], self.numeric[i][:, which].sum(axis=1)
             scale, gaps = np.abs(np.where(np.isfinite(n), n, a)), np.abs(a - n)
@@ -95,11 +95,13 @@ class Comparison:
                 n[k], right, step = self.slopes.settle(a[k], n[k], tight[k], loose, line, which)
                 wrong[k] = not right
                 if not right:  # one is enough: to settle the others too would take long
-                    mistakes.append((i, a, n, wrong, k, tight[k], loose, step))
+                    mistakes[self.names[i]] = functools.partial(
+                        self.mistake, i, a, n, wrong, int(k), tight[k], loose, step, which)
                     break
             self.note(i, float(np.abs(a - n).max(initial=0)), loose)
         if mistakes:
-            raise self.mistake(*mistakes[0], which=which, also=[self.names[i] for i, *_ in mistakes[1:]])
+            first, *also = mistakes
+            raise mistakes[first](also)
 
     def note(self, i, error, allowed):
         """Keep, for the report, the error that is largest relative to what was allowed."""
