@@ -3,9 +3,11 @@ of longer runs."""
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 
@@ -198,3 +200,36 @@ def test_results_that_could_not_be_written_end_a_lesson_before_its_work(tmp_path
     assert capsys.readouterr().err.endswith(
         f"error: cannot write {tmp_path}/00_test_full.json: it is a folder, expected the name of a file\n")
     lesson.begin("00_test", ["--smoke", "--out", str(tmp_path)])  # another file
+
+
+@pytest.mark.parametrize("line, redirected, status, said", [
+    ("print('x' * 100_000)", "| true", 141, ""),
+    ("print('x'); here.end()", "| sleep 0", 141, ""),
+    ("print('x' * 100_000)", "2>&1 | true", 141, ""),
+    ("print('x' * 100_000)", ">/dev/full", 2, "error: 00_test.py, line 5: [Errno 28] No space left on"),
+    ("here.end()", ">/dev/full", 2, "error: 00_test.py, line 5: [Errno 28] No space left on device\n"),
+    ("here.end()", ">&-", 0, ""),
+    ("here.end()", "2>&-", 0, ""),
+    ("print('\u03bb')", ">/dev/null", 0, ""),
+    ("here.pictures(1, 1)", "--data nowhere", 2, "error: 00_test.py, line 5: data: nowhere does not exist; "),
+    ("files.claimed('busy').__enter__()", "", 2, "error: 00_test.py, line 5: another process is at work on"),
+    ("[1] @ tt.Tensor([1, 2])", "", 2, "error: 00_test.py, line 5: matmul: "),
+    ("[][1]", "", 1, "Traceback (most recent call last):\n"),
+    ("raise KeyboardInterrupt", "", 130, "stopped: by Ctrl-C\n"),
+    ("", "--out ''", 2, "usage: ")])
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_lesson_ends_in_one_line(line, redirected, status, said, tmp_path):
+    """Where nobody reads, nothing can be written, an input is no use, or Ctrl-C is pressed; a fault of the
+    lesson itself has its traceback."""
+    script = tmp_path / "00_test.py"
+    script.write_text("import tinytoken as tt\nfrom tinytoken import files\n"
+                      "from tinytoken.experiments import lesson\n"
+                      f"here = lesson.begin('00_test')\n{line}\n", encoding="utf-8")
+    command = f"{shlex.quote(sys.executable)} 00_test.py --smoke {redirected}; exit ${{PIPESTATUS[0]}}"
+    with files.claimed(tmp_path / "busy"):
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,
+                              cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT),
+                                                 "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr[:len(said)]) == (status, said), done.stderr
+    if said[:3] not in ("Tra", "usa"):
+        assert done.stderr.count("\n") == bool(said)

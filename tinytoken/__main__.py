@@ -3,76 +3,37 @@
 or python -m tinytoken ...
 """
 import argparse
-import io
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import __version__, backend, models, predict
+from . import __version__, backend, models, predict, program
 from .data import dataset
-from .errors import InputError, expect
+from .errors import expect
+from .program import path
 
 MOST = 65_536  # of a size on the command line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line -> exit code.
-
-    0; 2 for an input that cannot be used; 130 after Ctrl-C; 141 where nobody reads the output any more, as in
-    `tinytoken ... | head`, which is no error.
-    """
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8")  # closed by `>&-`
-                              for stream in (sys.stdout, sys.stderr))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # a letter that the terminal's encoding lacks is written as \u03bb, where it would end the command
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """The command line -> exit code: 0, or as program.ended says."""
+    program.prepare_streams()
     try:
         try:
             return run(parser().parse_args(argv))
         finally:
             sys.stdout.flush()  # here and not at exit, where nothing could be said about it
-    except BrokenPipeError:
-        to_nowhere(sys.stdout, sys.stderr)
-        return 141
-    except OSError as error:  # a full disk under the output
-        print("error:", error, file=sys.stderr)
-        to_nowhere(sys.stdout)
-        return 2
-
-
-def to_nowhere(*streams: Any) -> None:
-    """What the streams still hold, and what comes, is dropped."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in streams:
-        os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    except OSError as error:
+        return program.ended(error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command that was chosen -> exit code, with one line on stderr if it is not 0."""
     try:
         return args.run(args) or 0
-    except BrokenPipeError:
-        raise
-    except (InputError, OSError) as error:
-        # on one line, even if the message has a hint on a second one
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        print("error: out of memory:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"stopped: {str(stop) or 'by Ctrl-C'}", file=sys.stderr)
-        return 130
-
-
-def path(text: str) -> pathlib.Path:
-    """A path of the command line; '' would be the present folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, given ''")
-    return pathlib.Path(text)
+    except program.ENDS as error:
+        return program.ended(error)
 
 
 def size(text: str) -> int:

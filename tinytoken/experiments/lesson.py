@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .. import backend, random
+from .. import backend, program, random
 from ..data import dataset, load_pictures
 from ..errors import Busy, InputError, expect, install, one_line_of_warnings
 from ..files import as_json, check_target, check_writable, claimed, replacing, write_json
@@ -172,14 +172,18 @@ class Lesson:
                  "results": self.results}
         with claimed(path, wait=True):
             write_json(path, saved)
-        print(f"measured: {path} ({time.perf_counter() - self.began:.0f} s)")
+        # flushed: what fails at exit would be said in a traceback
+        print(f"measured: {path} ({time.perf_counter() - self.began:.0f} s)", flush=True)
         return path
 
 
 def begin(name: str, argv: Sequence[str] | None = None, data: str = "scenes") -> Lesson:
     """The lesson `name` with the options of the command line; in a notebook, with the defaults.
 
-    data: the default of --data. Options that cannot be used end the program with one line and exit code 2."""
+    data: the default of --data. Options that cannot be used end the program with one line and exit code 2, and
+    so does later what cannot be read or written, or a folder in which another process is at work."""
+    program.prepare_streams()
+    program.end_in_one_line(name)
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=f"Lesson {name}.")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke",
@@ -189,12 +193,11 @@ def begin(name: str, argv: Sequence[str] | None = None, data: str = "scenes") ->
                         help=f"{dataset.choices()} (default: {data})")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=f"runs/{name}",
+    parser.add_argument("--out", type=program.path, default=f"runs/{name}",
                         help="folder for pictures and results (default: runs/NAME)")
     notebook = argv is None and "ipykernel" in sys.modules  # there the command line is the kernel's
     options = vars(parser.parse_args([] if notebook else argv))
     try:
         return Lesson(name, **options | {"size": options["size"] or "default"})
     except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(program.ended(error))
