@@ -180,8 +180,8 @@ class Lesson:
 def begin(name: str, argv: Sequence[str] | None = None, data: str = "scenes") -> Lesson:
     """The lesson `name` with the options of the command line; in a notebook, with the defaults.
 
-    data: the default of --data. Options that cannot be used end the program with one line and exit code 2, and
-    so does later what cannot be read or written, or a folder in which another process is at work."""
+    data: the default of --data. Options that cannot be used end the program with one line and exit code 2,
+    and so does later what cannot be read or written, or a folder in which another process is at work."""
     program.prepare_streams()
     program.end_in_one_line(name)
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=f"Lesson {name}.")
