@@ -1,5 +1,6 @@
 """predict: the classes of a picture by a checkpoint, the picture of what it used, and what is refused in one
 line."""
+import json
 import os
 import pathlib
 import re
@@ -276,6 +277,7 @@ ODD = {"too few classes": (dict(classes=FEW), r"the classes \[.*\], expected 10 
        "a short mean": (dict(mean=[0.5]), r"the mean \[0.5\], expected 3 numbers"),
        "a mean that is not finite": (dict(mean=[0.5, 0.5, float("nan")]),
                                      r"the mean \[0.5, 0.5, nan\], expected 3 numbers"),
+       "a long name": (dict(classes=[*FEW, "x" * 256]), r"the classes \[.*\], expected 10 names"),
        "a mean of texts": (dict(mean=["0.5"] * 3), r"the mean \['0.5', '0.5', '0.5'\], expected 3 numbers"),
        "a zero": (dict(std=[0.5, 0.5, 0]), r"the std \[0.5, 0.5, 0\], expected 3 positive numbers")}
 
@@ -285,6 +287,41 @@ def test_predict_refuses_a_header_that_does_not_fit_its_model(header, text, caps
     saved("model.npz", **header)
     picture("cat.png")
     assert re.fullmatch(f"predict: model.npz has {text}", refused(capsys, "predict", "model.npz", "cat.png"))
+
+
+@pytest.mark.parametrize("header", [dict(std=[0.5, 1e-300, 0.5]), dict(mean=[0.5, 0.5, 1e300])])
+def test_predict_refuses_answers_that_are_no_numbers(header, capsys):
+    saved("model.npz", **header)
+    picture("cat.png")
+    assert main(["predict", "model.npz", "cat.png"]) == 2
+    *warned, last = capsys.readouterr().err.splitlines()
+    assert last == ("error: predict: model.npz makes numbers of cat.png that are not finite: damaged, or its "
+                    "mean and std are no use")
+    assert all(re.match("model.npz: NumPy warns", line) for line in warned)
+
+
+def test_names_of_others_stay_on_their_line(capsys):
+    """A name is printed, and may hold what a terminal would obey."""
+    saved("model.npz", classes=[*FEW, "cut\x1b[2J\nhere ü"], bounds={"mean of red": [0.0, 0.001]})
+    picture("a\nb\x1b.png")
+    assert main(["predict", "model.npz", "a\nb\x1b.png"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("warning: a\\nb\\x1b.png is unlike the pictures") and err.count("\n") == 1
+    assert len(out.splitlines()) == 11 and "\ncut\\x1b[2J\\nhere ü " in "\n" + out and "\x1b" not in out
+    assert main(["predict", "model.npz", "no\x1b.png"]) == 2
+    assert "no\\x1b.png" in (said := capsys.readouterr().err) and "\x1b" not in said
+
+
+def test_half_precision_is_said_on_one_line(capsys):
+    saved("model.npz")
+    header, groups = checkpoint.load("model.npz")
+    half = {f"model/{name}": array.astype("float16") for name, array in groups["model"].items()}
+    with open("model.npz", "wb") as file:
+        np.savez(file, header=np.array(json.dumps(header)), **half)
+    picture("cat.png")
+    assert main(["predict", "model.npz", "cat.png"]) == 0
+    assert re.fullmatch(r"model.npz: tinytoken warns: load_state_dict: \d+ arrays of dtype float16 become "
+                        r"float32\n", capsys.readouterr().err)
 
 
 def test_predict_refuses_a_place_that_cannot_be_written(capsys, tmp_path):

@@ -60,6 +60,11 @@ def some_of(names: Sequence[Any], most: int = 6) -> str:
     return (", ".join(map(str, names[:most])) or "none") + more
 
 
+def printable(text: str) -> str:
+    """The text of others on one line: what does not print, such as a line's end, as Python writes it."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 @contextlib.contextmanager
 def one_line_of_warnings(where: str | os.PathLike, library: str) -> Iterator[None]:
     """Context: what `library` warns of in it becomes one line on stderr, in place of its source lines.
@@ -71,7 +76,7 @@ def one_line_of_warnings(where: str | os.PathLike, library: str) -> Iterator[Non
     if caught:
         first = " ".join(str(caught[0].message).split())
         times = f", {len(caught):,} times" if len(caught) > 1 else ""
-        print(f"{where}: {library} warns{times}: {first}", file=sys.stderr)
+        print(printable(f"{where}: {library} warns{times}: {first}"), file=sys.stderr)
 
 
 def this_python() -> str:

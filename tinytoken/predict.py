@@ -11,7 +11,7 @@ from .data import normalise
 from .data.folder import read_image
 from .data.likeness import outside
 from .data.scenes import NAMES
-from .errors import expect, install, one_line_of_warnings, some_of
+from .errors import expect, install, one_line_of_warnings, printable, some_of
 from .files import FilePath, check_target
 from .nn import both_sides
 from .ops import softmax
@@ -43,17 +43,20 @@ def classify(path: FilePath, picture: FilePath, path_out: FilePath) -> str:
     Raises InputError for files that cannot be used, and a path_out that should not be written to.
     """
     check_target(path_out, *plot.FORMATS, inputs=(path, picture), probe=False)
-    model, header = checkpoint.load_model(path)
+    with one_line_of_warnings(path, "tinytoken"):  # of weights in half precision
+        model, header = checkpoint.load_model(path)
     expect("classes" in header, "predict",
            f"{path} does not say its classes and pixel statistics: train it with `compare`")
     classes, mean, std = checkpoint.learned(path, header, model.config)
     images = read_picture(picture, both_sides(model.config.image_size))
     warn(picture, images[0], header)
-    with no_grad():
+    with no_grad(), one_line_of_warnings(path, "NumPy"):
         out = model.eval()(normalise(images, mean, std), trace=True)
         probs = to_numpy(softmax(out.logits).data)[0]
+    expect(np.isfinite(probs).all(), "predict",
+           f"{path} makes numbers of {picture} that are not finite: damaged, or its mean and std are no use")
     order = np.argsort(-probs, kind="stable")
-    lines = [f"{classes[k]:<12} {100 * probs[k]:5.1f} %" for k in order]
+    lines = [f"{printable(classes[k]):<12} {100 * probs[k]:5.1f} %" for k in order]
     return "\n".join([*lines, show(path_out, model, images, classes[order[0]], out)])
 
 
@@ -74,8 +77,9 @@ def warn(path: FilePath, image: np.ndarray, header: dict[str, Any]) -> None:
 
     Nothing is said for a checkpoint from before training noted how its pictures are."""
     if found := outside(image, header.get("bounds", {})):
-        print(f"warning: {path} is unlike the pictures of the training ({header.get('data')}): "
-              f"{some_of(found, 2)}. The classes below may mean nothing.", file=sys.stderr)
+        training = f"the pictures of the training ({header.get('data')})"
+        print(printable(f"warning: {path} is unlike {training}: {some_of(found, 2)}. The classes below may "
+                        "mean nothing."), file=sys.stderr)
 
 
 def show(path: FilePath, model: Any, images: np.ndarray, name: str, out: Any) -> str:

@@ -115,6 +115,26 @@ def test_statistics_and_normalisation(xp):
     np.testing.assert_allclose(host(x), expected, atol=2e-6)
 
 
+def test_a_channel_of_one_value_deviates_by_nothing():
+    """mean(x²) - mean(x)² leaves up to 1e-19 of either sign, of which the root is complex or 1e-10."""
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 8, 8)).astype("uint8")
+    for value in range(256):
+        images[:, 1] = value
+        red, green, blue = channel_statistics(images)[1]
+        assert green == 0 and type(green) is float and min(red, blue) > 0.2
+    batch = Batches(images, np.arange(7), 7)
+    pictures = batch(0)[0]
+    assert batch.std == (red, 1, blue) and pictures[:, 0].std() > 0.9
+    assert np.abs(pictures[:, 1]).max() < 1e-6
+
+
+def test_a_channel_of_two_values_deviates(xp):
+    images = xp.full((50, 3, 32, 32), 5, dtype="uint8")
+    images[0, :, 0, 0] = 6
+    expected = (1 / 255) * (50 * 1024) ** -0.5
+    np.testing.assert_allclose(channel_statistics(images)[1], [expected] * 3, rtol=1e-4)
+
+
 def test_the_sets_own_statistics_are_the_default(xp):
     images, labels = picture_set(xp)
     batches = Batches(images, labels, 10)

@@ -247,6 +247,12 @@ def test_a_phase_is_trained_by_one_process_at_a_time(tmp_path):
     job.fit("a b", Classify(model), 1, 1e-3)
 
 
+def test_too_few_pictures_for_a_batch_are_said():
+    with pytest.raises(tt.InputError, match="^Trial: 63 pictures of scenes to train on, expected at "
+                                            "least 64, a batch$"):
+        Trial(Recipe(train_pictures=63, test_pictures=10), bar=False)
+
+
 def test_a_lessons_trial_keeps_its_checkpoints_out_of_version_control(tmp_path):
     here = lesson.begin("00_test", ["--full", "--device", "cpu", "--out", str(tmp_path / "out")])
     job = here.trial(RECIPE, 5, ARMS, erase=0.5)

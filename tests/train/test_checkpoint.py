@@ -292,6 +292,18 @@ def test_a_header_with_wrong_types_is_refused_by_name(change, text, tmp_path):
         checkpoint.load_model(path)
 
 
+@pytest.mark.parametrize("change, text", [
+    (lambda arrays: arrays.pop("model/head.bias"), "load_state_dict: missing head.bias; unexpected none"),
+    (lambda arrays: arrays.update({"model/head.bias": np.zeros(3, "f")}),
+     "load_state_dict: other shapes: head.bias (3,), expected (10,)")])
+def test_weights_that_do_not_fit_are_refused_with_the_files_name(change, text, tmp_path):
+    path = tmp_path / "vit.npz"
+    checkpoint.save(path, tt.models.ViT(8, 4, 8, 1, 2))
+    changed(path, change)
+    with pytest.raises(tt.InputError, match=re.escape(f"checkpoint: {path} does not describe a ViT: {text}")):
+        checkpoint.load_model(path)
+
+
 @pytest.mark.parametrize("read", [checkpoint.load_model, lambda path: checkpoint.restore(path, vit()[0])])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_refused(value, read, saved):

@@ -61,6 +61,7 @@ class Batches:
                f"and two numbers not below 0 expected")
         if mean is None or std is None:
             mean, std = channel_statistics(images)
+            std = tuple(s or 1.0 for s in std)  # a channel that has one value alone becomes 0
         self.images, self.labels = images, labels
         self.batch_size, self.seed = batch_size, seed
         self.pad, self.flip = pad, flip
@@ -164,6 +165,7 @@ def channel_statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, .
     value = xp.arange(256) / 255
     mean = counts @ value / counts.sum(axis=1)
     variance = counts @ value**2 / counts.sum(axis=1) - mean**2
+    variance[(counts > 0).sum(axis=1) == 1] = 0  # of one value alone rounding may leave -1e-19
     return tuple(float(m) for m in mean), tuple(float(v) ** 0.5 for v in variance)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import random
-from ..errors import InputError, expect, install, one_line_of_warnings, some_of
+from ..errors import InputError, expect, install, one_line_of_warnings, printable, some_of
 from ..files import kind_of
 from ..threads import share_out
 from .cifar import Pictures
@@ -216,7 +216,7 @@ class LeftOut:
         if self.hidden:
             texts.append(f"{self.hidden:,} hidden")
         if texts:
-            print(" ".join(f"{self.path}: left out: {', '.join(texts)}".split()), file=sys.stderr)
+            print(printable(" ".join(f"{self.path}: left out: {', '.join(texts)}".split())), file=sys.stderr)
 
 
 def _only(folders):

@@ -36,6 +36,9 @@ class Trial:
         self.train_set, self.test = load_pictures(
             recipe.data, train=recipe.train_pictures, test=recipe.test_pictures, seed=recipe.seed,
             size=recipe.size)
+        expect(len(self.train_set.images) >= recipe.batch, "Trial",
+               lambda: f"{len(self.train_set.images)} pictures of {recipe.data} to train on, expected at "
+                       f"least {recipe.batch}, a batch")
         images = to_device(self.train_set.images, device)
         labels = to_device(self.train_set.labels, device)
         self.batches = Batches(images, labels, recipe.batch, seed=recipe.seed, **self.test.moves | changes)

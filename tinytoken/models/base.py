@@ -15,8 +15,13 @@ from ..tensor import Tensor
 
 
 def is_number(value: Any) -> bool:
-    """A whole or broken number, of Python or NumPy."""
-    return isinstance(value, numbers.Real)
+    """A whole or broken number, of Python or NumPy; no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """A whole number, of Python or NumPy; no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class Models(Registry):
@@ -64,7 +69,7 @@ class Sizes:
         sizes += [(field.name, getattr(self, field.name)) for field in dataclasses.fields(Sizes)
                   if field.type is int]
         for name, size in sizes:
-            self.check(isinstance(size, (int, np.integer)) and size > 0,
+            self.check(is_whole(size) and size > 0,
                        f"{name} {getattr(self, name)!r}, expected a positive whole number")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

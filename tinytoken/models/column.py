@@ -3,9 +3,7 @@ follow timm."""
 import dataclasses
 import math
 
-import numpy as np
-
-from .base import Sizes, is_number
+from .base import Sizes, is_number, is_whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,7 @@ class ColumnConfig(Sizes):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check(isinstance(self.reg_tokens, (int, np.integer)) and self.reg_tokens >= 0,
+        self.check(is_whole(self.reg_tokens) and self.reg_tokens >= 0,
                    f"reg_tokens {self.reg_tokens!r}, expected a whole number that is not negative")
         self.check(is_number(self.eps) and 0 < self.eps < math.inf,
                    f"eps {self.eps!r}, expected a positive number")

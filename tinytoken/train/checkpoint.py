@@ -16,6 +16,7 @@ from ..models import model as models
 from ..reading import field, finite, read_npz, whole
 
 FORMAT = "tinytoken checkpoint 1"
+NAME = 255  # letters of a class's name at most: classes may be called after folders
 Path = str | os.PathLike
 Groups: TypeAlias = dict[str, dict[str, np.ndarray]]  # {"model" or "optimizer": {name: array}}
 
@@ -72,7 +73,8 @@ def learned(path: Path, header: dict[str, Any], config: Any
     def listed(name, count, ok, expected):
         fits = lambda value: isinstance(value, list) and len(value) == count and all(map(ok, value))
         return tuple(field("predict", path, header, name, fits, f"{count} {expected}"))
-    return (listed("classes", config.num_classes, lambda value: isinstance(value, str), "names"),
+    name = lambda value: isinstance(value, str) and len(value) <= NAME
+    return (listed("classes", config.num_classes, name, "names"),
             listed("mean", config.channels, finite, "numbers"),
             listed("std", config.channels, lambda value: finite(value) and value > 0, "positive numbers"))
 
@@ -91,14 +93,14 @@ def load_model(path: Path) -> tuple[Any, dict[str, Any]]:
     name = header["model"].lower()
     expect(name in names(), "checkpoint",
            f"{path} holds a {header['model']!r}, expected one of {', '.join(names())}")
+    _check_finite(path, groups["model"])
     try:
         values = sum(array.size for array in groups["model"].values() if array.dtype.kind == "f")
         with nn.at_most(2 * values):  # some models make parts, and then put others in their place
             model = create(name, **header["config"])
+        model.load_state_dict(groups["model"])
     except (ValueError, TypeError, ArithmeticError, MemoryError) as error:  # or an option that is not known
         raise InputError(f"checkpoint: {path} does not describe a {header['model']}: {error}") from error
-    _check_finite(path, groups["model"])
-    model.load_state_dict(groups["model"])
     return model, header
 
 
