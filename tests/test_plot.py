@@ -133,6 +133,14 @@ def test_what_matplotlib_warns_of_is_one_line(tmp_path, capsys, recwarn):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ["t.png", "t.svg"])
+def test_names_that_are_no_text_are_written_as_python_writes_them(name, tmp_path, figures):
+    images, panels = example(1)
+    plot.tokens(tmp_path / name, images, ["caf\udce9"], {"ViT": ["two\nlines"]}, panels, 2)
+    axis = figures[0].axes[0]
+    assert (axis.get_ylabel(), axis.get_xlabel()) == (r"truth: caf\udce9", r"ViT says two\nlines")
+
+
 @pytest.mark.parametrize("name, begin", [
     ("t.png", b"\x89PNG"), ("t.JPG", b"\xff\xd8"), ("t", b"\x89PNG"), ("t.jpg", b"\xff\xd8"),
     ("t.jpeg", b"\xff\xd8"), ("t.pdf", b"%PDF"), ("t.svg", b"<?xml")])

@@ -1,5 +1,6 @@
 """The generator against the published answers of its authors, and the properties that the rest relies on."""
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -32,6 +33,13 @@ def test_philox_gives_the_known_answers(xp, counter, key, answer):
     for word, expected in zip(words, answer):
         assert word.dtype == "uint32"
         assert host(word).tolist() == [expected, expected]
+
+
+def test_a_site_need_not_be_text():
+    """Folders may be called what no encoding can write; other sites draw as they did."""
+    assert (random.bits(3, site="caf\udce9", step=0, seed=0) != random.bits(3, site="caf", step=0, seed=0)).all()
+    word = zlib.crc32(b"caf\xc3\xa9")
+    assert random.bits(1, site="café", step=0, seed=0) == random.bits(1, site=word, step=0, seed=0)
 
 
 def test_bits_are_the_blocks_of_counter_element_site_step(xp):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .errors import one_line_of_warnings
+from .errors import one_line_of_warnings, printable
 from .files import FilePath, replacing
 
 
@@ -27,6 +27,9 @@ def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str] | None,
     "MODEL says NAME", where it is wrong or the truth is not known.
     """
     figure_module = _figure()
+    # a class may be called after a folder: its name need not be text, and is no formula (parse_math)
+    labels = None if labels is None else [printable(name) for name in labels]
+    predictions = {model: [printable(name) for name in names] for model, names in predictions.items()}
     columns = ["picture", *(title for title, _ in panels)]
     figure = figure_module.Figure(figsize=(1.9 * len(columns), 2.15 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
@@ -38,7 +41,6 @@ def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str] | None,
             axis.set(xticks=[], yticks=[])
             if b == 0:
                 axis.set_title(title, fontsize=8, parse_math=False)
-        # a class may be called after a folder: its name is no formula
         if labels is not None:
             row[0].set_ylabel(f"truth: {labels[b]}", fontsize=8, parse_math=False)
         row[0].set_xlabel(**_answers({name: names[b] for name, names in predictions.items()},

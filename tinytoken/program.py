@@ -28,7 +28,7 @@ def ended(error: BaseException, where: str = "") -> int:
     2 for an input that cannot be used; 130 after Ctrl-C; 141, without a word, where nobody reads the output
     any more, as in `tinytoken ... | head`, which is no error. where: begins the text of an error.
     """
-    text = printable(" ".join(str(error).split()))  # on one line, even if the message has a hint on a second one
+    text = printable(" ".join(str(error).split()))  # on one line, even if there is a hint on a second one
     try:
         if isinstance(error, BrokenPipeError):
             raise error

@@ -55,7 +55,8 @@ def bits(shape: Shape, *, site: str | int, step: Any = None, seed: int | None = 
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     seed = _default["seed"] if seed is None else seed
     step = next(_default["draws"]) if step is None else step
-    site = zlib.crc32(site.encode()) if isinstance(site, str) else site
+    # surrogates: a site may hold the name of a folder, which need not be text
+    site = zlib.crc32(site.encode("utf-8", "surrogatepass")) if isinstance(site, str) else site
     _check_seed(seed)
     seed, size = int(seed), math.prod(shape)  # a NumPy integer would make the words 64 bits wide
     on_device = is_array(step)

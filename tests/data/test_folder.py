@@ -6,6 +6,7 @@ import pathlib
 import re
 import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -204,6 +205,26 @@ def test_modes_and_transparency(tmp_path, how, more, expected):
     image = saved(tmp_path / name, *what, **more)
     assert image.shape == (3, 4, 6) and image.dtype == "uint8"
     assert (image == np.array(expected)[:, None, None]).all(), image[:, 0, 0]
+
+
+def png(bits, colours, row, transparent):
+    """A PNG of 4 rows of these bytes, 6 pixels each, with a tRNS chunk."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 6, 4, bits, colours, 0, 0, 0))
+            + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress((b"\0" + row) * 4))
+            + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("bits, colours, row, transparent, seen", [
+    (2, 0, b"\x55\x50", b"\0\x01", 255), (2, 0, b"\x55\x50", b"\0\x02", 85),
+    (4, 0, b"\x33" * 3, b"\0\x03", 255), (4, 0, b"\x33" * 3, b"\0\x04", 51),
+    (8, 0, b"\x33" * 6, b"\0\x33", 255), (8, 0, b"\x33" * 6, b"\0\x03", 51),
+    (16, 2, b"\x33\x44" * 18, b"\x33\x44" * 3, 255), (16, 2, b"\x33\x44" * 18, b"\x44\x33" * 3, 51)])
+def test_what_a_png_calls_transparent_is_in_its_own_bits(bits, colours, row, transparent, seen, tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(png(bits, colours, row, transparent))
+    assert (read_image(path, (4, 6)) == seen).all()
 
 
 @pytest.mark.parametrize("stored_as, tag", [
@@ -424,6 +445,15 @@ def test_a_folder_that_cannot_be_entered(tmp_path, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
     with refuses(f"{tmp_path / 'bee'}: the folder cannot be read (Permission denied)"):
         load_images(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names of files are text there")
+def test_a_class_whose_name_is_no_text(tmp_path):
+    for name in (b"ant", b"caf\xe9"):
+        for i in range(5):
+            write(tmp_path / os.fsdecode(name) / f"{i}.png", 1, 2, 3)
+    train, test = load_images(tmp_path)
+    assert train.names == ("ant", "caf\udce9") and len(train) == 8 and len(test) == 2
 
 
 # The main job on any number of classes

@@ -28,6 +28,7 @@ ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".ti
 SITE = "tinytoken.data.folder."
 TEST_SHARE = 5  # one in so many, where the folder has no test part of its own
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value
+TO_8_BITS = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}  # what makes 8 bits of a PNG's 2, 4 and 16
 BACKGROUND = "white"  # what shows where a picture is transparent
 CHUNK = 32  # pictures that a thread reads before it takes the next ones: Ctrl-C waits for no more than these
 EXPECTED = "expected DIR/train/CLASS/*.png and DIR/test/CLASS/*.png, or DIR/CLASS/*.png"
@@ -49,6 +50,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int], where: str = "ima
     try:
         with Image.open(path) as image:
             ends = _black_and_white(image) if image.mode[0] in "IF" else None
+            _transparent_in_8_bits(image)
             image = _rgb(ImageOps.exif_transpose(image), ends, Image)
             return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     except MemoryError:
@@ -64,6 +66,15 @@ def _pillow(where):
         raise InputError(f"{where} reads pictures with pillow, which is not installed: "
                          f"{install('pillow')}") from None
     return Image, ImageOps
+
+
+def _transparent_in_8_bits(image):
+    """A PNG names a grey or a colour that is transparent in bits of its own; pillow compares it with 8."""
+    factor = TO_8_BITS.get(image.tile[0][3]) if image.format == "PNG" and image.tile else None
+    if factor and "transparency" in image.info:
+        value = image.info["transparency"]
+        image.info["transparency"] = (int(value * factor) if isinstance(value, int)
+                                      else tuple(int(v * factor) for v in value))
 
 
 def _rgb(image, ends, Image):
