@@ -193,12 +193,27 @@ def test_a_file_for_points_is_checked_before_anything_is_graded(option, ending, 
         monkeypatch.setattr(grade, name, lambda *_, **__: pytest.fail("graded"))
     pathlib.Path("model.npz").write_text("weights")
     pathlib.Path("folder" + ending).mkdir()
-    what = ["--submissions"] if option == "--csv" else ["--submission"]
+    what = "--submissions" if option == "--csv" else "--submission"
     for place, reason in (("model.npz", f"expected a name that ends in {ending}"),
                           ("folder" + ending, "it is a folder, expected the name of a file")):
-        line = refused(capsys, "grade", "a1", *what, ".", option, place)
+        line = refused(capsys, "grade", "a1", what, ".", option, place)
         assert line == f"cannot write {place}: {reason}"
     assert pathlib.Path("model.npz").read_text() == "weights"
+
+
+@pytest.mark.parametrize("options, line", [
+    ("--submission . --csv p.csv", "--csv is for --submissions"),
+    ("--submissions . --csv p.csv --json r.json", "--json is for one --submission"),
+    ("--submissions . --csv p.csv --gradescope r.json", "--gradescope is for one --submission"),
+    ("--submissions . --csv p.csv --leaderboard", "--leaderboard is for one --submission"),
+    ("--submissions . --csv p.csv --hidden", "--hidden is for one --submission"),
+    ("--submissions .", "--submissions without --csv: give the file for the points"),
+    ("--submission . --leaderboard", "--leaderboard without --gradescope: give the file for the results"),
+    ("--submission . --hidden", "--hidden without --gradescope: give the file for the results")])
+def test_no_option_of_grade_is_dropped_in_silence(options, line, monkeypatch, capsys):
+    for name in ("grade_folder", "grade_submission"):
+        monkeypatch.setattr(grade, name, lambda *_, **__: pytest.fail("graded"))
+    assert refused(capsys, "grade", "a1", *options.split()) == f"grade: {line}"
 
 
 def test_the_autograders_zip_is_not_written_over_something_else(capsys):

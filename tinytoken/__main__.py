@@ -175,15 +175,28 @@ def run_stub(args: argparse.Namespace) -> None:
     print("\n".join(map(str, release.write_copy(find_assignment(args), args.out, args.notebook))))
 
 
+def check_grade(args: argparse.Namespace) -> None:
+    """InputError for an option that would have no effect beside the others."""
+    idle, of = ((("json", "gradescope", "leaderboard", "hidden"), "one --submission") if args.submissions
+                else (("csv",), "--submissions"))
+    for name in idle:
+        expect(not getattr(args, name), "grade", f"--{name} is for {of}")
+    for name in ("leaderboard", "hidden"):
+        expect(args.gradescope or not getattr(args, name), "grade",
+               f"--{name} without --gradescope: give the file for the results")
+    expect(args.csv or not args.submissions, "grade",
+           "--submissions without --csv: give the file for the points")
+
+
 def run_grade(args: argparse.Namespace) -> None:
     from .course import grade, gradescope, sandbox
     from .files import check_target, write_json
+    check_grade(args)
     assignment = find_assignment(args)
     for path, ending in ((args.csv, ".csv"), (args.json, ".json"), (args.gradescope, ".json")):
         if path:
             check_target(path, ending)
     if args.submissions:
-        expect(args.csv, "grade", "--submissions without --csv: give the file for the points")
         reports = grade.grade_folder(assignment, args.submissions, args.csv, sandboxed=args.sandbox)
         if args.sandbox is None and (why_not := sandbox.missing()):
             print(f"graded without a sandbox: {why_not}", file=sys.stderr)
