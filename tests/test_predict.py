@@ -229,7 +229,6 @@ def half(path):
 
 
 PICTURES = {
-    "missing": (lambda path: None, ".*No such file or directory.*"),
     "text": (lambda path: path.write_text("a text"), "cannot identify image file .*"),
     "folder": (lambda path: path.mkdir(), ".*Is a directory.*"),
     "half": (half, ".*"),
@@ -246,6 +245,13 @@ def test_predict_refuses_what_is_no_picture(make, reason, capsys, tmp_path):
     assert re.fullmatch(rf"predict: {tmp_path}/x.png is not a picture that pillow can read \({reason}\)",
                         line)
     assert everything(tmp_path) == before
+
+
+def test_predict_says_that_a_picture_is_not_there(capsys):
+    saved("model.npz", "dynamicvit")
+    os.symlink("nowhere", "link.png")
+    for name in ("none.png", "link.png", "none/x.png"):
+        assert refused(capsys, "predict", "model.npz", name) == f"predict: {name} does not exist"
 
 
 def test_predict_refuses_a_picture_without_a_name(capsys):

@@ -254,7 +254,6 @@ def test_the_central_part_is_scaled_by_averages(tmp_path):
 
 
 BROKEN = {
-    "missing": (lambda path: None, "No such file"),
     "text": (lambda path: path.write_text("a text"), "cannot identify image file"),
     "half": (lambda path: path.write_bytes(noise(path)[:3000]), "truncated"),
     "floats": (lambda path: Image.new("F", (4, 4), 0.5).save(path, "TIFF"),

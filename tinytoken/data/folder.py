@@ -55,6 +55,8 @@ def read_image(path: str | os.PathLike, size: tuple[int, int], where: str = "ima
             return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     except MemoryError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"{where}: {path} does not exist") from error
     except Exception as error:  # of a damaged file: OSError, SyntaxError, ValueError, struct.error, ...
         raise InputError(f"{where}: {path} is not a picture that pillow can read ({error})") from error
 
