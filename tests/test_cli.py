@@ -330,7 +330,7 @@ def test_output_that_nobody_reads(ending, status, said, tmp_path):
                                       "sys.exit(__main__.main(['doctor']))\n")
     command = f"{shlex.quote(sys.executable)} long.py {ending}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
     assert done.returncode == status and done.stderr == (said or "")
 
 

@@ -211,6 +211,7 @@ def test_results_that_could_not_be_written_end_a_lesson_before_its_work(tmp_path
     ("here.end()", ">&-", 0, ""),
     ("here.end()", "2>&-", 0, ""),
     ("print('\u03bb')", ">/dev/null", 0, ""),
+    ("print('x'); here.pictures(1, 1)", "--data nowhere | true", 141, "error: 00_test.py, line 5: data: "),
     ("here.pictures(1, 1)", "--data nowhere", 2, "error: 00_test.py, line 5: data: nowhere does not exist; "),
     ("files.claimed('busy').__enter__()", "", 2, "error: 00_test.py, line 5: another process is at work on"),
     ("[1] @ tt.Tensor([1, 2])", "", 2, "error: 00_test.py, line 5: matmul: "),
@@ -229,7 +230,7 @@ def test_a_lesson_ends_in_one_line(line, redirected, status, said, tmp_path):
     with files.claimed(tmp_path / "busy"):
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,
                               cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT),
-                                                 "PYTHONIOENCODING": "ascii"})
+                                                 "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""})
     assert (done.returncode, done.stderr[:len(said)]) == (status, said), done.stderr
     if said[:3] not in ("Tra", "usa"):
         assert done.stderr.count("\n") == bool(said)
