@@ -134,7 +134,8 @@ def test_only_a_regular_file_is_replaced(tmp_path):
 def test_a_target_in_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("no folder")
     path = tmp_path / "file" / "a.json"
-    with pytest.raises(tt.InputError, match=rf"^cannot write {tmp_path}/file/\S+: "):
+    with pytest.raises(tt.InputError, match=rf"^cannot write {tmp_path}/file: {tmp_path}/file is a file, "
+                                            "expected a folder$"):
         files.check_target(path, ".json")
     files.check_target(path, ".json", probe=False)
     files.check_target(tmp_path / "new" / "model")  # any ending
@@ -346,7 +347,8 @@ def test_a_folder_is_tried_before_the_work(tmp_path):
     assert left_in(tmp_path) == []
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(tt.InputError,
-                       match=rf"^cannot write {tmp_path}/file/\S+: (File exists|Not a directory)$"):
+                       match=rf"^cannot write {tmp_path}/file/folder: {tmp_path}/file is a file, expected a "
+                             "folder$"):
         files.check_writable(tmp_path / "file" / "folder")
 
 

@@ -190,6 +190,8 @@ def check_writable(folder: pathlib.Path) -> None:
     Writes a file into it, or, where it does not exist yet, into the nearest folder above it, and removes it.
     """
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    expect(nearest.is_dir(), f"cannot write {folder}",
+           lambda: f"{nearest} is {kind_of(nearest)}, expected a folder")
     probe = nearest / ".tinytoken-writable"
     with claimed(probe, wait=True):
         with replacing(probe) as file:
