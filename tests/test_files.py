@@ -142,6 +142,26 @@ def test_a_target_in_a_folder_that_cannot_be_written_to(tmp_path):
     assert left_in(tmp_path) == ["file"]
 
 
+def test_what_a_killed_process_left_is_removed_by_the_next_without_a_claim_later(tmp_path):
+    names = {name: tmp_path / f".{name}.part"
+             for name in ("a.txt.abcdefgh", "a.txt.ab_defg1", "b.txt.abcdefgh")}
+    for left in names.values():
+        left.write_text("half")
+    then = time.time() - files.LEFT - 1
+    for name in ("a.txt.abcdefgh", "b.txt.abcdefgh"):
+        os.utime(names[name], (then, then))
+    with files.replacing(tmp_path / "a.txt", "w") as file:
+        file.write("whole")
+    assert left_in(tmp_path) == sorted([".a.txt.ab_defg1.part", ".b.txt.abcdefgh.part", "a.txt"])
+    with files.claimed(tmp_path / "a.txt"):
+        assert ".a.txt.ab_defg1.part" not in left_in(tmp_path)
+    ahead = tmp_path / ".a.txt.abcdefgh.part"
+    ahead.write_text("half")
+    os.utime(ahead, (time.time() + 9999,) * 2)  # by another machine's clock
+    with files.claimed(tmp_path / "a.txt"):
+        assert not ahead.exists()
+
+
 def test_text_is_utf8(tmp_path):
     with files.replacing(tmp_path / "a.txt", "w") as file:
         file.write("\u03bb")

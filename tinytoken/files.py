@@ -29,6 +29,7 @@ except ImportError:  # Windows
 
 FilePath: TypeAlias = str | os.PathLike[str]
 HALF_WRITTEN = r"\.{}\.[a-z0-9_]{{8}}\.part"  # the name of a file that is to become another: see `replacing`
+LEFT = 3600  # seconds after which a file that is half-written, and that nobody claims, is somebody's no more
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what file systems without locks answer
 MOMENT = "%Y-%m-%d %H:%M:%S"
 KINDS = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
@@ -72,14 +73,16 @@ def _check_replaceable(path):
 def replacing(path: FilePath, mode: str = "wb") -> Iterator[IO[Any]]:
     """Context: a file that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Text is UTF-8. A crash at any moment leaves the old file or the new one. What is not a regular file, a
-    full disk or an unwritable folder raises InputError naming the path.
+    Text is UTF-8. A crash at any moment leaves the old file or the new one; what a killed process left
+    half-written is removed by the next one, after LEFT seconds or at once under a claim. What is not a
+    regular file, a full disk or an unwritable folder raises InputError naming the path.
     """
     path = pathlib.Path(path)
     _check_replaceable(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_half_written(path, LEFT)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -109,12 +112,20 @@ def claimed(path: FilePath, wait: bool = False) -> Iterator[None]:
             stack.callback(_remove_empty, [p for p in (path.parent, *path.parent.parents) if not p.exists()])
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.callback(_unlock, _locked(lock, path, wait), lock)
-            for name in os.listdir(path.parent):
-                if re.fullmatch(HALF_WRITTEN.format(re.escape(path.name)), name):
-                    (path.parent / name).unlink(missing_ok=True)
+            _remove_half_written(path)
         except OSError as error:
             raise InputError(f"cannot write {lock}: {error.strerror or error}") from error
         yield
+
+
+def _remove_half_written(path, age=0):
+    """Remove what a killed process left of `path`; with `age`, what nobody has written to for so many
+    seconds."""
+    for name in os.listdir(path.parent):
+        if re.fullmatch(HALF_WRITTEN.format(re.escape(path.name)), name):
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it, or renamed it
+                if not age or time.time() - os.stat(path.parent / name).st_mtime > age:
+                    os.unlink(path.parent / name)
 
 
 def _locked(lock, path, wait):
