@@ -346,6 +346,14 @@ def test_grad_refuses():
     x = leaf([1.0])
     text = "grad: 0 arrays in `into` for 1 tensors in `wrt`"
     assert refusal(InputError, tt.grad, x.sum(), [x], into=[]) == text
+    # an array of another shape could take the gradient in many copies
+    for array, said in ((np.zeros((2, 1)), "(2, 1) float64"), (np.zeros(1, int), "(1,) int64"), (1.0, "float ")):
+        text = f"grad: an array in `into` is {said}, expected (1,) float64"
+        assert refusal(InputError, tt.grad, x.sum(), [x], into=[array]) == text
+        assert refusal(InputError, tt.grad, x.sum(), x, into=array, add=True) == text
+    text = "grad: `into` is a float, expected a list of arrays"
+    assert refusal(InputError, tt.grad, x.sum(), [x], into=1.0) == text
+    assert refusal(InputError, tt.grad, x.sum(), None) == "grad: `wrt` is a NoneType, expected Tensors"
     text = "grad: a ndarray, expected a Tensor"
     assert refusal(InputError, tt.grad, x.sum(), [np.ones(1)]) == text
     assert refusal(InputError, tt.grad, lambda: x.sum(), x) == "grad: a function, expected a Tensor"

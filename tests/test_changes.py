@@ -121,6 +121,21 @@ def test_how_many_elements_are_compared():
     loss.backward()
 
 
+def test_of_sixteen_elements_all_are_compared():
+    for place in range(16):
+        array, x = rng.standard_normal(16), leaf(rng.standard_normal(16))
+        loss = (x * array).sum()
+        array[place] += 1
+        assert SAID in refusal(GraphError, loss.backward)
+
+
+def test_a_change_that_the_vjp_cannot_run_with_is_said():
+    x, rows = leaf(rng.standard_normal((3, 2))), np.array([True, False, True])
+    loss = x[rows].sum()
+    rows[...] = False
+    assert refusal(GraphError, loss.backward) == f"backward: index: an array (3,) {SAID}"
+
+
 def test_the_elements_are_spread_over_the_array():
     """A change of one of sixteen images, or one of the columns of a transposed array, is seen."""
     for shape in ((16, 3, 8, 8), (16, 500), (16, 65, 96)):

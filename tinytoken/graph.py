@@ -50,7 +50,7 @@ def watched(vjp: Callable, samples: int) -> list[tuple[np.ndarray, int, bytes]]:
                 continue
             for one in value if isinstance(value, tuple) else (value,):
                 if isinstance(one, np.ndarray):
-                    step = one.size // samples + 1
+                    step = (one.size - 1) // samples + 1 if one.size else 1
                     found.append((one, step, one.flat[::step].tobytes()))
                 elif isinstance(one, FunctionType) and one not in functions:
                     functions.append(one)
@@ -128,7 +128,12 @@ def _run_node(node, edges, upstream, arrive, place_of):
     vjp, held = node.vjp, node.held
     node.vjp, node.edges, node.held = None, (), ()
     changed = [array for array, step, before in held if array.flat[::step].tobytes() != before]
-    entries = vjp(*upstream)
+    try:
+        entries = vjp(*upstream)
+    except Exception as error:
+        if changed:
+            raise _was_changed(node.op, changed[0]) from error
+        raise
     entries = entries if isinstance(entries, tuple) else (entries,)
     if changed:
         _check_changed(node.op, changed, edges, entries)
@@ -156,9 +161,13 @@ def _check_changed(op, changed, edges, entries):
         read[asked].update(id(array) for array, _, _ in watched(entry, 1))
     for array in changed:
         if id(array) not in read[False] - read[True]:
-            raise GraphError(f"backward: {op.name}: an array {array.shape} was changed in place between the "
-                             f"forward and the backward pass, so the gradient would be wrong. Change a copy, "
-                             f"or run the forward pass again.")
+            raise _was_changed(op, array)
+
+
+def _was_changed(op, array):
+    return GraphError(f"backward: {op.name}: an array {array.shape} was changed in place between the forward "
+                      f"and the backward pass, so the gradient would be wrong. Change a copy, or run the "
+                      f"forward pass again.")
 
 
 def _run_node_in(wrapper, node, edges, upstream, arrive, place_of):

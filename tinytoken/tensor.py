@@ -15,10 +15,11 @@ import contextlib
 import functools
 import inspect
 import re
+import reprlib
 import threading
 import typing
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -159,6 +160,10 @@ class Tensor:
     def __bool__(self):
         return bool(self.item())
 
+    def __format__(self, spec):
+        """f"{loss:.3f}": the one value. Without a format it is the text of `repr`."""
+        return format(self.item(), spec) if spec else repr(self)
+
     def __array__(self, dtype=None, copy=None):
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
@@ -179,11 +184,18 @@ def grad(loss: Tensor, wrt: Sequence[Tensor] | Tensor, into: Any = None, *, grad
     """
     if isinstance(wrt, Tensor):
         return grad(loss, [wrt], None if into is None else [into], gradient=gradient, add=add)[0]
+    expect(isinstance(wrt, Iterable), "grad", lambda: f"`wrt` is a {type(wrt).__name__}, expected Tensors")
     wrt = list(wrt)
     for one in (loss, *wrt):
         expect(isinstance(one, Tensor), "grad", lambda: f"a {type(one).__name__}, expected a Tensor")
+    expect(into is None or isinstance(into, (list, tuple)), "grad",
+           lambda: f"`into` is a {type(into).__name__}, expected a list of arrays")
     expect(into is None or len(into) == len(wrt), "grad",
            lambda: f"{len(into)} arrays in `into` for {len(wrt)} tensors in `wrt`")
+    for t, array in zip(wrt, into or ()):
+        expect(is_array(array) and array.shape == t.shape and array.dtype.kind == "f", "grad",
+               lambda: f"an array in `into` is {getattr(array, 'shape', type(array).__name__)} "
+                       f"{getattr(array, 'dtype', '')}, expected {t.shape} {t.dtype}")
     expect(all(t.requires_grad for t in wrt), "grad", "a tensor in `wrt` does not require a gradient")
     expect(len({id(t) for t in wrt}) == len(wrt), "grad", "a tensor in `wrt` is given twice")
     if into is None:
@@ -267,11 +279,8 @@ class Op:
             run = faster(self, xp, *arrays, **settings) or self.function
             out, vjp = run(*arrays, **settings) if _mode.around is None else _mode.around(
                 self, "forward", _shapes(arrays), functools.partial(run, *arrays, **settings))
-        except (ValueError, IndexError) as error:  # what no check of the op foresaw, in its form
-            if isinstance(error, InputError):
-                raise
-            shapes = ", ".join(str(a.shape) for a in arrays if is_array(a))
-            raise InputError(f"{self.name}: {shapes}: {error}") from error
+        except UNFORESEEN as error:
+            refuse(self.name, arrays, settings, error)
         several = isinstance(out, tuple)
         outputs = out if several else (out,)
         record = record and vjp is not None and _mode.recording
@@ -346,6 +355,19 @@ class Op:
         out.data, out.grad = array, None
         out.requires_grad, out.node, out.place = node is not None, node, place
         return out
+
+
+# What Python and NumPy raise for arguments that no check of an op foresaw
+UNFORESEEN = (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError, OverflowError)
+
+
+def refuse(where: str, arrays: Iterable[Any], settings: dict[str, Any], error: Exception) -> NoReturn:
+    """Raise one of UNFORESEEN as an InputError that says what was given."""
+    if isinstance(error, InputError):
+        raise error
+    given = ", ".join([str(a.shape) if is_array(a) else reprlib.repr(a) for a in arrays])
+    options = ", ".join([f"{name}={reprlib.repr(value)}" for name, value in settings.items()])
+    raise InputError(f"{where}: {given}: {error}" + f" ({options})" * bool(options)) from error
 
 
 def _says_index(annotation, function):

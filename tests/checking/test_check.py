@@ -58,6 +58,10 @@ def test_wrt_takes_positions_and_names():
     assert [c.name for c in gradcheck(ops.linear, *inputs, wrt=["bias", 0]).inputs] == ["bias", "x"]
     with pytest.raises(InputError, match=r"wrt 'b', expected positions 0 to 2 or names \(x, weight, bias\)"):
         gradcheck(ops.linear, *inputs, wrt=["b"])
+    for one, name in ((1, "weight"), ("bias", "bias")):
+        assert [c.name for c in gradcheck(ops.linear, *inputs, wrt=one).inputs] == [name]
+    with pytest.raises(InputError, match="wrt 0.5, expected a list of positions or names"):
+        gradcheck(ops.linear, *inputs, wrt=0.5)
     with pytest.raises(InputError, match="wrt 3"):
         gradcheck(ops.linear, *inputs, wrt=[3])
 
@@ -287,6 +291,23 @@ def test_names():
     assert [c.name for c in gradcheck(ops.concat, normal(3), normal(3)).inputs] == ["input 0", "input 1"]
     with pytest.raises(InputError, match="1 names for 2 inputs"):
         gradcheck(ops.add, normal(3), normal(3), names=["x"])
+    with pytest.raises(InputError, match="0.5 names for 2 inputs"):
+        gradcheck(ops.add, normal(3), normal(3), names=0.5)
+
+
+@pytest.mark.parametrize("option", ["eps", "rtol", "atol", "max_elements", "seed"])
+@pytest.mark.parametrize("value", [None, "a", [1], 1j, -1, float("nan")])
+def test_options_that_are_no_numbers(option, value):
+    with pytest.raises(InputError, match=f"gradcheck: .*{option} "):
+        gradcheck(ops.exp, normal(2), **{option: value})
+    gradcheck(ops.exp, normal(2), max_elements=1e6)
+
+
+def test_what_is_no_function_or_no_array():
+    with pytest.raises(InputError, match="gradcheck: fn is a float, expected a function"):
+        gradcheck(0.5, normal(2))
+    with pytest.raises(InputError, match="Tensor: setting an array element with a sequence"):
+        gradcheck(ops.exp, [[1.0], [1.0, 2.0]])
 
 
 def test_the_function_is_named():

@@ -1,4 +1,5 @@
 """NumPy's own functions of Tensors: an op of ours, the values, or a refusal that names what to use."""
+import collections
 import operator
 
 import numpy as np
@@ -16,7 +17,8 @@ A = np.array([[0.5, 2.0], [3.0, 4.0]])
     lambda x: np.negative(x), lambda x: np.add(x, A), lambda x: np.subtract(A, x),
     lambda x: np.multiply(x, x), lambda x: np.divide(A, x), lambda x: np.matmul(A, x),
     lambda x: np.transpose(x), lambda x: np.transpose(x, (1, 0)), lambda x: np.transpose(x, axes=(0, 1)),
-    lambda x: np.swapaxes(x, 0, 1), lambda x: A * x, lambda x: A @ x, lambda x: A / x, lambda x: A - x,
+    lambda x: np.swapaxes(x, 0, 1), lambda x: np.swapaxes(a=x, axis1=0, axis2=1),
+    lambda x: np.transpose(a=x), lambda x: A * x, lambda x: A @ x, lambda x: A / x, lambda x: A - x,
     lambda x: np.float64(3) * x, lambda x: np.float32(3) - x, lambda x: np.int64(3) / x])
 def test_what_is_an_op_of_ours_stays_in_the_graph(call):
     x = leaf(A)
@@ -37,6 +39,8 @@ def test_what_is_an_op_of_ours_stays_in_the_graph(call):
     ("sin", lambda x: np.sin(x), "an op of your own (@tt.op)"),
     ("add", lambda x: np.add.reduce(x), "an op of your own (@tt.op)"),
     ("split", lambda x: np.split(x, 2), "x[start:stop]"),
+    ("<lambda> (vectorized)", lambda x: np.frompyfunc(lambda value: value, 1, 1)(x),
+     "an op of your own (@tt.op)"),
     ("max", lambda x: np.max(x), "x.max(axis)")])
 def test_what_would_cut_the_graph_is_refused_by_name(name, call, instead):
     assert refusal(InputError, call, leaf(A)) == (
@@ -70,9 +74,23 @@ def test_values_are_written_and_saved(tmp_path):
         equal(file["x"], A)
 
 
+def test_tensors_in_other_containers():
+    """NumPy finds them, and would ask for each what is to be done with all, without end."""
+    Pair = collections.namedtuple("Pair", "a b")
+    x = Tensor(A)
+    equal(np.concatenate(Pair(x, A)), np.concatenate([A, A]))
+    assert "ops.concat" in refusal(InputError, np.concatenate, Pair(leaf(A), A))
+    objects = np.empty(2, object)
+    objects[:] = x, x
+    for several in (collections.deque([x, x]), objects):
+        assert refusal(InputError, np.concatenate, several) == (
+            "np.concatenate: Tensors in a container of another class, expected a list or tuple of them")
+
+
 def test_a_tensor_is_not_added_to_an_array_in_place():
     x, array = leaf(A), A.copy()
-    for write in (lambda: operator.iadd(array, x), lambda: np.multiply(A, x, out=array)):
+    for write in (lambda: operator.iadd(array, x), lambda: np.multiply(A, x, out=array),
+                  lambda: np.add.at(array, slice(None), x)):
         assert refusal(InputError, write).endswith(
             "writes a Tensor that requires a gradient into an array, which has no graph\n"
             "  likely: a = a + x, not a += x")

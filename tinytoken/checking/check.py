@@ -6,6 +6,7 @@ gradient, and `diagnosis.py` says which mistake a wrong one looks like.
 import contextlib
 import dataclasses
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def gradcheck(fn: Callable[..., Any], *inputs: Any, wrt: Sequence[int | str] | N
     fn: gets Tensors, returns one or a tuple of them. inputs: float64 arrays or Tensors; integer ones and None
         are passed on unchecked. A Tensor (a model's Parameter) is perturbed in place and put back, so fn may
         ignore its arguments: gradcheck(lambda *p: loss(), *model.parameters()).
-    wrt: positions or names of the inputs to check (None: all floats). names: of the inputs, for the messages.
+    wrt: positions or names of the inputs to check, or one of them (None: all floats). names: of the inputs,
+        for the messages.
     eps: the step is eps max(1, |x|); where that has too few digits, longer ones are tried, and steps down to
         |x| / 8192. rtol, atol: an element passes if |analytic - numeric| <= atol + rtol |numeric| and what
         the numeric slope may be off (but never more than rtol of the input's largest slope).
@@ -69,17 +71,21 @@ def gradcheck(fn: Callable[..., Any], *inputs: Any, wrt: Sequence[int | str] | N
     gradient of the soft one.
     """
     expect(inputs, "gradcheck", "no inputs to check")
-    expect(eps > 0 and rtol >= 0 and atol >= 0 and max_elements >= 1, "gradcheck",
-           lambda: f"eps {eps}, rtol {rtol}, atol {atol}, max_elements {max_elements}: "
+    expect(callable(fn), "gradcheck", lambda: f"fn is a {type(fn).__name__}, expected a function")
+    expect(all(isinstance(n, numbers.Real) for n in (eps, rtol, atol, max_elements))
+           and eps > 0 and rtol >= 0 and atol >= 0 and max_elements >= 1 and max_elements % 1 == 0,
+           "gradcheck", lambda: f"eps {eps}, rtol {rtol}, atol {atol}, max_elements {max_elements}: "
                    "expected positive ones")
-    tensors = [x if x is None or isinstance(x, Tensor) else Tensor(x.copy() if is_array(x) else np.array(x))
+    expect(isinstance(seed, (int, np.integer)) and seed >= 0, "gradcheck",
+           lambda: f"seed {seed!r}, expected a whole number from 0")
+    tensors = [x if x is None or isinstance(x, Tensor) else Tensor(x.copy() if is_array(x) else x)
                for x in inputs]
     names = _names(fn, len(tensors), names)
     positions = _positions(wrt, tensors, names)
     with _borrowed([t for t in tensors if t is not None], [tensors[i] for i in positions]):
         rng = np.random.default_rng([seed, STREAM])
         passes = Passes(fn, tensors, names, positions, seed, rng)
-        return _checked(passes, (eps, rtol, atol), rng, max_elements)
+        return _checked(passes, (eps, rtol, atol), rng, int(max_elements))
 
 
 def _checked(passes, tolerances, rng, max_elements):
@@ -103,8 +109,8 @@ def _checked(passes, tolerances, rng, max_elements):
 
 def _names(fn, count, names):
     """The inputs' names: `names`, or what an op or function calls them, or 'input 0', 'input 1', ..."""
-    expect(names is None or len(names) == count, "gradcheck",
-           lambda: f"{len(names)} names for {count} inputs")
+    expect(names is None or isinstance(names, Sequence) and len(names) == count, "gradcheck",
+           lambda: f"{len(names) if isinstance(names, Sequence) else repr(names)} names for {count} inputs")
     if names is not None:
         return list(names)
     try:
@@ -118,6 +124,9 @@ def _names(fn, count, names):
 def _positions(wrt, tensors, names):
     """The positions of the inputs to check. Refuses float32, where finite differences have no digits left."""
     floats = [i for i, t in enumerate(tensors) if t is not None and t.dtype.kind == "f"]
+    wrt = [wrt] if isinstance(wrt, (int, str)) else wrt
+    expect(wrt is None or isinstance(wrt, Sequence), "gradcheck",
+           lambda: f"wrt {wrt!r}, expected a list of positions or names")
     for w in wrt or ():
         known = w in names if isinstance(w, str) else isinstance(w, int) and 0 <= w < len(tensors)
         expect(known, "gradcheck",

@@ -75,6 +75,7 @@ def embedding(weight, rows: Index):
 
     The gradients of a row that is used more than once add up.
     """
+    expect(weight.ndim == 2, "embedding", lambda: f"{shape_of('weight', weight)}, expected (K, D)")
     expect(rows.dtype.kind in "iu", "embedding", lambda: f"rows of dtype {rows.dtype}, expected integers")
     shape = weight.shape
     in_range = array_module(rows) is not np or not rows.size or 0 <= rows.min() and rows.max() < len(weight)

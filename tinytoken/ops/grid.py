@@ -1,5 +1,6 @@
 """Pictures to tokens, and token grids to other sizes."""
 import functools
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = Tr
     max(0, 1 - |i - c| / max(s, 1)); without antialias the divisor is 1. cubic: Keys's kernel of the same
     distance, with antialias alone: torch's "bicubic", with which timm resizes position tables.
     """
-    expect(min(*grid, *size) >= 1, "resize",
-           lambda: f"grid {tuple(grid)} to {tuple(size)}: at least 1 x 1 expected")
+    expect(all(_two_sides(sides) for sides in (grid, size)), "resize",
+           lambda: f"grid {grid!r} to {size!r}: whole numbers, at least 1 x 1, expected")
     expect(antialias or not cubic, "resize", "cubic without antialias, expected antialias=True")
 
     def axis(inputs, outputs):
@@ -64,6 +65,12 @@ def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = Tr
         weight = _cubic(distance) if cubic else np.maximum(0, 1 - distance)
         return weight / weight.sum(axis=1, keepdims=True)
     return np.kron(axis(grid[0], size[0]), axis(grid[1], size[1]))
+
+
+def _two_sides(sides):
+    """Whether it is a pair of whole numbers from 1."""
+    return (isinstance(sides, (Sequence, np.ndarray)) and np.shape(sides) == (2,)
+            and all(isinstance(n, numbers.Real) and n >= 1 and n % 1 == 0 for n in sides))
 
 
 def _cubic(x):

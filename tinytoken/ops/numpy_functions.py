@@ -18,8 +18,9 @@ from .shape import swapaxes, transpose
 
 OPS: dict[Any, Any] = {
     np.add: add, np.subtract: subtract, np.multiply: multiply, np.divide: divide, np.negative: negative,
-    np.matmul: matmul, np.exp: exp, np.log: log, np.sqrt: sqrt, np.tanh: tanh, np.swapaxes: swapaxes,
-    np.transpose: lambda x, axes=None: transpose(x, axes=axes)}
+    np.matmul: matmul, np.exp: exp, np.log: log, np.sqrt: sqrt, np.tanh: tanh,
+    np.swapaxes: lambda a, axis1, axis2: swapaxes(a, axis1, axis2),  # by NumPy's names
+    np.transpose: lambda a, axes=None: transpose(a, axes=axes)}
 NEW = (np.zeros_like, np.ones_like, np.empty_like, np.full_like)
 INSTEAD = {"concatenate": "ops.concat(*tensors, axis=0)", "stack": "ops.concat(*[x[None] for x in tensors])",
            "vstack": "ops.concat(*tensors, axis=0)", "hstack": "ops.concat(*tensors, axis=1)",
@@ -49,8 +50,11 @@ def numpy_function(self: Tensor, function: Any, types: Any, args: Any, options: 
 def _of_arrays(name, function, args, options):
     tensors: list[Tensor] = []
     args, options = _arrays(args, tensors), _arrays(options, tensors)
+    # NumPy also finds Tensors in other containers, and would ask again and again
+    expect(tensors, f"np.{name}", "Tensors in a container of another class, expected a list or tuple of them")
     in_graph = recording() and any(t.requires_grad for t in tensors)
-    expect(not in_graph or options.get("out") is None, f"np.{name}",
+    adds = getattr(function, "__name__", "") == "at"  # np.add.at
+    expect(not in_graph or options.get("out") is None and not adds, f"np.{name}",
            "writes a Tensor that requires a gradient into an array, which has no graph",
            "a = a + x, not a += x")
     result = function(*args, **options)
@@ -67,10 +71,13 @@ def _arrays(value, tensors):
         return value.data
     if isinstance(value, dict):
         return {name: _arrays(one, tensors) for name, one in value.items()}
-    return type(value)([_arrays(one, tensors) for one in value]) if type(value) in (list, tuple) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    values = [_arrays(one, tensors) for one in value]
+    return tuple(values) if isinstance(value, tuple) else values
 
 
 def _has_floats(result):
     if isinstance(result, (list, tuple)):
         return any(map(_has_floats, result))
-    return getattr(getattr(result, "dtype", None), "kind", None) in ("f", "c")
+    return getattr(getattr(result, "dtype", None), "kind", None) in ("f", "c", "O")  # O: np.frompyfunc's

@@ -78,8 +78,9 @@ def top_k(scores: Array | Tensor, k: int) -> Array:
     Of equal scores the first ones are taken. Not differentiable: takes an array or Tensor, returns an array.
     """
     scores = scores.data if isinstance(scores, Tensor) else scores
-    expect(is_array(scores) and scores.ndim == 2 and 0 <= k <= scores.shape[1], "top_k",
-           lambda: f"k {k} of scores {getattr(scores, 'shape', type(scores).__name__)}: "
+    whole = isinstance(k, (int, np.integer))
+    expect(whole and is_array(scores) and scores.ndim == 2 and 0 <= k <= scores.shape[1], "top_k",
+           lambda: f"k {k!r} of scores {getattr(scores, 'shape', type(scores).__name__)}: "
                    "expected (B, N) and 0 <= k <= N")
     expect(scores.dtype.kind in "biuf", "top_k", lambda: f"scores of {scores.dtype}, expected numbers")
     xp = array_module(scores)

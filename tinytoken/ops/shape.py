@@ -6,7 +6,7 @@ import numpy as np
 
 from ..backend import array_module, is_array
 from ..errors import expect, shape_of
-from ..tensor import Tensor, op
+from ..tensor import UNFORESEEN, Tensor, op, refuse
 
 
 @op
@@ -33,8 +33,8 @@ def transpose(x, *, axes=None):
 def swapaxes(x: Tensor, a: int, b: int) -> Tensor:
     """x with axes a and b exchanged."""
     axes = list(range(x.ndim))
-    expect(-x.ndim <= min(a, b) and max(a, b) < x.ndim, "swapaxes",
-           lambda: f"axes {a} and {b} of {shape_of('x', x)}")
+    expect(all(isinstance(i, (int, np.integer)) and -x.ndim <= i < x.ndim for i in (a, b)), "swapaxes",
+           lambda: f"axes {a!r} and {b!r} of {shape_of('x', x)}")
     axes[a], axes[b] = axes[b], axes[a]
     return transpose(x, axes=axes)
 
@@ -101,7 +101,10 @@ def getitem(x: Tensor, key: Any) -> Tensor:
     if x.dtype.kind == "f":
         return index(x, key=key)
     # integers are not indexed by the op, which would cast them to floats
-    return Tensor(x.data[_plain_key(key, array_module(x.data))])
+    try:
+        return Tensor(x.data[_plain_key(key, array_module(x.data))])
+    except UNFORESEEN as error:
+        refuse("index", [x.data], {"key": key}, error)
 
 
 @op
