@@ -82,7 +82,7 @@ def test_as_a_tensor_and_as_an_argument(tmp_path):
         for out in (ops.multiply(array, array), ops.multiply(array, 1) * A):
             assert type(out.data) is np.ndarray
             equal(out, A * A)
-        (x * x).backward(np.asarray(array, "float64") if kind.endswith("endian") else array)
+        (x * x).backward(array)
         equal(x.grad, 2 * A * A)
         assert type(x.grad) is np.ndarray
 
@@ -95,6 +95,7 @@ def test_numbers_of_another_byte_order():
     equal(Tensor(np.array([1, 258], ">i4")), [1, 258])
     equal(pick(leaf([1.0, 2.0, 3.0]), np.array([2, 0], ">i8")), [3, 1])
     equal(ops.embedding(A, np.array([1, 0], ">i4")), A[::-1])
+    equal(ops.embedding(A, 1), A[1])
     equal(leaf([1.0, 2.0], "float32") * np.array([2, 3], ">f4")[0], [2, 4])
 
 

@@ -351,6 +351,7 @@ def test_grad_refuses():
         text = f"grad: an array in `into` is {said}, expected (1,) float64"
         assert refusal(InputError, tt.grad, x.sum(), [x], into=[array]) == text
         assert refusal(InputError, tt.grad, x.sum(), x, into=array, add=True) == text
+    equal(tt.grad((x * x).sum(), [x], into=np.ones((1, 1))), [[2]])
     text = "grad: `into` is a float, expected a list of arrays"
     assert refusal(InputError, tt.grad, x.sum(), [x], into=1.0) == text
     assert refusal(InputError, tt.grad, x.sum(), None) == "grad: `wrt` is a NoneType, expected Tensors"

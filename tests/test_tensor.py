@@ -33,6 +33,7 @@ def test_tensor_of_numbers_and_lists():
     equal(Tensor([[1, 2], [3, 4]]), [[1, 2], [3, 4]])
     assert Tensor([True]).dtype == bool
     assert float(Tensor(2.5)) == 2.5
+    assert f"{Tensor(2.5):.2f} {Tensor([7]):3d} {Tensor(True)}" == "2.50   7 Tensor(True, shape (), bool)"
 
 
 def test_numpy_reads_a_tensor():

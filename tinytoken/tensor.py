@@ -18,7 +18,7 @@ import re
 import reprlib
 import threading
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -188,11 +188,11 @@ def grad(loss: Tensor, wrt: Sequence[Tensor] | Tensor, into: Any = None, *, grad
     wrt = list(wrt)
     for one in (loss, *wrt):
         expect(isinstance(one, Tensor), "grad", lambda: f"a {type(one).__name__}, expected a Tensor")
-    expect(into is None or isinstance(into, (list, tuple)), "grad",
+    expect(into is None or isinstance(into, Collection), "grad",
            lambda: f"`into` is a {type(into).__name__}, expected a list of arrays")
     expect(into is None or len(into) == len(wrt), "grad",
            lambda: f"{len(into)} arrays in `into` for {len(wrt)} tensors in `wrt`")
-    for t, array in zip(wrt, into or ()):
+    for t, array in zip(wrt, () if into is None else into):
         expect(is_array(array) and array.shape == t.shape and array.dtype.kind == "f", "grad",
                lambda: f"an array in `into` is {getattr(array, 'shape', type(array).__name__)} "
                        f"{getattr(array, 'dtype', '')}, expected {t.shape} {t.dtype}")
@@ -326,7 +326,8 @@ class Op:
         arrays, numbers, None unchanged."""
         if isinstance(a, (list, tuple)) and not self.variadic:
             a = xp.asarray(_as_array(self.name, a, "int64" if i in self.index else dtype))
-        a = xp.asarray(a) if isinstance(a, np.generic) else a  # whose dtype would else spread
+        if isinstance(a, np.generic) or isinstance(a, int) and i in self.index:
+            a = xp.asarray(a)  # of a NumPy scalar the dtype would else spread
         if not is_array(a):
             expect(a is None or isinstance(a, (int, float)), self.name,
                    lambda: f"argument {i} is a {type(a).__name__}, expected a Tensor, an array or a number")
@@ -446,10 +447,11 @@ def _upstream(root, gradient):
                        f"only a scalar does without")
         return array_module(root.data).ones_like(root.data)
     gradient = gradient.data if isinstance(gradient, Tensor) else gradient
+    gradient = native_array(gradient) if is_array(gradient) else gradient
     expect(is_array(gradient) and gradient.shape == root.shape and gradient.dtype == root.dtype, "backward",
            lambda: f"upstream gradient {getattr(gradient, 'shape', gradient)} "
                    f"{getattr(gradient, 'dtype', '')} for a tensor {root.shape} {root.dtype}")
-    return native_array(gradient)
+    return gradient
 
 
 def _add_to_leaf(leaf, g):

@@ -38,6 +38,11 @@ def test_measured_again_where_a_plain_difference_has_no_digits():
     error = refuses(lambda x: x + 1e12, normal(3))
     assert error.kind == "rounding" and "cannot be checked" in str(error)
     assert "Take a larger eps" in str(error)
+    for seed in range(8):  # steps of eps reach far beyond the pole
+        tiny = 10 ** np.random.default_rng(seed).uniform(-12, -8, 3)
+        gradcheck(ops.divide, normal(3), tiny, seed=seed)
+        doubled = op(lambda x: (1 / x, lambda g: -2 * g / (x * x)))
+        assert "the gradient of x (3,) is wrong" in str(refuses(doubled, tiny, seed=seed))
     shifted = lambda x: ops.divide(1.0, x - 1)  # it bends as sharply, and no small x says so
     assert "or take a smaller eps" in str(refuses(shifted, 1 + x / 10))
     gradcheck(lambda x: ops.mean(x + 1e4), normal(40))

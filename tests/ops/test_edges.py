@@ -118,6 +118,11 @@ def test_attention_to_no_key_gives_zeros(xp):
     equal(out, np.zeros((2, 1, 3, 4)))
     assert [g.shape for g in tt.grad(out.sum(), [q, k, v])] == [q.shape, k.shape, v.shape]
     equal(tt.grad(ops.attention(q, k, v).sum(), q), np.zeros(q.shape))
+    keep = leaf(np.ones((2, 0)), xp=xp)
+    for tokens, itself in ((q, False), (k, True)):
+        out = ops.attention(tokens, k, v, keep, sees_itself=itself)
+        equal(out, np.zeros(tokens.shape))
+        assert [g.shape for g in tt.grad(out.sum(), [k, v, keep])] == [k.shape, v.shape, keep.shape]
 
 
 @pytest.mark.parametrize("call, text", [

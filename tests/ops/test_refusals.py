@@ -79,6 +79,8 @@ def ones(*shape):
      "binary_cross_entropy: targets from -1.0 to 1.0, expected 0 to 1"),
     (lambda: ops.kl_divergence(ones(2, 3), ones(3, 2)),
      "kl_divergence: logits (2, 3), teacher_logits (3, 2): two of one shape (B, K) expected"),
+    (lambda: ops.kl_divergence(ones(0, 3), ones(0, 3)),
+     "kl_divergence: logits (0, 3), teacher_logits (0, 3): two of one shape (B, K) expected"),
     (lambda: ops.mse(ones(2, 3), ones(2, 1)), "mse: x (2, 3), target (2, 1): equal shapes expected"),
 ])
 def test_wrong_arguments_are_named(call, message):

@@ -47,6 +47,16 @@ def multiply_reads_input_in_memory_order(out, a, b):
     return lambda g: (g * b.ravel("K").reshape(b.shape), g * a)
 
 
+@plant(ops.log, positive((2, 3)), "strides")
+def log_reads_input_by_columns_if_it_lies_so(out, x):
+    return lambda g: g / x.ravel("A").reshape(x.shape)
+
+
+@plant(ops.negative, normal((2, 3)), "strides")
+def negative_is_wrong_for_transposed_upstream(out, x):
+    return lambda g: -np.frombuffer(g.tobytes("A")).reshape(g.shape)
+
+
 @plant(ops.sigmoid, normal((2, 3)), "strides")
 def sigmoid_writes_into_a_copy(out, x):
     def vjp(g):

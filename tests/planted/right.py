@@ -21,6 +21,8 @@ HARD = {  # what: (function, a maker per input)
     "sqrt of all sizes": (ops.sqrt, sizes(-7, 6, 2, 3)),
     "log close to 0": (ops.log, sizes(-7, 0, 4)),
     "divide by small numbers": (ops.divide, signed(-1, 1, 4), signed(-5, 1, 4)),
+    "power 1.5 at its end": (lambda x: ops.power(x, exponent=1.5), sizes(-14, 0, 6)),
+    "x log x": (lambda x: x * ops.log(x), sizes(-14, 0, 6)),
     "power -1.5": (lambda x: ops.power(x, exponent=-1.5), sizes(-4, 2, 4)),
     "power 0.5": (lambda x: ops.power(x, exponent=0.5), sizes(-6, 2, 4)),
     "multiply": (ops.multiply, signed(-6, 6, 3, 3), signed(-6, 6, 3, 3)),

@@ -7,13 +7,13 @@ import contextlib
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from ..backend import is_array
-from ..errors import expect
+from ..errors import InputError, expect
 from ..tensor import Tensor
 from .compare import Checked, Comparison
 from .passes import Passes, equal, refusal
@@ -21,6 +21,7 @@ from .upstream import linear, zero_upstream
 
 # The upstream gradient has a random stream of its own, since the inputs may be draws of default_rng(seed).
 STREAM = 0x67726164
+EVERY = 1 << 62  # elements: more than any input has
 
 
 @dataclasses.dataclass
@@ -44,9 +45,9 @@ class Report:
         return "\n  ".join(lines)
 
 
-def gradcheck(fn: Callable[..., Any], *inputs: Any, wrt: Sequence[int | str] | None = None, eps: float = 1e-6,
-              rtol: float = 1e-6, atol: float = 1e-8, max_elements: int = 512, seed: int = 0,
-              names: Sequence[str] | None = None) -> Report:
+def gradcheck(fn: Callable[..., Any], *inputs: Any, wrt: Iterable[int | str] | int | str | None = None,
+              eps: float = 1e-6, rtol: float = 1e-6, atol: float = 1e-8, max_elements: float = 512,
+              seed: int = 0, names: Iterable[str] | None = None) -> Report:
     """Compare the gradients of fn(*inputs) with central differences.
 
     Returns a Report, or raises GradientError, which says which input is wrong, where, by how much, and which
@@ -73,19 +74,20 @@ def gradcheck(fn: Callable[..., Any], *inputs: Any, wrt: Sequence[int | str] | N
     expect(inputs, "gradcheck", "no inputs to check")
     expect(callable(fn), "gradcheck", lambda: f"fn is a {type(fn).__name__}, expected a function")
     expect(all(isinstance(n, numbers.Real) for n in (eps, rtol, atol, max_elements))
-           and eps > 0 and rtol >= 0 and atol >= 0 and max_elements >= 1 and max_elements % 1 == 0,
-           "gradcheck", lambda: f"eps {eps}, rtol {rtol}, atol {atol}, max_elements {max_elements}: "
+           and eps > 0 and rtol >= 0 and atol >= 0 and max_elements >= 1, "gradcheck",
+           lambda: f"eps {eps}, rtol {rtol}, atol {atol}, max_elements {max_elements}: "
                    "expected positive ones")
-    expect(isinstance(seed, (int, np.integer)) and seed >= 0, "gradcheck",
-           lambda: f"seed {seed!r}, expected a whole number from 0")
+    try:
+        rng = np.random.default_rng([seed, STREAM])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"gradcheck: seed {seed!r}, expected a whole number from 0") from error
     tensors = [x if x is None or isinstance(x, Tensor) else Tensor(x.copy() if is_array(x) else x)
                for x in inputs]
     names = _names(fn, len(tensors), names)
     positions = _positions(wrt, tensors, names)
     with _borrowed([t for t in tensors if t is not None], [tensors[i] for i in positions]):
-        rng = np.random.default_rng([seed, STREAM])
         passes = Passes(fn, tensors, names, positions, seed, rng)
-        return _checked(passes, (eps, rtol, atol), rng, int(max_elements))
+        return _checked(passes, (eps, rtol, atol), rng, int(min(max_elements, EVERY)))
 
 
 def _checked(passes, tolerances, rng, max_elements):
@@ -109,10 +111,11 @@ def _checked(passes, tolerances, rng, max_elements):
 
 def _names(fn, count, names):
     """The inputs' names: `names`, or what an op or function calls them, or 'input 0', 'input 1', ..."""
-    expect(names is None or isinstance(names, Sequence) and len(names) == count, "gradcheck",
-           lambda: f"{len(names) if isinstance(names, Sequence) else repr(names)} names for {count} inputs")
+    names = list(names) if isinstance(names, Iterable) else names
+    expect(names is None or isinstance(names, list) and len(names) == count, "gradcheck",
+           lambda: f"{len(names) if isinstance(names, list) else repr(names)} names for {count} inputs")
     if names is not None:
-        return list(names)
+        return names
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):  # a callable without a signature
@@ -124,11 +127,12 @@ def _names(fn, count, names):
 def _positions(wrt, tensors, names):
     """The positions of the inputs to check. Refuses float32, where finite differences have no digits left."""
     floats = [i for i, t in enumerate(tensors) if t is not None and t.dtype.kind == "f"]
-    wrt = [wrt] if isinstance(wrt, (int, str)) else wrt
-    expect(wrt is None or isinstance(wrt, Sequence), "gradcheck",
+    wrt = [wrt] if isinstance(wrt, (int, str)) else list(wrt) if isinstance(wrt, Iterable) else wrt
+    expect(wrt is None or isinstance(wrt, list), "gradcheck",
            lambda: f"wrt {wrt!r}, expected a list of positions or names")
     for w in wrt or ():
-        known = w in names if isinstance(w, str) else isinstance(w, int) and 0 <= w < len(tensors)
+        whole = isinstance(w, (int, np.integer))
+        known = w in names if isinstance(w, str) else whole and 0 <= w < len(tensors)
         expect(known, "gradcheck",
                lambda: f"wrt {w!r}, expected positions 0 to {len(tensors) - 1} or names ({', '.join(names)})")
     chosen = floats if wrt is None else [names.index(w) if isinstance(w, str) else w for w in wrt]

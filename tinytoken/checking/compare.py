@@ -52,7 +52,7 @@ class Comparison:
         self.eps, self.rtol, self.atol = tolerances
         self.wanted, self.names = passes.wanted, passes.names
         self.every, self.every_input = list(range(len(passes.shapes))), list(range(len(passes.wanted)))
-        self.slopes = Slopes(passes.values, passes.upstream)
+        self.slopes = Slopes(passes.values, passes.upstream, self.rtol)
         self.positions = self.sample(max_elements)
         self.numeric = [np.array([self.slopes.central(self.line(i, p))
                                   for p in self.positions[i]]).reshape(-1, len(self.every))

@@ -57,12 +57,12 @@ def random_line(arrays: Sequence[Array], direction: Sequence[np.ndarray], eps: f
 class Slopes:
     """Slopes of a function's outputs, each contracted with its upstream gradient.
 
-    values() returns the outputs' arrays at the present inputs; upstream: an array per output. `which`, in the
-    methods, lists the outputs that count.
+    values() returns the outputs' arrays at the present inputs; upstream: an array per output. rtol: what a
+    slope may be off, as a share of itself. `which`, in the methods, lists the outputs that count.
     """
 
-    def __init__(self, values: Callable[[], list[Array]], upstream: Sequence[Array]):
-        self.values, self.upstream = values, upstream
+    def __init__(self, values: Callable[[], list[Array]], upstream: Sequence[Array], rtol: float = 0.0):
+        self.values, self.upstream, self.rtol = values, upstream, rtol
 
     def products(self, line: Line, high: float, low: float) -> list[np.ndarray]:
         """Per output, upstream * (f(x + high) - f(x + low)) / (high - low), elementwise.
@@ -102,6 +102,8 @@ class Slopes:
         last: h; 0 takes the line's step.
         """
         last, sizes = last or line.step, self.sizes()
+        if last < line.step:  # an output that does not move with the long step either does not depend on this
+            sizes = [size * (p != 0) for size, p in zip(sizes, self.products(line, line.step, -line.step))]
         row: list[float] = []
         before: list[float] = []
         best, error, moved, still = float("nan"), float("inf"), 0.0, 0.0
@@ -133,17 +135,19 @@ class Slopes:
         Within `tight` they agree. Where a plain difference says otherwise, the slope is measured again by
         extrapolation, since a difference loses its digits where a slope bends sharply or is small beside its
         outputs. That value counts if its estimated error is within `loose`: they then have to agree within
-        `tight` and that error, several times over, and within `loose`. If it never is, the step is 0, and
-        the plain difference decides by `loose`.
+        `tight` and that error, several times over, and within `loose`. (Near a pole the slope is far larger
+        than the plain differences, from which `loose` comes: then `rtol` of the value itself.) If it never
+        is, the step is 0, and the plain difference decides by `loose`.
         """
         if abs(analytic - numeric) <= tight:
             return numeric, True, line.step
         slope, step = numeric, 0.0
         for last in (line.step, line.fine)[:1 + bool(line.fine)]:
             value, error = self.extrapolated(line, which, last)
-            if error <= loose:
+            room = max(loose, self.rtol * abs(value))
+            if error <= room:
                 slope, step = value, last
-                if abs(analytic - slope) <= min(loose, tight + SAFETY * error):
+                if abs(analytic - slope) <= min(room, tight + SAFETY * error):
                     return slope, True, step
         if not step and abs(analytic - numeric) <= self.rounding(which) / line.step:
             # only rounding stands between them, and longer steps have more digits

@@ -42,6 +42,16 @@ def strided(array: Array) -> Array:
     return room
 
 
+def by_columns(array: Array) -> Array:
+    """A copy that lies as a transposed array does: the first index runs fastest."""
+    return array.copy(order="F")
+
+
+def by_rows(array: Array) -> Array:
+    """A copy that lies as new arrays do."""
+    return array.copy()
+
+
 @op
 def _root(*outputs, upstream):
     """The end of the graph: gives each output the upstream gradient to check with. Nobody reads its value."""
@@ -95,17 +105,17 @@ class Passes:
         return [o.data.copy() for o in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
 
     def gradients(self, which: Sequence[int] | None = None, upstream: Sequence[Array] | None = None,
-                  apart: bool = False) -> tuple[list[Array], Sequence[Array]]:
+                  lay: Callable[[Array], Array] = by_rows) -> tuple[list[Array], Sequence[Array]]:
         """(the outputs' arrays, the gradients of the wanted tensors).
 
         which: the outputs that get an upstream gradient (None: all). upstream: per output (None: the random
-        ones). apart: upstream gradients are not contiguous.
+        ones). lay: copies them to the places in memory where they are to lie.
         """
         outputs = self.forward()
         which = range(len(outputs)) if which is None else which
         values = [o.data.copy() for o in outputs]
         given = [(self.upstream if upstream is None else upstream)[i] for i in which]
-        copies = tuple(strided(array) if apart else array.copy() for array in given)
+        copies = tuple(map(lay, given))
         try:
             gradients = grad(_root(*(outputs[i] for i in which), upstream=copies), self.wanted)
         except GradientError as error:
@@ -142,12 +152,12 @@ class Passes:
         return values, gradients
 
     @contextlib.contextmanager
-    def not_contiguous(self) -> Iterator[None]:
-        """Context: the wanted tensors' arrays have other strides."""
+    def laid(self, lay: Callable[[Array], Array]) -> Iterator[None]:
+        """Context: the wanted tensors' arrays are copies made by `lay`."""
         arrays = [t.data for t in self.wanted]
         try:
             for t in self.wanted:
-                t.data = strided(t.data)
+                t.data = lay(t.data)
             yield
         finally:
             for t, array in zip(self.wanted, arrays):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import device_of, to_device, to_numpy
-from .passes import SAME, Passes
+from .passes import SAME, Passes, by_columns, strided
 
 DECADES = 4  # a wide upstream gradient has sizes from 10^-4 to 10^4
 
@@ -30,19 +30,22 @@ def zero_upstream(passes: Passes) -> None:
 def linear(passes: Passes, first: tuple[Any, Sequence[Any]], atol: float, rng: np.random.Generator) -> None:
     """The gradients for w and for u - w add up to those for u, which are in `first` (values, gradients).
 
-    w is wide and has zeros; it is not contiguous, and neither are the inputs with it.
+    w is wide and has zeros; it is not contiguous, and neither are the inputs with it. u - w and its inputs
+    lie by columns.
     """
     wide = [to_device(wide_upstream(u.shape, rng), device_of(u)) for u in passes.upstream]
     rest = [u - w for u, w in zip(passes.upstream, wide)]
-    of_rest = passes.gradients(upstream=rest)[1]
-    with passes.not_contiguous():
-        of_wide = passes.gradients(upstream=wide, apart=True)[1]
+    with passes.laid(by_columns):
+        of_rest = passes.gradients(upstream=rest, lay=by_columns)[1]
+    with passes.laid(strided):
+        of_wide = passes.gradients(upstream=wide, lay=strided)[1]
     wrong = _not_the_sum(atol, first[1], of_wide, of_rest)
     if wrong is None:
         return
     passes.repeated(first)
     name, place = passes.names[wrong[0]], wrong[1]
-    if _not_the_sum(atol, first[1], passes.gradients(upstream=wide)[1], of_rest) is None:
+    by_rows = [passes.gradients(upstream=part)[1] for part in (wide, rest)]
+    if _not_the_sum(atol, first[1], *by_rows) is None:
         raise passes.failure("strides", f"the gradient of {name} is wrong at {place} where the inputs or the "
                                         "upstream gradient are not contiguous (transposed, sliced)\n"
                                         "  reading: order='K', a buffer, or writing through a reshape "

@@ -69,8 +69,8 @@ def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = Tr
 
 def _two_sides(sides):
     """Whether it is a pair of whole numbers from 1."""
-    return (isinstance(sides, (Sequence, np.ndarray)) and np.shape(sides) == (2,)
-            and all(isinstance(n, numbers.Real) and n >= 1 and n % 1 == 0 for n in sides))
+    return (isinstance(sides, Sequence) or isinstance(sides, np.ndarray) and sides.ndim) and (
+            len(sides) == 2 and all(isinstance(n, numbers.Real) and n >= 1 and n % 1 == 0 for n in sides))
 
 
 def _cubic(x):

@@ -106,7 +106,7 @@ def kl_divergence(logits, teacher_logits):
     q is the softmax of the logits (B, K), p that of the teacher's (B, K). Infinite where the student masks a
     class that the teacher does not; the teacher's gradient is then not defined.
     """
-    expect(logits.shape == teacher_logits.shape and logits.ndim == 2, "kl_divergence",
+    expect(logits.shape == teacher_logits.shape and logits.ndim == 2 and logits.size, "kl_divergence",
            lambda: f"{shape_of('logits', logits)}, {shape_of('teacher_logits', teacher_logits)}: "
                    "two of one shape (B, K) expected")
     xp, batch = array_module(logits), len(logits)

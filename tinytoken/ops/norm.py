@@ -10,9 +10,10 @@ from .dense import column_sums
 
 def row_maximum(x: Array, axis: int = -1) -> Array:
     """The largest value over `axis`, which stays as an axis of length 1. Of nothing but minus infinity it is
-    the lowest finite number, since -inf - -inf would be NaN."""
+    the lowest finite number, since -inf - -inf would be NaN. Of no values at all it is 0."""
     xp = array_module(x)
-    return xp.maximum(x.max(axis=axis, keepdims=True), xp.finfo(x.dtype).min)
+    highest = x.max(axis=axis, keepdims=True) if x.size else x.sum(axis=axis, keepdims=True)
+    return xp.maximum(highest, xp.finfo(x.dtype).min)
 
 
 def softmax_of(x: Array, axis: int = -1) -> Array:
