@@ -99,7 +99,8 @@ FILES = {
                          ["left out what is no array with a name: epoch, 0"])}
 MODEL = ["model: tt.models.ViT(image_size=8, patch_size=2, dim=64, depth=2, heads=1, num_classes=5)",
          "assumed: heads of 64 channels",
-         "assumed: layer norms' eps=1e-06 (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP has another), and "
+         "assumed: layer norms' eps=1e-06 (CLIP's is 1e-05), pool='token' (what the head reads), "
+         "the exact GELU (OpenAI's CLIP has another), and "
          "pictures normalised as when the weights were trained (often by ImageNet's mean (0.485, 0.456, "
          "0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not tell"]
 

@@ -131,7 +131,7 @@ def model_of(arrays):
     if stages:
         lines.append(f"a DynamicViT of {len(stages)} stages: tt.models.DynamicViT with these options, and "
                      f"prune_before and keep_ratios, which names do not tell {OFFICIAL}")
-    return [*lines, f"assumed: {ASSUMED.format(eps=config.eps)}"]
+    return [*lines, f"assumed: {ASSUMED.format(eps=config.eps, pool=options['pool'])}"]
 
 
 def main(arguments=None):

@@ -123,6 +123,8 @@ def test_names_are_cleaned():
     assert found == {"blocks.0.ls1.gamma": 1, "blocks.0.ls2.gamma": 2, "head.weight": 3, "gamma_13": 4}
     assert notes == ["removed 'module._orig_mod.' from 2 names", "left out pre_logits.fc.bias, n_averaged"]
     assert clean_names({"norm.weight": 1}) == ({"norm.weight": 1}, [])
+    with refuses("weights: names 5, None, expected texts"):
+        clean_names({"norm.bias": 1, 5: 2, None: 3})
     with refuses("weights: two entries for one name: norm.bias, norm.bias"):
         clean_names({"module.norm.bias": 1, "norm.bias": 2})
 
@@ -163,13 +165,20 @@ def test_what_names_do_not_tell_is_left_out():
 
 
 @pytest.mark.parametrize("name, shape", [("patch_embed.proj.weight", (8, 12)),
-                                         ("patch_embed.proj.weight", (8, 3, 2, 4)), ("pos_embed", (17, 8))])
+                                         ("patch_embed.proj.weight", (8, 3, 2, 4)), ("pos_embed", (17, 8)),
+                                         ("pos_embed", ()), ("blocks.0.mlp.fc1.weight", ()),
+                                         ("head.weight", (5,)), ("patch_embed.proj.weight", (0, 3, 2, 2)),
+                                         ("reg_token", (8,)), ("blocks.0.attn.q_norm.weight", ())])
 def test_options_are_not_read_off_shapes_of_other_layouts(name, shape):
     state = ViT(**SMALL).state_dict() | {name: np.zeros(shape, "float32")}
-    kernel, table = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
-    with refuses(f"weights: patch_embed.proj.weight {kernel} and pos_embed {table}, expected (dim, channels, "
-                 "p, p) and (1, positions, dim)"):
+    with refuses(f"weights: {name} {shape}, expected other axes: timm's patch_embed.proj.weight is (dim, "
+                 "channels, p, p) and pos_embed (1, positions, dim)"):
         options_of(state)
+    with refuses("weights: pos_embed (), expected other axes: timm's patch_embed.proj.weight is (dim, "
+                 "channels, p, p) and pos_embed (1, positions, dim)"):
+        options_of(ViT(**SMALL).state_dict() | {"pos_embed": [[1.0]]})
+    if name not in ("patch_embed.proj.weight", "pos_embed"):
+        return
     with pytest.raises(tt.InputError, match="^load_weights: missing none; unexpected extra\n  likely: str"):
         load_weights(ViT(**SMALL), state | {"extra": np.zeros(2)})
 
@@ -180,8 +189,8 @@ def test_loading_and_what_is_said(capsys, tmp_path):
     model, other = ViT(**SMALL, eps=1e-5), shaken(ViT(**SMALL)).astype("float32")
     state = {f"module.{name}": array for name, array in other.state_dict().items()}
     np.savez(tmp_path / "w.npz", **state)
-    assumed = ("assumed: heads=2, layer norms' eps=1e-05 (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP "
-               "has another), and pictures normalised as when the weights were trained (often by ImageNet's "
+    assumed = ("assumed: heads=2, layer norms' eps=1e-05 (CLIP's is 1e-05), pool='token' (what the head "
+               "reads), the exact GELU (OpenAI's CLIP has another), and pictures normalised as when the weights were trained (often by ImageNet's "
                "mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not "
                "tell")
     for weights in (state, tmp_path / "w.npz", str(tmp_path / "w.npz")):
@@ -309,7 +318,7 @@ def test_a_table_that_is_not_square_needs_its_grid():
 
 
 def test_a_grid_that_is_none():
-    for grid in (4, (4,), "4 x 4"):
+    for grid in (4, (4,), "4 x 4", (4, None), ("4", 1), (-4, -4), (0, 0)):
         with refuses(f"load_weights: grid {grid!r}, expected (rows, columns)"):
             load_weights(ViT(**SMALL), ViT(**SMALL).state_dict(), grid=grid)
 

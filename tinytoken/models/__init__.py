@@ -3,10 +3,10 @@ from ..registry import import_files
 from . import base
 from .base import Model, Output, Sizes, create, model, names
 from .dynamicvit import DynamicOutput, DynamicViT, Predictor, dynamicvit_loss
-from .formats import clean_names, read_weights
+from .formats import clean_names, options_of, read_weights
 from .lookupvit import LookupBlock, LookupOutput, LookupViT, lookupvit_loss
 from .vit import Tokens, ViT
-from .weights import load_weights, options_of
+from .weights import load_weights
 
 import_files(__name__, __path__)
 for _class in model.values():

@@ -1,68 +1,25 @@
-"""Published weights: the options that their names ask for, and how they are fitted to a model.
+"""Published weights, and how they are fitted to a model.
 
 Names and layouts are timm's, and those of the official DeiT and DynamicViT code.
 """
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ..backend import native_array
 from ..errors import InputError, expect, some_of
 from ..files import FilePath
 from ..ops import resize_matrix
-from .formats import clean_names, read_weights
+from .base import is_number
+from .formats import clean_names, options_of, read_weights
 
-QUERIES = "blocks.0.attn.q_norm.weight"
 KEEP = "new_head=True, with which the model keeps its own, untrained"
-ASSUMED = ("layer norms' eps={eps} (CLIP's is 1e-05), the exact GELU (OpenAI's CLIP has another), and "
-           "pictures normalised as when the weights were trained (often by ImageNet's mean (0.485, 0.456, "
-           "0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not tell")
-
-
-def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the ViT that has these names and shapes: tt.models.ViT(**options_of(state)).
-
-    Heads are read off normed queries, else they are taken to have 64 channels, as nearly all have; pictures
-    are taken as square. What cannot be told is left out. InputError if these are no timm names."""
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
-    expect(all(name in state for name in needed), "weights",
-           lambda: f"these are not the names of timm's ViT, which has {', '.join(needed)}: "
-                   f"{some_of(list(state))}")
-    kernel, table = (tuple(state[name].shape) for name in needed[:2])
-    expect(len(kernel) == 4 and kernel[2] == kernel[3] and len(table) == 3, "weights",
-           lambda: f"{needed[0]} {kernel} and pos_embed {table}, expected (dim, channels, p, p) and "
-                   "(1, positions, dim)")
-    has = state.__contains__
-    (dim, channels, _, patch), hidden = kernel, len(state[needed[2]])
-    depth = 1 + max(int(number[1]) for name in state if (number := re.match(r"blocks\.(\d+)\.", name)))
-    options = {"patch_size": patch, "dim": dim, "depth": depth, "channels": channels,
-               "mlp_ratio": hidden // dim if hidden % dim == 0 else hidden / dim}
-    if has("head.weight"):
-        options["num_classes"] = len(state["head.weight"])
-    head = len(state[QUERIES]) if has(QUERIES) else 64
-    if dim % head == 0:
-        options["heads"] = dim // head
-    pooled = has("fc_norm.weight")
-    return options | _prefix_and_positions(state, patch) | {
-        "qkv_bias": has("blocks.0.attn.qkv.bias"), "qk_norm": has(QUERIES),
-        "pre_norm": has("norm_pre.weight"), "layer_scale": 1e-5 if has("blocks.0.ls1.gamma") else 0.0,
-        "pool": "token" if has("cls_token") and not pooled else "mean",
-        "class_token": True if has("cls_token") and pooled else None,
-        "final_norm": "pooled" if pooled else "tokens" if has("norm.weight") else "none"}
-
-
-def _prefix_and_positions(state, patch):
-    """The options of the tokens before the patches, of their positions, and of the pictures' size."""
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    options = {"distilled": "dist_token" in state, "reg_tokens": registers}
-    rows, before = state["pos_embed"].shape[1], ("cls_token" in state) + options["distilled"] + registers
-    for embedded in (True, False):  # whether the tokens before the patches have positions, too
-        side = math.isqrt(max(rows - before * embedded, 0))
-        if "image_size" not in options and side and side**2 == rows - before * embedded:
-            options |= {"image_size": side * patch, "no_embed_class": before > 0 and not embedded}
-    return options
+ASSUMED = ("layer norms' eps={eps} (CLIP's is 1e-05), pool={pool!r} (what the head reads), the exact GELU "
+           "(OpenAI's CLIP has another), and pictures normalised as when the weights were trained (often by "
+           "ImageNet's mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names "
+           "do not tell")
 
 
 def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, new_head: bool = False,
@@ -75,10 +32,11 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
     square. new_head: the model keeps its own heads, untrained, whatever the file has. strict: names must
     agree; the error says which options the file's names ask for. Half precision becomes float32. InputError
     for what does not fit, and then nothing is changed."""
-    expect(grid is None or isinstance(grid, (tuple, list)) and len(grid) == 2, "load_weights",
+    expect(grid is None or isinstance(grid, (tuple, list)) and len(grid) == 2
+           and all(is_number(side) and side > 0 for side in grid), "load_weights",
            lambda: f"grid {grid!r}, expected (rows, columns)")
     state, notes = clean_names(weights if isinstance(weights, Mapping) else read_weights(weights))
-    state = {name: np.asarray(array) for name, array in state.items()}
+    state = {name: native_array(array) for name, array in state.items()}
     narrow = [name for name, array in state.items() if array.dtype.name in ("float16", "bfloat16")]
     if narrow:
         state |= {name: state[name].astype("float32") for name in narrow}
@@ -96,7 +54,8 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
     notes += [f"{what}: {some_of(names)}" for what, names in (("not in the file", missing),
                                                               ("not in the model", unexpected)) if names]
     config = model.config
-    notes.append(f"assumed: heads={config.heads}, {ASSUMED.format(eps=getattr(config, 'eps', 1e-6))}")
+    read = {"eps": getattr(config, "eps", 1e-6), "pool": getattr(config, "pool", "mean")}
+    notes.append(f"assumed: heads={config.heads}, {ASSUMED.format(**read)}")
     if not quiet:
         print("\n".join(f"load_weights: {note}" for note in notes))
     return notes
