@@ -148,6 +148,12 @@ def test_a_configuration_without_the_options_is_the_plain_vits():
     (dict(qk_norm=None), "qk_norm None, expected True or False"),
     (dict(class_token="no"), "class_token 'no', expected True, False or None"),
     (dict(class_token=False), "pool 'token' reads a class token, and class_token is False"),
+    (dict(dim=True, heads=1), "dim True, expected a positive whole number"),
+    (dict(reg_tokens=True), "reg_tokens True, expected a whole number that is not negative"),
+    (dict(mlp_ratio=float("inf")), "mlp_ratio inf, expected a positive number"),
+    (dict(qk_norm=np.array([1, 0])), "qk_norm array([1, 0]), expected True or False"),
+    (dict(pool=np.array(["token"])), "pool array(['token'], dtype='<U5'), expected token or mean"),
+    (dict(class_token=np.array([1, 0])), "class_token array([1, 0]), expected True, False or None"),
     (dict(final_norm="last"), "final_norm 'last', expected one of tokens, pooled, none"),
     *[(dict(distilled=True) | more, "distilled: its heads read the normed class and distillation tokens, so "
                                     "pool must be 'token', and final_norm not 'pooled'")

@@ -1,6 +1,7 @@
 """What all models share: the registry, sizes, the output, and what training and the command line call."""
 import dataclasses
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
@@ -22,6 +23,11 @@ def is_number(value: Any) -> bool:
 def is_whole(value: Any) -> bool:
     """A whole number, of Python or NumPy; no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def one_of(value: Any, *values: Any) -> bool:
+    """Whether it is one of the values. (An array would be compared element by element.)"""
+    return not isinstance(value, np.ndarray) and value in values
 
 
 class Models(Registry):
@@ -62,7 +68,7 @@ class Sizes:
             choices |= vars(cls).get("choices", {})
         for name, values in choices.items():
             expected = f"one of {', '.join(values)}" if len(values) > 2 else " or ".join(values)
-            self.check(getattr(self, name) in values, f"{name} {getattr(self, name)!r}, expected {expected}")
+            self.check(one_of(getattr(self, name), *values), f"{name} {getattr(self, name)!r}, expected {expected}")
         self.check(not isinstance(self.image_size, (tuple, list)) or len(self.image_size) == 2,
                    f"image_size {self.image_size!r}, expected H, or (H, W)")
         sizes = [("image_size", side) for side in nn.both_sides(self.image_size)]
@@ -73,9 +79,9 @@ class Sizes:
                        f"{name} {getattr(self, name)!r}, expected a positive whole number")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            self.check(field.type is not bool or value in (True, False),
+            self.check(field.type is not bool or one_of(value, True, False),
                        f"{field.name} {value!r}, expected True or False")
-            self.check(not field.name.endswith("mlp_ratio") or is_number(value) and value > 0,
+            self.check(not field.name.endswith("mlp_ratio") or is_number(value) and 0 < value < math.inf,
                        f"{field.name} {value!r}, expected a positive number")
             if isinstance(value, list):  # a config read from JSON has lists for tuples
                 object.__setattr__(self, field.name, tuple(value))

@@ -3,7 +3,7 @@ follow timm."""
 import dataclasses
 import math
 
-from .base import Sizes, is_number, is_whole
+from .base import Sizes, is_number, is_whole, one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class ColumnConfig(Sizes):
                    f"eps {self.eps!r}, expected a positive number")
         self.check(is_number(self.layer_scale) and math.isfinite(self.layer_scale),
                    f"layer_scale {self.layer_scale!r}, expected a number")
-        self.check(self.class_token in (None, True, False),
+        self.check(one_of(self.class_token, None, True, False),
                    f"class_token {self.class_token!r}, expected True, False or None")
         self.check(self.pool == "mean" or self.class_token in (None, True),
                    "pool 'token' reads a class token, and class_token is False")
