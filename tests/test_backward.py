@@ -347,7 +347,8 @@ def test_grad_refuses():
     text = "grad: 0 arrays in `into` for 1 tensors in `wrt`"
     assert refusal(InputError, tt.grad, x.sum(), [x], into=[]) == text
     # an array of another shape could take the gradient in many copies
-    for array, said in ((np.zeros((2, 1)), "(2, 1) float64"), (np.zeros(1, int), "(1,) int64"), (1.0, "float ")):
+    for array, said in ((np.zeros((2, 1)), "(2, 1) float64"), (np.zeros(1, int), "(1,) int64"),
+                        (1.0, "float ")):
         text = f"grad: an array in `into` is {said}, expected (1,) float64"
         assert refusal(InputError, tt.grad, x.sum(), [x], into=[array]) == text
         assert refusal(InputError, tt.grad, x.sum(), x, into=array, add=True) == text

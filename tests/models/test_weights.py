@@ -190,7 +190,8 @@ def test_loading_and_what_is_said(capsys, tmp_path):
     state = {f"module.{name}": array for name, array in other.state_dict().items()}
     np.savez(tmp_path / "w.npz", **state)
     assumed = ("assumed: heads=2, layer norms' eps=1e-05 (CLIP's is 1e-05), pool='token' (what the head "
-               "reads), the exact GELU (OpenAI's CLIP has another), and pictures normalised as when the weights were trained (often by ImageNet's "
+               "reads), the exact GELU (OpenAI's CLIP has another), and pictures normalised as when the weights "
+               "were trained (often by ImageNet's "
                "mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225), or by 0.5 and 0.5): names do not "
                "tell")
     for weights in (state, tmp_path / "w.npz", str(tmp_path / "w.npz")):

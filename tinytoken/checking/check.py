@@ -83,10 +83,10 @@ def gradcheck(fn: Callable[..., Any], *inputs: Any, wrt: Iterable[int | str] | i
         raise InputError(f"gradcheck: seed {seed!r}, expected a whole number from 0") from error
     tensors = [x if x is None or isinstance(x, Tensor) else Tensor(x.copy() if is_array(x) else x)
                for x in inputs]
-    names = _names(fn, len(tensors), names)
-    positions = _positions(wrt, tensors, names)
+    named = _names(fn, len(tensors), names)
+    positions = _positions(wrt, tensors, named)
     with _borrowed([t for t in tensors if t is not None], [tensors[i] for i in positions]):
-        passes = Passes(fn, tensors, names, positions, seed, rng)
+        passes = Passes(fn, tensors, named, positions, seed, rng)
         return _checked(passes, (eps, rtol, atol), rng, int(min(max_elements, EVERY)))
 
 

@@ -68,7 +68,8 @@ class Sizes:
             choices |= vars(cls).get("choices", {})
         for name, values in choices.items():
             expected = f"one of {', '.join(values)}" if len(values) > 2 else " or ".join(values)
-            self.check(one_of(getattr(self, name), *values), f"{name} {getattr(self, name)!r}, expected {expected}")
+            self.check(one_of(getattr(self, name), *values),
+                       f"{name} {getattr(self, name)!r}, expected {expected}")
         self.check(not isinstance(self.image_size, (tuple, list)) or len(self.image_size) == 2,
                    f"image_size {self.image_size!r}, expected H, or (H, W)")
         sizes = [("image_size", side) for side in nn.both_sides(self.image_size)]
