@@ -127,6 +127,7 @@ def module_for(device: str) -> Any:
     """numpy for 'cpu', cupy for 'cuda'."""
     if device == "cpu":
         return np
+    expect(device == "cuda", "device", lambda: f"{device!r}, expected cpu or cuda")
     import cupy
     _first_cuda()
     return cupy

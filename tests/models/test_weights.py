@@ -88,6 +88,13 @@ def test_files_that_hold_no_weights(tmp_path, name, content, text):
         read_weights(tmp_path / name)
 
 
+def test_what_is_no_name_of_a_file():
+    for path in (None, 1, ["w.npz"]):
+        for call in (read_weights, lambda path: load_weights(ViT(**SMALL), path)):
+            with refuses(f"weights file: a {type(path).__name__}, expected the name of a file"):
+                call(path)
+
+
 def test_objects_are_never_unpickled(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.array([{}], dtype=object))
     with pytest.raises(tt.InputError, match="w.npz holds 'a.npy' of Python objects, expected numbers$"):

@@ -264,3 +264,29 @@ def test_bfloat16_becomes_float32_and_it_says_so():
     with pytest.warns(UserWarning, match=r"^load_state_dict: 32 arrays of dtype bfloat16 become float32$"):
         model.load_state_dict(narrow)
     assert unchanged(model, {name: a.astype("float32") for name, a in narrow.items()})
+
+
+@pytest.mark.parametrize("dtype, said", [("float16", "float16"), ("int", "int64"), ("complex64", "complex64"),
+                                         (">f2", "float16"), ("x", "'x'")])
+def test_other_dtypes_and_devices_are_refused_and_change_nothing(dtype, said):
+    model = ViT(**SMALL)
+    before = model.state_dict()
+    with refuses(f"astype: {said}, expected float32 or float64"):
+        model.astype(dtype)
+    for device in ("tpu", None, 1):
+        with refuses(f"device: {device!r}, expected cpu or cuda"):
+            model.to(device)
+    assert all(np.array_equal(array, before[name]) and array.dtype == "float32"
+               for name, array in model.state_dict().items())
+    assert model.astype(np.float64).dtype == model.astype(np.dtype("float64")).dtype == "float64"
+
+
+def test_what_is_no_state_and_no_picture():
+    model = ViT(**SMALL)
+    for state in (None, 1, "a", [("head.weight", 1)]):
+        for strict in (True, False):
+            with refuses(f"load_state_dict: a {type(state).__name__}, expected arrays by name"):
+                model.load_state_dict(state, strict=strict)
+    for images in (None, 1, [[1.0]], "a"):
+        with refuses(f"images: a {type(images).__name__}, expected an array (B, 3, 8, 8)"):
+            model(images)

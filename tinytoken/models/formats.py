@@ -4,6 +4,7 @@ that these ask for.
 Nothing is unpickled: torch's own files become .npz files by lessons/tools/torch_weights.py.
 """
 import math
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -29,7 +30,10 @@ def read_weights(path: FilePath) -> dict[str, np.ndarray]:
     """{name: array} of an .npz or a .safetensors file (the extra `safetensors`); bfloat16 becomes float32.
 
     InputError says what is wrong with any other file."""
-    path, where = pathlib.Path(path), "weights file"
+    where = "weights file"
+    expect(isinstance(path, (str, os.PathLike)), where,
+           lambda: f"a {type(path).__name__}, expected the name of a file")
+    path = pathlib.Path(path)
     expect(path.suffix in (".npz", ".safetensors"), where, f"{path} is neither .npz nor .safetensors",
            TORCH_FILES)
     if path.suffix == ".safetensors":

@@ -184,6 +184,8 @@ class PatchEmbed(Module):
 
     def forward(self, images: Tensor | Array) -> Tensor:
         expected = (self.channels, *both_sides(self.image_size))
+        expect(hasattr(images, "shape"), "images",
+               lambda: f"a {type(images).__name__}, expected an array (B, {', '.join(map(str, expected))})")
         expect(len(images.shape) == 4 and len(images) and tuple(images.shape[1:]) == expected, "images",
                lambda: f"{tuple(images.shape)}, expected (B, {', '.join(map(str, expected))})")
         expect(images.dtype.kind == "f", "images",

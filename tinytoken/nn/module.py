@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..backend import Array, device_of, native_array, to_device, to_numpy
+from ..backend import FLOATS, Array, device_of, native_array, to_device, to_numpy
 from ..cost import running_modules
 from ..errors import expect, some_of
 from ..tensor import Tensor
@@ -156,7 +156,13 @@ class Module:
     def astype(self, dtype: str | np.dtype) -> Self:
         """Cast all parameters and float buffers to float32 or float64. Returns self.
 
-        The parameters leave flat storage."""
+        The parameters leave flat storage. InputError for another dtype: of float16 or int the values would
+        be others, and no op would take them."""
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:  # none at all
+            name = repr(dtype)
+        expect(name in FLOATS, "astype", f"{name}, expected float32 or float64")
         for p in self.parameters():
             p.data, p.grad = p.data.astype(dtype), None
         for _, buffer in self.named_buffers():
@@ -192,6 +198,8 @@ class Module:
         float16 and bfloat16 become float32, with a warning; mixed widths raise InputError. Nothing is changed
         if anything is refused.
         """
+        expect(isinstance(state, Mapping), "load_state_dict",
+               lambda: f"a {type(state).__name__}, expected arrays by name")
         own = dict(self._named((Parameter, Buffer)))
         missing = [n for n in own if n not in state]
         unexpected = [n for n in state if n not in own]
