@@ -17,20 +17,25 @@ FILES += [house.File(path) for folder in ("nn", "ops", "models", "tasks", "train
 OF_MODELS = ("__init__", "__post_init__", "build", "show")  # a model is made on the host, and shown there
 MAY = {
     "made once, on the host": {
-        "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions"}, "ops/grid.py": {"resize_matrix", "_cubic"},
+        "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions"},
+        "ops/grid.py": {"resize_matrix", "_cubic"},
         "models/controls.py": {"PooledTokens.put_back", "means_of_parts", "morton_order"},
         "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
     "weights that are read from a file": {
-        "models/formats.py": {"_read_safetensors"}, "models/weights.py": {"options_of", "_asked_for", "_positions", "load_weights"}},
+        "models/formats.py": {"_read_safetensors", "options_of"},
+        "models/weights.py": {"_asked_for", "_positions"}},
     "types and shapes, no values": {
         "models/column.py": {"ColumnConfig.prefix"}, "models/tome.py": {"matching"},
+        "models/base.py": {"one_of"}, "nn/module.py": {"Module.astype"}, "ops/select.py": {"top_k"},
+        "ops/grid.py": {"_two_sides"},
         "tensor.py": {"Tensor.__init__", "Op._setting", "Op._float_dtype", "Op._raw", "Op._wrap",
-                      "_as_array"}, "ops/shape.py": {"_index_array"}, "graph.py": {"_checked", "watched"},
+                      "_as_array", "refuse"},
+        "ops/shape.py": {"_index_array", "swapaxes"}, "graph.py": {"_checked", "watched"},
         "ops/dense.py": {"_"}, "models/lookupvit.py": {"LookupViT._check_grid"},
         "random.py": {"bits", "_check_seed"}},
     "asked for by the caller": {
         "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__int__", "Tensor.__bool__",
-                      "Tensor.__array__"},
+                      "Tensor.__array__", "Tensor.__format__"},
         "nn/module.py": {"Module.state_dict"}, "models/dynamicvit.py": {"_places"}},
     "a host branch, or what a run reads every so many steps": {
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},
