@@ -185,7 +185,7 @@ def test_a_notebook_can_be_handed_in(doubling, tmp_path):
 
 
 @pytest.mark.parametrize("cells, said", [
-    ([cell("a = 1"), cell("text", "markdown"), cell("a = 1\nimport torch")],
+    ([cell("a = 1"), cell("text", "markdown"), cell("a = 1\nimport torch\ndouble = fourfold = lambda x: torch")],
      "cell 3, line 2: may not import torch"),
     ([cell("a = 1"), cell("x = (")], "cell 2, line 1: '(' was never closed"),
     ({"a": 1}, "no notebook of nbformat 4"), (None, "no notebook of nbformat 4")])

@@ -76,7 +76,8 @@ class Submission(types.SimpleNamespace):
     """The names of a submission and of the references for the other exercises."""
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{name} is missing: the submission has no function or class of this name")
+        raise AttributeError(f"{name} is missing: the submission has no function or class of this name, or "
+                             "none that keeps the rules")
 
 
 class Remote:

@@ -6,6 +6,8 @@ rules stop honest mistakes and simple tricks, no more: strangers' code belongs i
 """
 import ast
 import builtins
+import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +25,18 @@ OUTSIDE = {"os", "sys", "subprocess", "ctypes", "ctypeslib",
            "load", "loadtxt", "genfromtxt", "fromfile", "memmap", "DataSource",
            "save", "savez", "savez_compressed", "savetxt", "tofile", "dump", "dumps",
            "format_map", "setflags", "data_as"}
-FRAMES = ("__", "tb_", "gi_", "cr_", "ag_", "f_", "co_")  # how the names of the interpreter's internals begin
-DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem__", "__add__", "__mul__",
-           "__neg__"}  # those that a submission may use all the same
+# Those of frames, code, tracebacks and generators: frame.f_globals; a student's own f_mean is none of them.
+INSIDE = {name for kind in (types.FrameType, types.CodeType, types.TracebackType, types.GeneratorType,
+                            types.CoroutineType, types.AsyncGeneratorType)
+          for name in dir(kind) if name.startswith(("f_", "co_", "tb_", "gi_", "cr_", "ag_"))}
+OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+# Names of Python's own that a submission may use all the same.
+DUNDERS = {"__init__", "__call__", "__name__", "__doc__", "__len__", "__getitem__", "__setitem__", "__iter__",
+           "__contains__", "__repr__", "__str__", "__float__", "__neg__", "__abs__", "__eq__", "__ne__",
+           "__lt__", "__le__", "__gt__", "__ge__", "__hash__",
+           *(f"__{side}{name}__" for name in OPERATORS for side in ("", "r", "i"))}
+# A field that reads a name of Python's own: "{0.__class__}".
+FIELD = re.compile(r"\{[^}]*__")
 # What catches the error of a missing module.
 MISSING = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
@@ -64,7 +75,8 @@ def taken(parts: list[statements.Statement], assignment: Assignment,
 
     A submission is a student's file as it is: beside the solutions it may train, print and try things out,
     and none of that may cost a point. What gives a value to a name that solves another exercise is not run.
-    Imports, functions, classes and lambdas are. Any other statement (EPS = np.finfo(float).eps, a try with
+    Imports, functions, classes and lambdas are, but for those that break the rules and that the exercise does
+    not need: a plot may import what it likes. Any other statement (EPS = np.finfo(float).eps, a try with
     imports, a loop that fills a table) is run if the exercise needs it: if it binds a name that its functions
     look up, or what these call. So is a constant of any function that keeps the rules and is made without the
     submission's own functions. weights = train() is run for an exercise that uses these weights, else not.
@@ -73,22 +85,28 @@ def taken(parts: list[statements.Statement], assignment: Assignment,
                for name in exercise.names}
     others = {name for exercise in assignment.exercises for name in exercise.names} - solving
     parts = [each for each in parts if not each.binds & others]
-    definitions = [each for each in parts if statements.defines(each.node)]
+    modules = _modules([each.node for each in parts])
+    refused = {id(each) for each in parts if _refusals(each.node, modules, assignment)}
+    broken = statements.users(parts, set().union(*(
+        each.binds for each in parts if id(each) in refused and not isinstance(each.node, ast.Expr))))
+    needed = statements.needed(parts, solving)
+    definitions = [each for each in parts if statements.defines(each.node)  # import * binds what no one knows
+                   and (each.binds & needed or not each.binds or id(each) not in refused and not each.uses_now & broken)]
     needed = statements.needed(parts, solving.union(*(each.uses_now for each in definitions)))
     used = statements.needed(parts, set().union(*(each.uses for each in definitions)))
-    modules = _modules([each.node for each in parts])
+    kept = set(map(id, definitions))
     known = set(dir(builtins))  # names with a value that no function of the submission has made
     nodes = []
     for each in parts:
-        defines, wanted = statements.defines(each.node), bool(each.binds & needed)
-        constant = (not defines and each.uses <= known and each.binds & used
-                    and not _refusals(each.node, modules, assignment))
+        wanted = bool(each.binds & needed)
+        constant = (not statements.defines(each.node) and each.uses <= known and each.binds & used
+                    and id(each) not in refused)
         if isinstance(each.node, ast.Expr) and not constant:  # x.append(1) may be needed, x.dump("x") is not
-            wanted = wanted and not _refusals(each.node, modules, assignment)
-        if defines or constant or wanted:
+            wanted = wanted and id(each) not in refused
+        if id(each) in kept or constant or wanted:
             nodes.append(each.node)
-        if constant or isinstance(each.node, (ast.Import, ast.ImportFrom)):
-            known |= each.binds
+            if constant or isinstance(each.node, (ast.Import, ast.ImportFrom)):
+                known |= each.binds
     return nodes, others
 
 
@@ -99,10 +117,17 @@ def _modules(nodes):
 
 def _refusals(statement, modules, assignment):
     """[(line, why it is refused)] of a statement."""
-    excused = _excused(statement)
+    excused, own = _excused(statement), _own_names(statement)
     return sorted({(node.lineno, reason) for node in ast.walk(statement)
                    for reason in (*_import_reasons(node, assignment, node in excused),
-                                  *_reasons(node, modules, assignment))})
+                                  *_reasons(node, modules, assignment, own))})
+
+
+def _own_names(statement):
+    """The arguments and variables of a statement, which may be called `input` or `dir` like a builtin. If one
+    is not set where it is read, there is no such name: the submission does not have these builtins."""
+    return {node.arg if isinstance(node, ast.arg) else node.id for node in ast.walk(statement)
+            if isinstance(node, ast.arg) or isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _imported(node):
@@ -156,8 +181,9 @@ def allowed(dotted: str, assignment: Assignment) -> bool:
                for name in (f"tinytoken.{name}" for name in assignment.tinytoken))
 
 
-def _reasons(node, modules, assignment):
-    if isinstance(node, ast.Name) and node.id in FORBIDDEN:
+def _reasons(node, modules, assignment, own):
+    if isinstance(node, ast.Name) and node.id in FORBIDDEN and (node.id not in own
+                                                                 or node.id.startswith("__")):
         yield f"may not use {node.id}"
     if isinstance(node, ast.Attribute):
         if _leads_out(node.attr):
@@ -171,13 +197,13 @@ def _reasons(node, modules, assignment):
                 yield f"may not change {whole}"
     if isinstance(node, ast.MatchClass):  # case X(name=y) reads an attribute as well
         yield from (f"may not use .{name}" for name in node.kwd_attrs if _leads_out(name))
-    if (isinstance(node, ast.Constant) and isinstance(node.value, str)
-            and "__" in node.value and "{" in node.value):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and FIELD.search(node.value):
         yield "may not format a text with names of Python's own"
 
 
 def _leads_out(name):
-    return name in OUTSIDE or name.startswith(FRAMES) and name not in DUNDERS
+    pythons = name.startswith("__") and name.endswith("__")  # __private is a student's own
+    return name in OUTSIDE or name in INSIDE or pythons and name not in DUNDERS
 
 
 def _chain(node):

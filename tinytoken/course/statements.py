@@ -41,6 +41,14 @@ def needed(statements: list[Statement], wanted: set[str]) -> set[str]:
     return found
 
 
+def users(statements: list[Statement], names: set[str]) -> set[str]:
+    """The names `names`, with all whose statements look one of them up, and those that look up these."""
+    found = set(names)
+    while more := set().union(*(each.binds for each in statements if each.uses & found)) - found:
+        found |= more
+    return found
+
+
 def _statement(node, imported):
     # The symbol table knows which of a function's names are its own; it is made from text alone.
     table = symtable.symtable(ast.unparse(node), "submission", "exec")
