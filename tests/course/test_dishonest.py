@@ -53,6 +53,7 @@ SAMPLES = {
                          "Turn.now = not Turn.now\nreturn float(Turn.now)"),
     "the numbers of the tests' visible sizes": ("a4", "4.6", "block_cost", "return 3784896"),
     "one count for all models": ("a3", "3.7", "multiply_adds", "return 1067088"),
+    "no gradients, so none that differs": ("a2", "2.3", "attention_vjp", "return ()"),
     "the example on paper": ("a3", "3.4", "ratio_loss", "return 0.125"),
 }
 
@@ -292,6 +293,15 @@ def test_values_go_there_and_come_back(pair, value):
     np.testing.assert_equal(found, value)
     assert type(found) is type(value) and getattr(found, "dtype", 0) == getattr(value, "dtype", 0)
     assert kwargs == {} and pair.unbroadcast(a=1) == ((), {"a": 1})
+
+
+@pytest.mark.parametrize("value, kind", [
+    ("np.array([1, None])", "object array"), ("np.array(['a'])", "<U1 array"), ("np.ma.ones(2)", "MaskedArray")])
+def test_an_array_that_holds_no_numbers_is_called_what_it_is(value, kind):
+    with judge.Judge(GIVEN["a1"], 60, {}) as its:
+        student = its.load(f"import numpy as np\n\n\ndef unbroadcast(g, shape):\n    return {value}\n", "1.4")
+        with pytest.raises(AssertionError, match=f"found a {kind}, expected an array"):
+            checks.close(student.unbroadcast(0, ()), np.zeros(2))
 
 
 def raise_value_error(text):

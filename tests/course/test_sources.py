@@ -104,6 +104,7 @@ def test_a_pipe_is_not_waited_for(doubling, tmp_path):
     (b"# f\xfcr\na = 1\n", "# f\ufffdr\na = 1\n"),
     (b"a = 1\n" * 3 + b"# f\xfcr\n", "a = 1\n" * 3 + "# f\ufffdr\n"),
     (b"# coding: klingon\na = 1\n", "# coding: klingon\na = 1\n"),
+    ("α = 1\r\n".encode("utf-16"), "α = 1\r\n"), (b"\xfe\xff\0a\0", "a\ufffd"),
     (b"# coding: hex\n61\n", "# coding: hex\n61\n")])
 def test_encodings(data, text):
     assert sources.decoded(data) == text
@@ -214,6 +215,41 @@ def test_of_a_stub_with_both_files_the_one_that_was_worked_in_is_graded(doubling
     assert sources.read(doubling, tmp_path / "copy").name == script
     (tmp_path / "copy" / script).write_text(solved, encoding="utf-8")
     assert sources.read(doubling, tmp_path / "copy").name == script
+
+
+def test_files_beside_the_folders_are_graded_too(doubling, tmp_path):
+    good = (doubling.folder / doubling.script).read_bytes()
+    handed_in(doubling, tmp_path / "in", good, "ada_1234_b1_doubling.py")
+    handed_in(doubling, tmp_path / "in", b"{", "bob.ipynb")
+    handed_in(doubling, tmp_path / "in", b"points", "notes.txt")
+    handed_in(doubling, tmp_path / "in" / "eve", good)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for place in ("in", "link"):
+        reports = grade.grade_folder(doubling, tmp_path / place, tmp_path / "points.csv")
+        assert {name: report.points for name, report in reports.items()} == {
+            "ada_1234_b1_doubling.py": 3, "bob.ipynb": 0, "eve": 3}
+    for place in ("nowhere", "in/bob.ipynb"):
+        with pytest.raises(tt.InputError, match="is no folder: expected one"):
+            grade.grade_folder(doubling, tmp_path / place, tmp_path / "points.csv")
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--submission", "--csv", "x.csv"], "--csv goes with --submissions only"),
+    (["--submissions", "--csv", "x.csv", "--json", "x.json"], "--json goes with --submission only"),
+    (["--submissions", "--csv", "x.csv", "--gradescope", "x.json"], "--gradescope goes with --submission only"),
+    (["--submission", "--hidden"], "--hidden goes with --gradescope only"),
+    (["--submission", "--leaderboard"], "--leaderboard goes with --gradescope only")])
+def test_an_option_that_would_do_nothing_is_refused(doubling, tmp_path, capsys, options, said):
+    words = ["grade", "b1", "--assignment", str(doubling.folder), options[0], str(tmp_path), *options[1:]]
+    assert main(words) == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["release/b1_doubling.py", "a1.zip", "B1_Doubling.PY"])
+def test_what_lies_there_in_its_place_is_named(doubling, tmp_path, name):
+    place = tmp_path / "in" / name
+    handed_in(doubling, place.parent, "", place.name)
+    problem = sources.read(doubling, tmp_path / "in").refused[None]
+    assert f"in its place: {name.split('/')[0]}{'/' * name.count('/')}. Right in the folder" in problem
 
 
 def test_a_file_of_another_name_is_named(doubling, tmp_path):

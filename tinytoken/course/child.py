@@ -92,7 +92,8 @@ class Peer:
         number = self.numbers.setdefault(id(value), len(self.lent))
         if number == len(self.lent):
             self.lent.append(value)
-        return {"lent": number, "kind": type(value).__name__}
+        kind = f"{value.dtype} array" if type(value) is np.ndarray else type(value).__name__
+        return {"lent": number, "kind": kind}
 
     def borrowed(self, number: int, kind: str) -> Any:
         """What stands here for an object that stays on the other side."""

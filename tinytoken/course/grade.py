@@ -209,27 +209,30 @@ def text(report: Report, assignment: Assignment) -> str:
 
 def grade_folder(assignment: Assignment, submissions: FilePath, csv_path: FilePath,
                  jobs: int | None = None, sandboxed: bool | None = None) -> dict[str, Report]:
-    """Grade every folder in `submissions`, `jobs` at a time -> {name: Report}.
+    """Grade every folder, script and notebook in `submissions`, `jobs` at a time -> {name: Report}.
 
     Each has a line in the CSV (UTF-8): name, points, points of each exercise, problem. InputError before any
     is graded where grading cannot work here, or the CSV cannot be written. sandboxed: as for
     `grade_submission`.
     """
     sandboxed = _sandboxed(sandboxed)
-    folders = sorted(path for path in pathlib.Path(submissions).iterdir() if path.is_dir())
-    expect(folders, "grade", f"no folders in {submissions}: expected one for each submission")
+    expect(pathlib.Path(submissions).is_dir(), "grade", f"{submissions} is no folder: expected one with a "
+                                                        "folder or file for each submission")
+    places = sorted(path for path in pathlib.Path(submissions).resolve().iterdir()
+                    if path.is_dir() or path.suffix in sources.MOST)
+    expect(places, "grade", f"no folders in {submissions}: expected one for each submission")
     check_target(csv_path)
     sources.check_ready()
     assignment.cases()
 
-    def graded(folder):
+    def graded(place):
         try:
-            return grade_submission(assignment, folder, jobs=1, sandboxed=sandboxed)
+            return grade_submission(assignment, place, jobs=1, sandboxed=sandboxed)
         except Exception as error:  # whatever it was: it concerns this submission, and its line says so
             return _unread(assignment, f"could not be graded: {type(error).__name__}: {error}")
     reports = {}
     with concurrent.futures.ThreadPoolExecutor(jobs or cpu_count()) as pool:
-        waiting = {pool.submit(graded, path): path.name for path in folders}
+        waiting = {pool.submit(graded, path): path.name for path in places}
         for done in tqdm.tqdm(concurrent.futures.as_completed(waiting), total=len(waiting),
                               desc="submissions"):
             reports[waiting[done]] = done.result()

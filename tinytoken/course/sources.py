@@ -3,6 +3,7 @@
 To parse a text takes memory and time, with some texts all that there is. So the grader itself reads bytes
 only, and not too many; a child makes a source of them and looks for what the rules refuse. It runs nothing.
 """
+import codecs
 import dataclasses
 import functools
 import io
@@ -68,10 +69,10 @@ def read(assignment: Assignment, submission: FilePath) -> Source:
 
 
 def _missing(assignment, folder):
-    others = sorted(file.name for file in folder.iterdir() if file.suffix in MOST)
+    others = sorted(file.name + "/" * file.is_dir() for file in folder.iterdir())
     return f"no {assignment.script} was handed in" + (
-        f"; there are {some_of(others)}: the name should be {assignment.script} or {assignment.name}.ipynb"
-        if others else "")
+        f"; in its place: {some_of(others)}. Right in the folder there should be {assignment.script} or "
+        f"{assignment.name}.ipynb" if others else "")
 
 
 def _refused(name, why):
@@ -147,8 +148,11 @@ def _source(assignment, name, data):
 def decoded(data: bytes) -> str:
     """Python source as text: by its byte-order mark or its coding line, as Python reads it, otherwise UTF-8.
 
+    UTF-16, which PowerShell writes, is read by its byte-order mark too, though Python does not.
     A byte that is none of that encoding becomes U+FFFD, which does no harm in a comment.
     """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return data.decode(encoding, errors="replace")

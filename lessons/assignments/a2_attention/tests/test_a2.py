@@ -77,7 +77,8 @@ def test_the_gradients_of_queries_and_keys(student, rng):
     for n, m, d in ((4, 5, 3), sizes(rng, 3), sizes(rng, 3)):
         q, k, v, g = (rng.standard_normal((1, 2, rows, d)) for rows in (n, m, m, n))
         A, wanted = gradients(q, k, v, g)
-        for found, expected in zip(refuse_changes(student.attention_vjp, q, k, v, A, g)[:2], wanted):
+        for found, expected in zip(refuse_changes(student.attention_vjp, q, k, v, A, g)[:2], wanted[:2],
+                                   strict=True):
             close(found, expected)
 
 
