@@ -185,6 +185,26 @@ def test_a_notebook_can_be_handed_in(doubling, tmp_path):
     assert grade.grade_submission(doubling, folder / "b1_doubling.ipynb").points == 3
 
 
+IPYTHON = {
+    "what a magic or a shell gives": ("files = !ls\na, b[0] = %time 1\nx = 1", 1),
+    "help": ("?np.sum\n??x\nnp.sum??\nx = 1", 1),
+    "a shell line that goes on": ("!pip install \\\n    torch \\\n  numpy\nx = 1", 1),
+    "in a block": ("if True:\n    %time 3\n    y = !ls\n    x = 1", 1),
+    "a remark that asks": ("%time 3\nx = 1  # right?", 1),
+    "a percent sign in brackets": ("%time 3\nx = (7\n% 4)", 3),
+    "a percent sign on a line that goes on": ("%time 3\nx = 7 \\\n% 4", 3),
+    "a percent sign in a text": ("%time 3\ny = \"\"\"\n%d\n!\n\"\"\"\nx = len(y)", 6),
+}
+
+
+@pytest.mark.parametrize("source, x", IPYTHON.values(), ids=IPYTHON.keys())
+def test_lines_for_ipython_are_left_out_and_no_others(source, x):
+    script, places = notebook.to_script(json.dumps({"cells": [cell(source)]}))
+    space: dict = {}
+    exec(compile(script, "script", "exec"), space)
+    assert space["x"] == x and len(places) == script.count("\n") == source.count("\n") + 2
+
+
 @pytest.mark.parametrize("cells, said", [
     ([cell("a = 1"), cell("text", "markdown"), cell("a = 1\nimport torch\ndouble = fourfold = lambda x: torch")],
      "cell 3, line 2: may not import torch"),

@@ -4,9 +4,14 @@ A percent script has cells that begin with `# %%`. A notebook is a JSON file in 
 https://nbformat.readthedocs.io/en/latest/format_description.html
 """
 import ast
+import io
 import json
 import re
+import tokenize
 from typing import Any
+
+# A line of IPython's: %time f(x), !ls, files = !ls, f? and ?f.
+IPYTHON = re.compile(r"\s*([%!].*|[\w.,\s\[\]]+=\s*[%!].*|\?.*|[\w.]+\?+\s*)")
 
 
 def cells(script: str) -> list[tuple[str, str]]:
@@ -52,8 +57,28 @@ def _python(source):
     except (SyntaxError, ValueError):
         if re.match(r"%%(?!time|capture|prun)", source.lstrip()):  # a cell in another language
             return re.sub("^", "# ", source, flags=re.MULTILINE)
-        return re.sub(r"^(\s*)([%!].*|.*\?)$", r"\1pass  # \2", source, flags=re.MULTILINE)
+        lines: list[str] = []
+        goes_on = False  # the line before is IPython's and ends with a backslash
+        for line in source.split("\n"):
+            if goes_on:
+                goes_on, line = line.endswith("\\"), f"# {line}"
+            elif IPYTHON.fullmatch(line) and not _is_open("\n".join(lines)):
+                goes_on, line = line.endswith("\\"), re.sub(r"^\s*", r"\g<0>pass  # ", line)
+            lines.append(line)
+        return "\n".join(lines)
     return source
+
+
+def _is_open(source):
+    """Whether a bracket, a string or a line goes on behind this source."""
+    try:
+        for _ in tokenize.generate_tokens(io.StringIO(source + "\n").readline):
+            pass
+    except tokenize.TokenError as error:
+        return "EOF in multi-line" in str(error) or "unterminated triple-quoted" in str(error)
+    except SyntaxError:  # of its indentation
+        pass
+    return False
 
 
 def cell(kind: str, source: str, **nbgrader: Any) -> dict[str, Any]:
