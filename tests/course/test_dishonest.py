@@ -296,7 +296,8 @@ def test_values_go_there_and_come_back(pair, value):
 
 
 @pytest.mark.parametrize("value, kind", [
-    ("np.array([1, None])", "object array"), ("np.array(['a'])", "<U1 array"), ("np.ma.ones(2)", "MaskedArray")])
+    ("np.array([1, None])", "object array"), ("np.array(['a'])", "<U1 array"),
+    ("np.ma.ones(2)", "MaskedArray")])
 def test_an_array_that_holds_no_numbers_is_called_what_it_is(value, kind):
     with judge.Judge(GIVEN["a1"], 60, {}) as its:
         student = its.load(f"import numpy as np\n\n\ndef unbroadcast(g, shape):\n    return {value}\n", "1.4")

@@ -162,9 +162,12 @@ UNNEEDED = {
     "a function that plots": "def plot(x):\n    import matplotlib.pyplot as plt\n    plt.plot(open(x))\n",
     "a function that uses what was imported": "import torch\ndef f(x):\n    return torch.tensor(x)\n",
     "a decorator": "from dataclasses import dataclass\n@dataclass\nclass Pair:\n    a: int\n",
-    "an own decorator": "import torch\ndef wrap(f):\n    return torch.compile(f)\n@wrap\ndef f():\n    pass\n",
-    "a default of a default": "import torch\nX = torch.zeros(1)\ndef f(x=X):\n    pass\ndef g(x=f()):\n    pass\n",
-    "a name from Python's insides": "class Sub(Node):\n    def copy(self):\n        return self.__class__(1)\n",
+    "an own decorator": ("import torch\ndef wrap(f):\n    return torch.compile(f)\n"
+                         "@wrap\ndef f():\n    pass\n"),
+    "a default of a default": ("import torch\nX = torch.zeros(1)\ndef f(x=X):\n    pass\n"
+                               "def g(x=f()):\n    pass\n"),
+    "a name from Python's insides": (
+        "class Sub(Node):\n    def copy(self):\n        return self.__class__(1)\n"),
 }
 
 
@@ -185,11 +188,13 @@ def test_a_missing_name_may_be_one_that_breaks_the_rules():
 HARMLESS = {
     "arguments and variables named like builtins": (
         "def total(input, *dir, **vars):\n    help = input.sum()\n    return help + len(dir)\n"),
-    "a loop's and a comprehension's": "def f(x):\n    for exit in x:\n        pass\n    return [dir for dir in x]\n",
+    "a loop's and a comprehension's": (
+        "def f(x):\n    for exit in x:\n        pass\n    return [dir for dir in x]\n"),
     "a class's private names": ("class Walk:\n    def __init__(self):\n        self.__done = 0\n"
                                 "    def __next(self):\n        return self.__done\n"),
     "names that begin like a frame's": "class Norm:\n    def f(self, x):\n        self.f_mean = x.co_std\n",
-    "operators by their names": "Node.__radd__ = lambda a, b: a\ndef f(a, b):\n    return a.__matmul__(b).__sub__(a)\n",
+    "operators by their names": (
+        "Node.__radd__ = lambda a, b: a\ndef f(a, b):\n    return a.__matmul__(b).__sub__(a)\n"),
     "a text with braces and a name": 'def f():\n    """Like __init__: \\\\frac{a}{b}, {1, 2}."""\n',
     "parts of NumPy": ("import numpy.typing as npt\nfrom numpy.linalg import norm\n"
                        "import numpy.random\ndef f(x: npt.NDArray):\n    return norm(x)\n"),

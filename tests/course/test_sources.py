@@ -185,6 +185,15 @@ def test_a_notebook_can_be_handed_in(doubling, tmp_path):
     assert grade.grade_submission(doubling, folder / "b1_doubling.ipynb").points == 3
 
 
+def test_what_a_submission_says_is_printed_as_text(doubling, tmp_path):
+    said = "π\\x1b[2J\\r\\x08\\ud800 3 of 3"
+    source = f"def double(x):\n    raise ValueError('  ok 2/2\\n{said}')\n"
+    report = grade.grade_submission(doubling, handed_in(doubling, tmp_path / "in", source))
+    assert f"ok 2/2\n{said}" in report.rows[0].output
+    handed_in(doubling, tmp_path / "named", "", "\x1b[2J.py")
+    assert "in its place: \\x1b[2J.py" in grade.grade_submission(doubling, tmp_path / "named").problem
+
+
 IPYTHON = {
     "what a magic or a shell gives": ("files = !ls\na, b[0] = %time 1\nx = 1", 1),
     "help": ("?np.sum\n??x\nnp.sum??\nx = 1", 1),
@@ -206,7 +215,7 @@ def test_lines_for_ipython_are_left_out_and_no_others(source, x):
 
 
 @pytest.mark.parametrize("cells, said", [
-    ([cell("a = 1"), cell("text", "markdown"), cell("a = 1\nimport torch\ndouble = fourfold = lambda x: torch")],
+    ([cell("a = 1"), cell("", "markdown"), cell("a = 1\nimport torch\ndouble = fourfold = lambda x: torch")],
      "cell 3, line 2: may not import torch"),
     ([cell("a = 1"), cell("x = (")], "cell 2, line 1: '(' was never closed"),
     ({"a": 1}, "no notebook of nbformat 4"), (None, "no notebook of nbformat 4")])
@@ -256,10 +265,12 @@ def test_files_beside_the_folders_are_graded_too(doubling, tmp_path):
 @pytest.mark.parametrize("options, said", [
     (["--submission", "--csv", "x.csv"], "--csv goes with --submissions only"),
     (["--submissions", "--csv", "x.csv", "--json", "x.json"], "--json goes with --submission only"),
-    (["--submissions", "--csv", "x.csv", "--gradescope", "x.json"], "--gradescope goes with --submission only"),
+    (["--submissions", "--csv", "x.csv", "--gradescope", "x.json"],
+     "--gradescope goes with --submission only"),
     (["--submission", "--hidden"], "--hidden goes with --gradescope only"),
     (["--submission", "--leaderboard"], "--leaderboard goes with --gradescope only")])
-def test_an_option_that_would_do_nothing_is_refused(doubling, tmp_path, capsys, options, said):
+def test_an_option_that_would_do_nothing_is_refused(doubling, tmp_path, capsys, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
     words = ["grade", "b1", "--assignment", str(doubling.folder), options[0], str(tmp_path), *options[1:]]
     assert main(words) == 2 and said in capsys.readouterr().err
 

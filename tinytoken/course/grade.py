@@ -99,6 +99,7 @@ def grade_submission(assignment: Assignment, submission: FilePath, bar: bool = F
 
 def _unread(assignment, problem, seconds=0.0, file=""):
     """The report of a submission that was not run."""
+    problem = _printable(problem)
     rows = [_row(case, False, problem) for case in assignment.cases()]
     return Report(assignment.name, rows, problem, seconds, file)
 
@@ -180,9 +181,15 @@ def _run_judge(job, folder, seconds):
 
 def _row(case, passed, message):
     hint = f"Hint: {case.hint}" if case.hint else ""
-    output = "" if passed else "\n".join(part for part in (hint, message) if part)
+    output = "" if passed else "\n".join(part for part in (hint, _printable(message)) if part)
     name = case.name.removeprefix("test_").replace("_", " ")
     return Row(case.number, name, case.points if passed else 0.0, case.points, case.visibility, output)
+
+
+def _printable(message):
+    """A message in which a submission has a say, without what would move a terminal's cursor or colour it."""
+    return "".join(letter if letter.isprintable() or letter == "\n"
+                   else letter.encode("unicode_escape").decode() for letter in message)
 
 
 def text(report: Report, assignment: Assignment) -> str:

@@ -90,8 +90,10 @@ def taken(parts: list[statements.Statement], assignment: Assignment,
     broken = statements.users(parts, set().union(*(
         each.binds for each in parts if id(each) in refused and not isinstance(each.node, ast.Expr))))
     needed = statements.needed(parts, solving)
-    definitions = [each for each in parts if statements.defines(each.node)  # import * binds what no one knows
-                   and (each.binds & needed or not each.binds or id(each) not in refused and not each.uses_now & broken)]
+    # what binds nothing is import *: no one knows who needs it
+    definitions = [each for each in parts if statements.defines(each.node)
+                   and (each.binds & needed or not each.binds
+                        or id(each) not in refused and not each.uses_now & broken)]
     needed = statements.needed(parts, solving.union(*(each.uses_now for each in definitions)))
     used = statements.needed(parts, set().union(*(each.uses for each in definitions)))
     kept = set(map(id, definitions))
