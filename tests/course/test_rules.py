@@ -177,6 +177,16 @@ def test_what_breaks_the_rules_and_is_not_needed_costs_nothing(text):
         assert "softmax" in vars(run_for(number, SOLVED + text))
 
 
+@pytest.mark.parametrize("text", ["softmax_vjp, unbroadcast = made()\n",
+                                  "if math.pi:\n    softmax_vjp, unbroadcast = made()\n"])
+def test_a_statement_that_solves_two_exercises_is_run_for_both(text):
+    source = SOLVED.replace("def softmax_vjp(", "def old(").replace("def unbroadcast(", "def older(")
+    source += f"def made():\n    return old, older\n{text}"
+    for number, name in (("1.6", "softmax_vjp"), ("1.4", "unbroadcast")):
+        assert callable(vars(run_for(number, source))[name])
+    assert not hasattr(run_for("1.1", source), "softmax_vjp")
+
+
 def test_a_missing_name_may_be_one_that_breaks_the_rules():
     source = SOLVED.replace("class Node:\n", "class Node:\n    kind = open\n")
     assert list(rules.breaches(source, A1)) == ["1.1"]

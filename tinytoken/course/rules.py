@@ -74,7 +74,7 @@ def taken(parts: list[statements.Statement], assignment: Assignment,
     """(what is run for exercise `number`, the names that solve the others); None: for all exercises together.
 
     A submission is a student's file as it is: beside the solutions it may train, print and try things out,
-    and none of that may cost a point. What gives a value to a name that solves another exercise is not run.
+    and none of that may cost a point. What gives a value to names that solve other exercises alone is not run.
     Imports, functions, classes and lambdas are, but for those that break the rules and that the exercise does
     not need: a plot may import what it likes. Any other statement (EPS = np.finfo(float).eps, a try with
     imports, a loop that fills a table) is run if the exercise needs it: if it binds a name that its functions
@@ -84,7 +84,7 @@ def taken(parts: list[statements.Statement], assignment: Assignment,
     solving = {name for exercise in assignment.exercises if number in (None, exercise.number)
                for name in exercise.names}
     others = {name for exercise in assignment.exercises for name in exercise.names} - solving
-    parts = [each for each in parts if not each.binds & others]
+    parts = [each for each in parts if each.binds & solving or not each.binds & others]
     modules = _modules([each.node for each in parts])
     refused = {id(each) for each in parts if _refusals(each.node, modules, assignment)}
     broken = statements.users(parts, set().union(*(
