@@ -74,7 +74,7 @@ def taken(parts: list[statements.Statement], assignment: Assignment,
     """(what is run for exercise `number`, the names that solve the others); None: for all exercises together.
 
     A submission is a student's file as it is: beside the solutions it may train, print and try things out,
-    and none of that may cost a point. What gives a value to names that solve other exercises alone is not run.
+    and none of that may cost a point. What solves other exercises, and nothing of this one, is not run.
     Imports, functions, classes and lambdas are, but for those that break the rules and that the exercise does
     not need: a plot may import what it likes. Any other statement (EPS = np.finfo(float).eps, a try with
     imports, a loop that fills a table) is run if the exercise needs it: if it binds a name that its functions
