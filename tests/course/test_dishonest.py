@@ -357,9 +357,10 @@ def test_an_array_that_a_function_of_the_judge_returns_twice_is_one_array_there(
 
 
 @pytest.mark.parametrize("source, kind", [
-    ("import os\n", "ModuleNotFoundError"), ("class A:\n    open('x')\n", "NameError"),
-    ("class A:\n    __import__('os')\n", "ModuleNotFoundError"),
-    ("class A:\n    raise SystemExit\n", "SystemExit")])
+    ("import os as unbroadcast\n", "ModuleNotFoundError"),
+    ("class unbroadcast:\n    open('x')\n", "NameError"),
+    ("class unbroadcast:\n    __import__('os')\n", "ModuleNotFoundError"),
+    ("class unbroadcast:\n    raise SystemExit\n", "SystemExit")])
 def test_what_the_rules_missed_is_not_there_when_it_runs(source, kind):
     with judge.Judge(GIVEN["a1"], 60, {}) as its, pytest.raises(child.Raised) as caught:
         its.load(source, "1.4")
