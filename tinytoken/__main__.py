@@ -193,10 +193,6 @@ def run_grade(args: argparse.Namespace) -> None:
     from .files import check_target, write_json
     check_grade(args)
     assignment = find_assignment(args)
-    for option, needs in (("csv", "submissions"), ("json", "submission"), ("gradescope", "submission"),
-                          ("hidden", "gradescope"), ("leaderboard", "gradescope")):
-        expect(getattr(args, needs) or not getattr(args, option), "grade",
-               f"--{option} goes with --{needs} only")
     for path, ending in ((args.csv, ".csv"), (args.json, ".json"), (args.gradescope, ".json")):
         if path:
             check_target(path, ending)

@@ -262,19 +262,6 @@ def test_files_beside_the_folders_are_graded_too(doubling, tmp_path):
             grade.grade_folder(doubling, tmp_path / place, tmp_path / "points.csv")
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--submission", "--csv", "x.csv"], "--csv goes with --submissions only"),
-    (["--submissions", "--csv", "x.csv", "--json", "x.json"], "--json goes with --submission only"),
-    (["--submissions", "--csv", "x.csv", "--gradescope", "x.json"],
-     "--gradescope goes with --submission only"),
-    (["--submission", "--hidden"], "--hidden goes with --gradescope only"),
-    (["--submission", "--leaderboard"], "--leaderboard goes with --gradescope only")])
-def test_an_option_that_would_do_nothing_is_refused(doubling, tmp_path, capsys, monkeypatch, options, said):
-    monkeypatch.chdir(tmp_path)
-    words = ["grade", "b1", "--assignment", str(doubling.folder), options[0], str(tmp_path), *options[1:]]
-    assert main(words) == 2 and said in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["release/b1_doubling.py", "a1.zip", "B1_Doubling.PY"])
 def test_what_lies_there_in_its_place_is_named(doubling, tmp_path, name):
     place = tmp_path / "in" / name
