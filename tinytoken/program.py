@@ -6,7 +6,6 @@ import pathlib
 import sys
 import traceback
 from types import TracebackType
-from typing import Any
 
 from .errors import InputError, printable
 
