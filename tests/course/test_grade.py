@@ -254,7 +254,7 @@ def test_the_command_reports_and_the_same_submission_gives_the_same_report(tmp_p
 
 @pytest.mark.slow
 def test_a_folder_of_submissions(tmp_path):
-    for name, source in (("ada", SOLVED), ("bob", "import torch\n"), ("eve", None)):
+    for name, source in (("ada", SOLVED), ("bob", "from torch import *\n"), ("eve", None)):
         (tmp_path / "in" / name).mkdir(parents=True)
         if source:
             (tmp_path / "in" / name / A1.script).write_text(source)
@@ -264,5 +264,6 @@ def test_a_folder_of_submissions(tmp_path):
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert rows["ada"]["points"] == rows["ada"]["of"] == "25" and rows["ada"]["1.2"] == "4" and not rows["ada"]["problem"]
     assert rows["bob"]["points"] == "0" and "torch" in rows["bob"]["problem"] and rows["eve"]["problem"] == "no a1_autograd.py was handed in"
+    (tmp_path / "void").mkdir()
     with pytest.raises(tt.InputError, match="no folders"):
-        grade.grade_folder(A1, tmp_path / "in" / "ada", tmp_path / "x.csv")
+        grade.grade_folder(A1, tmp_path / "void", tmp_path / "x.csv")

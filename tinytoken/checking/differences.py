@@ -102,8 +102,11 @@ class Slopes:
         last: h; 0 takes the line's step.
         """
         last, sizes = last or line.step, self.sizes()
-        if last < line.step:  # an output that does not move with the long step either does not depend on this
-            sizes = [size * (p != 0) for size, p in zip(sizes, self.products(line, line.step, -line.step))]
+        if last < line.step:
+            # an output that does not move with a long step either does not depend on this; long, since one
+            # that is large beside its slope moves by less than its rounding
+            far = 2.0 ** (2 * LARGEST) * line.step
+            sizes = [size * (p != 0) for size, p in zip(sizes, self.products(line, far, -far))]
         row: list[float] = []
         before: list[float] = []
         best, error, moved, still = float("nan"), float("inf"), 0.0, 0.0
