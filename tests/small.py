@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
+from tinytoken.backend import to_numpy
 from tinytoken.models import DynamicViT, LookupViT, ViT
 
 SMALL = dict(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5)  # 16 patches
@@ -103,3 +104,14 @@ def teacher(batch=2, seed=7):
     """The dense network's logits and tokens, by chance."""
     rng = np.random.default_rng(seed)
     return rng.standard_normal((batch, 5)), rng.standard_normal((batch, 16, 8))
+
+
+def same_logits_and_gradients(model, masked, gathered, upstream):
+    """Two outputs of a DynamicViT agree, and so do the gradients of all that is no predictor, none of which
+    is zero."""
+    same(masked.logits.numpy(), gathered.logits.numpy())
+    params = [p for name, p in model.named_parameters() if "score_predictor" not in name]
+    of_masked, of_gathered = (tt.grad((out.logits * upstream).sum(), params) for out in (masked, gathered))
+    for a, b in zip(of_masked, of_gathered):
+        same(to_numpy(a), to_numpy(b))
+    assert all(abs(g).max() > 0 for g in of_gathered)

@@ -60,9 +60,11 @@ def some_of(names: Sequence[Any], most: int = 6) -> str:
     return (", ".join(map(str, names[:most])) or "none") + more
 
 
-def printable(text: str) -> str:
-    """The text of others on one line: what does not print, such as a line's end, as Python writes it."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+def printable(text: str, keep: str = "") -> str:
+    """The text of others on one line: what does not print, such as a line's end or what would colour a
+    terminal, as Python writes it. keep: letters that stay, such as a line's end."""
+    return "".join(letter if letter.isprintable() or letter in keep else repr(letter)[1:-1]
+                   for letter in text)
 
 
 @contextlib.contextmanager

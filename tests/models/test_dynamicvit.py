@@ -6,7 +6,7 @@ import pytest
 
 import small
 import tinytoken as tt
-from small import STAGES, gumbel, masks, pictures, refuses, same, shaken, teacher
+from small import STAGES, gumbel, masks, pictures, refuses, same, same_logits_and_gradients, shaken, teacher
 from tinytoken.backend import to_numpy
 from tinytoken.checking import gradcheck
 from tinytoken.models import DynamicOutput, DynamicViT, ViT, dynamicvit_loss
@@ -83,12 +83,7 @@ def test_masked_equals_gathered(counts, spread, xp):
     gathered = model.eval()(images, keep=keep)
     assert [k.shape for k in gathered.kept] == [(3, n) for n in counts]
     assert [d.numpy().sum(axis=1).tolist() for d in masked.decisions] == [[n] * 3 for n in counts]
-    same(masked.logits.numpy(), gathered.logits.numpy())
-    params = [p for name, p in model.named_parameters() if "score_predictor" not in name]
-    of_masked, of_gathered = (tt.grad((out.logits * upstream).sum(), params) for out in (masked, gathered))
-    for a, b in zip(of_masked, of_gathered):
-        same(to_numpy(a), to_numpy(b))
-    assert all(xp.abs(g).max() > 0 for g in of_gathered)
+    same_logits_and_gradients(model, masked, gathered, upstream)
     # the kept tokens are the same, too
     kept = xp.asarray(np.sort(to_numpy(gathered.kept[-1]), axis=1))[:, :, None]
     same(to_numpy(xp.take_along_axis(masked.tokens.data, kept, axis=1)), gathered.tokens.numpy())

@@ -5,7 +5,7 @@ import pytest
 
 import small
 import tinytoken as tt
-from small import STAGES, VARIANTS, gumbel, masks, pictures, reference, refuses, same, shaken
+from small import STAGES, VARIANTS, gumbel, masks, pictures, refuses, same, same_logits_and_gradients, shaken
 from tinytoken.backend import to_numpy
 from tinytoken.checking import gradcheck
 from tinytoken.models import DynamicViT, ToMe, ViT
@@ -27,11 +27,6 @@ each_control = pytest.mark.parametrize("kind", CONTROLS.values(), ids=CONTROLS)
 @pytest.fixture(autouse=True)
 def seeded():
     tt.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def timm():
-    return reference("timm_options.npz")
 
 
 def weights_of(timm, case):
@@ -177,12 +172,7 @@ def test_masked_equals_gathered(extra, counts, spread, xp):
     upstream = xp.asarray(np.random.default_rng(1).standard_normal((3, 5)))
     masked, gathered = (model.train(training)(images, keep=keep, trace=True) for training in (True, False))
     assert [A.shape[2] for A in gathered.attention] == [COUNTS[extra] + n for n in (16, *counts)]
-    same(masked.logits.numpy(), gathered.logits.numpy())
-    params = [p for name, p in model.named_parameters() if "score_predictor" not in name]
-    of_masked, of_gathered = (tt.grad((out.logits * upstream).sum(), params) for out in (masked, gathered))
-    for a, b in zip(of_masked, of_gathered):
-        same(to_numpy(a), to_numpy(b))
-    assert all(xp.abs(g).max() > 0 for g in of_gathered)
+    same_logits_and_gradients(model, masked, gathered, upstream)
 
 
 @each_extra

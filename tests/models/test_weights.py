@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
-from small import SMALL, VARIANTS, pictures, reference, refuses, same, shaken
+from small import SMALL, VARIANTS, pictures, refuses, same, shaken
 from tinytoken.models import DynamicViT, LookupViT, ViT, clean_names, load_weights, options_of, read_weights
 
 LIKELY = "\n  likely: "
@@ -18,11 +18,6 @@ LIKELY = "\n  likely: "
 @pytest.fixture(autouse=True)
 def seeded():
     tt.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def timm():
-    return reference("timm_options.npz")
 
 
 def same_weights(model, state):

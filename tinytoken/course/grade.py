@@ -18,7 +18,7 @@ from typing import Any
 import tqdm
 
 from ..backend import cpu_count
-from ..errors import expect
+from ..errors import expect, printable
 from ..files import FilePath, check_target, replacing
 from . import sandbox, sources
 from .assignment import Assignment, Case, Exercise
@@ -99,7 +99,7 @@ def grade_submission(assignment: Assignment, submission: FilePath, bar: bool = F
 
 def _unread(assignment, problem, seconds=0.0, file=""):
     """The report of a submission that was not run."""
-    problem = _printable(problem)
+    problem = printable(problem, keep="\n")
     rows = [_row(case, False, problem) for case in assignment.cases()]
     return Report(assignment.name, rows, problem, seconds, file)
 
@@ -181,15 +181,9 @@ def _run_judge(job, folder, seconds):
 
 def _row(case, passed, message):
     hint = f"Hint: {case.hint}" if case.hint else ""
-    output = "" if passed else "\n".join(part for part in (hint, _printable(message)) if part)
+    output = "" if passed else "\n".join(part for part in (hint, printable(message, keep="\n")) if part)
     name = case.name.removeprefix("test_").replace("_", " ")
     return Row(case.number, name, case.points if passed else 0.0, case.points, case.visibility, output)
-
-
-def _printable(message):
-    """A message in which a submission has a say, without what would move a terminal's cursor or colour it."""
-    return "".join(letter if letter.isprintable() or letter == "\n"
-                   else letter.encode("unicode_escape").decode() for letter in message)
 
 
 def text(report: Report, assignment: Assignment) -> str:

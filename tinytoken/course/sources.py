@@ -17,7 +17,7 @@ import tokenize
 
 from ..errors import InputError, expect, install, some_of
 from ..files import FilePath
-from . import notebook, plain, rules
+from . import child, notebook, plain, rules
 from .assignment import Assignment, load
 
 MOST = {".py": 2**18, ".ipynb": 2**23}  # bytes of a script, and of a notebook with its outputs
@@ -161,11 +161,4 @@ def decoded(data: bytes) -> str:
 
 
 def _limit():
-    """Limit this process's memory, where the platform can."""
-    try:
-        import resource
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    except (ImportError, ValueError, OSError):  # Windows has no limits, macOS refuses some
-        pass
+    child.limit({"RLIMIT_AS": MEMORY})

@@ -12,7 +12,7 @@ from typing import Any
 from .. import backend, program, random
 from ..data import dataset, load_pictures
 from ..errors import Busy, InputError, expect, install, one_line_of_warnings
-from ..files import as_json, check_target, check_writable, claimed, replacing, write_json
+from ..files import as_json, check_target, claimed, replacing, write_json
 from ..reading import field, read_json
 from ..train import Run
 from .arm import Arm, Recipe
@@ -41,7 +41,6 @@ class Lesson:
         self.stem = name + "_full" * (size == "full")
         if data != "scenes":
             self.stem += f"_{pathlib.Path(data).name}"
-        check_writable(self.out)
         check_target(self.out / f"{self.stem}.json", ".json")
         random.manual_seed(seed)
 
