@@ -134,28 +134,30 @@ def test_a_kernel_that_stops_within_a_warp_still_sums_right():
 
 
 @needs_compiler
+@pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize("by_clock", [False, True])
-def test_adamw_and_clipping_are_the_optimisers(by_clock):
+def test_adamw_and_clipping_are_the_optimisers(by_clock, frozen):
     rng, n = np.random.default_rng(0), 1000
     weight = tt.nn.Parameter(rng.standard_normal(n).astype("float32"), decay=True)
     expected = tt.nn.Parameter(weight.data.copy(), decay=True)
-    optimizer = tt.optim.AdamW([expected], 1e-2, weight_decay=0.05, clip=1.0)
     w, m, v = weight.data, np.zeros(n, "float32"), np.zeros(n, "float32")
+    expected.frozen_steps = frozen
+    optimizer = tt.optim.AdamW([expected], 1e-2, weight_decay=0.05, clip=1.0)
     for step in range(1, 6):
         g = rng.standard_normal(n).astype("float32")
         expected.grad[...] = g
         norm = optimizer.step()
         parts, found, factor = (np.full(s, np.nan, "float32") for s in (7, 1, 1))
-        rates = np.array([1e-2, 1 / (1 - 0.9 ** step), 1 / (1 - 0.999 ** step), 0], "float32")
+        rates = np.array([1e-2, 1 / (1 - 0.9 ** step), 1 / (1 - 0.999 ** step), 0, step], "float32")
         row = (rates, None, 0)
         # the rates of this step are those of number 10 + step, in a table that begins with number 11
         if by_clock:
-            table, clock = np.full((5, 4), np.nan, "float32"), np.array([10 + step], "uint32")
+            table, clock = np.full((5, 5), np.nan, "float32"), np.array([10 + step], "uint32")
             table[step - 1], row = rates, (table, clock, 11)
         with run():
             launcher.launch("squares", 7, 64, g, parts, n, shared=4 * 64)
             launcher.launch("clip_factor", 1, 32, parts, found, factor, 7, 1.0)
-            launcher.launch("adamw", *launcher.cover(n), w, g, m, v, None, factor, *row, n, 1.0, 0.05, 0.9,
-                            0.999, 1e-8)
+            launcher.launch("adamw", *launcher.cover(n), w, g, m, v, None, factor, *row, n, 1.0, frozen, 0.05,
+                            0.9, 0.999, 1e-8)
         assert found[0] == pytest.approx(float(norm), rel=1e-5)
         np.testing.assert_allclose(w, expected.data, rtol=0, atol=2e-6)

@@ -6,8 +6,8 @@ import pytest
 
 from small import refuses
 from tiny import small_cifar
-from tinytoken import InputError, data
-from tinytoken.data import dataset, load_pictures, make_scenes
+from tinytoken import InputError, data, random
+from tinytoken.data import dataset, hold_out, load_pictures, make_scenes
 from tinytoken.data.sets import DataSets
 
 REQUEST = dict(train=6, test=4, seed=2, size=16)
@@ -92,3 +92,27 @@ def test_a_folder_called_as_a_set_is_asked_for_by_its_path(tmp_path, monkeypatch
     with refuses("data: ./scenes holds no data set that is known here; expected "
                  f"{dataset.choices()}"):
         load_pictures("./scenes")
+
+
+# Pictures that are held out
+
+def test_held_out_pictures_are_of_the_training_set_and_the_same_for_everybody():
+    scenes = make_scenes(40, seed=1)
+    rest, held = hold_out(scenes, 12)
+    assert (len(rest.images), len(held.images)) == (28, 12)
+    assert all(len(part) == 12 for part in (held.labels, held.instances, held.boxes))
+    assert held.names == scenes.names and type(held) is type(scenes)
+    everything = {image.tobytes() for image in scenes.images}
+    apart = [{image.tobytes() for image in part.images} for part in (rest, held)]
+    assert apart[0] | apart[1] == everything and not apart[0] & apart[1]
+    where = [i for i, image in enumerate(scenes.images) if image.tobytes() in apart[1]]
+    assert np.array_equal(held.masks, scenes.masks[where])  # in the set's order, everything of a picture
+    assert np.array_equal(held.labels, scenes.labels[where])
+    assert where != list(range(28, 40))  # drawn: a folder of images lies sorted by class
+    # of another set of that size the same places, whatever the seed
+    random.manual_seed(5)
+    other = make_scenes(40, seed=2)
+    assert np.array_equal(hold_out(other, 12)[1].images, other.images[where])
+    for count in (0, 40):
+        with refuses(f"hold_out: {count} pictures of 40, expected at least 1, and fewer than all"):
+            hold_out(scenes, count)

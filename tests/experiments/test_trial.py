@@ -48,6 +48,21 @@ def test_a_models_weights_are_its_starts_and_else_the_seeds(job):
     assert job.new(ViT, dim=8, depth=1).config.dim == 8 and job.recipe.dim == 16
 
 
+def test_choosing_is_by_pictures_that_are_held_out_of_training():
+    plain, apart, choosing = (Trial(dataclasses.replace(RECIPE, train_pictures=count, **more), bar=False)
+                              for count, more in ((17, {}), (12, dict(held_out=5)),
+                                                  (12, dict(held_out=5, choosing=True))))
+    bytes_of = lambda pictures: {image.tobytes() for image in pictures.images}
+    assert len(apart.train_set) == 12 and bytes_of(apart.train_set) < bytes_of(plain.train_set)
+    assert np.array_equal(apart.test.images, plain.test.images)
+    assert np.array_equal(choosing.train_set.images, apart.train_set.images)
+    assert bytes_of(choosing.test) == bytes_of(plain.train_set) - bytes_of(apart.train_set)
+    assert len(choosing.test) == 5 and choosing.batches.mean == apart.batches.mean
+    assert np.array_equal(choosing.batches.images, choosing.train_set.images)
+    with refuses("Trial: choosing by 0 pictures: held_out says how many"):
+        Trial(dataclasses.replace(RECIPE, choosing=True), bar=False)
+
+
 def test_a_models_sizes_are_the_recipes_and_the_pictures(monkeypatch):
     small = Trial(dataclasses.replace(RECIPE, size=16), bar=False)
     assert small.test.images.shape == (10, 3, 16, 16) and small.new("vit").config.image_size == 16
@@ -111,6 +126,7 @@ def calls(monkeypatch):
     def fit(model, task, batches, **settings):
         call = types.SimpleNamespace(model=model, task=task, before=model.state_dict(), **settings)
         call.scales = {name: p.lr_scale for name, p in model.named_parameters()}
+        call.frozen = {name: p.frozen_steps for name, p in model.named_parameters()}
         for p in model.parameters():
             p.data += len(seen) + 1
         seen.append(call)
@@ -140,6 +156,16 @@ def test_parameters_that_are_new_learn_at_a_rate_of_their_own(job, calls):
     assert set(scales.values()) == {1.0, 3.0}
     job.train("alone")
     assert set(calls[-1].scales.values()) == {1.0}  # without a start nothing is newer than the rest
+
+
+def test_what_an_arm_starts_from_can_stay_first_and_learn_slowly_then(job, calls):
+    official = dataclasses.replace(ARMS["pruned"], start_lr_scale=0.01, frozen_steps=1)
+    job.arms = ARMS | {"official": official}
+    job.train("official")
+    scales, frozen = calls[-1].scales, calls[-1].frozen
+    new = [name for name in scales if name.startswith("score_predictor")]
+    assert scales == {name: 3.0 if name in new else 0.01 for name in scales}
+    assert frozen == {name: 0 if name in new else 1 for name in scales} and 0 < len(new) < len(scales)
 
 
 def test_tasks_are_the_models_own_or_the_arms(job, calls):

@@ -1,5 +1,7 @@
 """DynamicViT's four losses: their formulas by loops, gradients, images that lose every token, slices of a
 batch."""
+import itertools
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,9 @@ import tinytoken as tt
 from small import SMALL, STAGES, gumbel, masks, pictures, refuses, same, shaken, softmax, teacher
 from tinytoken.checking import gradcheck
 from tinytoken.models import DynamicOutput, DynamicViT, dynamicvit_loss
+from tinytoken.models.pruning import RATIO_NORMS, TOKEN_LOSSES, TOKEN_NORMS
 
+FORMS = list(itertools.product(TOKEN_NORMS, RATIO_NORMS, TOKEN_LOSSES))
 
 def outputs_of(decisions):
     """A DynamicOutput of three images made by hand, its tensors leaves that ask for gradients."""
@@ -17,25 +21,28 @@ def outputs_of(decisions):
     return DynamicOutput(leaf(logits), leaf(tokens), decisions=decisions, keep=decisions[-1].detach())
 
 
-@pytest.mark.parametrize("token_norm", ["pooled", "image"])
+@pytest.mark.parametrize("token_norm, ratio_norm, token_loss", FORMS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_losses_by_their_formulas(token_norm, smoothing):
+def test_the_losses_by_their_formulas(token_norm, ratio_norm, token_loss, smoothing):
     first = np.random.default_rng(0).random((3, 16)) < [[0.9], [0.6], [0.4]]
     last = first & (np.random.default_rng(1).random((3, 16)) < 0.6)
     assert len({*last.sum(axis=1)}) > 1  # pooled and per image differ
     out, targets, (z, f), ratios = outputs_of([first, last]), np.array([1, 4, 0]), teacher(3), (0.7, 0.4)
     loss, parts = dynamicvit_loss(out, targets, z, f, ratios, weights=(1.5, 3, 0.25, 0.75),
-                                  token_norm=token_norm, smoothing=smoothing)
+                                  token_norm=token_norm, ratio_norm=ratio_norm, token_loss=token_loss,
+                                  smoothing=smoothing)
     log_q, p = np.log(softmax(out.logits.data)), softmax(z)
     wanted = np.full((3, 5), smoothing / 5) + (1 - smoothing) * np.eye(5)[targets]
-    squares = ((out.tokens.data - f) ** 2).mean(axis=2)
-    by_image = [squares[b][last[b]].mean() for b in range(3)]
+    by_channels, wanted_channels = softmax(out.tokens.data), softmax(f)
+    errors = {"mse": ((out.tokens.data - f) ** 2).mean(axis=2),
+              "kl": (wanted_channels * np.log(wanted_channels / by_channels)).sum(axis=2)}[token_loss]
+    by_image = [errors[b][last[b]].mean() for b in range(3)]
     expected = {
         "class": -np.mean([wanted[b] @ log_q[b] for b in range(3)]),
-        "ratio": sum(np.mean([(d[b].mean() - r) ** 2 for b in range(3)])
-                     for d, r in zip((first, last), ratios)),
+        "ratio": sum(np.mean([(d[b].mean() - r) ** 2 for b in range(3)]) if ratio_norm == "image"
+                     else (d.mean() - r) ** 2 for d, r in zip((first, last), ratios)),
         "kl": np.mean([sum(p[b, k] * (np.log(p[b, k]) - log_q[b, k]) for k in range(5)) for b in range(3)]),
-        "token": np.mean(by_image) if token_norm == "image" else squares[last].mean(),
+        "token": np.mean(by_image) if token_norm == "image" else errors[last].mean(),
     }
     for name, wanted_part in expected.items():
         assert parts[name].item() == pytest.approx(wanted_part, rel=1e-12), name
@@ -52,13 +59,13 @@ def test_default_weights_are_the_papers():
     assert loss.item() == pytest.approx(total, rel=1e-12)
 
 
-@pytest.mark.parametrize("token_norm", ["pooled", "image"])
-def test_gradients_of_the_losses(token_norm):
+@pytest.mark.parametrize("token_norm, ratio_norm, token_loss", FORMS)
+def test_gradients_of_the_losses(token_norm, ratio_norm, token_loss):
     out, (z, f) = outputs_of(masks((9, 4))), teacher(3)
 
     def parts(*leaves):
-        return tuple(dynamicvit_loss(out, np.array([1, 4, 0]), z, f, (0.7, 0.4),
-                                     token_norm=token_norm)[1].values())
+        return tuple(dynamicvit_loss(out, np.array([1, 4, 0]), z, f, (0.7, 0.4), token_norm=token_norm,
+                                     ratio_norm=ratio_norm, token_loss=token_loss)[1].values())
     gradcheck(parts, out.logits, out.tokens, *out.decisions, max_elements=80)
 
 
@@ -80,33 +87,36 @@ def test_without_kept_tokens_the_token_loss_is_zero_and_finite(token_norm, lost)
 
 
 def test_per_image_the_loss_of_a_batch_is_the_mean_over_its_slices():
-    """Why token_norm="image" exists: slices of a cut batch, weighted by their share, give the batch's loss
-    and gradient."""
+    """Why "image" exists: slices of a cut batch, weighted by their share, give the batch's loss and gradient.
+    """
     model = shaken(DynamicViT(**SMALL | dict(depth=3), **STAGES))
     images, noise = pictures(5), gumbel(batch=5, seed=1)
     targets, (z, f) = np.array([0, 3, 1, 4, 2]), teacher(5)
     ends = [p for name, p in model.named_parameters() if name.startswith(("norm", "head", "score_predictor"))]
 
-    def run(part, token_norm):
+    def run(part, norms):
         out = model(images[part], noise=[n[part] for n in noise])
         assert len({*out.keep.data.sum(axis=1)}) > 1
-        loss, _ = dynamicvit_loss(out, targets[part], z[part], f[part], (0.7, 0.4), token_norm=token_norm)
+        loss, _ = dynamicvit_loss(out, targets[part], z[part], f[part], (0.7, 0.4), **norms)
         return loss.item(), tt.grad(loss, ends)
     gaps = {}
-    for token_norm in ("image", "pooled"):
-        (whole, whole_gradients), *slices = (run(slice(*cut), token_norm) for cut in ((0, 5), (0, 2), (2, 5)))
+    for token_norm, ratio_norm in (("image", "image"), ("pooled", "image"), ("image", "pooled")):
+        norms = dict(token_norm=token_norm, ratio_norm=ratio_norm)
+        (whole, whole_gradients), *slices = (run(slice(*cut), norms) for cut in ((0, 5), (0, 2), (2, 5)))
         mean = 0.4 * slices[0][0] + 0.6 * slices[1][0]
-        gaps[token_norm] = abs(mean - whole)
-        if token_norm == "image":
+        gaps[token_norm, ratio_norm] = abs(mean - whole)
+        if token_norm == ratio_norm:
             for g, a, b in zip(whole_gradients, slices[0][1], slices[1][1]):
                 same(0.4 * a + 0.6 * b, g)
-    assert gaps["image"] < 1e-12 and gaps["pooled"] > 1e-4
+    assert gaps.pop(("image", "image")) < 1e-12 and min(gaps.values()) > 1e-4
 
 
 @pytest.mark.parametrize("change, text", [
     (dict(targets=np.array([0, 5, 1])), "cross_entropy: labels from 0 to 5, expected 0 to 4"),
     (dict(keep_ratios=(0.7,)), "dynamicvit_loss: 1 keep ratios for 2 stages"),
     (dict(token_norm="batch"), "dynamicvit_loss: token_norm 'batch', expected pooled or image"),
+    (dict(ratio_norm="batch"), "dynamicvit_loss: ratio_norm 'batch', expected image or pooled"),
+    (dict(token_loss="mae"), "dynamicvit_loss: token_loss 'mae', expected mse or kl"),
     (dict(weights=(1, 2)), "dynamicvit_loss: 2 weights, expected 4: class, ratio, kl, token"),
     (dict(teacher_logits=np.ones((3, 4))),
      "kl_divergence: logits (3, 5), teacher_logits (3, 4): two of one shape (B, K) expected"),

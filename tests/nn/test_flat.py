@@ -15,12 +15,14 @@ def test_flatten_lays_parameters_and_gradients_into_views_by_group():
     params, before = model.parameters(), model.state_dict()
     for name, p in model.named_parameters():
         p.lr_scale = 0.1 if name.startswith("blocks.0") else 1.0
+        p.frozen_steps = 9 if name == "head.weight" else 0
     loss_of(model).backward()
     gradients = {name: p.grad.copy() for name, p in model.named_parameters()}
     flat = nn.flatten(params)
     assert flat.data.shape == flat.grad.shape == (sum(-(-p.size // 64) * 64 for p in params),)
     assert flat.data.dtype == np.float32
-    assert [s[2:] for s in flat.segments] == [(0.1, False), (0.1, True), (1.0, False), (1.0, True)]
+    assert [s[2:] for s in flat.segments] == [(0.1, False, 0), (0.1, True, 0), (1.0, False, 0), (1.0, True, 0),
+                                              (1.0, True, 9)]
     assert flat.segments[0][0] == 0
     assert all(0 <= b[0] - a[1] < 64 for a, b in zip(flat.segments, flat.segments[1:]))
     address = lambda view, buffer: (view.__array_interface__["data"][0]
@@ -31,7 +33,7 @@ def test_flatten_lays_parameters_and_gradients_into_views_by_group():
         start = address(p.data, flat.data)
         assert p.data.flags.c_contiguous and address(p.grad, flat.grad) == start and start % 64 == 0
         around = [s[2:] for s in flat.segments if s[0] <= start and start + p.size <= s[1]]
-        assert around == [(p.lr_scale, p.decay)]
+        assert around == [(p.lr_scale, p.decay, p.frozen_steps)]
         covered[start:start + p.size] += 1
     gaps = covered == 0
     assert covered.max() == 1 and gaps.any() and not flat.data[gaps].any() and not flat.grad[gaps].any()
@@ -76,7 +78,8 @@ def test_flatten_again_is_the_same_storage():
     lambda m: setattr(m.head.bias, "grad", None),
     lambda m: setattr(m.head.bias, "lr_scale", 0.1),
     lambda m: setattr(m.head.bias, "decay", True),
-], ids=["float64", "float32", "load float64", "data", "grad", "lr_scale", "decay"])
+    lambda m: setattr(m.head.bias, "frozen_steps", 1),
+], ids=["float64", "float32", "load float64", "data", "grad", "lr_scale", "decay", "frozen_steps"])
 def test_what_re_points_a_parameter_voids_flat_storage(change):
     model = ViT(**SMALL)
     flat = nn.flatten(model.parameters())
@@ -106,7 +109,7 @@ def test_what_leaves_parameters_in_place_keeps_flat_storage(keep):
 @each_model
 def test_a_deep_copy_shares_nothing(make):
     model = make()
-    model.head.bias.lr_scale = 0.5
+    model.head.bias.lr_scale, model.head.bias.frozen_steps = 0.5, 4
     model.head.weight.requires_grad = False
     flat, before = nn.flatten(model.parameters()), model.state_dict()
     twin = copy.deepcopy(model)
@@ -115,7 +118,8 @@ def test_a_deep_copy_shares_nothing(make):
     for p, q in zip(model.parameters(), twin.parameters()):
         assert not np.shares_memory(p.data, q.data) and q.flat is None and q.grad is None
         assert type(q) is nn.Parameter
-        assert (p.lr_scale, p.decay, p.requires_grad) == (q.lr_scale, q.decay, q.requires_grad)
+        assert q.requires_grad == p.requires_grad
+        assert (p.lr_scale, p.decay, p.frozen_steps) == (q.lr_scale, q.decay, q.frozen_steps)
         q.data += 1
     assert all(np.array_equal(p.data, before[name]) for name, p in model.named_parameters())
 

@@ -8,6 +8,7 @@ from tiny import SIZES, batches, bits, dynamicvit, lookupvit, train, vit
 from tinytoken import tasks
 from tinytoken.models import DynamicViT, ViT
 from tinytoken.tasks import Classify, Distil, accuracy
+from tinytoken.train import fit
 
 
 def test_the_teacher_is_never_changed():
@@ -154,3 +155,29 @@ def test_a_task_of_ones_own():
         assert report["loss"] == report["square"] < 0.1
     finally:
         del tasks.task["brightness"]
+
+
+def test_options_of_the_loss_go_to_the_model_and_a_pooled_one_takes_the_whole_batch(tmp_path):
+    (model, task), options = dynamicvit(), {"ratio_norm": "pooled", "token_loss": "kl"}
+    pooled, sliced = (Distil(model, task.teacher, options=o) for o in (options, {"token_loss": "kl"}))
+    assert (pooled.whole, sliced.whole, task.whole, Classify(model).whole) == (True, False, False, False)
+    assert pooled.settings["options"] == options and "options" not in task.settings
+    arrays = batches(8)(0)
+    draws = pooled.noise(8, 0, 0, np)
+    loss, parts = pooled(*arrays, **draws)
+    out = model(arrays[0], **draws)
+    with tt.no_grad():
+        taught = task.teacher(arrays[0])
+    wanted, _ = model.loss(out, arrays[1], taught, **options)
+    assert loss.item() == wanted.item() != task(*arrays, **draws)[0].item()
+    assert parts["token"].item() != task(*arrays, **draws)[1]["token"].item()
+    # in as many slices as fit would take, and in one: the same
+    weights = []
+    for threads in (1, 2):
+        model, task = dynamicvit()
+        fit(model, Distil(model, task.teacher, options=options), batches(8), steps=2, threads=threads,
+            bar=False)
+        weights.append(bits(model))
+    assert weights[0] == weights[1]
+    with refuses("fit: slices of 4 images for a loss of the whole batch, expected micro None"):
+        fit(model, pooled, batches(8), steps=2, micro=4, bar=False)

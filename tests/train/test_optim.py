@@ -13,9 +13,10 @@ from tinytoken.models import ViT
 from tinytoken.train import fit, optim
 from tinytoken.train.optim import AdamW, clip_norm, warmup_cosine
 
-# (shape, decay, lr_scale): two groups of matrices, two of vectors, and not in the order of flat storage
-LAYOUT = [((7, 5), True, 1.0), ((5,), False, 1.0), ((3, 3), True, 3.0), ((4,), False, 0.5),
-          ((2, 3), False, 3.0), ((6, 2), True, 1.0)]
+# (shape, decay, lr_scale, frozen_steps): groups of matrices and of vectors, and not in the order of flat
+# storage
+LAYOUT = [((7, 5), True, 1.0, 0), ((5,), False, 1.0, 0), ((3, 3), True, 3.0, 0), ((4,), False, 0.5, 0),
+          ((2, 3), False, 3.0, 2), ((6, 2), True, 1.0, 0), ((3, 5), True, 0.5, 3)]
 
 
 def host(array):
@@ -24,16 +25,16 @@ def host(array):
 
 def some_parameters(xp=np, dtype="float64"):
     rng, params = np.random.default_rng(0), []
-    for shape, decay, scale in LAYOUT:
+    for shape, decay, scale, frozen in LAYOUT:
         params.append(nn.Parameter(xp.asarray(rng.standard_normal(shape).astype(dtype)), decay))
-        params[-1].lr_scale = scale
+        params[-1].lr_scale, params[-1].frozen_steps = scale, frozen
     return params
 
 
 def some_gradients(steps=6):
     """Small ones and large ones by turns, so that clipping at norm 1 acts in every second step only."""
     rng = np.random.default_rng(1)
-    return [[rng.standard_normal(shape) * (0.01, 10)[t % 2] for shape, _, _ in LAYOUT] for t in range(steps)]
+    return [[rng.standard_normal(shape) * (0.01, 10)[t % 2] for shape, *_ in LAYOUT] for t in range(steps)]
 
 
 def adamw_by_hand(weights, gradients, rates, *, weight_decay, betas, eps, clip):
@@ -41,13 +42,15 @@ def adamw_by_hand(weights, gradients, rates, *, weight_decay, betas, eps, clip):
     weights, m, v = [w.copy() for w in weights], [0] * len(LAYOUT), [0] * len(LAYOUT)
     for t, (step_gradients, rate) in enumerate(zip(gradients, rates), start=1):
         norm = sum((g ** 2).sum() for g in step_gradients) ** 0.5
-        for i, (g, (_, decay, scale)) in enumerate(zip(step_gradients, LAYOUT)):
+        for i, (g, (_, decay, scale, frozen)) in enumerate(zip(step_gradients, LAYOUT)):
             if clip is not None and norm > clip:
                 g = g * clip / norm
             m[i] = betas[0] * m[i] + (1 - betas[0]) * g
             v[i] = betas[1] * v[i] + (1 - betas[1]) * g ** 2
             m_hat, v_hat = m[i] / (1 - betas[0] ** t), v[i] / (1 - betas[1] ** t)
             old = weights[i]
+            if t <= frozen:  # its moments gather, and it stays
+                continue
             weights[i] = old - rate * scale * (m_hat / (np.sqrt(v_hat) + eps))
             if decay:
                 weights[i] = weights[i] - rate * scale * weight_decay * old

@@ -215,6 +215,10 @@ def test_another_task_or_group_is_another_run(tmp_path):
     text = r"another run \(groups \[.*3.0.*\] there, \[\[1.0, False\], \[1.0, True\]\] now\)"
     with pytest.raises(tt.InputError, match=text):
         fit(model, task, batches(4), steps=2, run=run, bar=False)
+    for p in model.score_predictor[0].parameters():
+        p.lr_scale, p.frozen_steps = 3.0, 1
+    with pytest.raises(tt.InputError, match=r"another run \(groups .* there, .*\[3.0, False, 1\].* now\)"):
+        fit(model, task, batches(4), steps=2, run=run, bar=False)
 
 
 def test_numpy_numbers_among_the_settings(tmp_path):

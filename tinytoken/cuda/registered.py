@@ -343,21 +343,21 @@ def adamw(optimizer, lr):
 
 
 def rates_of(optimizer, lr, t):
-    """What AdamW's kernel reads for step t: four numbers."""
-    return lr, *(1 / c for c in optimizer.corrections(t)), optimizer.mean_share(t)
+    """What AdamW's kernel reads for step t: five numbers."""
+    return lr, *(1 / c for c in optimizer.corrections(t)), optimizer.mean_share(t), float(t)
 
 
 def set_rates(optimizer, lr):
     """Count the step, and put what depends on its number into device memory."""
     if optimizer.rates is None:
-        optimizer.rates = launcher.empty(optimizer.flat.data, 4)
+        optimizer.rates = launcher.empty(optimizer.flat.data, 5)
     optimizer.steps += 1
     launcher.launch("set_rates", 1, 32, optimizer.rates, *rates_of(optimizer, lr, optimizer.steps))
 
 
 def update(optimizer, rates=None, clock=None, begin=0):
     """Clip, AdamW and the running mean of the weights, on flat storage, by the rates that were set. Or by the
-    row of rates (steps, 4) that belongs to the number of the step where `clock` (1,) stands; the first row is
+    row of rates (steps, 5) that belongs to the number of the step where `clock` (1,) stands; the first row is
     number `begin`'s."""
     rates = optimizer.rates if rates is None else rates
     flat, (b1, b2), size = optimizer.flat, optimizer.betas, optimizer.flat.data.size
@@ -366,10 +366,10 @@ def update(optimizer, rates=None, clock=None, begin=0):
     launcher.launch("squares", blocks, 256, flat.grad, parts, size, shared=4 * 256)
     largest = math.inf if optimizer.clip is None else optimizer.clip
     launcher.launch("clip_factor", 1, 32, parts, norm, factor, blocks, largest)
-    for start, stop, scale, decay in flat.segments:
+    for start, stop, scale, decay, frozen in flat.segments:
         cut = slice(start, stop)
         launcher.launch("adamw", *cover(stop - start), flat.data[cut], flat.grad[cut], optimizer.m[cut],
                         optimizer.v[cut], None if optimizer.mean is None else optimizer.mean[cut], factor,
-                        rates, clock, begin, stop - start, scale,
+                        rates, clock, begin, stop - start, scale, float(frozen),
                         optimizer.weight_decay if decay else 0.0, b1, b2, optimizer.eps)
     return norm

@@ -1,9 +1,13 @@
 """Data sets by name or folder: what `--data` may say. Each is a function that a file here registers."""
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from .. import random
 from ..errors import InputError, expect
 from ..registry import Registry
 
@@ -58,3 +62,21 @@ def load_pictures(name_or_dir: str | os.PathLike, *, train: int = 16000, test: i
             return load(path, **request)
     what = "holds no data set that is known here" if path.exists() else "does not exist"
     raise InputError(f"data: {name} {what}; {choices}")
+
+
+def hold_out(pictures: Any, count: int) -> tuple[Any, Any]:
+    """Cut a set in two -> (the others, `count` pictures drawn at random).
+
+    The draw depends on the size of the set alone: whoever holds out as many of it holds out the same ones, so
+    what was chosen by them was never trained on. InputError where nothing would be left."""
+    expect(0 < count < len(pictures.images), "hold_out",
+           lambda: f"{count} pictures of {len(pictures.images)}, expected at least 1, and fewer than all")
+    order = random.permutation(len(pictures.images), site="tinytoken.data.hold_out", step=0, seed=0)
+    return part_of(pictures, np.sort(order[count:])), part_of(pictures, np.sort(order[:count]))
+
+
+def part_of(pictures: Any, chosen: np.ndarray) -> Any:
+    """The same set with the chosen pictures alone: indices."""
+    arrays = {field.name: value[chosen] for field in dataclasses.fields(pictures)
+              if isinstance(value := getattr(pictures, field.name), np.ndarray)}
+    return dataclasses.replace(pictures, **arrays)

@@ -10,7 +10,9 @@ class Recipe:
 
     steps: of a whole training. lr: its learning rate; further_lr: that of steps that go on from it.
     train_pictures, test_pictures: how many, of data that are made. size: the side of a picture in pixels,
-    where the data can choose it. prune_before, keep_ratios, compressed: of the methods that have them."""
+    where the data can choose it. held_out: how many of the training pictures no arm is trained on, to choose
+    a recipe by; choosing: these are asked in place of the test pictures. prune_before, keep_ratios,
+    compressed: of the methods that have them."""
     data: str = "scenes"
     steps: int = 500
     batch: int = 64
@@ -31,6 +33,8 @@ class Recipe:
     test_pictures: int = 2000  # of scenes; CIFAR has 10,000
     precision: str = "fp32"  # of products in training, see backend.products_in
     size: int = 32
+    held_out: int = 0
+    choosing: bool = False
 
     @property
     def further(self) -> int:
@@ -54,7 +58,8 @@ class Arm:
 
     start: the arm whose weights it starts from. offset: where its steps begin to count, on which batches and
     draws depend; None: after the start's. teacher: the arm that teaches it, where the task wants one; None:
-    its start. new_lr_scale: the lr_scale of the parameters that the start does not have.
+    its start. new_lr_scale: the lr_scale of the parameters that the start does not have; start_lr_scale and
+    frozen_steps (see nn.Parameter): of those that it has.
 
     A Trial does not read the other two; whoever makes the Trial does. pictures: how many to train on, for
     which a Trial of its own is made; 0: as many as the Recipe says. beside: the arms to compare it with."""
@@ -68,6 +73,8 @@ class Arm:
     offset: int | None = None
     teacher: str | None = None
     new_lr_scale: float = 1.0
+    start_lr_scale: float = 1.0
+    frozen_steps: int = 0
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)
     pictures: int = 0
     beside: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ import numpy as np
 from .. import random
 from ..backend import Array, to_device, to_numpy
 from ..cost import macs
-from ..data import Batches, likeness, load_pictures, normalise
+from ..data import Batches, hold_out, likeness, load_pictures, normalise
 from ..errors import expect
 from ..models import model as models
 from ..tasks import Task
@@ -33,9 +33,14 @@ class Trial:
         self.threads, self.bar = threads, bar
         self.done: dict[str, tuple[Any, dict[str, Any]]] = {}
         self.training: list[str] = []  # the arms that are being trained, each for the one before
+        expect(recipe.held_out or not recipe.choosing, "Trial",
+               "choosing by 0 pictures: held_out says how many")
         self.train_set, self.test = load_pictures(
-            recipe.data, train=recipe.train_pictures, test=recipe.test_pictures, seed=recipe.seed,
-            size=recipe.size)
+            recipe.data, train=recipe.train_pictures + recipe.held_out, test=recipe.test_pictures,
+            seed=recipe.seed, size=recipe.size)
+        if recipe.held_out:
+            self.train_set, held_out = hold_out(self.train_set, recipe.held_out)
+            self.test = held_out if recipe.choosing else self.test
         expect(len(self.train_set.images) >= recipe.batch, "Trial",
                lambda: f"{len(self.train_set.images)} pictures of {recipe.data} to train on, expected at "
                        f"least {recipe.batch}, a batch")
@@ -75,7 +80,8 @@ class Trial:
         if start is not None:
             known = dict(start.named_parameters())
             for parameter, p in model.named_parameters():
-                p.lr_scale = p.lr_scale if parameter in known else arm.new_lr_scale
+                p.lr_scale = arm.start_lr_scale if parameter in known else arm.new_lr_scale
+                p.frozen_steps = arm.frozen_steps if parameter in known else 0
         task = self.task_of(arm, model, start)
         first = first_step(self.arms, name)
         return model, self.fit(arm.phase or name, task, arm.steps, arm.lr, first, **arm.fit)

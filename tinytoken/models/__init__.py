@@ -2,9 +2,10 @@
 from ..registry import import_files
 from . import base
 from .base import Model, Output, Sizes, create, model, names
-from .dynamicvit import DynamicOutput, DynamicViT, Predictor, dynamicvit_loss
+from .dynamicvit import DynamicOutput, DynamicViT
 from .formats import clean_names, options_of, read_weights
 from .lookupvit import LookupBlock, LookupOutput, LookupViT, lookupvit_loss
+from .pruning import Predictor, dynamicvit_loss
 from .vit import Tokens, ViT
 from .weights import load_weights
 

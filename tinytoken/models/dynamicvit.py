@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import nn, ops, random
+from .. import ops, random
 from ..backend import Array, array_module, to_numpy
 from ..errors import expect
-from ..tensor import Tensor, tensor_like
-from .base import Loss, Output, model, weighted_sum
+from ..tensor import Tensor
+from .base import Loss, Output, model
 from .column import ColumnConfig
+from .pruning import Predictor, dynamicvit_loss, mask_of
 from .vit import Tokens, ViT
 
 
@@ -67,34 +68,6 @@ class DynamicTokens(Tokens):
     forced: list[Any] | None = None
     decisions: list[Tensor] = dataclasses.field(default_factory=list)
     kept: list[Array] = dataclasses.field(default_factory=list)
-
-
-class Predictor(nn.Module):
-    """The prediction module (section 3.2). x (B, n, dim) -> log-probabilities (B, n, 2), column 0 = keep.
-
-    Half the channels stay local, half become their mean over the kept tokens: keep (B, n), None for all.
-    Names as in the official code."""
-
-    def __init__(self, dim: int) -> None:
-        self.in_conv = [nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, dim)]
-        self.out_conv = [nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(),
-                         nn.Linear(dim // 4, 2)]
-
-    def forward(self, x: Tensor, keep: Tensor | Array | None = None) -> Tensor:
-        norm, linear = self.in_conv
-        x = ops.gelu(linear(norm(x)))
-        half = x.shape[2] // 2
-        local, shared = x[:, :, :half], x[:, :, half:]
-        if keep is None:
-            mean = shared.mean(axis=1, keepdims=True)
-        else:
-            keep = _mask(keep, x, x.shape[1]).reshape(len(x), -1, 1)
-            total = keep.sum(axis=1, keepdims=True)
-            mean = (shared * keep).sum(axis=1, keepdims=True) / (total + (total.data == 0))
-        x = ops.concat(local, ops.broadcast_to(mean, shape=local.shape), axis=2)
-        for layer in self.out_conv:
-            x = layer(x)
-        return ops.log_softmax(x)
 
 
 @model("dynamicvit")
@@ -149,7 +122,7 @@ class DynamicViT(ViT):
         """In training: decide, and hide what is dropped from the other tokens' attention."""
         previous = tokens.decisions[-1] if tokens.decisions else None
         decision = (self.decide(stage, tokens, previous) if tokens.forced is None
-                    else _mask(tokens.forced[stage], tokens.x, self.num_patches))
+                    else mask_of(tokens.forced[stage], tokens.x, self.num_patches))
         tokens.decisions.append(decision if previous is None else decision * previous)
         # the class token, and what else is no patch, is always kept
         ones = array_module(tokens.x.data).ones((len(tokens.x), tokens.extra), tokens.x.dtype)
@@ -177,7 +150,7 @@ class DynamicViT(ViT):
         if tokens.forced is None:
             places = ops.top_k(self.score_predictor[stage](tokens.patches)[:, :, 0], self.counts[stage])
         else:
-            mask = _mask(tokens.forced[stage], tokens.x, self.num_patches).data
+            mask = mask_of(tokens.forced[stage], tokens.x, self.num_patches).data
             places = _places(array_module(mask).take_along_axis(mask, tokens.index, axis=1))
         tokens.take(places)
         tokens.kept.append(tokens.index)
@@ -188,11 +161,11 @@ class DynamicViT(ViT):
         return DynamicOutput(**vars(out), kept=tokens.kept, decisions=tokens.decisions, keep=keep)
 
     def loss(self, out: DynamicOutput, targets: Array, teacher: Any = None, *, smoothing: float = 0.0,
-             weights: tuple[float, ...] | None = None, token_norm: str = "image") -> Loss:
+             weights: tuple[float, ...] | None = None, token_norm: str = "image", **options: str) -> Loss:
         """The paper's four losses, see `dynamicvit_loss`; without a teacher, only class and ratio."""
         logits, tokens = (None, None) if teacher is None else (teacher.logits, teacher.tokens)
         return dynamicvit_loss(out, targets, logits, tokens, self.keep_ratios, token_norm=token_norm,
-                               weights=weights or self.loss_weights, smoothing=smoothing)
+                               weights=weights or self.loss_weights, smoothing=smoothing, **options)
 
     def show(self, out: DynamicOutput) -> list[tuple[str, np.ndarray]]:
         patches = np.arange(self.num_patches)
@@ -205,14 +178,6 @@ def per_stage(noise: Any) -> list[Array] | None:
     return [noise[:, s] for s in range(noise.shape[1])] if hasattr(noise, "shape") else noise
 
 
-def _mask(keep, x, patches):
-    """A forced decision as a Tensor (B, N) of the model's dtype."""
-    keep = tensor_like(x, keep)
-    expect(tuple(keep.shape) == (len(x), patches), "DynamicViT",
-           lambda: f"keep {tuple(keep.shape)}, expected (B, N) = {(len(x), patches)}")
-    return keep
-
-
 def _places(mask):
     """The places of the ones in each row, ascending: (B, k), so every row must have as many."""
     counts = {int(n) for n in (mask > 0.5).sum(axis=1)}
@@ -220,37 +185,3 @@ def _places(mask):
            lambda: f"forced decisions keep {min(counts)} to {max(counts)} tokens: in eval mode every image "
                    f"must keep as many")
     return ops.top_k(mask, counts.pop())
-
-
-def dynamicvit_loss(out: DynamicOutput, targets: Array, teacher_logits: Any, teacher_tokens: Any,
-                    keep_ratios: tuple[float, ...], *, weights: tuple[float, ...] = (1, 2, 0.5, 0.5),
-                    token_norm: str = "pooled", smoothing: float = 0.0) -> Loss:
-    """The four losses of the paper -> (loss, parts).
-
-    out: of train mode. teacher_logits (B, K) and teacher_tokens (B, N, D): those of the dense network,
-    detached; None leaves out the parts that need them. weights: of (class, ratio, kl, token); the ratio's is
-    divided by the count of stages.
-
-    class: cross-entropy. ratio: sum over stages of mean_b (mean_n D - r)^2 (eq. 15, per image as in the
-    code). kl: KL(teacher || student). token: mean squared difference over the tokens that the last decision
-    keeps. token_norm="pooled" averages over all kept tokens of the batch (official); "image" over those of
-    each image, then over the images, so a batch may be cut into slices.
-    """
-    where, stages = "dynamicvit_loss", len(out.decisions)
-    expect(len(keep_ratios) == stages, where, f"{len(keep_ratios)} keep ratios for {stages} stages")
-    expect(token_norm in ("pooled", "image"), where, f"token_norm {token_norm!r}, expected pooled or image")
-    expect(len(weights) == 4, where, f"{len(weights)} weights, expected 4: class, ratio, kl, token")
-    ratio = sum(((decision.mean(axis=1) - wanted) ** 2).mean()
-                for decision, wanted in zip(out.decisions, keep_ratios))
-    parts = {"class": ops.cross_entropy(out.logits, targets, smoothing=smoothing), "ratio": ratio}
-    if teacher_logits is not None:
-        parts["kl"] = ops.kl_divergence(out.logits, teacher_logits)
-        parts["token"] = _token_loss(out, teacher_tokens, token_norm)
-    return weighted_sum((weights[0], weights[1] / stages, *weights[2:]), parts), parts
-
-
-def _token_loss(out, teacher_tokens, token_norm):
-    keep = (out.keep.data > 0.5).astype(out.tokens.dtype)
-    errors = ops.mse(out.tokens, teacher_tokens, axis=2) * keep
-    kept, sums = (a.sum(axis=1) if token_norm == "image" else a.sum().reshape(1) for a in (keep, errors))
-    return (sums / (kept + (kept == 0))).mean()

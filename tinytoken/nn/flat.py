@@ -11,8 +11,9 @@ class Flat:
     """Parameters in one buffer, their gradients in another.
 
     So an optimiser, clipping and a sum over threads are one pass each. Parameters are ordered by (lr_scale,
-    decay); segments: (start, stop, lr_scale, decay) of each such group. Each parameter begins at a multiple
-    of 64 elements, where the fastest loads of a GPU can begin; the gaps are zeros, and stay zeros.
+    decay, frozen_steps); segments: (start, stop, lr_scale, decay, frozen_steps) of each such group. Each
+    parameter begins at a multiple of 64 elements, where the fastest loads of a GPU can begin; the gaps are
+    zeros, and stay zeros.
     """
 
     def __init__(self, params: list[Parameter]) -> None:
@@ -23,7 +24,7 @@ class Flat:
         size = sum(_aligned(p.size) for p in params)
         self.data, self.grad = xp.zeros(size, first.dtype), xp.zeros(size, first.dtype)
         self.groups = [_group(p) for p in params]
-        self.segments: list[tuple[int, int, float, bool]] = []
+        self.segments: list[tuple[int, int, float, bool, int]] = []
         self.bounds: list[Any] = [None] * len(params)  # (start, stop, shape) of each parameter
         start = 0
         for i in sorted(range(len(params)), key=self.groups.__getitem__):
@@ -55,7 +56,7 @@ class Flat:
 
 
 def _group(p):
-    return (p.lr_scale, p.decay)
+    return (p.lr_scale, p.decay, p.frozen_steps)
 
 
 def _aligned(size):

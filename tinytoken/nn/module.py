@@ -18,19 +18,20 @@ class Parameter(Tensor):
     """A leaf Tensor that a model learns.
 
     decay: whether weight decay applies to it (to matrices of linear layers). lr_scale: its learning rate,
-    relative to the others'. flat: the Flat storage that it lies in, if any; parameters of equal (lr_scale,
-    decay) are neighbours there."""
-    __slots__ = ("decay", "lr_scale", "flat")
+    relative to the others'; for the first frozen_steps steps of an optimiser it is 0. flat: the Flat storage
+    that it lies in, if any; parameters of equal (lr_scale, decay, frozen_steps) are neighbours there."""
+    __slots__ = ("decay", "lr_scale", "frozen_steps", "flat")
 
     def __init__(self, array: Array, decay: bool = False) -> None:
         check_room(array.size, take=True)
         super().__init__(array, requires_grad=True)
-        self.decay, self.lr_scale = decay, 1.0
+        self.decay, self.lr_scale, self.frozen_steps = decay, 1.0, 0
         self.flat: Any = None
 
     def __deepcopy__(self, memo):
         twin = Parameter(self.data.copy(), self.decay)
-        twin.lr_scale, twin.requires_grad = self.lr_scale, self.requires_grad
+        twin.lr_scale, twin.frozen_steps = self.lr_scale, self.frozen_steps
+        twin.requires_grad = self.requires_grad
         return twin
 
 

@@ -13,11 +13,13 @@ task = Registry("task")
 
 
 class Task:
-    """task(images, labels, **draws) -> (loss, parts), means over the images: a batch may be cut into slices.
+    """task(images, labels, **draws) -> (loss, parts), means over the images: a batch may be cut into slices,
+    unless the task is `whole`.
 
     taught: whether it wants a teacher, task(model, teacher). drop_path: the rate of `drop_paths`. settings:
     what a checkpoint is to say of the task."""
     taught = False
+    whole = False
 
     def __init__(self, model: Any, smoothing: float = 0.0, drop_path: float = 0.0) -> None:
         expect(0 <= drop_path < 1, "drop_path", f"{drop_path}, expected 0 <= rate < 1")

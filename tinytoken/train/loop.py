@@ -81,8 +81,9 @@ def fit(model: nn.Module, task: Task, batches: Any, *, steps: int, lr: float = 1
 
 def _header(recipe, task, batches, optimizer, precision):
     """What the run's checkpoints say besides their contents: all that its result depends on."""
-    recipe = recipe | dict(batch=batches.batch_size, groups=[s[2:] for s in optimizer.flat.segments],
-                           **task.settings)
+    # frozen_steps only where there are any, as below
+    groups = [segment[2:] if segment[4] else segment[2:4] for segment in optimizer.flat.segments]
+    recipe = recipe | dict(batch=batches.batch_size, groups=groups, **task.settings)
     # the defaults are not named: a checkpoint from before an option existed is still the same run's
     recipe |= {} if optimizer.average is None else {"average": optimizer.average}
     recipe |= {} if precision == "fp32" else {"precision": precision}

@@ -15,8 +15,9 @@ BLOCK = 32768  # elements of a pass over the flat buffers: so few that all its t
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the flat storage of `params`.
 
-    A parameter's learning rate is lr times its lr_scale. weight_decay acts on parameters with decay set
-    (matrices of linear layers). clip: the largest global gradient norm, or None. step(lr) applies the
+    A parameter's learning rate is lr times its lr_scale; for its first frozen_steps steps it is 0, while the
+    moments gather already, as in DynamicViT's official training. weight_decay acts on parameters with decay
+    set (matrices of linear layers). clip: the largest global gradient norm, or None. step(lr) applies the
     gradients as they are; it does not clear them.
 
     average: None, or the a of a running mean of the weights (Polyak & Juditsky 1992; the form usual for
@@ -59,10 +60,11 @@ class AdamW:
         with blas_threads(1):  # more threads would sum in another order
             norm = clip_norm(flat.grad, math.inf if self.clip is None else self.clip)
         block = BLOCK if array_module(flat.data) is np else flat.data.size
-        for start, stop, scale, decay in flat.segments:
+        for start, stop, scale, decay, frozen in flat.segments:
+            rate = lr * scale if self.steps > frozen else 0.0
             for a in range(start, stop, block):
                 cut = slice(a, min(a + block, stop))
-                self._update(flat.data[cut], flat.grad[cut], self.m[cut], self.v[cut], lr * scale,
+                self._update(flat.data[cut], flat.grad[cut], self.m[cut], self.v[cut], rate,
                              self.weight_decay if decay else 0.0, corrections)
                 if self.mean is not None:
                     change = flat.data[cut] - self.mean[cut]

@@ -31,6 +31,10 @@ class Work:
     threads: int | None = None
     advice: str = ""
 
+    def __post_init__(self):
+        expect(self.micro is None or not self.task.whole, "fit",
+               f"slices of {self.micro} images for a loss of the whole batch, expected micro None")
+
     @property
     def xp(self) -> Any:
         """The array module of the parameters."""
@@ -77,7 +81,7 @@ def stepper(work: Work) -> Callable[[int], tuple[Any, dict[str, Any], Array]]:
         draws = work.noise(len(arrays[0]), at)
         if micro is None:
             micro = len(arrays[0])
-            if work.xp is np:
+            if work.xp is np and not work.task.whole:
                 macs = recorded_macs(work.task, arrays, draws)
                 micro = slice_size(len(arrays[0]), work.threads, macs)
         loss, parts = work.gradients(arrays, draws, micro, work.threads)

@@ -25,13 +25,14 @@ extern "C" __global__ void clip_factor(const float* parts, float* norm, float* f
     factor[0] = fminf(largest / (norm[0] + 1e-12f), 1.0f);
 }
 
-// rates (4): numbers from the host into device memory, without a copy
-extern "C" __global__ void set_rates(float* rates, float lr, float first, float second, float mean_share) {
+// rates (5): numbers from the host into device memory, without a copy
+extern "C" __global__ void set_rates(float* rates, float lr, float first, float second, float mean_share, float step) {
     if (threadIdx.x) return;
     rates[0] = lr;
     rates[1] = first;
     rates[2] = second;
     rates[3] = mean_share;
+    rates[4] = step;
 }
 
 // The number of the step, in device memory: one more
@@ -40,15 +41,15 @@ extern "C" __global__ void count_step(unsigned* clock) {
 }
 
 // One step for a group of parameters. rates: lr, 1 / (1 - b1^t), 1 / (1 - b2^t), and the share of the new weights in their running
-// mean (which may be null), all on the device: they change from step to step, the arguments do not. With a clock, rates has a row for
-// each step from number `begin` on.
+// mean (which may be null), and the step's number t, all on the device: they change from step to step, the arguments do not. With a
+// clock, rates has a row for each step from number `begin` on. The group's learning rate is 0 up to step `frozen`.
 extern "C" __global__ void adamw(float* weight, float* g, float* m, float* v, float* mean, const float* factor, const float* rates,
-                                 const unsigned* clock, unsigned begin, long long n, float lr_scale, float decay, float b1, float b2,
-                                 float eps) {
+                                 const unsigned* clock, unsigned begin, long long n, float lr_scale, float frozen, float decay,
+                                 float b1, float b2, float eps) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    if (clock) rates += 4 * (clock[0] - begin);
-    float lr = rates[0] * lr_scale, gradient = g[i] * factor[0];
+    if (clock) rates += 5 * (clock[0] - begin);
+    float lr = rates[4] > frozen ? rates[0] * lr_scale : 0.0f, gradient = g[i] * factor[0];
     g[i] = gradient;
     m[i] += (gradient - m[i]) * (1.0f - b1);
     v[i] += (gradient * gradient - v[i]) * (1.0f - b2);
