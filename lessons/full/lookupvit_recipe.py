@@ -25,6 +25,7 @@ from tinytoken.tasks import Classify
 
 here = lesson.begin("lookupvit_recipe")
 on_scenes = here.data == "scenes"
+MOVED, LONGER = ", moved", here.pick(6, 300, 3000)
 STEPS = here.pick(4, 150, 800 if on_scenes else 5 * 703)
 RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=16, choosing=True,
                 held_out=here.pick(32, 1000, 6000 if on_scenes else 5000),
@@ -32,23 +33,34 @@ RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test
 WATCHED = [STEPS * share // 16 for share in (0, 1, 2, 4, 8, 16)]  # steps after which tokens are compared
 
 
-class AlikeLookupViT(LookupViT):
-    """A LookupViT whose keys start as its queries do: a compressed token then first reads what is like it."""
+class GatherLookupViT(LookupViT):
+    """Only the keys of the gather start as its queries; those of the self-attention do not."""
 
     def build(self, config):
         super().build(config)
         for block in self.blocks:
-            block.gather_k.weight.data[...] = block.gather_q.weight.data
+            block.tie_keys()
 
 
-class AlikeViT(ViT):
-    """The same for a ViT: the thirds of qkv."""
+def start_against(attention, share=0.4):
+    """Let what a token gives to itself start as `share` of it with the opposite sign, as in trained ViTs
+    (Trockman & Kolter 2023, arXiv 2305.09828, section 3): W_proj W_v is near -share times one."""
+    dim = len(attention.proj.weight)
+    attention.proj.weight.data[...] = -share * attention.qkv.weight.data[2 * dim:].T
 
+
+class MimeticViT(ViT):
     def build(self, config):
         super().build(config)
         for block in self.blocks:
-            weight = block.attn.qkv.weight.data
-            weight[config.dim:2 * config.dim] = weight[:config.dim]
+            start_against(block.attn)
+
+
+class MimeticLookupViT(LookupViT):
+    def build(self, config):
+        super().build(config)
+        for block in self.blocks:
+            start_against(block.refine.attn)
 
 
 class Weighed(Classify):
@@ -73,8 +85,8 @@ class Weighed(Classify):
 
 
 @functools.cache
-def the_trial():
-    return here.trial(RECIPE, here.seed, ARMS)
+def the_trial(**changes):
+    return here.trial(RECIPE, here.seed, ARMS, **changes)
 
 
 def cosines(model):
@@ -92,38 +104,52 @@ def cosines(model):
     return found
 
 
-def arm(model=LookupViT, lr=RECIPE.lr, settings=None, **config):
+def arm(model=LookupViT, lr=RECIPE.lr, settings=None, steps=STEPS, **config):
     grid = dict(compressed=RECIPE.compressed) if issubclass(model, LookupViT) else {}
-    return Arm(model, grid | config, task=Weighed, steps=STEPS, lr=lr, settings=settings or {})
+    return Arm(model, grid | config, task=Weighed, steps=steps, lr=lr, settings=settings or {})
 
 
-BEST = dict(classifiers="compressed", reuse="resoftmax", norm="pre")
-TWO = BEST | dict(classifiers="both")
-LOOKUP, alike = functools.partial(arm, **BEST), "keys as queries"
-READINGS = {f"{classifiers}, {reuse}, {norm}": arm(classifiers=classifiers, reuse=reuse, norm=norm)
-            for classifiers in ("compressed", "both") for reuse in ("probs", "renorm", "resoftmax")
-            for norm in ("qk", "pre")}
-VITS = {"ViT": arm(ViT), f"ViT, {alike}": arm(AlikeViT)}
-VITS |= {f"ViT, lr {lr}": arm(ViT, lr=lr) for lr in (5e-4, 2e-3)}
-VITS |= {"ViT, drop path .1": arm(ViT, settings=dict(drop_path=0.1)),
-         "ViT, smoothing .1": arm(ViT, settings=dict(smoothing=0.1))}
-LOOKUPS = {f"{alike}": arm(AlikeLookupViT, **BEST),
-           f"{alike}, probs, qk": arm(AlikeLookupViT, classifiers="compressed"),
-           f"{alike}, no way back": arm(AlikeLookupViT, **BEST | dict(reuse="none")),
-           "no way back": LOOKUP(reuse="none"),
-           **{f"second classifier x {w}": arm(settings=dict(second=w), **TWO) for w in (0.1, 0.3)},
-           "second classifier fades": arm(settings=dict(fades=True), **TWO),
-           **{f"{alike}, lr {lr}": arm(AlikeLookupViT, lr=lr, **BEST) for lr in (5e-4, 2e-3)},
-           f"{alike}, drop path .1": arm(AlikeLookupViT, settings=dict(drop_path=0.1), **BEST),
-           f"{alike}, smoothing .1": arm(AlikeLookupViT, settings=dict(smoothing=0.1), **BEST)}
-ARMS = VITS | READINGS | LOOKUPS
-FIRST = ["ViT", "compressed, resoftmax, pre", *LOOKUPS]
+SPREAD, SOFT, DROP = dict(keys_as_queries=True), dict(smoothing=0.1), dict(drop_path=0.1)
+ONE = dict(classifiers="compressed", reuse="resoftmax", norm="pre")
+BEST, TWO = ONE | SPREAD, ONE | dict(classifiers="both")
+alike = "keys as queries"
+RATES = (5e-4, 2e-3)
+FIRST = {
+    "ViT": arm(ViT), f"ViT, {alike}": arm(ViT, **SPREAD),
+    alike: arm(**BEST), f"{alike}, smoothing .1": arm(settings=SOFT, **BEST),
+    f"ViT, {alike}, smoothing .1": arm(ViT, settings=SOFT, **SPREAD),
+    f"{alike}, no way back": arm(**BEST | dict(reuse="none")),
+    f"{alike}, lr 0.002": arm(lr=2e-3, **BEST), f"ViT, {alike}, lr 0.002": arm(ViT, lr=2e-3, **SPREAD),
+    f"{alike}, probs": arm(**BEST | dict(reuse="probs")), f"{alike}, qk": arm(**BEST | dict(norm="qk")),
+    f"{alike}, probs, qk": arm(**BEST | dict(reuse="probs", norm="qk")),
+    f"{alike}, drop path .1": arm(settings=DROP, **BEST),
+    f"ViT, {alike}, drop path .1": arm(ViT, settings=DROP, **SPREAD),
+    f"{alike}, two classifiers": arm(**TWO | SPREAD),
+    "compressed, resoftmax, pre": arm(**ONE),
+    f"{alike} in the gather alone": arm(GatherLookupViT, **ONE),
+    f"ViT, {alike}, mimetic values": arm(MimeticViT, **SPREAD),
+    f"{alike}, mimetic values": arm(MimeticLookupViT, **BEST),
+}
+GRID = {f"{classifiers}, {reuse}, {norm}": arm(classifiers=classifiers, reuse=reuse, norm=norm)
+        for classifiers in ("compressed", "both") for reuse in ("probs", "renorm", "resoftmax")
+        for norm in ("qk", "pre")}
+LAST = {
+    "no way back": arm(**ONE | dict(reuse="none")),
+    **{f"second classifier x {w}": arm(settings=dict(second=w), **TWO) for w in (0.1, 0.3)},
+    "second classifier fades": arm(settings=dict(fades=True), **TWO),
+    f"{alike}, lr 0.0005": arm(lr=5e-4, **BEST), f"ViT, {alike}, lr 0.0005": arm(ViT, lr=5e-4, **SPREAD),
+}
+# scenes, as long as lesson 09 trains: pictures are shown many times then, and moving them may help
+LONG = {f"{name}, {LONGER:,} steps{moved}": arm(kind, settings=SOFT, steps=LONGER, **config)
+        for name, kind, config in ((alike, LookupViT, BEST), (f"ViT, {alike}", ViT, SPREAD))
+        for moved in (MOVED, "")}
+ARMS = FIRST | GRID | LAST | (LONG if on_scenes else {})
 chosen = here.pick(list(ARMS), ["ViT", "both, probs, qk", alike],
-                   [*FIRST, *(name for name in ARMS if name not in FIRST)])
+                   [*FIRST, *LONG, *GRID, *LAST] if on_scenes else list(FIRST))
 
 
 def train(name):
-    trial = the_trial()
+    trial = the_trial(**dict(pad=4) if name.endswith(MOVED) else {})
     arm = trial.arms[name]
     model = trial.new(arm.model, **arm.config)
     task = trial.task_of(arm, model)

@@ -1,4 +1,6 @@
 """Starting weights: their spread, and that they depend on the seed and on names alone."""
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -82,3 +84,20 @@ def test_models_start_from_the_scaled_table():
 def test_float32_everywhere():
     for make in MODELS.values():
         assert all(p.dtype == np.float32 for p in make().parameters())
+
+
+@each_model
+def test_keys_start_as_queries_where_that_is_asked_for(make):
+    model = make()
+    plain, config = model.state_dict(), dataclasses.asdict(model.config)
+    tied = type(model)(**config | dict(keys_as_queries=True)).state_dict()
+    keys = {name for name in plain if name.endswith(("qkv.weight", "gather_k.weight"))}
+    assert keys and all(np.array_equal(tied[name], plain[name]) for name in plain.keys() - keys)
+    for name in keys:
+        if name.endswith("qkv.weight"):
+            (q, k, v), (plain_q, plain_k, plain_v) = (np.split(of[name], 3) for of in (tied, plain))
+            assert np.array_equal(v, plain_v)
+        else:
+            k, plain_k = tied[name], plain[name]
+            q = plain_q = plain[name.replace("gather_k", "gather_q")]
+        assert np.array_equal(k, q) and np.array_equal(q, plain_q) and not np.array_equal(k, plain_k), name

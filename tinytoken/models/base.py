@@ -50,7 +50,7 @@ class Sizes:
     """The options that every model has; a model's own configuration adds to them.
 
     image_size: H = W, or (H, W), in pixels. patch_size: in pixels. mlp_ratio: the hidden width of the MLPs,
-    divided by dim."""
+    divided by dim. keys_as_queries: how the attention's weights start, see nn.initialise."""
     image_size: int | tuple[int, int] = 32
     patch_size: int = 4
     dim: int = 96
@@ -60,6 +60,7 @@ class Sizes:
     num_classes: int = 10
     _: dataclasses.KW_ONLY
     channels: int = 3
+    keys_as_queries: bool = False
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # {option: the values that it may have}
 
     def __post_init__(self):

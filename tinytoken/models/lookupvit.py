@@ -81,6 +81,10 @@ class LookupBlock(nn.Module):
             lookup = nn.mlp_branch(lookup, self.lookup_norm, self.lookup_mlp, nn.column(paths, 4))
         return lookup, compressed
 
+    def tie_keys(self) -> None:
+        """Let the keys of (a) start as its queries, see nn.initialise."""
+        self.gather_k.weight.data[...] = self.gather_q.weight.data
+
     @fused
     def gather(self, lookup: Tensor, compressed: Tensor, factors: Array | None = None) -> tuple:
         """(a) information gathering -> the new compressed tokens, the attention A (B, H, M, N), its logits.
@@ -137,7 +141,7 @@ class LookupViT(Model):
         self.norm, self.head = nn.LayerNorm(c.dim), nn.Linear(c.dim, c.num_classes)
         if c.classifiers == "both":
             self.lookup_norm, self.lookup_head = nn.LayerNorm(c.dim), nn.Linear(c.dim, c.num_classes)
-        nn.initialise(self)
+        nn.initialise(self, keys_as_queries=c.keys_as_queries)
 
     def _check_grid(self, grid):
         inside = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(

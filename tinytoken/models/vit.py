@@ -90,7 +90,7 @@ class ViT(Model):
         self.fc_norm = nn.LayerNorm(c.dim, c.eps) if c.final_norm == "pooled" else None
         self.head = nn.Linear(c.dim, c.num_classes)
         self.head_dist = nn.Linear(c.dim, c.num_classes) if c.distilled else None
-        nn.initialise(self)
+        nn.initialise(self, keys_as_queries=c.keys_as_queries)
 
     def embed(self, images: Tensor | Array) -> Tensor:
         """images -> tokens with positions (B, T, D): those of `prefix` first, then the patches."""

@@ -29,9 +29,13 @@ def normal(parameter: Parameter, name: str, std: float) -> None:
 BRANCH_ENDS = ("attn.proj", "mlp.fc2", "gather_proj", "infuse_proj")
 
 
-def initialise(model: Module, residual_scale: float = 0.3) -> None:
+def initialise(model: Module, residual_scale: float = 0.3, keys_as_queries: bool = False) -> None:
     """Xavier for every linear layer and the patch embedding; the layers that end a residual branch are scaled
     down by `residual_scale`.
+
+    keys_as_queries: the projections to keys start as copies of those to queries, in each module that has such
+    a pair and says so with `tie_keys`. Then a token first reads what is like it: q . k is a square length for
+    two equal tokens. (With weights of their own the first scores are unrelated to the tokens' likeness.)
 
     Each layer draws from a site of its own name with the default key: a model's weights depend on
     `manual_seed` and on nothing that was made before."""
@@ -39,6 +43,9 @@ def initialise(model: Module, residual_scale: float = 0.3) -> None:
         if isinstance(module, (Linear, Projection)):
             scale = residual_scale if name.endswith(BRANCH_ENDS) else 1.0
             xavier(module.weight, f"{name}.weight", module.parts, scale)
+    for _, module in model.named_modules() if keys_as_queries else ():
+        if hasattr(module, "tie_keys"):
+            module.tie_keys()
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:

@@ -67,6 +67,11 @@ class Attention(Module):
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         return self.attend(*self.project(x), **options)
 
+    def tie_keys(self) -> None:
+        """Let the keys' part of qkv start as the queries', see nn.initialise."""
+        dim = len(self.proj.weight)
+        self.qkv.weight.data[dim:2 * dim] = self.qkv.weight.data[:dim]
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, dim) -> queries, keys and values, each (B, H, T, d)."""
         q, k, v = ops.split_heads(self.qkv(x), heads=self.heads, parts=3)
