@@ -7,6 +7,7 @@ import pytest
 import tinytoken as tt
 from tinytoken import cost, tensor
 from tinytoken.models import DynamicViT, LookupViT, ViT
+from tinytoken.models.lookupvit import PAPER
 
 # (image, patch, dim, depth, heads, mlp_ratio, classes, channels): no two sizes of one row alike
 SIZES = [(8, 2, 12, 2, 3, 4, 5, 3), (12, 4, 8, 3, 2, 2, 7, 1), (20, 2, 24, 4, 6, 3, 10, 3)]
@@ -120,7 +121,7 @@ def test_lookupvit_beside_a_vit():
     """D = 192, L = 6, N = 64, patch embedding included, head not; the ViT has no class token."""
     images, options = np.zeros((1, 3, 32, 32), "float32"), dict(dim=192)
     assert round((tt.macs(ViT(**options, pool="mean"), images).total - 1920) / 1e6, 1) == 179.9
-    model = LookupViT(**options)
+    model = LookupViT(**options | PAPER)
     for m, with_tail in ((2, 71.4), (3, 89.3), (4, 114.4), (5, 147.1), (6, 187.6)):
         both = tt.macs(model, images, compressed=(m, m), mean_of_heads=True).total
         assert round((both - 2 * 1920) / 1e6, 1) == with_tail

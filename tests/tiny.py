@@ -41,7 +41,7 @@ def vit():
 
 def lookupvit():
     tt.manual_seed(3)
-    model = LookupViT(**SIZES, compressed=(1, 1))
+    model = LookupViT(**SIZES, compressed=(1, 1), classifiers="both")
     return model, Classify(model)
 
 

@@ -26,6 +26,7 @@ from timing import quartiles
 from tinytoken import random
 from tinytoken.backend import array_module, is_array, module_for, products_in, to_device
 from tinytoken.cuda import gemm, launcher, weights
+from tinytoken.models.lookupvit import PAPER
 from tinytoken.train import AdamW, Classify
 
 TARGET = 0.7  # of the roofline
@@ -179,7 +180,8 @@ def what_steps_leave_out(one):
                               pad=4, flip=True, erase=0.5,
                               mixup=0.2, cutmix=1.0)
     images, labels = batches.make(batches.chosen(0), module_for("cuda").zeros(1, "uint32"))
-    task = Classify(tt.models.LookupViT(**one.config, reuse="resoftmax").to("cuda").train(), drop_path=0.1)
+    task = Classify(tt.models.LookupViT(**one.config | PAPER | dict(reuse="resoftmax")).to("cuda").train(),
+                    drop_path=0.1)
     optimizer = AdamW(task.model.parameters())
     with products_in("bf16", "cuda"):
         loss, _ = task(images, labels, **task.noise(one.batch, 0, 0, array_module(images)))

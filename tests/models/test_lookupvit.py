@@ -13,8 +13,9 @@ from equations import Equations, resize_by_loops
 from small import pictures, refuses, same, shaken, softmax
 from tinytoken.checking import gradcheck
 from tinytoken.models import LookupBlock, LookupOutput, LookupViT, lookupvit_loss
+from tinytoken.models.lookupvit import PAPER
 
-SMALL = small.SMALL | dict(compressed=(2, 2))
+SMALL = small.SMALL | PAPER | dict(compressed=(2, 2))
 REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
 VARIANTS = [dict(reuse=r, norm=n, classifiers=c)
             for r, n, c in itertools.product(REUSE, ("qk", "pre"), ("both", "compressed"))]
@@ -36,7 +37,7 @@ def sets(lookup=16, compressed=4, batch=2, dim=8, seed=4):
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 @pytest.mark.parametrize("size", [(2, 2), (3, 2)], ids=str)
 def test_the_model_is_its_equations(options, size, xp):
-    model, images = shaken(LookupViT(**SMALL, **options)), pictures()
+    model, images = shaken(LookupViT(**SMALL | options)), pictures()
     equations = Equations(model.state_dict(), 2, options["reuse"], options["norm"])
     wanted, wanted_lookup = zip(*(equations(image, 2, 2, size, (2, 2)) for image in images))
     model.to("cpu" if xp is np else "cuda")
@@ -54,7 +55,7 @@ def test_the_model_is_its_equations(options, size, xp):
 def test_the_readings_of_reuse_and_norm_differ():
     outs = {}
     for options in VARIANTS:
-        model = LookupViT(**SMALL, **options)
+        model = LookupViT(**SMALL | options)
         # the same weights where the names are the same
         for name, p in model.astype("float64").named_parameters():
             p.data[...] = np.random.default_rng(list(name.encode())).standard_normal(p.shape)
@@ -68,7 +69,7 @@ def test_the_readings_of_reuse_and_norm_differ():
 
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 def test_gradients_of_the_whole_model(options):
-    model, images, targets = shaken(LookupViT(**SMALL, **options)).train(), pictures(), np.array([4, 1])
+    model, images, targets = shaken(LookupViT(**SMALL | options)).train(), pictures(), np.array([4, 1])
     used = [p for name, p in model.named_parameters()
             if options["classifiers"] == "both" or not dead(name, 2)]
 
@@ -86,7 +87,7 @@ def dead(name, depth):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 def test_every_parameter_learns_unless_nothing_reads_it(options):
-    model = shaken(LookupViT(**SMALL, **options)).train()
+    model = shaken(LookupViT(**SMALL | options)).train()
     lookupvit_loss(model(pictures()), np.array([4, 1]))[0].backward()
     for name, p in model.named_parameters():
         unread = options["classifiers"] == "compressed" and dead(name, 2)
@@ -203,7 +204,7 @@ def test_masses_of_the_attention_and_of_its_readings():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("reuse", REUSE)
 def test_skipping_the_last_tail_leaves_the_compressed_logits_to_the_bit(reuse, dtype):
-    model, images = shaken(LookupViT(**SMALL, reuse=reuse)).astype(dtype), pictures(3)
+    model, images = shaken(LookupViT(**SMALL | dict(reuse=reuse))).astype(dtype), pictures(3)
     skipped = model.eval()(images).logits
     assert skipped.dtype == dtype and np.array_equal(skipped.data, model.train()(images).logits.data)
     for name, p in model.named_parameters():
@@ -271,7 +272,7 @@ def test_parameters_of_a_model():
     # patches, positions, two heads with their norms
     ends = (2 * 2 * 3 + 1) * D + (N + M) * D + 2 * (2 * D + (D + 1) * K)
     assert LookupViT(**SMALL).parameter_count() == 2 * block + ends
-    one = LookupViT(**SMALL, classifiers="compressed").parameter_count()
+    one = LookupViT(**SMALL | dict(classifiers="compressed")).parameter_count()
     assert one == 2 * block + ends - 2 * D - (D + 1) * K
 
 
@@ -292,7 +293,7 @@ def test_the_loss_is_the_sum_of_both_heads(smoothing):
 def test_a_tiny_set_can_be_overfitted(reuse):
     """Eight noise pictures with labels of chance, Adam by hand (Kingma & Ba 2015, algorithm 1): both heads
     know them all."""
-    model = LookupViT(**SMALL | dict(dim=16), reuse=reuse).train()
+    model = LookupViT(**SMALL | dict(dim=16, reuse=reuse)).train()
     images, targets = pictures(8).astype("float32"), np.array([0, 1, 2, 3, 4, 0, 1, 2])
     params = model.parameters()
     m, v = ([np.zeros_like(p.data) for p in params] for _ in range(2))
@@ -309,8 +310,8 @@ def test_a_tiny_set_can_be_overfitted(reuse):
 
 
 def test_the_configuration_makes_the_same_model_again():
-    model = LookupViT(**SMALL, reuse="separate", norm="pre", classifiers="compressed", lookup_mlp_ratio=1,
-                      mlp_ratio=2)
+    model = LookupViT(**SMALL | dict(reuse="separate", norm="pre", classifiers="compressed",
+                                     lookup_mlp_ratio=1, mlp_ratio=2))
     again = LookupViT(**dataclasses.asdict(model.config))
     assert again.load_state_dict(model.state_dict()) == ([], [])
     assert np.array_equal(again.eval()(pictures()).logits.data, model.eval()(pictures()).logits.data)
@@ -371,4 +372,4 @@ def test_labels_that_do_not_fit():
 
 def test_a_mean_of_heads_needs_two():
     with refuses("LookupViT: mean_of_heads asked of a model with classifiers='compressed'"):
-        LookupViT(**SMALL, classifiers="compressed").eval()(pictures(), mean_of_heads=True)
+        LookupViT(**SMALL | dict(classifiers="compressed")).eval()(pictures(), mean_of_heads=True)

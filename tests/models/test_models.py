@@ -13,6 +13,7 @@ from small import SMALL, gumbel, masks, pictures, refuses, same, shaken, softmax
 from tinytoken import models, nn, ops
 from tinytoken.cost import graph_text
 from tinytoken.models import DynamicViT, LookupViT, Model, Output, ViT, dynamicvit_loss, lookupvit_loss
+from tinytoken.models.lookupvit import PAPER
 from tinytoken.models.controls import CentreTokens
 from tinytoken.models.vit import ViTConfig
 from tinytoken.registry import Registry
@@ -167,7 +168,7 @@ def test_a_rectangular_vits_positions_are_row_by_row():
 
 
 def test_a_rectangular_lookupvit_is_its_equations():
-    model = shaken(LookupViT(**RECTANGLE, compressed=(2, 3))).train()
+    model = shaken(LookupViT(**RECTANGLE | PAPER, compressed=(2, 3))).train()
     equations = Equations(model.state_dict(), 2, "probs", "qk")
     out, own = model(wide(), compressed=(3, 1)), (2, 3)
     logits, lookup = zip(*(equations(image, 2, 2, (3, 1), own) for image in wide()))
@@ -228,7 +229,7 @@ def test_the_loss_of_a_vit():
 
 
 def test_the_loss_of_a_lookupvit():
-    model = shaken(LookupViT(**SMALL, compressed=(2, 2))).train()
+    model = shaken(LookupViT(**SMALL | PAPER, compressed=(2, 2))).train()
     out, teacher = model(pictures()), teachers_output()
     expected, parts = lookupvit_loss(out, RIGHT, smoothing=0.1)
     loss, mine = model.loss(out, RIGHT, smoothing=0.1)

@@ -127,7 +127,7 @@ def test_a_configuration_without_the_options_is_the_plain_vits():
     older = {"model": "ViT", "config": sizes | {"pool": "token"}}
     assert set(description["config"]) - set(older["config"]) == {
         "distilled", "reg_tokens", "no_embed_class", "qk_norm", "layer_scale", "pre_norm", "eps",
-        "class_token", "final_norm"}
+        "class_token", "final_norm", "keys_as_queries"}
     assert tt.train.checkpoint.same_model(older, description)
 
 

@@ -7,12 +7,13 @@ from small import refuses
 from tiny import SIZES, bits, dynamicvit, lookupvit, train, vit
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.models.controls import CONTROLS
+from tinytoken.models.lookupvit import PAPER
 from tinytoken.nn import Block
 from tinytoken.tasks import Classify, Distil, drop_paths
 from tinytoken.train import AdamW, Run
 
 DEEP = SIZES | {"depth": 3}
-MODELS = {"ViT": lambda: ViT(**DEEP), "LookupViT": lambda: LookupViT(**DEEP, compressed=(1, 1)),
+MODELS = {"ViT": lambda: ViT(**DEEP), "LookupViT": lambda: LookupViT(**DEEP | PAPER, compressed=(1, 1)),
           "DynamicViT": lambda: DynamicViT(**DEEP, prune_before=(1,), keep_ratios=(0.5,))}
 each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 

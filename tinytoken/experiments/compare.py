@@ -70,15 +70,14 @@ def run(recipe: Recipe, out: str | os.PathLike, device: str = "auto", every: int
 
 
 def measure(trial: Trial, trained: dict[str, Any]) -> dict[str, Any]:
-    """The table: a row per way to run a trained model, and what it was measured on."""
+    """The table: a row per trained model, and what it was measured on."""
     ways: dict[str, tuple[Any, dict]] = {name: (model, {}) for name, model in trained.items()}
-    ways["LookupViT, both heads"] = (trained["LookupViT"], {"mean_of_heads": True})
     sample = trial.prepare(trial.test.images[:128])
     threads = trial.threads if trial.device == "cpu" else 1
     speeds = {size: images_per_second(ways, sample[:size], threads) for size in (1, 128)}
     rows = []
-    for name, (model, call) in ways.items():
-        row = trial.measure(model, None, **call)
+    for name, model in trained.items():
+        row = trial.measure(model, None)
         del row["trained"]
         speed = {str(size): speeds[size][name] for size in speeds}
         rows.append({"model": name, **row, "images_per_second": speed})

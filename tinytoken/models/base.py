@@ -60,7 +60,7 @@ class Sizes:
     num_classes: int = 10
     _: dataclasses.KW_ONLY
     channels: int = 3
-    keys_as_queries: bool = False
+    keys_as_queries: bool = True
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # {option: the values that it may have}
 
     def __post_init__(self):

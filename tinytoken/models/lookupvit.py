@@ -16,9 +16,12 @@ from .. import nn, ops
 from ..backend import Array, to_numpy
 from ..errors import expect
 from ..tensor import Tensor, fused
-from .base import Loss, Model, Output, Sizes, model
+from .base import Loss, Model, Output, Sizes, model, weighted_sum
 
 REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
+# The reading of the paper that most of the programs share: LookupViT(**PAPER). The defaults are what learned
+# best here (lessons/full/lookupvit_recipe.py).
+PAPER = dict(reuse="probs", norm="qk", classifiers="both", keys_as_queries=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class LookupViTConfig(Sizes):
     lookup_mlp_ratio: float = 0.5
     reuse: str = "probs"
     norm: str = "qk"
-    classifiers: str = "both"
+    classifiers: str = "compressed"
     choices = {"reuse": REUSE, "norm": ("qk", "pre"), "classifiers": ("both", "compressed")}
 
 
@@ -56,8 +59,7 @@ class LookupBlock(nn.Module):
                  reuse: str = "probs", norm: str = "qk") -> None:
         self.heads, self.reuse, self.norm = heads, reuse, norm
         self.gather_norm_q, self.gather_norm_k = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.gather_q, self.gather_k = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.gather_v, self.gather_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.gather_q, self.gather_k, self.gather_v, self.gather_proj = (nn.Linear(dim, dim) for _ in "qkvo")
         self.refine = nn.Block(dim, heads, mlp_ratio)
         if reuse != "none":
             self.infuse_norm = nn.LayerNorm(dim)
@@ -91,9 +93,8 @@ class LookupBlock(nn.Module):
 
         factors (B,): of what is added. An implementation may return None for logits that (c) does not
         read."""
-        asking, asked = compressed, lookup
-        if self.norm == "pre":
-            asking, asked = self.gather_norm_q(asking), self.gather_norm_k(asked)
+        asking, asked = ((self.gather_norm_q(compressed), self.gather_norm_k(lookup)) if self.norm == "pre"
+                         else (compressed, lookup))
         q, k, v = self.gather_q(asking), self.gather_k(asked), self.gather_v(asked)
         if self.norm == "qk":
             q, k = self.gather_norm_q(q), self.gather_norm_k(k)
@@ -116,10 +117,9 @@ class LookupBlock(nn.Module):
 
 def lookupvit_loss(out: LookupOutput, targets: Array, *, smoothing: float = 0.0) -> Loss:
     """Cross-entropy of each head, summed -> (loss, parts)."""
-    parts = {"class": ops.cross_entropy(out.logits, targets, smoothing=smoothing)}
-    if out.lookup_logits is not None:
-        parts["lookup"] = ops.cross_entropy(out.lookup_logits, targets, smoothing=smoothing)
-    return (parts["class"] + parts["lookup"] if "lookup" in parts else parts["class"]), parts
+    heads = {"class": out.logits} | ({} if out.lookup_logits is None else {"lookup": out.lookup_logits})
+    parts = {name: ops.cross_entropy(of, targets, smoothing=smoothing) for name, of in heads.items()}
+    return weighted_sum((1, 1), parts), parts
 
 
 @model("lookupvit")

@@ -7,6 +7,7 @@ import numpy as np
 import tinytoken as tt
 from tinytoken.data import Batches, make_scenes, normalise
 from tinytoken.models import LookupViT, lookupvit_loss
+from tinytoken.models.lookupvit import PAPER
 from tinytoken.train import Classify, accuracy, fit, infer
 
 
@@ -52,7 +53,7 @@ def run(student, steps=300, pictures=(6000, 1000)):
         train, test = make_scenes(pictures[0]), make_scenes(pictures[1], split="test")
         batches = Batches(train.images, train.labels, 64)
         tt.manual_seed(0)
-        model = LookupViT(dim=48, depth=3, heads=3, compressed=(5, 5))
+        model = LookupViT(dim=48, depth=3, heads=3, compressed=(5, 5), **PAPER)
         fit(model, AnyGrid(model), batches, steps=steps, lr=2e-3)
         prepare = lambda images: normalise(images, batches.mean, batches.std)
         board = []

@@ -168,7 +168,7 @@ def test_the_order_of_lookup_tokens(student, rng):
 
 
 def count(m, dim, depth, both):
-    model = tt.models.LookupViT(dim=dim, depth=depth, heads=3, compressed=(m, m))
+    model = tt.models.LookupViT(dim=dim, depth=depth, heads=3, compressed=(m, m), classifiers="both")
     return tt.macs(model, np.zeros((1, 3, 32, 32), "float32"), mean_of_heads=both).total
 
 
