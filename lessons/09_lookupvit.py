@@ -26,6 +26,7 @@ import tinytoken as tt
 from tinytoken import backend, nn, ops, plot
 from tinytoken.experiments import Arm, Recipe, difference, interval_text, lesson, spread_text
 from tinytoken.models import LookupViT, ViT
+from tinytoken.models.lookupvit import PAPER
 from tinytoken.tasks import Task
 
 here = lesson.begin("09_lookupvit")
@@ -105,7 +106,7 @@ def off(ours, theirs):
     return float(np.abs(ours - theirs.data).max() / np.abs(ours).max())
 
 
-block = shaken(tt.models.lookupvit.LookupBlock(dim=12, heads=3))
+block = shaken(tt.models.lookupvit.LookupBlock(dim=12, heads=3, reuse="probs", norm="qk"))
 w, F_l, F_p = block.state_dict(), rng.standard_normal((2, 16, 12)), rng.standard_normal((2, 4, 12))
 lookup, compressed = block(tt.Tensor(F_l), tt.Tensor(F_p))
 gathered, A = gather(F_l, F_p, w, 3)
@@ -126,7 +127,7 @@ assert max(off(refined, compressed), off(written, lookup)) < 1e-12
 
 
 # %%
-SMALL = dict(image_size=16, patch_size=4, dim=12, depth=3, heads=3, compressed=(2, 2))
+SMALL = PAPER | dict(image_size=16, patch_size=4, dim=12, depth=3, heads=3, compressed=(2, 2))
 model = shaken(LookupViT(**SMALL))
 w, images = model.state_dict(), rng.standard_normal((2, 3, 16, 16))
 
@@ -179,7 +180,7 @@ N, D, DEPTH, CLASSES = 64, 96, 6, 10
 print(f"{'compressed':<12}{'M MACs':>8}{'of the ViT':>12}{'one head alone':>16}{'M parameters':>14}")
 vit_macs = tt.macs(ViT(), np.zeros((1, 3, 32, 32), "float32")).total
 for m in (2, 3, 4, 5):
-    M, lookupvit, picture = m * m, LookupViT(compressed=(m, m)), np.zeros((1, 3, 32, 32), "float32")
+    M, lookupvit, picture = m * m, LookupViT(**PAPER | dict(compressed=(m, m))), np.zeros((1, 3, 32, 32), "float32")
     per_block = 4 * N * D**2 + 15 * M * D**2 + (3 * N * M + 2 * M**2) * D
     closed = N * 48 * D + DEPTH * per_block + 2 * D * CLASSES
     unread = 2 * N * D**2 + M * D**2 + N * M * D + D * CLASSES  # (c), (d) and the lookup head
@@ -235,14 +236,15 @@ VIT, LOOKUP, ONE_WAY, ONE_HEAD, NEITHER = "ViT", "LookupViT 3x3", "no way back",
 # CIFAR: 20 epochs
 STEPS, FINE = here.pick((4, 2), (150, 0), (3000, 1000) if here.data == "scenes" else (15620, 0))
 NEW = here.pick(128, 16000, 192000)  # as many as are shown in all
-RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
+RECIPE = Recipe(data=here.data, smoothing=0.0, keys_as_queries=False,
+                train_pictures=here.pick(64, 16000, 16000),
                 test_pictures=here.pick(128, 2000, 10000),
                 **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
 
 
 def arm(model="lookupvit", config=None, beside=(VIT, LOOKUP), **more):
     """An arm that is trained from scratch; a LookupViT's grid is 3 x 3 where config has no other."""
-    grid = dict(compressed=here.pick((2, 2), (3, 3), (3, 3))) if model == "lookupvit" else {}
+    grid = PAPER | dict(compressed=here.pick((2, 2), (3, 3), (3, 3))) if model == "lookupvit" else {}
     return Arm(model, grid | (config or {}), beside=beside, lr=RECIPE.lr, **dict(steps=STEPS) | more)
 
 

@@ -19,6 +19,7 @@ import tinytoken as tt
 from tinytoken import models, ops, random
 from tinytoken.experiments import Arm, Recipe, lesson, spread_text
 from tinytoken.models import LookupViT
+from tinytoken.models.lookupvit import PAPER
 from tinytoken.tasks import Classify, accuracy
 
 here = lesson.begin("10_one_model_many_budgets")
@@ -37,7 +38,7 @@ rng = np.random.default_rng(here.seed)
 # similar, and its softmax runs over the N lookup tokens.
 
 # %%
-SMALL = dict(image_size=16, patch_size=4, dim=12, depth=2, heads=3, compressed=(3, 3))
+SMALL = PAPER | dict(image_size=16, patch_size=4, dim=12, depth=2, heads=3, compressed=(3, 3))
 model = LookupViT(**SMALL).astype("float64")
 for p in model.parameters():
     p.data += 0.1 * rng.standard_normal(p.shape)
@@ -106,7 +107,8 @@ class ClassifyGrids(Classify):
         return {"number": xp.full(size, int(number[0]))}
 
     def __call__(self, images, labels, number):
-        return self.model.loss(self.model(images, compressed=self.grids[int(number[0])]), labels)
+        out = self.model(images, compressed=self.grids[int(number[0])])
+        return self.model.loss(out, labels, smoothing=self.smoothing)
 
 
 GRIDS = here.pick(((1, 1), (2, 2)), ((2, 2), (3, 3), (4, 4), (5, 5)), ((2, 2), (3, 3), (4, 4), (5, 5)))
@@ -132,7 +134,8 @@ MIDDLE = GRIDS[len(GRIDS) // 2 - 1]  # 3 x 3
 # those and unseen ones
 SHOWN = here.pick(GRIDS, *[((1, 1), *GRIDS[:2], (3, 4), *GRIDS[2:], (6, 6), (8, 8))] * 2)
 singles = here.pick(GRIDS, (MIDDLE,), GRIDS)
-RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
+RECIPE = Recipe(data=here.data, smoothing=0.0, keys_as_queries=False,
+                train_pictures=here.pick(64, 16000, 16000),
                 test_pictures=here.pick(128, 2000, 10000),
                 **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))
 seeds = here.seeds
@@ -140,11 +143,11 @@ name_of = lambda m: f"{m[0]}x{m[1]}"
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 
 
-ARMS = {f"LookupViT {name_of(m)}": Arm("lookupvit", dict(compressed=m), steps=STEPS, lr=RECIPE.lr,
+ARMS = {f"LookupViT {name_of(m)}": Arm("lookupvit", PAPER | dict(compressed=m), steps=STEPS, lr=RECIPE.lr,
                                        phase=f"LookupViT {name_of(m)} {STEPS}") for m in singles}
-ARMS["LookupViT, many grids"] = Arm("lookupvit", dict(compressed=GRIDS[-1]), task=ClassifyGrids,
-                                    settings=dict(grids=GRIDS),
-                                    steps=STEPS, lr=RECIPE.lr, phase=f"LookupViT, many grids {STEPS}")
+ARMS["LookupViT, many grids"] = Arm("lookupvit", PAPER | dict(compressed=GRIDS[-1]), task=ClassifyGrids,
+                                    settings=dict(grids=GRIDS), steps=STEPS, lr=RECIPE.lr,
+                                    phase=f"LookupViT, many grids {STEPS}")
 
 
 @functools.cache

@@ -19,11 +19,13 @@ import numpy as np
 import tinytoken as tt
 from tinytoken.data import CORRUPTIONS, corrupt
 from tinytoken.experiments import Arm, Recipe, lesson, spread_text
+from tinytoken.models.lookupvit import PAPER
 from tinytoken.train import accuracy, infer
 
 here = lesson.begin("11_robustness")
 rng = np.random.default_rng(here.seed)
-RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
+RECIPE = Recipe(data=here.data, smoothing=0.0, keys_as_queries=False,
+                train_pictures=here.pick(64, 16000, 16000),
                 test_pictures=here.pick(32, 200, 2000),
                 **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,),
                                  keep_ratios=(0.7,),
@@ -106,8 +108,8 @@ narrow = here.pick(dict(dim=8, heads=1), *[dict(dim=64, heads=2)] * 2)
 fewer = [STEPS // 2] if here.size != "full" else [STEPS // 8, STEPS // 4, STEPS // 2]
 STRENGTHS = here.pick((3,), (1, 3, 5), (1, 2, 3, 4, 5))
 VIT, DYNAMIC, LOOKUP, NARROW = "ViT", "DynamicViT .7", "LookupViT 3x3", "ViT, narrower"
-pruned, grid = dict(prune_before=RECIPE.prune_before,
-                    keep_ratios=RECIPE.keep_ratios), dict(compressed=RECIPE.compressed)
+pruned = dict(prune_before=RECIPE.prune_before, keep_ratios=RECIPE.keep_ratios)
+grid = PAPER | dict(compressed=RECIPE.compressed)
 ARMS, CURVE = {}, [VIT, *(f"ViT, {steps} steps" for steps in fewer)]
 
 

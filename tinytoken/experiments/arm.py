@@ -11,8 +11,8 @@ class Recipe:
     steps: of a whole training. lr: its learning rate; further_lr: that of steps that go on from it.
     train_pictures, test_pictures: how many, of data that are made. size: the side of a picture in pixels,
     where the data can choose it. held_out: how many of the training pictures no arm is trained on, to choose
-    a recipe by; choosing: these are asked in place of the test pictures. prune_before, keep_ratios,
-    compressed: of the methods that have them."""
+    a recipe by; choosing: these are asked in place of the test pictures. keys_as_queries: how models start,
+    see nn.initialise. prune_before, keep_ratios, compressed: of the methods that have them."""
     data: str = "scenes"
     steps: int = 500
     batch: int = 64
@@ -28,7 +28,8 @@ class Recipe:
     further_lr: float = 3e-4
     predictor_lr_scale: float = 3.0  # of new parameters, where the rest of the model is trained already
     weight_decay: float = 0.05
-    smoothing: float = 0.0
+    smoothing: float = 0.1
+    keys_as_queries: bool = True
     train_pictures: int = 16000  # of scenes; CIFAR has 50,000
     test_pictures: int = 2000  # of scenes; CIFAR has 10,000
     precision: str = "fp32"  # of products in training, see backend.products_in
@@ -43,8 +44,9 @@ class Recipe:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes of a model, as its config calls them."""
-        return dict(patch_size=self.patch, dim=self.dim, depth=self.depth, heads=self.heads)
+        """The sizes of a model and how its weights start, as its config calls them."""
+        return dict(patch_size=self.patch, dim=self.dim, depth=self.depth, heads=self.heads,
+                    keys_as_queries=self.keys_as_queries)
 
 
 @dataclasses.dataclass(frozen=True)
