@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import models, random, tensor
+from . import models, nn, random, tensor
 from .backend import Array, blas_description, blas_threads, cpu_count
 from .cost import recorded_macs
 from .errors import expect
@@ -36,7 +36,8 @@ class Job:
                                     site="bench.images", step=0)
         self.batch = self.images, np.arange(batch) % 10
         self.draws = self.task.noise(batch, 0, 0)
-        macs = recorded_macs(self.task, self.batch, self.draws)
+        with nn.noted():
+            macs = recorded_macs(self.task, self.batch, self.draws)
         self.micro = slice_size(batch, threads, macs) if micro is None else micro
 
     def gradients(self, threads: int | None = None) -> Any:
@@ -95,7 +96,7 @@ def timed_ops() -> Iterator[dict[str, OpTime]]:
         result = run()
         elapsed = time.perf_counter() - began
         row = rows.setdefault(op.name, OpTime())
-        macs = op.shapes_to_macs(*shapes) if op.shapes_to_macs else 0
+        macs = op.multiply_adds(shapes)
         if way == "forward":
             row.calls += 1
             row.macs += macs

@@ -18,8 +18,8 @@ from .tensor import Tensor, no_grad, observe, recording
 FREE = frozenset("""
     add subtract multiply divide negative power exp log sqrt sum mean max
     reshape transpose concat index pad broadcast_to split_heads merge_heads
-    softmax log_softmax layer_norm gelu relu sigmoid log_sigmoid tanh cross_entropy binary_cross_entropy
-    kl_divergence mse embedding gumbel_softmax take_tokens put_tokens patchify resize
+    softmax log_softmax layer_norm batch_norm gelu relu sigmoid log_sigmoid tanh cross_entropy
+    binary_cross_entropy kl_divergence mse embedding gumbel_softmax take_tokens put_tokens patchify resize
 """.split())
 
 
@@ -68,7 +68,7 @@ def macs(model: Any, images: Array, **call: Any) -> Macs:
                 raise GraphError(f"macs: op {op.name} neither declares its multiply-adds "
                                  "nor stands in cost.FREE")
             return
-        n = op.shapes_to_macs(*shapes)
+        n = op.multiply_adds(shapes)
         by_op[op.name] += n
         by_module[names.get(id(innermost()), "(outside)")] += n
 
@@ -92,8 +92,8 @@ def recorded_macs(function: Callable[..., Any], arrays: Sequence[Array],
     counts: list[int] = []
 
     def count(op, shapes):
-        if op.shapes_to_macs and recording():
-            counts.append(op.shapes_to_macs(*shapes))
+        if recording():
+            counts.append(op.multiply_adds(shapes))
 
     with observe(count):
         function(*(array[:1] for array in arrays), **{name: draw[:1] for name, draw in (draws or {}).items()})
@@ -123,7 +123,7 @@ def graph_text(loss: Tensor) -> str:
             made = "" if edge is None else f"%{index[edge[0][0]]}" if isinstance(edge[0], tuple) else "leaf"
             if shape is not None:
                 inputs.append(f"{made}{tuple(shape)}")
-        macs = node.op.shapes_to_macs(*node.shapes) if node.op.shapes_to_macs else 0
+        macs = node.op.multiply_adds(node.shapes)
         total += macs
         outputs = ", ".join(str(tuple(s)) for s in node.outputs)
         freed = "  (freed)" if node.vjp is None else ""

@@ -220,6 +220,11 @@ class Index(np.ndarray):
     cast to the float dtype. Never made."""
 
 
+class Shapes(list):
+    """The shapes of an op's array arguments, and the settings, on which its multiply-adds depend too."""
+    settings: dict[str, Any]
+
+
 WITH_DTYPE = (np.generic, np.ndarray, Tensor)
 
 
@@ -230,7 +235,7 @@ class Op:
         self.function = function
         self.name, self.module, self.__doc__ = function.__name__, function.__module__, function.__doc__
         self.__wrapped__ = function  # so that inspect and help show the function's own signature
-        self.shapes_to_macs = None
+        self.shapes_to_macs, self.counts_settings = None, False
         self.signature = inspect.signature(function)
         parameters = self.signature.parameters.values()
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -245,9 +250,15 @@ class Op:
         return implementation(self, module, covers)
 
     def macs(self, shapes_to_macs: Callable) -> Callable:
-        """Decorator: declares the op's multiply-adds, as a function of the shapes of its array arguments."""
+        """Decorator: declares the op's multiply-adds, as a function of the shapes of its array arguments, and
+        of the op's settings if it has arguments after *."""
         self.shapes_to_macs = shapes_to_macs
+        self.counts_settings = getattr(shapes_to_macs, "__kwdefaults__", None) is not None
         return shapes_to_macs
+
+    def multiply_adds(self, shapes: Sequence[Any]) -> int:
+        """Those of one run, from what `around` and a Node know of its shapes; 0 if none are declared."""
+        return self.shapes_to_macs(*shapes, **getattr(shapes, "settings", {})) if self.shapes_to_macs else 0
 
     def __repr__(self):
         return f"<op {self.module}.{self.name}>"
@@ -275,16 +286,20 @@ class Op:
             arrays = [self._raw(i, a, dtype, xp) for i, a in enumerate(arrays)]
             if not any(map(is_array, arrays)):
                 arrays = [a if a is None else xp.asarray(a, dtype) for a in arrays]
+        shapes = None
+        if self.counts_settings:
+            shapes = Shapes(_shapes(arrays))
+            shapes.settings = settings
         try:
             run = faster(self, xp, *arrays, **settings) or self.function
             out, vjp = run(*arrays, **settings) if _mode.around is None else _mode.around(
-                self, "forward", _shapes(arrays), functools.partial(run, *arrays, **settings))
+                self, "forward", shapes or _shapes(arrays), functools.partial(run, *arrays, **settings))
         except UNFORESEEN as error:
             refuse(self.name, arrays, settings, error)
         several = isinstance(out, tuple)
         outputs = out if several else (out,)
         record = record and vjp is not None and _mode.recording
-        node = self._node(args, arrays, outputs, vjp) if record else None
+        node = self._node(args, shapes or _shapes(arrays), outputs, vjp) if record else None
         wrapped = [self._wrap(o, dtype, node, i) for i, o in enumerate(outputs)]
         return tuple(wrapped) if several else wrapped[0]
 
@@ -341,10 +356,10 @@ class Op:
                lambda: f"argument {i} has dtype {a.dtype}, expected float, int or bool")
         return a.astype(dtype)
 
-    def _node(self, args, arrays, outputs, vjp):
+    def _node(self, args, shapes, outputs, vjp):
         edges = [(_key(a), a.data.shape, a.data.dtype) if isinstance(a, Tensor) and a.requires_grad else None
                  for a in args]
-        return Node(self, edges, _shapes(arrays), [o.shape for o in outputs], vjp, _mode.samples)
+        return Node(self, edges, shapes, [o.shape for o in outputs], vjp, _mode.samples)
 
     def _wrap(self, array, dtype, node, place):
         if not is_array(array):  # a reduction of everything gives a NumPy scalar

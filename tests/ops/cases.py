@@ -209,6 +209,24 @@ norm = [
     case("layer_norm", "no weight", normal(3, 5), None, normal(5)),
     case("layer_norm", "one row", normal(5), normal(5), normal(5)),
 ]
+conv = [
+    case("conv2d", "", normal(2, 3, 4, 5), normal(4, 3, 3, 2), normal(4)),
+    case("conv2d", "one place", normal(2, 3, 4, 2), normal(5, 3, 1, 1), normal(5)),
+    case("conv2d", "padding, no bias", normal(2, 3, 4, 3), normal(2, 3, 3, 3), None, padding=1),
+    case("conv2d", "stride that leaves a rest", normal(2, 3, 6, 4), normal(4, 3, 3, 2), normal(4), stride=2),
+    case("conv2d", "stride and padding per axis", normal(2, 3, 5, 4), normal(4, 3, 2, 3), normal(4),
+         stride=(1, 2), padding=(0, 2)),
+    case("conv2d", "stride beyond the kernel", normal(2, 2, 5, 7), normal(3, 2, 1, 2), normal(3),
+         stride=(2, 3)),
+    case("conv2d", "groups", normal(2, 6, 3, 4), normal(9, 2, 2, 3), normal(9), padding=1, groups=3),
+    case("conv2d", "depthwise", normal(2, 3, 4, 5), normal(3, 1, 3, 2), normal(3), stride=(1, 2),
+         padding=(1, 0), groups=3),
+    case("conv2d", "depthwise, no bias", normal(2, 4, 3, 5), normal(4, 1, 3, 3), None, padding=1, groups=4),
+    case("conv2d", "depthwise, two filters each", normal(2, 3, 4, 5), normal(6, 1, 2, 3), normal(6),
+         groups=3),
+    case("batch_norm", "", normal(2, 3, 2, 4), normal(3), normal(3)),
+    case("batch_norm", "eps", normal(3, 4, 1, 2), normal(4), normal(4), eps=0.5),
+]
 attend = [
     *[case("split_heads", f"{parts} parts", normal(2, 3, 4 * parts), heads=2, parts=parts)
       for parts in (1, 2, 3)],
@@ -264,5 +282,5 @@ loss = [
     case("mse", "two axes", normal(2, 3, 4), normal(2, 3, 4), axis=(1, 2)),
 ]
 
-CASES = [*arithmetic, *activation, *shape, *dense, *norm, *attend, *select, *grid, *loss]
+CASES = [*arithmetic, *activation, *shape, *dense, *norm, *conv, *attend, *select, *grid, *loss]
 IDS = [c.id for c in CASES]

@@ -1,11 +1,13 @@
 """Modules: parameters with names, the layers of a transformer, starting weights, flat storage."""
+from .conv import BatchNorm2d, Conv2d
 from .flat import Flat, flatten
-from .init import initialise, normal, sincos_positions, start_positions, xavier
+from .init import he, initialise, normal, sincos_positions, start_positions, xavier
 from .layers import (GELU, MLP, Attention, Block, LayerNorm, LayerScale, Linear, PatchEmbed, Projection,
                      attention_branch, both_sides, column, mlp_branch, scaled)
-from .module import Buffer, Module, Parameter, at_most, zeros
+from .module import Buffer, Module, Parameter, at_most, follow_all, noted, zeros
 
-__all__ = ["Attention", "Block", "Buffer", "Flat", "GELU", "LayerNorm", "LayerScale", "Linear", "MLP",
-           "Module", "Parameter", "PatchEmbed", "Projection", "at_most", "attention_branch", "both_sides",
-           "column", "flatten", "initialise", "mlp_branch", "normal", "scaled", "sincos_positions",
-           "start_positions", "xavier", "zeros"]
+__all__ = ["Attention", "BatchNorm2d", "Block", "Buffer", "Conv2d", "Flat", "GELU", "LayerNorm",
+           "LayerScale", "Linear", "MLP", "Module", "Parameter", "PatchEmbed", "Projection", "at_most",
+           "attention_branch", "both_sides", "column", "flatten", "follow_all", "he", "initialise",
+           "mlp_branch", "normal", "noted", "scaled", "sincos_positions", "start_positions", "xavier",
+           "zeros"]

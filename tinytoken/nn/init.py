@@ -5,6 +5,7 @@ import numpy as np
 
 from .. import random
 from ..backend import array_module
+from .conv import Conv2d
 from .layers import Linear, Projection
 from .module import Module, Parameter, check_room
 
@@ -20,6 +21,14 @@ def xavier(weight: Parameter, name: str, parts: int = 1, scale: float = 1.0) -> 
     weight.data[...] = (2 * draw - 1) * bound
 
 
+def he(weight: Parameter, name: str) -> None:
+    """He et al. 2015, arXiv 1502.01852, eq. 10, for layers that ReLU follows: uniform in +-sqrt(6 / in), so
+    of variance 2 / in. weight (O, C / groups, kh, kw): in = C / groups x kh x kw."""
+    bound = math.sqrt(6 / math.prod(weight.shape[1:]))
+    draw = random.uniform(weight.shape, site=name, step=0, xp=array_module(weight.data))
+    weight.data[...] = (2 * draw - 1) * bound
+
+
 def normal(parameter: Parameter, name: str, std: float) -> None:
     """Normal draws of standard deviation `std`."""
     draw = random.normal(parameter.shape, site=name, step=0, xp=array_module(parameter.data))
@@ -31,7 +40,7 @@ BRANCH_ENDS = ("attn.proj", "mlp.fc2", "gather_proj", "infuse_proj")
 
 def initialise(model: Module, residual_scale: float = 0.3, keys_as_queries: bool = False) -> None:
     """Xavier for every linear layer and the patch embedding; the layers that end a residual branch are scaled
-    down by `residual_scale`.
+    down by `residual_scale`. He for convolutions.
 
     keys_as_queries: the projections to keys start as copies of those to queries, in each module that has such
     a pair and says so with `tie_keys`. Then a token first reads what is like it: q . k is a square length for
@@ -43,6 +52,8 @@ def initialise(model: Module, residual_scale: float = 0.3, keys_as_queries: bool
         if isinstance(module, (Linear, Projection)):
             scale = residual_scale if name.endswith(BRANCH_ENDS) else 1.0
             xavier(module.weight, f"{name}.weight", module.parts, scale)
+        elif isinstance(module, Conv2d):
+            he(module.weight, f"{name}.weight")
     for _, module in model.named_modules() if keys_as_queries else ():
         if hasattr(module, "tie_keys"):
             module.tie_keys()

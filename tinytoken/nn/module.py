@@ -2,13 +2,14 @@
 import contextlib
 import contextvars
 import math
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
-from ..backend import FLOATS, Array, device_of, native_array, to_device, to_numpy
+from ..backend import FLOATS, Array, device_of, native_array, swapped, to_device, to_numpy
 from ..cost import running_modules
 from ..errors import expect, some_of
 from ..tensor import Tensor
@@ -77,8 +78,42 @@ class Buffer:
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
 
+    def follow(self, value: Array, momentum: float) -> None:
+        """Move by `momentum` of the way to `value`, as a running mean does; inside `noted`, note it only."""
+        if _noting.notes is not None:
+            _noting.notes.append((self, value, momentum))
+            return
+        self.data *= 1 - momentum
+        self.data += momentum * value
+
     def __repr__(self):
         return f"Buffer({self.data}, shape {self.shape}, {self.dtype})"
+
+
+Note: TypeAlias = tuple[Buffer, Array, float]  # the arguments of a call of Buffer.follow
+
+
+class _Noting(threading.local):
+    notes: list[Note] | None = None
+
+
+_noting = _Noting()
+
+
+def noted() -> contextlib.AbstractContextManager[list[Note]]:
+    """Context -> a list: buffers do not follow what this thread computes, and the list says what they were to
+    follow."""
+    return swapped(_noting, "notes", [])
+
+
+def follow_all(notes: Sequence[Sequence[Note]], shares: Sequence[float]) -> None:
+    """Let the buffers follow what the slices of a batch noted, once each: the mean of the slices' values,
+    added up in their order. shares: each slice's part of the images."""
+    expect(len({tuple(id(buffer) for buffer, _, _ in slice) for slice in notes}) == 1, "buffers",
+           "slices of one batch that update other buffers, or in another order")
+    for updates in zip(*notes):
+        buffer, _, momentum = updates[0]
+        buffer.follow(sum(value * share for (_, value, _), share in zip(updates, shares)), momentum)
 
 
 class Module:

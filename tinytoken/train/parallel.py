@@ -24,6 +24,10 @@ def loss_and_grads(loss_fn: Callable[..., Any], params: Iterable[nn.Parameter], 
     threads: Python threads that share the micro-batches (thread i takes i, i + threads, ...); None: the CPUs
     of this process. Each has a gradient buffer of its own, and these are added up in a fixed order: the same
     thread count gives the same bits. BLAS is held to one thread inside.
+
+    Batch norm normalises each slice by the slice's own statistics ("ghost batch norm", Hoffer et al. 2017,
+    arXiv 1705.08741), and the running ones move once per batch, by the mean of what the slices found, added
+    up in the order of the slices: they do not depend on the threads, but on `micro` they do.
     """
     params, draws = list(params), draws or {}
     flat = nn.flatten(params)
@@ -38,23 +42,26 @@ def loss_and_grads(loss_fn: Callable[..., Any], params: Iterable[nn.Parameter], 
     def work(first):
         buffer = flat.grad if first == 0 else np.empty_like(flat.grad)
         buffer[...] = 0
-        views, results = flat.cut(buffer), []
+        views, results, notes = flat.cut(buffer), [], []
         for cut in cuts[first::threads]:
             share = (cut.stop - cut.start) / size
-            with checked(0):  # the backward pass follows at once
+            with checked(0), nn.noted() as found:  # not checked: the backward pass follows at once
                 out = loss_fn(*(array[cut] for array in batch),
                               **{name: array[cut] for name, array in draws.items()})
             loss, parts = out if isinstance(out, tuple) else (out, {})
             expect(isinstance(loss, Tensor) and loss.shape == (), "loss_and_grads",
                    "loss_fn must return a scalar Tensor, or one and its parts")
             results.append([array * share for array in (loss.data, *(_raw(p) for p in parts.values()))])
+            notes.append(found)
             grad(loss * share, params, into=views, add=True)
-        return buffer, results, tuple(parts)
+        return buffer, results, tuple(parts), notes
 
     done = share_out(work, range(threads), threads)
-    for buffer, _, _ in done[1:]:
+    for buffer, *_ in done[1:]:
         flat.grad += buffer
-    totals = [sum(values) for values in zip(*(row for _, results, _ in done for row in results))]
+    nn.follow_all([done[i % threads][3][i // threads] for i in range(len(cuts))],
+                  [(cut.stop - cut.start) / size for cut in cuts])
+    totals = [sum(values) for values in zip(*(row for _, results, *_ in done for row in results))]
     loss, *parts = totals if array_module(flat.data) is not np else map(float, totals)
     return loss, dict(zip(done[0][2], parts))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import nn
 from ..backend import Array, array_module, faster, out_of_memory, to_numpy
 from ..cost import recorded_macs
 from ..errors import InputError, expect
@@ -82,7 +83,8 @@ def stepper(work: Work) -> Callable[[int], tuple[Any, dict[str, Any], Array]]:
         if micro is None:
             micro = len(arrays[0])
             if work.xp is np and not work.task.whole:
-                macs = recorded_macs(work.task, arrays, draws)
+                with nn.noted():  # it is no step: running statistics stay
+                    macs = recorded_macs(work.task, arrays, draws)
                 micro = slice_size(len(arrays[0]), work.threads, macs)
         loss, parts = work.gradients(arrays, draws, micro, work.threads)
         on_host = isinstance(loss, float)  # on a GPU, Losses reads it when it is needed
