@@ -222,7 +222,10 @@ class Index(np.ndarray):
 
 class Shapes(list):
     """The shapes of an op's array arguments, and the settings, on which its multiply-adds depend too."""
-    settings: dict[str, Any]
+
+    def __init__(self, arrays, settings):
+        super().__init__(_shapes(arrays))
+        self.settings = settings
 
 
 WITH_DTYPE = (np.generic, np.ndarray, Tensor)
@@ -286,10 +289,7 @@ class Op:
             arrays = [self._raw(i, a, dtype, xp) for i, a in enumerate(arrays)]
             if not any(map(is_array, arrays)):
                 arrays = [a if a is None else xp.asarray(a, dtype) for a in arrays]
-        shapes = None
-        if self.counts_settings:
-            shapes = Shapes(_shapes(arrays))
-            shapes.settings = settings
+        shapes = Shapes(arrays, settings) if self.counts_settings else None
         try:
             run = faster(self, xp, *arrays, **settings) or self.function
             out, vjp = run(*arrays, **settings) if _mode.around is None else _mode.around(

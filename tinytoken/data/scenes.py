@@ -132,6 +132,17 @@ class Scenes:
         patches = self.masks.reshape(B, cells, patch_size, cells, patch_size)
         return patches.mean(axis=(2, 4), dtype="float32").reshape(B, cells * cells)
 
+    def token_labels(self, patch_size: int) -> np.ndarray:
+        """(B, 1 + N, K) float32: probabilities of the classes for the picture, then for each of its patches,
+        row by row (token labels: Jiang et al. 2021, arXiv 2104.10858).
+
+        The picture's are its label. Of a patch, the share of its pixels that belong to an object goes to the
+        label, and the rest evenly to all K classes. They are right for pictures as they are: not cropped, not
+        flipped."""
+        share, classes = self.object_share(patch_size)[:, :, None], len(self.names)
+        picture = np.eye(classes, dtype="float32")[self.labels][:, None]
+        return np.concatenate([picture, share * picture + (1 - share) / classes], axis=1)
+
 
 def make_scenes(count: int, *, seed: int = 0, split: str = "train", size: int = 32) -> Scenes:
     """Draw `count` scenes of size x size pixels (see the top of this file). 10,000 of 32 x 32 take seconds.

@@ -149,8 +149,7 @@ class Model(nn.Module):
 
     def class_loss(self, out: Any, targets: Array, *, smoothing: float = 0.0) -> Loss:
         """Cross-entropy -> (loss, parts)."""
-        loss = ops.cross_entropy(out.logits, targets, smoothing=smoothing)
-        return loss, {"class": loss}
+        return cross_entropy_of(out, targets, smoothing=smoothing)
 
     def noise(self, size: int, step: int | None, seed: int | None, xp: Any = np) -> dict[str, Array]:
         """What a training step draws for a batch of `size` images: {argument of the call: array (B, ...)}.
@@ -163,6 +162,12 @@ class Model(nn.Module):
         out: the Output of a call with trace=True. Boolean arrays: the patches that it kept; others: weights
         over the patches."""
         return []
+
+
+def cross_entropy_of(out: Any, targets: Array, *, smoothing: float = 0.0) -> Loss:
+    """Cross-entropy of an Output's logits -> (loss, parts)."""
+    loss = ops.cross_entropy(out.logits, targets, smoothing=smoothing)
+    return loss, {"class": loss}
 
 
 def weighted_sum(weights: tuple[float, ...], parts: Mapping[str, Tensor]) -> Tensor:

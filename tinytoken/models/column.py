@@ -24,10 +24,11 @@ class ColumnConfig(Sizes):
     layer_scale: float = 0.0
     pre_norm: bool = False
     eps: float = 1e-6
-    # fixed where the head must read the class token; ViTConfig makes options of them
+    # fixed here; ViTConfig and LVViTConfig make options of them
     pool = "token"
     class_token = None  # type: bool | None
     final_norm = "tokens"
+    skip_lam = 1  # type: float
 
     def __post_init__(self):
         super().__post_init__()

@@ -75,8 +75,12 @@ class DynamicViT(ViT):
     """A ViT with a class token that drops patch tokens before the blocks `prune_before`.
 
     After stage s int(N * keep_ratios[s]) of the N patches are left. images (B, channels, H, W) ->
-    DynamicOutput; in train mode by masking, in eval mode by removing."""
+    DynamicOutput; in train mode by masking, in eval mode by removing. Of equal scores eval mode keeps those
+    of the first places; the official code's sort leaves open which are kept.
+
+    Another model with one column of tokens drops its own by class Dynamic...(DynamicViT, ThatModel)."""
     Config = DynamicViTConfig
+    Output: type[DynamicOutput] = DynamicOutput
     task = "distil"
     loss_weights = (1, 2, 0.5, 0.5)  # of class, ratio, kl, token
 
@@ -158,14 +162,15 @@ class DynamicViT(ViT):
     def read(self, tokens: DynamicTokens) -> DynamicOutput:
         out = super().read(tokens)
         keep = tokens.decisions[-1].detach() if tokens.decisions else None
-        return DynamicOutput(**vars(out), kept=tokens.kept, decisions=tokens.decisions, keep=keep)
+        return self.Output(**vars(out), kept=tokens.kept, decisions=tokens.decisions, keep=keep)
 
     def loss(self, out: DynamicOutput, targets: Array, teacher: Any = None, *, smoothing: float = 0.0,
              weights: tuple[float, ...] | None = None, token_norm: str = "image", **options: str) -> Loss:
         """The paper's four losses, see `dynamicvit_loss`; without a teacher, only class and ratio."""
         logits, tokens = (None, None) if teacher is None else (teacher.logits, teacher.tokens)
         return dynamicvit_loss(out, targets, logits, tokens, self.keep_ratios, token_norm=token_norm,
-                               weights=weights or self.loss_weights, smoothing=smoothing, **options)
+                               weights=weights or self.loss_weights, smoothing=smoothing,
+                               class_loss=self.class_loss, **options)
 
     def show(self, out: DynamicOutput) -> list[tuple[str, np.ndarray]]:
         patches = np.arange(self.num_patches)

@@ -17,7 +17,8 @@ from ..files import FilePath
 from ..reading import opened, read_npz
 
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # of torch.compile and of data-parallel training
-UNUSED = re.compile(r"pre_logits\.|n_averaged$")  # a layer that no model has any more; a count of averages
+# A layer that no model has any more; a count of averages, and one of batches
+UNUSED = re.compile(r"pre_logits\.|n_averaged$|num_batches_tracked$")
 SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
                "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "?"}
 QUERIES = "blocks.0.attn.q_norm.weight"
@@ -69,8 +70,8 @@ def _read_safetensors(path, where):
 def clean_names(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The entries under the names that a model has -> (state, what was changed, in words).
 
-    Prefixes of wrappers ("module.", "_orig_mod.") go, DeiT III's gamma_1 is ls1.gamma, pre_logits is left
-    out."""
+    Prefixes of wrappers ("module.", "_orig_mod.") go, DeiT III's gamma_1 is ls1.gamma; what no
+    model reads is left out."""
     expect(all(isinstance(name, str) for name in state), "weights",
            lambda: f"names {some_of([repr(n) for n in state if not isinstance(n, str)])}, expected texts")
     names = {name: re.sub(r"\bgamma_([12])$", r"ls\1.gamma", WRAPPERS.sub("", name)) for name in state}
@@ -91,7 +92,8 @@ def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
     Heads are read off normed queries, else they are taken to have 64 channels, as nearly all have; pictures
     are taken as square. What cannot be told is left out. InputError if these are no timm names."""
     needed = tuple(AXES)[:3]
-    expect(all(name in state for name in needed), "weights",
+    stem = "patch_embed.conv1.weight" in state  # LV-ViT's
+    expect(all(name in state for name in needed) and not stem, "weights",
            lambda: f"these are not the names of timm's ViT, which has {', '.join(needed)}: "
                    f"{some_of(list(state))}")
     shapes = {name: tuple(getattr(state[name], "shape", ())) for name in AXES if name in state}

@@ -6,7 +6,7 @@ from .. import nn, ops
 from ..backend import Array
 from ..errors import expect
 from ..tensor import Tensor, tensor_like
-from .base import Loss, one_of, weighted_sum
+from .base import Loss, cross_entropy_of, one_of, weighted_sum
 
 
 class Predictor(nn.Module):
@@ -51,16 +51,17 @@ TOKEN_NORMS, RATIO_NORMS, TOKEN_LOSSES = ("pooled", "image"), ("image", "pooled"
 def dynamicvit_loss(out: Any, targets: Array, teacher_logits: Any, teacher_tokens: Any,
                     keep_ratios: tuple[float, ...], *, weights: tuple[float, ...] = (1, 2, 0.5, 0.5),
                     token_norm: str = "pooled", ratio_norm: str = "image", token_loss: str = "mse",
-                    smoothing: float = 0.0) -> Loss:
+                    smoothing: float = 0.0, class_loss: Any = cross_entropy_of) -> Loss:
     """The four losses of the paper -> (loss, parts).
 
     out: a DynamicOutput of train mode. teacher_logits (B, K) and teacher_tokens (B, N, D): those of the dense
-    network, detached; None leaves out the parts that need them. weights: of (class, ratio, kl, token); the
-    ratio's is divided by the count of stages.
+    network, detached; None leaves out kl and token, or token alone. weights: of (class, ratio, kl, token);
+    the ratio's is divided by the count of stages.
 
-    class: cross-entropy. ratio: sum over stages of mean_b (mean_n D - r)^2 (eq. 15), so that each image keeps
-    its share; with ratio_norm="pooled" of (mean_bn D - r)^2, and easy images may keep less than others (the
-    official option "dynamic"). kl: KL(teacher || student). token: between the tokens that the last decision
+    class: cross-entropy, or what class_loss(out, targets, smoothing=) -> (loss, parts) makes of the targets.
+    ratio: sum over stages of mean_b (mean_n D - r)^2 (eq. 15), so that each image keeps its share; with
+    ratio_norm="pooled" of (mean_bn D - r)^2, and easy images may keep less than others (the official option
+    "dynamic"). kl: KL(teacher || student). token: between the tokens that the last decision
     keeps and the teacher's, token_loss="mse", the mean squared difference of their channels, or "kl", the
     divergence of the softmax over their channels. token_norm="pooled" averages it over all kept tokens of the
     batch (official); "image" over those of each image, then over the images.
@@ -76,11 +77,14 @@ def dynamicvit_loss(out: Any, targets: Array, teacher_logits: Any, teacher_token
     expect(len(weights) == 4, where, f"{len(weights)} weights, expected 4: class, ratio, kl, token")
     shares = [d.mean(axis=1) if ratio_norm == "image" else d.mean().reshape(1) for d in out.decisions]
     ratio = sum(((share - wanted) ** 2).mean() for share, wanted in zip(shares, keep_ratios))
-    parts = {"class": ops.cross_entropy(out.logits, targets, smoothing=smoothing), "ratio": ratio}
+    of_class, parts = class_loss(out, targets, smoothing=smoothing)
+    summed = {"class": of_class, "ratio": ratio}
     if teacher_logits is not None:
-        parts["kl"] = ops.kl_divergence(out.logits, teacher_logits)
-        parts["token"] = _token_loss(out, tensor_like(out.tokens, teacher_tokens), token_norm, token_loss)
-    return weighted_sum((weights[0], weights[1] / stages, *weights[2:]), parts), parts
+        summed["kl"] = ops.kl_divergence(out.logits, teacher_logits)
+        if teacher_tokens is not None:
+            teacher_tokens = tensor_like(out.tokens, teacher_tokens)
+            summed["token"] = _token_loss(out, teacher_tokens, token_norm, token_loss)
+    return weighted_sum((weights[0], weights[1] / stages, *weights[2:]), summed), summed | parts
 
 
 def _token_loss(out, teacher, token_norm, token_loss):

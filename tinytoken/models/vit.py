@@ -73,7 +73,7 @@ class ViT(Model):
     Config: type[Sizes] = ViTConfig
 
     def build(self, c: Any) -> None:
-        self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels, bias=not c.pre_norm)
+        self.patch_embed = self.embedding(c)
         positions = nn.start_positions(self.patch_embed.grid, c.dim)
         self.num_patches, self.prefix, self.extra = len(positions), tuple(c.prefix), sum(c.prefix.values())
         for name, count in c.prefix.items():
@@ -84,13 +84,17 @@ class ViT(Model):
                 positions = np.concatenate([nn.zeros(count, c.dim), positions])
         self.pos_embed = nn.Parameter(positions[None])
         self.norm_pre = nn.LayerNorm(c.dim, c.eps) if c.pre_norm else None
-        self.blocks = [nn.Block(c.dim, c.heads, c.mlp_ratio, c.qkv_bias, c.eps, c.qk_norm, c.layer_scale)
-                       for _ in range(c.depth)]
+        self.blocks = [nn.Block(c.dim, c.heads, c.mlp_ratio, c.qkv_bias, c.eps, c.qk_norm, c.layer_scale,
+                                c.skip_lam) for _ in range(c.depth)]
         self.norm = nn.LayerNorm(c.dim, c.eps) if c.final_norm == "tokens" else None
         self.fc_norm = nn.LayerNorm(c.dim, c.eps) if c.final_norm == "pooled" else None
         self.head = nn.Linear(c.dim, c.num_classes)
         self.head_dist = nn.Linear(c.dim, c.num_classes) if c.distilled else None
         nn.initialise(self, keys_as_queries=c.keys_as_queries)
+
+    def embedding(self, c: Any) -> nn.PatchEmbed:
+        """What turns pictures into tokens."""
+        return nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels, bias=not c.pre_norm)
 
     def embed(self, images: Tensor | Array) -> Tensor:
         """images -> tokens with positions (B, T, D): those of `prefix` first, then the patches."""

@@ -41,7 +41,7 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
     if narrow:
         state |= {name: state[name].astype("float32") for name in narrow}
         notes.append(f"{len(narrow)} arrays of half precision are float32 now")
-    own = {name: p.shape for name, p in model.named_parameters()}
+    own = {name: p.shape for name, p in (*model.named_parameters(), *model.named_buffers())}
     notes += _heads(state, own, new_head)
     missing = [name for name in own if name not in state and not (new_head and _of_a_head(name))]
     unexpected = [name for name in state if name not in own]
@@ -62,7 +62,7 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
 
 
 def _of_a_head(name):
-    return name.split(".")[0] in ("head", "head_dist", "lookup_head")
+    return name.split(".")[0] in ("head", "head_dist", "aux_head", "lookup_head")
 
 
 def _heads(state, own, new_head):

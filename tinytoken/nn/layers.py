@@ -106,9 +106,11 @@ class LayerScale(Module):
         return x * self.gamma
 
 
-def scaled(out: Tensor, factors: Array | None, scale: LayerScale | None = None) -> Tensor:
-    """out (B, T, D), through the LayerScale if there is one, times factors (B,) if there are any."""
+def scaled(out: Tensor, factors: Array | None, scale: LayerScale | None = None,
+           divisor: float = 1) -> Tensor:
+    """out (B, T, D), through the LayerScale if there is one, divided, times factors (B,) if there are any."""
     out = out if scale is None else scale(out)
+    out = out if divisor == 1 else out * (1 / divisor)
     return out if factors is None else out * factors[:, None, None]
 
 
@@ -134,11 +136,14 @@ class Block(Module):
     """A pre-norm transformer block: x + ls1(attention(norm1 x)), then x + ls2(mlp(norm2 x)).
 
     x (B, T, dim) -> (B, T, dim). paths (B, 2): the two branches' factors. options: of Attention.attend.
-    eps: of all its norms. layer_scale: the start of its two LayerScales' gammas; 0: it has none."""
+    eps: of all its norms. layer_scale: the start of its two LayerScales' gammas; 0: it has none. skip_lam:
+    what both branches are divided by (Jiang et al. 2021)."""
     branches = 2
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True,
-                 eps: float = 1e-6, qk_norm: bool = False, layer_scale: float = 0) -> None:
+                 eps: float = 1e-6, qk_norm: bool = False, layer_scale: float = 0,
+                 skip_lam: float = 1) -> None:
+        self.skip_lam = skip_lam
         self.norm1, self.attn = LayerNorm(dim, eps), Attention(dim, heads, qkv_bias, qk_norm, eps)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale else None
         self.norm2, self.mlp = LayerNorm(dim, eps), MLP(dim, round(dim * mlp_ratio))
@@ -146,17 +151,17 @@ class Block(Module):
 
     def forward(self, x: Tensor, paths: Array | None = None, **options: Any) -> Tensor:
         factors = column(paths, 0)
-        if self.ls1 is None:
+        if self.ls1 is None and self.skip_lam == 1:
             x = attention_branch(x, self.norm1, self.attn, factors, **options)
         else:
-            x = x + scaled(self.attn(self.norm1(x), **options), factors, self.ls1)
+            x = x + scaled(self.attn(self.norm1(x), **options), factors, self.ls1, self.skip_lam)
         return self.second(x, column(paths, 1))
 
     def second(self, x: Tensor, factors: Array | None) -> Tensor:
         """The second branch, that of the MLP, alone. x (B, T, dim), factors (B,) or None."""
-        if self.ls2 is None:
+        if self.ls2 is None and self.skip_lam == 1:
             return mlp_branch(x, self.norm2, self.mlp, factors)
-        return x + scaled(self.mlp(self.norm2(x)), factors, self.ls2)
+        return x + scaled(self.mlp(self.norm2(x)), factors, self.ls2, self.skip_lam)
 
 
 class Projection(Module):
@@ -175,7 +180,8 @@ class PatchEmbed(Module):
     """Pictures to tokens: images (B, C, H, W) float -> (B, N, dim), the patches row by row.
 
     N = (H / patch_size)(W / patch_size). image_size: H = W, or (H, W). Refuses pictures of another size or
-    channel count, and integer pixels. Arrays are cast to the weights' dtype."""
+    channel count, and integer pixels. Arrays are cast to the weights' dtype. A subclass may put layers before
+    the projection: `front` and `features`."""
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int,
                  channels: int = 3, bias: bool = True) -> None:
@@ -185,7 +191,16 @@ class PatchEmbed(Module):
         self.image_size, self.patch_size = image_size, patch_size
         self.channels = channels
         self.grid = (height // patch_size, width // patch_size)
-        self.proj = Projection(dim, channels, patch_size, bias)
+        inner, self.inner_patch = self.front(channels, patch_size)
+        self.proj = Projection(dim, inner, self.inner_patch, bias)
+
+    def front(self, channels: int, patch_size: int) -> tuple[int, int]:
+        """Make what stands before the projection -> the channels and the patch size of what it gives."""
+        return channels, patch_size
+
+    def features(self, images: Tensor | Array) -> Tensor | Array:
+        """Pictures -> what the projection reads: they themselves."""
+        return images
 
     def forward(self, images: Tensor | Array) -> Tensor:
         expected = (self.channels, *both_sides(self.image_size))
@@ -197,7 +212,7 @@ class PatchEmbed(Module):
                lambda: f"dtype {images.dtype}, expected float32: normalise them first (tt.data.normalise)")
         if not isinstance(images, Tensor):
             images = images.astype(self.proj.weight.dtype, copy=False)
-        return self.proj(ops.patchify(images, patch=self.patch_size))
+        return self.proj(ops.patchify(self.features(images), patch=self.inner_patch))
 
 
 def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -92,10 +92,10 @@ class Taps:
         self.kernel, self.size = weight.shape[2:], output_size(x.shape, weight.shape, self.stride,
                                                                (down, across))
         self.padded = (B, C, H + 2 * down, W + 2 * across)
-        self.picture = (..., slice(down, down + H), slice(across, across + W))
-        self.places = [(..., *(slice(at, at + step * (count - 1) + 1, step) for at, step, count
-                               in zip(place, self.stride, self.size)))
-                       for place in itertools.product(*map(range, self.kernel))]
+        self.picture: Any = (..., slice(down, down + H), slice(across, across + W))
+        self.places: list[Any] = [(..., *(slice(at, at + step * (count - 1) + 1, step) for at, step, count
+                                          in zip(place, self.stride, self.size)))
+                                  for place in itertools.product(*map(range, self.kernel))]
 
     def pad(self, x: Array) -> Array:
         """x with zeros around it; x itself where there are none."""
