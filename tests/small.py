@@ -106,12 +106,13 @@ def teacher(batch=2, seed=7):
     return rng.standard_normal((batch, 5)), rng.standard_normal((batch, 16, 8))
 
 
-def same_logits_and_gradients(model, masked, gathered, upstream):
+def same_logits_and_gradients(model, masked, gathered, upstream, field="logits", without="score_predictor"):
     """Two outputs of a DynamicViT agree, and so do the gradients of all that is no predictor, none of which
-    is zero."""
-    same(masked.logits.numpy(), gathered.logits.numpy())
-    params = [p for name, p in model.named_parameters() if "score_predictor" not in name]
-    of_masked, of_gathered = (tt.grad((out.logits * upstream).sum(), params) for out in (masked, gathered))
+    is zero. field: of the outputs. without: the modules that have no part in it."""
+    masked, gathered = getattr(masked, field), getattr(gathered, field)
+    same(masked.numpy(), gathered.numpy())
+    params = [p for name, p in model.named_parameters() if name.split(".")[0] not in without]
+    of_masked, of_gathered = (tt.grad((out * upstream).sum(), params) for out in (masked, gathered))
     for a, b in zip(of_masked, of_gathered):
         same(to_numpy(a), to_numpy(b))
     assert all(abs(g).max() > 0 for g in of_gathered)
