@@ -36,7 +36,7 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4)},
            {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4), "official": True},
            {"compressed": (1, 1)}, {"compressed": (3, 2)}, {"compressed": (4, 4)}, {"lookup_mlp_ratio": 1.0},
-           {"r": 0}, {"r": (3, 0)}, {"r": 8}, *LOOKUP]
+           {"r": 0}, {"r": (3, 0)}, {"r": 8}, {"qkv_bias": True, "skip_lam": 3.0, "stem_dim": 8}, *LOOKUP]
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
 EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"}]
 TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)}]

@@ -130,6 +130,22 @@ def test_object_share(some):
         some.object_share(5)
 
 
+def test_token_labels(some):
+    for patch in (4, 16):
+        labels, side = some.token_labels(patch), 32 // patch
+        assert labels.shape == (3000, 1 + side * side, 10) and labels.dtype == "float32"
+        assert (labels[:, 0] == np.eye(10)[some.labels]).all()
+        np.testing.assert_allclose(labels.sum(axis=2), 1, rtol=0, atol=1e-6)
+        for i in range(40):
+            row, column = divmod(i % (side * side), side)
+            part = some.instances[i, row * patch:(row + 1) * patch, column * patch:(column + 1) * patch]
+            share = (part > 0).sum() / patch ** 2
+            expected = [share * (k == some.labels[i]) + (1 - share) / 10 for k in range(10)]
+            np.testing.assert_allclose(labels[i, 1 + row * side + column], expected, rtol=1e-6)
+    with pytest.raises(InputError, match="patch size 5 does not divide the picture's 32 pixels"):
+        some.token_labels(5)
+
+
 def test_the_mask_is_where_the_objects_colour_is(some):
     """Inside a mask (a pixel from its edge) there is one colour; outside (again a pixel) nothing of the
     object is left."""

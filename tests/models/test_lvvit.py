@@ -198,8 +198,8 @@ def test_published_weights_go_in(tmp_path):
     assert np.array_equal(other.patch_embed.bn2.running_var.data, source.patch_embed.bn2.running_var.data)
     assert other.aux_head.weight.shape == (3, 8)
     assert other(pictures(size=16).astype("float32")).logits.shape == (2, 3)
-    with refuses("weights: these are not the names of timm's ViT, which has patch_embed.proj.weight, pos_embed, "
-                 "blocks.0.mlp.fc1.weight: " + tt.errors.some_of(list(state))):
+    with refuses("weights: these are not the names of timm's ViT, which has patch_embed.proj.weight, "
+                 f"pos_embed, blocks.0.mlp.fc1.weight: {tt.errors.some_of(list(state))}"):
         models.options_of(state)
 
 
@@ -235,7 +235,8 @@ def test_training_on_scenes_with_token_labels_and_the_checkpoint(tmp_path):
     assert np.array_equal(infer(again, images), answers)
     image = pytest.importorskip("PIL.Image", reason="predict reads pictures with pillow")
     image.fromarray(drawn.images[3].transpose(1, 2, 0)).save(tmp_path / "p.png")
-    first, *_, last = predict.classify(tmp_path / "m.npz", tmp_path / "p.png", tmp_path / "out.png").splitlines()
+    paths = (tmp_path / name for name in ("m.npz", "p.png", "out.png"))
+    first, *_, last = predict.classify(*paths).splitlines()
     best = answers[3].argmax()
     assert first.split() == [scenes.NAMES[best], f"{100 * softmax(answers)[3, best]:.1f}", "%"]
     assert "picture" in last
