@@ -1,5 +1,5 @@
 """What the engine adds to NumPy: attention and layer norm beside the same formulas written by hand, and the
-graph's own cost.
+graph's own cost. And convolutions beside PyTorch's, where PyTorch is installed.
 
     python tests/benchmarks/ops.py [--quick] [--rounds N] [--out FILE.json]
 
@@ -31,6 +31,12 @@ SMALL = dict(dim=12, heads=3, image_size=8)  # four patches: what is left is wha
 STEPS = {"A": ("vit", dict(dim=192, depth=6)), "B": ("vit", dict(dim=96, depth=4)),
          "DynamicViT 96": ("dynamicvit", dict(dim=96, depth=6)),
          "LookupViT 96": ("lookupvit", dict(dim=96, depth=6))}
+
+
+# images, channels, side, filters, kernel, stride, groups: two of LV-ViT's stem on pictures of 32 x 32, one of
+# it at 224, and a depthwise one as ConvNeXt has them
+CONVOLUTIONS = ((16, 3, 32, 64, 7, 2, 1), (16, 64, 16, 64, 3, 1, 1), (2, 64, 112, 64, 3, 1, 1),
+                (16, 96, 16, 96, 7, 1, 96))
 
 
 # By hand
@@ -135,6 +141,40 @@ def alternating(first, second, rounds, repeats=1):
             "ratio": quartiles([a / b for a, b in taken])}
 
 
+def beside_torch(rounds):
+    """A row per convolution, after a check that both compute the same: forward pass and all gradients."""
+    try:
+        import torch
+    except ImportError:
+        print("no convolutions beside PyTorch: it is not installed")
+        return []
+    torch.set_num_threads(1)
+    random, rows = np.random.default_rng(0), []
+    for images, channels, side, filters, kernel, stride, groups in CONVOLUTIONS:
+        arrays = [random.standard_normal(shape, "float32") for shape in (
+            (images, channels, side, side), (filters, channels // groups, kernel, kernel), (filters,))]
+        settings = dict(stride=stride, padding=kernel // 2, groups=groups)
+        tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+        g = random.standard_normal(ops.conv2d.function(*arrays, **settings)[0].shape, "float32")
+
+        def engine():
+            out, vjp = ops.conv2d.function(*arrays, **settings)
+            return out, *gradients(vjp, g)
+
+        def peer():
+            out = torch.nn.functional.conv2d(*tensors, **settings)
+            return out, *torch.autograd.grad(out, tensors, torch.from_numpy(g))
+        for mine, its in zip(engine(), peer(), strict=True):
+            np.testing.assert_allclose(mine, its.detach().numpy(), rtol=1e-3, atol=1e-3 * np.abs(mine).max())
+        times = alternating(engine, peer, rounds)
+        rows.append({"op": "conv2d", "images": images, "channels": channels, "side": side, "filters": filters,
+                     "kernel": kernel, **settings, **times})
+        print(f"conv2d {images} x {channels} x {side} x {side}, {filters} filters of {kernel}, stride "
+              f"{stride}, {groups} groups: PyTorch {rows[-1]['second_ms'][0]:.2f} ms, "
+              "engine / PyTorch {:.2f} [{:.2f}, {:.2f}]".format(*rows[-1]["ratio"]), flush=True)
+    return rows
+
+
 # The graph
 
 class Replay:
@@ -223,7 +263,8 @@ def main():
               "clock": "CPU time of one thread",
               "spread": "median, lower and upper quartile"}
     with blas_threads(1):
-        result |= {"by_hand": beside_hand(rounds), "graph": graph_cost(rounds)}
+        result |= {"by_hand": beside_hand(rounds), "beside_torch": beside_torch(rounds),
+                   "graph": graph_cost(rounds)}
     if options.out:
         write_json(options.out, result)
         print(f"written: {options.out}")

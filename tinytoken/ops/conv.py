@@ -21,8 +21,8 @@ def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
     groups = C = O is a depthwise convolution. InputError for sizes that do not fit.
 
     All windows are copied side by side for one product with the weights (im2col), again in the backward pass
-    rather than held until then: they are kh kw times as large as x. A depthwise convolution has no product
-    worth that: it is a sum over the places of its kernel.
+    rather than held until then: they are kh kw times as large as x. A depthwise convolution is a sum over the
+    places of its kernel instead.
     """
     taps = Taps(x, weight, bias, stride, padding, groups)
     part = depthwise if weight.shape[:2] == (groups, 1) and groups == x.shape[1] else products
@@ -60,29 +60,43 @@ def products(taps: "Taps", x: Array, weight: Array, groups: int) -> tuple[Array,
 
 
 def depthwise(taps: "Taps", x: Array, weight: Array, groups: int) -> tuple[Array, Any, Any]:
-    """The same for one filter per channel, place by place of the kernel."""
-    xp, weights = array_module(x), weight.reshape(groups, -1, 1, 1)
+    """The same for one filter per channel, place by place of the kernel.
+
+    A padded picture is one line of rows, along which a place of the kernel is a shift: so each sum is over
+    long stretches of memory. Between two rows it also makes values that no output has, as a stride does."""
+    xp, weights = array_module(x), weight.reshape(groups, -1, 1)
+    (_, _, H, W), (kh, kw) = taps.padded, taps.kernel
+    length = (H - kh) * W + W - kw + 1
+    shifts = [slice(i * W + j, i * W + j + length) for i in range(kh) for j in range(kw)]
+
+    def line(pictures):
+        return pictures.reshape(*pictures.shape[:2], -1)
+
+    def spread(g):  # to where the outputs stand in the line
+        out = xp.zeros((*g.shape[:2], H - kh + 1, W), g.dtype)
+        out[taps.outputs] = g
+        return line(out)[:, :, :length]
 
     def of_x(g):
-        back = xp.zeros(taps.padded, g.dtype)
-        for i, place in enumerate(taps.places):
-            back[place] += g * weights[:, i]
+        back, g = xp.zeros(taps.padded, g.dtype), spread(g)
+        for i, shift in enumerate(shifts):
+            line(back)[:, :, shift] += g * weights[:, i]
         return taps.inside(back)
 
     def of_weight(g):
-        padded, flat = taps.pad(x), (len(x), groups, -1)
-        sums = [vecdot(padded[place].reshape(flat), g.reshape(flat)).sum(axis=0) for place in taps.places]
+        padded, g = line(taps.pad(x)), spread(g)
+        sums = [vecdot(padded[:, :, shift], g).sum(axis=0) for shift in shifts]
         return xp.stack(sums, axis=1).reshape(weight.shape)
-    padded, out = taps.pad(x), xp.zeros((len(x), groups, *taps.size), x.dtype)
-    for i, place in enumerate(taps.places):
-        out += padded[place] * weights[:, i]
-    return out, of_x, of_weight
+    padded, out = line(taps.pad(x)), xp.zeros((len(x), groups, H - kh + 1, W), x.dtype)
+    for i, shift in enumerate(shifts):
+        line(out)[:, :, :length] += padded[:, :, shift] * weights[:, i]
+    return xp.ascontiguousarray(out[taps.outputs]), of_x, of_weight
 
 
 class Taps:
     """Where a kernel's places read a padded picture. size: (H', W') of the output. padded: the shape of the
-    padded x. places: for each place of the kernel, row by row, what it reads there, one value for each of the
-    output's; an index."""
+    padded x. Indices: picture, of x in it; places, of what each place of the kernel, row by row, reads there;
+    outputs, of the outputs among those of stride 1."""
 
     def __init__(self, x: Array, weight: Array, bias: Array | None, stride: Any, padding: Any,
                  groups: int) -> None:
@@ -93,6 +107,8 @@ class Taps:
                                                                (down, across))
         self.padded = (B, C, H + 2 * down, W + 2 * across)
         self.picture: Any = (..., slice(down, down + H), slice(across, across + W))
+        self.outputs: Any = (..., *(slice(0, step * (count - 1) + 1, step)
+                                    for step, count in zip(self.stride, self.size)))
         self.places: list[Any] = [(..., *(slice(at, at + step * (count - 1) + 1, step) for at, step, count
                                           in zip(place, self.stride, self.size)))
                                   for place in itertools.product(*map(range, self.kernel))]
