@@ -41,17 +41,14 @@ class Stem(nn.PatchEmbed):
     """The official "4_2": three convolutions, the first of stride 2, each with batch norm and ReLU, then the
     projection of patches of patch_size / 2. images (B, C, H, W) -> (B, N, dim)."""
 
-    def __init__(self, *sizes: Any, stem_dim: int, **options: Any) -> None:
-        self.stem_dim = stem_dim
-        super().__init__(*sizes, **options)
-
-    def front(self, channels: int, patch_size: int) -> tuple[int, int]:
-        width = self.stem_dim
+    def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int, channels: int,
+                 bias: bool, width: int) -> None:
+        inner = nn.Projection(dim, width, patch_size // 2, bias)
+        super().__init__(image_size, patch_size, dim, channels, proj=inner)
         self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(width) for _ in range(3))
-        return width, patch_size // 2
 
     def features(self, images: Any) -> Tensor:
         x = ops.relu(self.bn1(self.conv1(images)))
@@ -80,7 +77,7 @@ class LVViT(ViT):
         super().build(c)
 
     def embedding(self, c: Any) -> nn.PatchEmbed:
-        return Stem(c.image_size, c.patch_size, c.dim, c.channels, bias=not c.pre_norm, stem_dim=c.stem_dim)
+        return Stem(c.image_size, c.patch_size, c.dim, c.channels, not c.pre_norm, c.stem_dim)
 
     def read(self, tokens: Any) -> Any:
         out = super().read(tokens)

@@ -82,7 +82,6 @@ def dynamicvit_loss(out: Any, targets: Array, teacher_logits: Any, teacher_token
     if teacher_logits is not None:
         summed["kl"] = ops.kl_divergence(out.logits, teacher_logits)
         if teacher_tokens is not None:
-            teacher_tokens = tensor_like(out.tokens, teacher_tokens)
             summed["token"] = _token_loss(out, teacher_tokens, token_norm, token_loss)
     return weighted_sum((weights[0], weights[1] / stages, *weights[2:]), summed), summed | parts
 
@@ -92,7 +91,7 @@ def _token_loss(out, teacher, token_norm, token_loss):
     if token_loss == "mse":
         errors = ops.mse(out.tokens, teacher, axis=2)
     else:
-        wanted = ops.log_softmax(teacher)
+        wanted = ops.log_softmax(tensor_like(out.tokens, teacher))
         errors = (ops.exp(wanted) * (wanted - ops.log_softmax(out.tokens))).sum(axis=2)
     errors = errors * keep
     kept, sums = (a.sum(axis=1) if token_norm == "image" else a.sum().reshape(1) for a in (keep, errors))

@@ -143,11 +143,10 @@ class Block(Module):
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = True,
                  eps: float = 1e-6, qk_norm: bool = False, layer_scale: float = 0,
                  skip_lam: float = 1) -> None:
-        self.skip_lam = skip_lam
         self.norm1, self.attn = LayerNorm(dim, eps), Attention(dim, heads, qkv_bias, qk_norm, eps)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale else None
         self.norm2, self.mlp = LayerNorm(dim, eps), MLP(dim, round(dim * mlp_ratio))
-        self.ls2 = LayerScale(dim, layer_scale) if layer_scale else None
+        self.ls2, self.skip_lam = LayerScale(dim, layer_scale) if layer_scale else None, skip_lam
 
     def forward(self, x: Tensor, paths: Array | None = None, **options: Any) -> Tensor:
         factors = column(paths, 0)
@@ -181,22 +180,17 @@ class PatchEmbed(Module):
 
     N = (H / patch_size)(W / patch_size). image_size: H = W, or (H, W). Refuses pictures of another size or
     channel count, and integer pixels. Arrays are cast to the weights' dtype. A subclass may put layers before
-    the projection: `front` and `features`."""
+    the projection, `features`, which is then `proj`, of what they give."""
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, dim: int,
-                 channels: int = 3, bias: bool = True) -> None:
+                 channels: int = 3, bias: bool = True, proj: Projection | None = None) -> None:
         height, width = both_sides(image_size)
         expect(height % patch_size == 0 and width % patch_size == 0, "PatchEmbed",
                f"patch_size {patch_size} does not divide image_size {image_size}")
         self.image_size, self.patch_size = image_size, patch_size
         self.channels = channels
         self.grid = (height // patch_size, width // patch_size)
-        inner, self.inner_patch = self.front(channels, patch_size)
-        self.proj = Projection(dim, inner, self.inner_patch, bias)
-
-    def front(self, channels: int, patch_size: int) -> tuple[int, int]:
-        """Make what stands before the projection -> the channels and the patch size of what it gives."""
-        return channels, patch_size
+        self.proj = proj or Projection(dim, channels, patch_size, bias)
 
     def features(self, images: Tensor | Array) -> Tensor | Array:
         """Pictures -> what the projection reads: they themselves."""
@@ -212,7 +206,7 @@ class PatchEmbed(Module):
                lambda: f"dtype {images.dtype}, expected float32: normalise them first (tt.data.normalise)")
         if not isinstance(images, Tensor):
             images = images.astype(self.proj.weight.dtype, copy=False)
-        return self.proj(ops.patchify(self.features(images), patch=self.inner_patch))
+        return self.proj(ops.patchify(self.features(images), patch=self.proj.weight.shape[-1]))
 
 
 def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
