@@ -144,8 +144,8 @@ LONG = {f"{name}, {LONGER:,} steps{moved}": arm(kind, settings=SOFT, steps=LONGE
         for name, kind, config in ((alike, LookupViT, BEST), (f"ViT, {alike}", ViT, SPREAD))
         for moved in (MOVED, "")}
 ARMS = FIRST | GRID | LAST | (LONG if on_scenes else {})
-SOON = [f"ViT, {alike}", alike, f"ViT, {alike}, mimetic values", f"{alike}, mimetic values", "ViT",
-        f"{alike}, probs, qk", f"{alike}, no way back"]
+SOON = [f"ViT, {alike}", alike, f"{alike}, probs, qk", f"ViT, {alike}, mimetic values",
+        f"{alike}, no way back", f"{alike}, mimetic values", "ViT"]
 chosen = here.pick(list(ARMS), ["ViT", "both, probs, qk", alike],
                    [*FIRST, *LONG, *GRID, *LAST] if on_scenes else list(dict.fromkeys([*SOON, *FIRST])))
 
