@@ -7,7 +7,7 @@ from .random import manual_seed
 from .tensor import Tensor, checked, fused, grad, no_grad, op, plain
 from .train import checkpoint, optim
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 
 def _kernels():
