@@ -72,7 +72,7 @@ def test_norm_of_queries_and_keys(rows, width):
 
 def blocks(**options):
     tt.manual_seed(0)
-    block = LookupBlock(32, 2, 2, **options)
+    block = LookupBlock(32, 2, 2, **dict(reuse="probs", norm="qk") | options)
     nn.initialise(block, residual_scale=1.0)
     for n, (_, p) in enumerate(block.named_parameters()):
         p.data[...] += normal(*p.shape, seed=n, scale=0.2)

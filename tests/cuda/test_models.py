@@ -7,13 +7,14 @@ from tinytoken.backend import module_for, to_device, to_numpy
 from tinytoken.cuda import gemm, launcher, registered
 from tinytoken.cuda.weights import Weights
 from tinytoken.models import DynamicViT, LookupViT, ViT
+from tinytoken.models.lookupvit import PAPER
 from tinytoken.train import Classify, Distil, loss_and_grads
 
 SIZES = dict(image_size=16, patch_size=4, dim=8, depth=2, heads=2, num_classes=3)
 STEPS = {
     "vit": lambda: Classify(ViT(**SIZES), smoothing=0.1),
-    "lookupvit": lambda: Classify(LookupViT(**SIZES, compressed=(2, 2))),
-    "lookupvit, resoftmax": lambda: Classify(LookupViT(**SIZES, compressed=(2, 2), reuse="resoftmax")),
+    "lookupvit": lambda: Classify(LookupViT(**SIZES, compressed=(2, 2), **PAPER)),
+    "lookupvit, resoftmax": lambda: Classify(LookupViT(**SIZES, compressed=(2, 2))),
     "dynamicvit": lambda: Distil(DynamicViT(**SIZES, prune_before=(1,), keep_ratios=(0.5,)), ViT(**SIZES))}
 
 
@@ -50,7 +51,7 @@ def test_a_step_with_kernels_equals_the_plain_one(name, there):
 WIDE = dict(SIZES, dim=32, keys_as_queries=False)
 WIDE_STEPS = {
     "vit": lambda: Classify(ViT(**WIDE), smoothing=0.1, drop_path=0.5),
-    "lookupvit": lambda: Classify(LookupViT(**WIDE, compressed=(2, 2)), drop_path=0.5),
+    "lookupvit": lambda: Classify(LookupViT(**WIDE | PAPER, compressed=(2, 2)), drop_path=0.5),
     "dynamicvit": lambda: Distil(DynamicViT(**WIDE, prune_before=(1,), keep_ratios=(0.5,)), ViT(**WIDE))}
 
 

@@ -103,7 +103,7 @@ def test_the_gradient_of_the_attention_is_the_sum_of_its_two_uses(reuse):
     """A is read by the gather and by the infusion. The gradient of the queries' weights is that through one
     plus that through the other, and neither is nothing."""
     lookup, compressed = sets()
-    block = shaken(LookupBlock(8, 2, reuse=reuse))
+    block = shaken(LookupBlock(8, 2, reuse=reuse, norm="qk"))
     upstream = np.random.default_rng(9).standard_normal(lookup.shape)
 
     def gradient(detach_gather=False, detach_infusion=False):
@@ -177,7 +177,7 @@ def test_permuting_the_lookup_tokens_permutes_what_comes_out(reuse, norm):
 
 @pytest.mark.parametrize("reuse", REUSE)
 def test_without_infusion_and_light_mlp_the_lookup_tokens_stay(reuse):
-    block, (lookup, compressed) = shaken(LookupBlock(8, 2, reuse=reuse)), sets()
+    block, (lookup, compressed) = shaken(LookupBlock(8, 2, reuse=reuse, norm="qk")), sets()
     ends = [block.lookup_mlp.fc2] if reuse == "none" else [block.lookup_mlp.fc2, block.infuse_proj]
     for end in ends:
         assert not np.array_equal(block(tt.Tensor(lookup), tt.Tensor(compressed))[0].data, lookup)
@@ -187,7 +187,7 @@ def test_without_infusion_and_light_mlp_the_lookup_tokens_stay(reuse):
 
 
 def test_masses_of_the_attention_and_of_its_readings():
-    block, (lookup, compressed) = shaken(LookupBlock(8, 2)), sets()
+    block, (lookup, compressed) = shaken(LookupBlock(8, 2, reuse="probs", norm="qk")), sets()
     _, A, logits = block.gather(tt.Tensor(lookup), tt.Tensor(compressed))
     same(A.data.sum(axis=3), np.ones((2, 2, 4)))               # rows
     same(A.data.sum(axis=(2, 3)), np.full((2, 2), 4.0))        # A^T hands out M in all

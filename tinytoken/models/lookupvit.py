@@ -34,8 +34,8 @@ class LookupViTConfig(Sizes):
     of all three projections. classifiers: "both" trains a head on each token set, "compressed" on one."""
     compressed: tuple[int, int] = (3, 3)
     lookup_mlp_ratio: float = 0.5
-    reuse: str = "probs"
-    norm: str = "qk"
+    reuse: str = "resoftmax"
+    norm: str = "pre"
     classifiers: str = "compressed"
     choices = {"reuse": REUSE, "norm": ("qk", "pre"), "classifiers": ("both", "compressed")}
 
@@ -56,7 +56,7 @@ class LookupBlock(nn.Module):
     branches = 5
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4, lookup_mlp_ratio: float = 0.5,
-                 reuse: str = "probs", norm: str = "qk") -> None:
+                 reuse: str = "resoftmax", norm: str = "pre") -> None:
         self.heads, self.reuse, self.norm = heads, reuse, norm
         self.gather_norm_q, self.gather_norm_k = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.gather_q, self.gather_k, self.gather_v, self.gather_proj = (nn.Linear(dim, dim) for _ in "qkvo")

@@ -131,7 +131,7 @@ def test_both_uses(student, rng):
 
 
 def a_block(rng):
-    made = tt.models.lookupvit.LookupBlock(dim=12, heads=3).astype("float64")
+    made = tt.models.lookupvit.LookupBlock(dim=12, heads=3, reuse="probs", norm="qk").astype("float64")
     for p in made.parameters():
         p.data[...] = p.data + 0.3 * rng.standard_normal(p.shape)
     refine = lambda x: made.refine(tt.Tensor(x)).data
