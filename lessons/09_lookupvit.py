@@ -649,14 +649,15 @@ here.measured(rows=rows, differences=differences, located=located, locate_steps=
 # |---|---|---|---|
 # | lookup tokens | `x + self.pos_embed` | no class token | `test_the_model_is_its_equations` |
 # | compressed tokens | `ops.resize(x, ...) + ...` | antialiased; before positions; a table of their own | `test_the_compressed_tokens_are_...` |
-# | (a) scores and weights | `out, A, logits = ops.lookup_gather(...)` | norms after the projections (`norm="pre"`: before) | `test_the_readings_of_reuse_and_norm_differ` |
+# | (a) scores and weights | `out, A, logits = ops.lookup_gather(...)` | norms before the projections (`PAPER`: after) | `test_the_readings_of_reuse_and_norm_differ` |
+# | start of (a) | `self.gather_k.weight.data[...] = self.gather_q.weight.data` | keys as queries (`PAPER`: not) | `tests/nn/test_init.py` |
 # | (a) what is added | `compressed + nn.scaled(self.gather_proj(...), factors)` | an output projection | `test_the_model_is_its_equations` |
 # | (b) | `self.refine(...)` | MLP of 4 D | `test_parameters_of_a_block` |
 # | (c) values | `self.infuse_norm(compressed)`, then `self.infuse_v(compressed)` | normed first; a matrix of their own | `test_the_model_is_its_equations` |
-# | (c) A read backward | `ops.lookup_infuse(A, logits, v, reuse=self.reuse)` | `probs`: A^T as it is, each head its own | `test_masses_of_the_attention_and_of_its_readings` |
+# | (c) A read backward | `ops.lookup_infuse(A, logits, v, reuse=self.reuse)` | a new softmax over M, each head its own (`PAPER`: A^T as it is) | `test_masses_of_the_attention_and_of_its_readings` |
 # | A is used twice | the tape adds both gradients | | `test_the_gradient_of_the_attention_is_the_sum_...` |
 # | (d) | `nn.mlp_branch(lookup, self.lookup_norm, self.lookup_mlp, ...)` | MLP of D / 2, normed input | `test_parameters_of_a_block` |
-# | heads | `head`, `lookup_head` | two, equal weights; the compressed one answers | `test_the_loss_is_the_sum_of_both_heads` |
+# | heads | `head`, `lookup_head` | the compressed one (`PAPER`: both, equal weights) | `test_the_loss_is_the_sum_of_both_heads` |
 # | last block | `tail=False` | (c), (d) skipped where nobody reads them | `test_skipping_the_last_tail_leaves_...` |
 # | multiply-adds | (3 N M + 2 M^2) D + (4 N + 15 M) D^2 | | above; `tests/test_cost.py` |
 

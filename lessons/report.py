@@ -153,15 +153,6 @@ def photographs(results):
 
 
 @part
-def longer(results):
-    table = load(results / "scenes_1500_steps.json")
-    reached = {row["model"]: f"{100 * row['accuracy']:.1f} %" for row in table["rows"]}
-    steps, seed = table["recipe"]["steps"], table["recipe"]["seed"]
-    return (f"With three times the steps (`--steps {steps}`, seed {seed} alone) the ViT reaches "
-            f"{reached['ViT']}, DynamicViT {reached['DynamicViT']} and LookupViT {reached['LookupViT']}.")
-
-
-@part
 def vit_cifar10(results):
     """Two ViTs from scratch: lesson 04's in full, and the longer one that lesson 07 starts from."""
     short, long = (load(results / f"{name}_full_cifar10.json") for name in ("04_vit", "07_dynamicvit"))
