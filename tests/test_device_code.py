@@ -18,7 +18,8 @@ OF_MODELS = ("__init__", "__post_init__", "build", "show")  # a model is made on
 MAY = {
     "made once, on the host": {
         "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions"},
-        "ops/grid.py": {"resize_matrix", "_cubic"},
+        "ops/grid.py": {"resize_matrix", "_cubic"}, "ops/window.py": {"_distances", "seen_in_windows"},
+        "models/pruning.py": {"Deciding.decide_by"},
         "models/controls.py": {"PooledTokens.put_back", "means_of_parts", "morton_order"},
         "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
     "weights that are read from a file": {
@@ -26,8 +27,8 @@ MAY = {
         "models/weights.py": {"_asked_for", "_positions"}},
     "types and shapes, no values": {
         "models/column.py": {"ColumnConfig.prefix"}, "models/tome.py": {"matching"},
-        "models/base.py": {"one_of"}, "nn/module.py": {"Module.astype"}, "ops/select.py": {"top_k"},
-        "ops/grid.py": {"_two_sides"},
+        "models/options.py": {"one_of"}, "nn/module.py": {"Module.astype"}, "ops/select.py": {"top_k"},
+        "ops/grid.py": {"_two_sides"}, "ops/window.py": {"_check"},
         "tensor.py": {"Tensor.__init__", "Op._setting", "Op._float_dtype", "Op._raw", "Op._wrap",
                       "_as_array", "refuse"},
         "ops/shape.py": {"_index_array", "swapaxes"}, "graph.py": {"_checked", "watched"},
@@ -36,7 +37,7 @@ MAY = {
     "asked for by the caller": {
         "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__int__", "Tensor.__bool__",
                       "Tensor.__array__", "Tensor.__format__"},
-        "nn/module.py": {"Module.state_dict"}, "models/dynamicvit.py": {"_places"}},
+        "nn/module.py": {"Module.state_dict"}, "models/pruning.py": {"places_of"}},
     "a host branch, or what a run reads every so many steps": {
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},
         "train/inference.py": {"infer"}, "train/checkpoint.py": {"save", "_check_finite"},

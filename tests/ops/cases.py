@@ -268,6 +268,20 @@ grid = [
     case("resize", "larger", normal(1, 6, 2), grid=(2, 3), size=(3, 5)),
     case("resize", "not antialiased", normal(2, 20, 3), grid=(4, 5), size=(2, 3), antialias=False),
 ]
+window = [
+    *[case(name, note, normal(*shape), **dict(grid=(4, 6), window=(2, 3)) | settings)
+      for name, shapes in (("cut_windows", [(2, 24, 3), (2, 24, 3), (1, 15, 2)]),
+                           ("join_windows", [(8, 6, 3), (8, 6, 3), (6, 4, 2)]))
+      for shape, (note, settings) in zip(shapes, (
+          ("", {}), ("shifted", dict(shift=(1, 2))),
+          ("shifted, filled up", dict(grid=(3, 5), window=(2, 2), shift=(1, 0)))))],
+    case("relative_bias", "", normal(15, 4), window=(2, 3)),
+    case("window_attention", "", *[normal(2, 3, 4, 5)] * 3, normal(3, 4, 4), grid=(2, 4), window=(2, 2)),
+    case("window_attention", "shifted", *[normal(8, 1, 6, 3)] * 3, normal(1, 6, 6), grid=(4, 6),
+         window=(2, 3), shift=(1, 2)),
+    case("window_attention", "shifted, filled up", *[normal(12, 2, 4, 3)] * 3, normal(2, 4, 4), grid=(3, 5),
+         window=(2, 2), shift=(1, 1)),
+]
 loss = [
     case("cross_entropy", "labels", normal(3, 5), integers(3, high=5)),
     case("cross_entropy", "labels, smoothing", normal(3, 5), integers(3, high=5), smoothing=0.2),
@@ -282,5 +296,5 @@ loss = [
     case("mse", "two axes", normal(2, 3, 4), normal(2, 3, 4), axis=(1, 2)),
 ]
 
-CASES = [*arithmetic, *activation, *shape, *dense, *norm, *conv, *attend, *select, *grid, *loss]
+CASES = [*arithmetic, *activation, *shape, *dense, *norm, *conv, *attend, *select, *grid, *window, *loss]
 IDS = [c.id for c in CASES]

@@ -14,6 +14,7 @@ from .norm import layer_norm, log_softmax, softmax
 from .numpy_functions import numpy_function, numpy_ufunc
 from .select import gumbel_softmax, put_tokens, take_tokens, top_k
 from .shape import broadcast_to, concat, getitem, index, pad, reshape, swapaxes, transpose
+from .window import cut_windows, join_windows, relative_bias, seen_in_windows, window_attention
 
 
 def _shape(sizes):
