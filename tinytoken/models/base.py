@@ -1,8 +1,6 @@
 """What all models share: the registry, sizes, the output, and what training and the command line call."""
 import dataclasses
 import inspect
-import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -13,21 +11,10 @@ from ..backend import Array
 from ..errors import InputError, expect
 from ..registry import Registry
 from ..tensor import Tensor
+from .options import Options, Sizes, is_number, is_whole, one_of
 
-
-def is_number(value: Any) -> bool:
-    """A whole or broken number, of Python or NumPy; no bool."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_whole(value: Any) -> bool:
-    """A whole number, of Python or NumPy; no bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def one_of(value: Any, *values: Any) -> bool:
-    """Whether it is one of the values. (An array would be compared element by element.)"""
-    return not isinstance(value, np.ndarray) and value in values
+__all__ = ["Loss", "Model", "Models", "Options", "Output", "Sizes", "create", "cross_entropy_of", "is_number",
+           "is_whole", "model", "names", "one_of", "weighted_sum"]
 
 
 class Models(Registry):
@@ -43,54 +30,6 @@ class Models(Registry):
 
 model = Models("model")
 Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]  # a loss, and the parts that it is made of, by name
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The options that every model has; a model's own configuration adds to them.
-
-    image_size: H = W, or (H, W), in pixels. patch_size: in pixels. mlp_ratio: the hidden width of the MLPs,
-    divided by dim. keys_as_queries: how the attention's weights start, see nn.initialise."""
-    image_size: int | tuple[int, int] = 32
-    patch_size: int = 4
-    dim: int = 96
-    depth: int = 6
-    heads: int = 3
-    mlp_ratio: float = 4
-    num_classes: int = 10
-    _: dataclasses.KW_ONLY
-    channels: int = 3
-    keys_as_queries: bool = True
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # {option: the values that it may have}
-
-    def __post_init__(self):
-        choices = {}  # those of the classes above, too
-        for cls in reversed(type(self).__mro__):
-            choices |= vars(cls).get("choices", {})
-        for name, values in choices.items():
-            expected = f"one of {', '.join(values)}" if len(values) > 2 else " or ".join(values)
-            self.check(one_of(getattr(self, name), *values),
-                       f"{name} {getattr(self, name)!r}, expected {expected}")
-        self.check(not isinstance(self.image_size, (tuple, list)) or len(self.image_size) == 2,
-                   f"image_size {self.image_size!r}, expected H, or (H, W)")
-        sizes = [("image_size", side) for side in nn.both_sides(self.image_size)]
-        sizes += [(field.name, getattr(self, field.name)) for field in dataclasses.fields(Sizes)
-                  if field.type is int]
-        for name, size in sizes:
-            self.check(is_whole(size) and size > 0,
-                       f"{name} {getattr(self, name)!r}, expected a positive whole number")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            self.check(field.type is not bool or one_of(value, True, False),
-                       f"{field.name} {value!r}, expected True or False")
-            self.check(not field.name.endswith("mlp_ratio") or is_number(value) and 0 < value < math.inf,
-                       f"{field.name} {value!r}, expected a positive number")
-            if isinstance(value, list):  # a config read from JSON has lists for tuples
-                object.__setattr__(self, field.name, tuple(value))
-
-    def check(self, ok: Any, message: str) -> None:
-        """InputError with the model's name and the message unless ok."""
-        expect(ok, type(self).__name__.removesuffix("Config"), message)
 
 
 @dataclasses.dataclass
@@ -110,7 +49,7 @@ class Model(nn.Module):
 
     Config: the dataclass of its options; config: those it was made with; build(config) makes its parts.
     task: the name of the task that trains it (tasks/)."""
-    Config: type[Sizes]
+    Config: type[Options]
     config: Any
     __signature__: ClassVar[inspect.Signature]
     task = "classify"

@@ -21,7 +21,8 @@ from ..backend import Array, array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor
 from .base import model
-from .dynamicvit import DynamicOutput, DynamicTokens, DynamicViT, per_stage
+from .dynamicvit import DynamicOutput, DynamicTokens, DynamicViT
+from .pruning import per_stage
 
 
 class Control(DynamicViT):

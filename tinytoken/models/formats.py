@@ -17,8 +17,15 @@ from ..files import FilePath
 from ..reading import opened, read_npz
 
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # of torch.compile and of data-parallel training
-# A layer that no model has any more; a count of averages, and one of batches
-UNUSED = re.compile(r"pre_logits\.|n_averaged$|num_batches_tracked$")
+# A layer that no model has any more; a count of averages, and one of batches; constants of Swin's windows
+UNUSED = re.compile(r"pre_logits\.|n_averaged$|num_batches_tracked$|attn_mask$|relative_position_index$")
+# The official names of ConvNeXt, by its downsample_layers, and of Swin, where halving ends a stage: timm's
+CONVNEXT = ((r"^stages\.(\d+)\.(?=\d)", r"stages.\1.blocks."), (r"^downsample_layers\.0\.", "stem."),
+            (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."), (r"\.dwconv\.", ".conv_dw."),
+            (r"\.pwconv([12])\.", r".mlp.fc\1."), (r"^head\.", "head.fc."), (r"^norm\.", "head.norm."))
+FIRST_HALVING = "layers.0.downsample.norm.weight"
+SWIN = ((r"^layers\.(\d+)\.downsample\.", lambda name: f"layers.{int(name[1]) + 1}.downsample."),
+        (r"^head\.(?!fc\.)", "head.fc."))
 SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
                "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "?"}
 QUERIES = "blocks.0.attn.q_norm.weight"
@@ -70,11 +77,14 @@ def _read_safetensors(path, where):
 def clean_names(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The entries under the names that a model has -> (state, what was changed, in words).
 
-    Prefixes of wrappers ("module.", "_orig_mod.") go, DeiT III's gamma_1 is ls1.gamma; what no
-    model reads is left out."""
+    Prefixes of wrappers ("module.", "_orig_mod.") go, DeiT III's gamma_1 is ls1.gamma, the official names of
+    ConvNeXt and Swin are timm's; what no model reads is left out."""
     expect(all(isinstance(name, str) for name in state), "weights",
            lambda: f"names {some_of([repr(n) for n in state if not isinstance(n, str)])}, expected texts")
     names = {name: re.sub(r"\bgamma_([12])$", r"ls\1.gamma", WRAPPERS.sub("", name)) for name in state}
+    for known, rules in (("downsample_layers.0.0.weight", CONVNEXT), (FIRST_HALVING, SWIN)):
+        for rule, timms in rules if known in set(names.values()) else ():
+            names = {name: re.sub(rule, timms, new) for name, new in names.items()}
     kept = [name for name in state if not UNUSED.search(name)]
     new = [names[name] for name in kept]
     expect(len(set(new)) == len(new), "weights",
@@ -83,7 +93,13 @@ def clean_names(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     notes = [f"removed {wrapped[0]!r} from {len(wrapped)} names"] if wrapped else []
     if left := [name for name in state if name not in kept]:
         notes.append(f"left out {some_of(left)}")
-    return {names[name]: state[name] for name in kept}, notes
+    return {names[name]: _as_linear(names[name], state[name]) for name in kept}, notes
+
+
+def _as_linear(name, array):
+    """An array; of a predictor's 1 x 1 convolution (out, in, 1, 1), the matrix that it is."""
+    ones = getattr(array, "shape", ())[2:] == (1, 1) and "score_predictor." in name
+    return array.reshape(array.shape[:2]) if ones else array
 
 
 def options_of(state: Mapping[str, Any]) -> dict[str, Any]:

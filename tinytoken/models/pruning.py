@@ -1,12 +1,15 @@
 """What DynamicViT and every method like it is trained by: the predictor of decisions, and the losses (Rao et
 al. 2021, arXiv 2106.02034, sections 3.2 and 3.3)."""
+import math
 from typing import Any
 
-from .. import nn, ops
-from ..backend import Array
+import numpy as np
+
+from .. import nn, ops, random
+from ..backend import Array, to_numpy
 from ..errors import expect
 from ..tensor import Tensor, tensor_like
-from .base import Loss, cross_entropy_of, one_of, weighted_sum
+from .base import Loss, Model, cross_entropy_of, is_whole, one_of, weighted_sum
 
 
 class Predictor(nn.Module):
@@ -15,8 +18,8 @@ class Predictor(nn.Module):
     Half the channels stay local, half become their mean over the kept tokens: keep (B, n), None for all.
     Names as in the official code."""
 
-    def __init__(self, dim: int) -> None:
-        self.in_conv = [nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, dim)]
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        self.in_conv = [nn.LayerNorm(dim, eps), nn.Linear(dim, dim)]
         self.out_conv = [nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(),
                          nn.Linear(dim // 4, 2)]
 
@@ -43,6 +46,82 @@ def mask_of(keep: Tensor | Array, x: Tensor, patches: int) -> Tensor:
     expect(tuple(keep.shape) == (len(x), patches), "DynamicViT",
            lambda: f"keep {tuple(keep.shape)}, expected (B, N) = {(len(x), patches)}")
     return keep
+
+
+def places_of(mask: Array) -> Array:
+    """The places of the ones in each row of a mask, ascending: (B, k), so every row must have as many."""
+    counts = {int(n) for n in (mask > 0.5).sum(axis=1)}
+    expect(len(counts) == 1, "DynamicViT",
+           lambda: f"forced decisions keep {min(counts)} to {max(counts)} tokens: in eval mode every image "
+                   f"must keep as many")
+    return ops.top_k(mask, counts.pop())
+
+
+def check_stages(c: Any, blocks: int, D: int) -> None:
+    """InputError unless the configuration's prune_before and keep_ratios are places among so many blocks, of
+    width D, and the share to keep at each."""
+    places, ratios = c.prune_before, c.keep_ratios
+    for name, values in (("prune_before", places), ("keep_ratios", ratios)):
+        c.check(isinstance(values, tuple), f"{name} {values!r}, expected one per stage: a tuple or list")
+    c.check(len(places) == len(ratios) > 0, f"{len(places)} places to prune and {len(ratios)} keep ratios")
+    c.check(all(is_whole(i) and 0 <= i < blocks for i in places) and list(places) == sorted(set(places)),
+            f"prune_before {places}, expected rising block numbers from 0 to {blocks - 1}")
+    c.check(all(0 < r <= 1 for r in ratios), f"keep_ratios {ratios}, expected 0 < ratio <= 1")
+    c.check(D % 4 == 0, f"dim {D}, expected a multiple of 4 (the predictor's last hidden width is dim / 4)")
+
+
+class Deciding(Model):
+    """A model that decides about patches, or positions of a map, before the blocks prune_before; a class
+    names it before the model that it is a form of."""
+    task = "distil"
+    loss_weights = (1, 2, 0.5, 0.5)  # of class, ratio, kl, token
+
+    def decide_by(self, predictors: list[Any], shares: list[float], positions: int) -> None:
+        """The last part of `build`. shares: how much of what it sees each predictor is to keep."""
+        self.prune_before, self.keep_ratios = self.config.prune_before, self.config.keep_ratios
+        self.num_patches, self.counts = positions, [int(positions * ratio) for ratio in self.keep_ratios]
+        expect(min(self.counts) > 0, "DynamicViT",
+               f"keep ratio {min(self.keep_ratios)} of {positions} tokens keeps none")
+        # The untrained predictors are biased to the ratios that they are to reach. The official ones start
+        # at one half per stage, and a short fine-tuning spends most of its steps on the way from there.
+        for predictor, share in zip(predictors, (min(share, 0.99) for share in shares)):
+            predictor.out_conv[-1].bias.data[...] = math.log(share), math.log(1 - share)
+
+    def draws_of(self, noise: Any, hard: bool, keep: Any, paths: Any) -> list[Array] | None:
+        """A call's noise by stage; InputError for arguments that do not fit the model or its mode."""
+        for name, arrays in (("noise", draws := per_stage(noise)), ("keep", keep)):
+            expect(arrays is None or len(arrays) == len(self.prune_before), "DynamicViT",
+                   f"{len(arrays or ())} arrays of {name} for {len(self.prune_before)} stages")
+        expect(self.training or noise is None and hard and paths is None, "DynamicViT",
+               "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is "
+               "drawn: call .train() first")
+        return draws
+
+    def draw(self, stage: int, size: int, **options: Any) -> Array:
+        """Gumbel draws (size, N, 2) of one stage. options: step, seed and xp, as in random.gumbel."""
+        return random.gumbel((size, self.num_patches, 2), site=f"score_predictor.{stage}", **options)
+
+    def noise(self, size: int, step: int | None, seed: int | None, xp: Any = np) -> dict[str, Array]:
+        stages = range(len(self.prune_before))
+        return {"noise": xp.stack([self.draw(s, size, step=step, seed=seed, xp=xp) for s in stages], axis=1)}
+
+    def loss(self, out: Any, targets: Array, teacher: Any = None, *, smoothing: float = 0.0,
+             weights: tuple[float, ...] | None = None, token_norm: str = "image", **options: Any) -> Loss:
+        """The paper's four losses, see `dynamicvit_loss`; without a teacher, only class and ratio."""
+        logits, tokens = (None, None) if teacher is None else (teacher.logits, teacher.tokens)
+        return dynamicvit_loss(out, targets, logits, tokens, self.keep_ratios, token_norm=token_norm,
+                               weights=weights or self.loss_weights, smoothing=smoothing,
+                               class_loss=self.class_loss, **options)
+
+    def show(self, out: Any) -> list[tuple[str, np.ndarray]]:
+        patches = np.arange(self.num_patches)
+        return [(f"{type(self).__name__} keeps {kept.shape[1]} of {len(patches)}",
+                 (to_numpy(kept)[:, :, None] == patches).any(axis=1)) for kept in out.kept]
+
+
+def per_stage(noise: Any) -> list[Array] | None:
+    """Draws as a list with an array per stage, from such a list or from one array (B, S, N, 2)."""
+    return [noise[:, s] for s in range(noise.shape[1])] if hasattr(noise, "shape") else noise
 
 
 TOKEN_NORMS, RATIO_NORMS, TOKEN_LOSSES = ("pooled", "image"), ("image", "pooled"), ("mse", "kl")

@@ -2,6 +2,7 @@
 
 Names and layouts are timm's, and those of the official DeiT and DynamicViT code.
 """
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -55,14 +56,16 @@ def load_weights(model: Any, weights: FilePath | Mapping[str, np.ndarray], *, ne
                                                               ("not in the model", unexpected)) if names]
     config = model.config
     read = {"eps": getattr(config, "eps", 1e-6), "pool": getattr(config, "pool", "mean")}
-    notes.append(f"assumed: heads={config.heads}, {ASSUMED.format(**read)}")
+    heads = f"heads={config.heads}, " if any(f.name == "heads" for f in dataclasses.fields(config)) else ""
+    notes.append(f"assumed: {heads}{ASSUMED.format(**read)}")
     if not quiet:
         print("\n".join(f"load_weights: {note}" for note in notes))
     return notes
 
 
 def _of_a_head(name):
-    return name.split(".")[0] in ("head", "head_dist", "aux_head", "lookup_head")
+    """Whether it is a weight of a classifier; ConvNeXt has a norm before it, head.norm, which is none."""
+    return name.split(".")[0] in ("head", "head_dist", "aux_head", "lookup_head") and ".norm." not in name
 
 
 def _heads(state, own, new_head):

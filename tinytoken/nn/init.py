@@ -35,7 +35,7 @@ def normal(parameter: Parameter, name: str, std: float) -> None:
     parameter.data[...] = draw * std
 
 
-BRANCH_ENDS = ("attn.proj", "mlp.fc2", "gather_proj", "infuse_proj")
+BRANCH_ENDS = ("attn.proj", "mlp.fc2", "gather_proj", "infuse_proj", "fast_path.1", "fastmlp.fc1.1")
 
 
 def initialise(model: Module, residual_scale: float = 0.3, keys_as_queries: bool = False) -> None:

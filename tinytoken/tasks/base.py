@@ -50,7 +50,7 @@ def drop_paths(model: Any, rate: float, size: int, step: int, seed: int, xp: Any
 
     A factor is 0 with a probability p that rises evenly from 0 in the first block to `rate` in the last, else
     1 / (1 - p), so that the mean is 1. Each branch of each image is drawn by itself."""
-    depth, branches = len(model.blocks), model.blocks[0].branches
+    depth, branches = len(model.blocks), max(block.branches for block in model.blocks)
     dropped = (xp.arange(depth, dtype="float32") * (rate / max(1, depth - 1)))[:, None]
     draw = random.uniform((size, depth, branches), site="tinytoken.train.drop_paths", step=step, seed=seed,
                           xp=xp)
