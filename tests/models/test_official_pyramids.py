@@ -6,9 +6,11 @@ import tinytoken as tt
 from small import reference, same
 from tinytoken import models, ops
 from tinytoken.backend import to_numpy
-from tinytoken.models import convnext
+from tinytoken.models import convnext, swin
 
-OPTIONS = {"convnext": dict(dims=(6, 8, 12, 16), depths=(1, 1, 2, 1))}
+OPTIONS = {"convnext": dict(dims=(6, 8, 12, 16), depths=(1, 1, 2, 1)),
+           "swin": dict(embed_dim=4, depths=(2, 2, 2, 1), heads=(2, 2, 4, 4), window_size=4, patch_size=2),
+           "swin, filled up": dict(embed_dim=6, depths=(2, 2), heads=(2, 3), window_size=3)}
 
 
 def under(arrays, prefix):
@@ -52,7 +54,9 @@ def test_timms_models(case, timm, xp):
 # Single blocks
 
 RENAMED = {"dwconv": "conv_dw", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2"}  # the official name: timm's
-BLOCKS = {"convnext_block": lambda: convnext.AdaptiveConvNeXtBlock(16, 4, 1e-6)}
+BLOCKS = {"convnext_block": lambda: convnext.AdaptiveConvNeXtBlock(16, 4, 1e-6)} | {
+    f"swin_block_shift{by}": lambda by=by: swin.AdaptiveSwinBlock(16, 2, (4, 4), (by, by), 4, True)
+    for by in (0, 2)}
 
 
 def ours(arrays):

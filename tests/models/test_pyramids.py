@@ -17,7 +17,8 @@ from tinytoken.train import checkpoint, fit, infer
 
 # Three stages, maps of 4 x 6, 2 x 3 and 1... the decisions are made in the second, of 4 x 6 positions
 COMMON = dict(image_size=(16, 24), depths=(1, 3, 1), num_classes=5, patch_size=2)
-SIZES = {"convnext": COMMON | dict(dims=(4, 8, 12), layer_scale=0.5)}
+SIZES = {"convnext": COMMON | dict(dims=(4, 8, 12), layer_scale=0.5),
+         "swin": COMMON | dict(embed_dim=4, heads=(1, 2, 2), window_size=3)}
 STAGES = dict(prune_before=(1, 2), keep_ratios=(0.7, 0.7 - 0.2))
 N = 24
 RIGHT = np.array([4, 0])
@@ -106,6 +107,30 @@ def test_training_is_inference_while_no_decision_changes(name, count):
     changed = [mask(count, 3), mask(12, 3, seed=1)]
     a, b = (model.train(mode)(pictures(3), keep=changed).logits.data for mode in (True, False))
     assert np.abs(a - b).max() > 1e-6  # the other stream's values are of before
+
+
+@each_plain
+def test_a_training_pass_by_its_formulas(name):
+    """Decisions are of all positions anew, about the map as the decision before has chosen it."""
+    model, noise = new(f"dynamic{name}").train(), gumbel()
+    out, stage, grid = model(pictures(), noise=noise), model.stages[1], model.grids[1]
+    x = model.stages[0].blocks[0](model.embed(pictures()), model.grids[0])
+    x = stage.blocks[0](model.halve(stage, x, model.grids[0]), grid)
+    x1, x2, masks = x, x, []
+    for s, block in enumerate(stage.blocks[1:]):
+        merged = x if s == 0 else m * x1 + (1 - m) * x2
+        log_probs = model.predictors[s](merged).data
+        masks.append((log_probs + noise[s]).argmax(axis=2) == 0)
+        m = masks[-1][:, :, None].astype("float64")
+        x0 = m * x1 + (1 - m) * x2
+        y = block.mix(x0, grid, None)
+        from1, from2 = (y, y) if name == "swin" else (x1, x2)
+        x1, x2 = (from1 + block.slow(m * y + (1 - m) * x1), from2 + block.fast((1 - m) * y + m * x2))
+    assert (masks[1] & ~masks[0]).any() and (masks[0] & ~masks[1]).any()  # not nested
+    for found, expected in zip(out.decisions, masks):
+        assert np.array_equal(found.data, expected)
+    same(out.maps[1].data, (m * x1 + (1 - m) * x2).data)
+    assert (out.keep.data == 1).all() and out.keep.shape == (2, 6)
 
 
 @each_plain
@@ -207,6 +232,14 @@ def test_outputs_draws_and_panels(name):
     with refuses("images: (2, 3, 24, 16), expected (B, 3, 16, 24)"):
         model(pictures().swapaxes(2, 3))
     if whole:
+        kind = type(model).__name__
+        with refuses(f"{kind}: noise, paths or hard=False in eval mode, where the best scores are kept and nothing "
+                     "is drawn: call .train() first"):
+            model(pictures(), noise=gumbel())
+        with refuses(f"{kind}: 1 arrays of keep for 2 stages"):
+            model(pictures(), keep=[mask(3)])
+        with refuses("DynamicViT: keep (2, 6), expected (B, N) = (2, 24)"):
+            model(pictures(), keep=[np.ones((2, 6))] * 2)
         with refuses("DynamicViT: forced decisions keep 3 to 4 tokens: in eval mode every image must keep as "
                      "many"):
             model(pictures(), keep=[np.arange(N) < np.array([[3], [4]])] * 2)

@@ -20,7 +20,7 @@ from .pruning import Deciding, check_stages, mask_of, places_of
 from .stages import Map, Pair, Stages, StagesConfig, StagesOutput
 
 
-def chosen(keep: Tensor, slow: Tensor, fast: Tensor) -> Tensor:
+def chosen(keep: Any, slow: Tensor, fast: Tensor) -> Tensor:
     """keep slow + (1 - keep) fast. keep (B, N, 1), the others (B, N, C)."""
     return keep * slow + (1 - keep) * fast
 
@@ -35,7 +35,7 @@ class AdaptiveBlock(nn.Module):
     from_mixed = False
     branches = 2
 
-    def streams(self, slow: Tensor, fast: Tensor, keep: Tensor, grid: Pair, paths: Array | None) -> Any:
+    def streams(self, slow: Tensor, fast: Tensor, keep: Any, grid: Pair, paths: Array | None) -> Any:
         """In training: both streams (B, N, C) -> the same. keep (B, N, 1) says where the slow one is the map.
 
         Each path runs on all positions; where it is not chosen, on what its stream had there before. So a
@@ -133,7 +133,7 @@ class DynamicStages(Deciding, Stages):
 
     def run_streams(self, blocks: list[Any], state: Streams, paths: Array | None) -> None:
         """The blocks with two paths, in training."""
-        slow, fast = state.x, state.x
+        slow, fast, keep = state.x, state.x, None
         for i in range(self.prune_before[0], len(blocks)):
             if i in self.prune_before:
                 if state.decisions:

@@ -136,7 +136,7 @@ class ConvNeXt(Stages):
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicConvNeXtConfig(DynamicStagesConfig, ConvNeXtConfig):
+class DynamicConvNeXtConfig(ConvNeXtConfig, DynamicStagesConfig):
     """Those of both."""
 
 

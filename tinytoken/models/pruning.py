@@ -80,7 +80,7 @@ class Deciding(Model):
         """The last part of `build`. shares: how much of what it sees each predictor is to keep."""
         self.prune_before, self.keep_ratios = self.config.prune_before, self.config.keep_ratios
         self.num_patches, self.counts = positions, [int(positions * ratio) for ratio in self.keep_ratios]
-        expect(min(self.counts) > 0, "DynamicViT",
+        expect(min(self.counts) > 0, type(self).__name__,
                f"keep ratio {min(self.keep_ratios)} of {positions} tokens keeps none")
         # The untrained predictors are biased to the ratios that they are to reach. The official ones start
         # at one half per stage, and a short fine-tuning spends most of its steps on the way from there.
@@ -90,9 +90,9 @@ class Deciding(Model):
     def draws_of(self, noise: Any, hard: bool, keep: Any, paths: Any) -> list[Array] | None:
         """A call's noise by stage; InputError for arguments that do not fit the model or its mode."""
         for name, arrays in (("noise", draws := per_stage(noise)), ("keep", keep)):
-            expect(arrays is None or len(arrays) == len(self.prune_before), "DynamicViT",
+            expect(arrays is None or len(arrays) == len(self.prune_before), type(self).__name__,
                    f"{len(arrays or ())} arrays of {name} for {len(self.prune_before)} stages")
-        expect(self.training or noise is None and hard and paths is None, "DynamicViT",
+        expect(self.training or noise is None and hard and paths is None, type(self).__name__,
                "noise, paths or hard=False in eval mode, where the best scores are kept and nothing is "
                "drawn: call .train() first")
         return draws

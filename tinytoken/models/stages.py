@@ -73,7 +73,7 @@ class StagesConfig(Widths):
     dim: dataclasses.InitVar[int] = 96
     depth: dataclasses.InitVar[int] = 6
     heads: dataclasses.InitVar[int] = 3
-    positive = ("patch_size", "channels", "num_classes")
+    positive: ClassVar[tuple[str, ...]] = ("patch_size", "channels", "num_classes")
 
 
 @dataclasses.dataclass
