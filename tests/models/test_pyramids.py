@@ -111,11 +111,13 @@ def test_training_is_inference_while_no_decision_changes(name, count):
 
 @each_plain
 def test_a_training_pass_by_its_formulas(name):
-    """Decisions are of all positions anew, about the map as the decision before has chosen it."""
+    """Decisions are of all positions anew, about the map as the decision before has chosen it. Each branch of
+    each block has factors of its own."""
     model, noise = new(f"dynamic{name}").train(), gumbel()
-    out, stage, grid = model(pictures(), noise=noise), model.stages[1], model.grids[1]
-    x = model.stages[0].blocks[0](model.embed(pictures()), model.grids[0])
-    x = stage.blocks[0](model.halve(stage, x, model.grids[0]), grid)
+    paths = np.random.default_rng(2).uniform(0.5, 2, (2, 5, 3))
+    out, stage, grid = model(pictures(), noise=noise, paths=paths), model.stages[1], model.grids[1]
+    x = model.stages[0].blocks[0](model.embed(pictures()), model.grids[0], paths[:, 0])
+    x = stage.blocks[0](model.halve(stage, x, model.grids[0]), grid, paths[:, 1])
     x1, x2, masks = x, x, []
     for s, block in enumerate(stage.blocks[1:]):
         merged = x if s == 0 else m * x1 + (1 - m) * x2
@@ -123,13 +125,17 @@ def test_a_training_pass_by_its_formulas(name):
         masks.append((log_probs + noise[s]).argmax(axis=2) == 0)
         m = masks[-1][:, :, None].astype("float64")
         x0 = m * x1 + (1 - m) * x2
-        y = block.mix(x0, grid, None)
-        from1, from2 = (y, y) if name == "swin" else (x1, x2)
-        x1, x2 = (from1 + block.slow(m * y + (1 - m) * x1), from2 + block.fast((1 - m) * y + m * x2))
+        y = block.mix(x0, grid, paths[:, 2 + s])
+        from1, from2, first = (y, y, 1) if name == "swin" else (x1, x2, 0)
+        f1, f2 = (paths[:, 2 + s, i, None, None] for i in (first, first + 1))
+        x1, x2 = (from1 + f1 * block.slow(m * y + (1 - m) * x1), from2 + f2 * block.fast((1 - m) * y + m * x2))
     assert (masks[1] & ~masks[0]).any() and (masks[0] & ~masks[1]).any()  # not nested
     for found, expected in zip(out.decisions, masks):
         assert np.array_equal(found.data, expected)
-    same(out.maps[1].data, (m * x1 + (1 - m) * x2).data)
+    x = m * x1 + (1 - m) * x2
+    same(out.maps[1].data, x.data)
+    x = model.halve(model.stages[2], x, grid)
+    same(out.maps[2].data, model.stages[2].blocks[0](x, model.grids[2], paths[:, 4]).data)
     assert (out.keep.data == 1).all() and out.keep.shape == (2, 6)
 
 
