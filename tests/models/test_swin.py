@@ -70,6 +70,15 @@ def test_windows_move_in_every_second_block_and_never_beyond_a_side():
     assert not np.array_equal(q, k)
 
 
+@pytest.mark.parametrize("paths", [None, np.array([[2.0, 0], [0.5, 3]])], ids=["all", "factors"])
+def test_a_block_is_two_branches(paths):
+    block, x = shaken(Swin(**SMALL)).layers[1].blocks[1], np.random.default_rng(0).standard_normal((2, 24, 8))
+    first, second = (1, 1) if paths is None else (paths[:, i, None, None] for i in (0, 1))
+    half = x + first * block.attn(block.norm1(tt.Tensor(x)), (4, 6)).data
+    added = block.mlp(block.norm2(tt.Tensor(half))).data
+    same(block(tt.Tensor(x), (4, 6), paths).data, half + second * added)
+
+
 def test_merging_is_squares_side_by_side():
     merging, x = shaken(PatchMerging(3)), np.random.default_rng(0).standard_normal((2, 24, 3))
     square = x.reshape(2, 4, 6, 3)
