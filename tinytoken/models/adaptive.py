@@ -49,9 +49,10 @@ class AdaptiveBlock(nn.Module):
     def gathered(self, x: Tensor, places: Array, others: Array, grid: Pair) -> Tensor:
         """At inference: the positions `places` (B, k) take the slow path, `others` the fast one."""
         mixed = self.mix(x, grid, None)
-        out = (ops.put_tokens(self.slow(ops.take_tokens(mixed, places)), places, length=x.shape[1])
-               + ops.put_tokens(self.fast(ops.take_tokens(mixed, others)), others, length=x.shape[1]))
-        return (mixed if self.from_mixed else x) + out
+        added = ops.concat(self.slow(ops.take_tokens(mixed, places)),
+                           self.fast(ops.take_tokens(mixed, others)), axis=1)
+        where = array_module(places).concatenate([places, others], axis=1)
+        return (mixed if self.from_mixed else x) + ops.put_tokens(added, where, length=x.shape[1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
