@@ -65,7 +65,7 @@ class StagesConfig(Widths):
     dim, depth, heads: the sizes of a model with one width. They make what is not given: dim is the first
     width, heads the first number of heads, doubled by each stage; of `depth` blocks a sixth is in each stage,
     at least one, and the rest in the last but one; there are as many stages as `stages_of_the_map` says. So
-    image_size=224 and depth=12 is Swin-T, and with depth=18 it is ConvNeXt-T."""
+    image_size=224 and depth=18 make ConvNeXt-T, and with depth=12 and window_size=7 it is Swin-T."""
     patch_size: int = 4
     channels: int = 3
     mlp_ratio: float = 4
