@@ -14,7 +14,7 @@ import tinytoken as tt
 from tinytoken.backend import module_for, products_in, to_device, to_numpy
 from tinytoken.cuda.gemm import PRECISIONS
 from tinytoken.cuda.weights import Weights
-from tinytoken.models import Sizes, ViT, lookupvit, model
+from tinytoken.models import Sizes, lookupvit, model
 from tinytoken.tasks import task as tasks
 from tinytoken.train import loss_and_grads
 
@@ -23,6 +23,7 @@ SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2,
 
 # The options that a model has, of these, are what it is tried with first ...
 FIRST = {"prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r": 2}
+PYRAMIDS = {"depths": (2, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
 # ... and then each of these, if it has all of its options. drop_path is the task's.
 LOOKUP = [dict(zip(("reuse", "norm", "classifiers"), values))
           for values in itertools.product(lookupvit.REUSE, ("qk", "pre"), ("both", "compressed"))]
@@ -36,7 +37,11 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4)},
            {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4), "official": True},
            {"compressed": (1, 1)}, {"compressed": (3, 2)}, {"compressed": (4, 4)}, {"lookup_mlp_ratio": 1.0},
-           {"r": 0}, {"r": (3, 0)}, {"r": 8}, {"qkv_bias": True, "skip_lam": 3.0, "stem_dim": 8}, *LOOKUP]
+           {"r": 0}, {"r": (3, 0)}, {"r": 8}, {"qkv_bias": True, "skip_lam": 3.0, "stem_dim": 8}, *LOOKUP,
+           {"dims": (16, 24), "layer_scale": 0.0}, {"window_size": 2}, {"window_size": 3},
+           {"depths": (1, 2, 1), "dims": (16, 24, 40), "layer_scale": 1e-6},
+           {"depths": (1, 2, 1), "embed_dim": 16, "heads": (1, 4, 2)},
+           {"depths": (3, 1), "prune_before": (1, 2), "keep_ratios": (0.3, 0.6)}]
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
 EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"}]
 TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)}]
@@ -70,7 +75,9 @@ def label(name, change):
 
 def configured(name, change):
     """Its configuration."""
-    mine = {option: value for option, value in FIRST.items() if option in options(MODELS[name])}
+    known = options(MODELS[name])
+    first = FIRST | PYRAMIDS if "depths" in known else FIRST
+    mine = {option: value for option, value in first.items() if option in known}
     return SIZES | mine | {option: value for option, value in change.items() if option != "drop_path"}
 
 
@@ -140,13 +147,19 @@ def made(name, change, seed=0):
     config = configured(name, change)
     network = tt.models.create(name, **config).to("cuda")
     kind, rng = tasks.pick(network.task), np.random.default_rng(1)
-    sizes = {option: config[option] for option in (*SIZES, "channels") if option in config}
-    teacher = (ViT(**sizes).to("cuda"),) if kind.taught else ()
+    teacher = (dense(network, config).to("cuda"),) if kind.taught else ()
     task = kind(network, *teacher, smoothing=0.1, drop_path=change.get("drop_path", 0.0))
     height, width = tt.nn.both_sides(config["image_size"])
     images = rng.standard_normal((3, network.config.channels, height, width)).astype("float32")
     batch = [to_device(array, "cuda") for array in (images, rng.integers(0, 3, 3))]
     return task, batch, task.noise(3, 0, 0, module_for("cuda"))
+
+
+def dense(network, config):
+    """Its teacher: the model that it is a form of, with the same options."""
+    kind = next(kind for kind in type(network).__mro__ if kind in MODELS.values() and kind.task == "classify")
+    taken = inspect.signature(kind.Config).parameters
+    return kind(**{option: value for option, value in config.items() if option in taken})
 
 
 def trained(name, change, precision):
@@ -159,7 +172,8 @@ def trained(name, change, precision):
 
 
 def answered(name, change, precision):
-    """{mode and call: logits} of all calls, and of those with trace=True the weights."""
+    """{mode and call: logits} of all calls, and of those with trace=True the weights; of a pyramid, which
+    has none to keep, the maps of all calls."""
     task, (images, _), draws = made(name, change)
     network, found = task.model, {}
     for training, calls in ((False, EVAL_CALLS), (True, TRAIN_CALLS)):
@@ -173,15 +187,14 @@ def answered(name, change, precision):
                 out = network.train(training)(images, **drawn, **call)
             where = ("train" if training else "eval", *call)
             found |= {(*where, "logits"): out.logits.numpy()} | {
-                (*where, i): weights.numpy() for i, weights in enumerate(out.attention)}
+                (*where, i): kept.numpy() for i, kept in enumerate(getattr(out, "maps", out.attention))}
     return found
 
 
 def refused(network, call):
     """Whether this model has no such call: two heads' mean of one head, a larger grid than the pictures'."""
-    grid = network.patch_embed.grid
-    return ("mean_of_heads" in call and network.config.classifiers != "both"
-            or "compressed" in call and not all(n <= most for n, most in zip(call["compressed"], grid)))
+    return ("mean_of_heads" in call and network.config.classifiers != "both" or "compressed" in call
+            and not all(n <= most for n, most in zip(call["compressed"], network.patch_embed.grid)))
 
 
 def halves(network):
