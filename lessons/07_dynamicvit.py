@@ -231,7 +231,7 @@ class DistilTokens(Distil):
 
 # CIFAR: 20 and 3 epochs
 FIRST, FURTHER = here.pick((4, 2), (270, 90), (1050, 350) if here.data == "scenes" else (15620, 2343))
-RECIPE = Recipe(data=here.data, smoothing=0.0, keys_as_queries=False,
+RECIPE = Recipe(data=here.data, smoothing=0.0,
                 train_pictures=here.pick(64, 16000, 16000),
                 test_pictures=here.pick(128, 2000, 10000),
                 **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2)), {}, {}))

@@ -134,7 +134,7 @@ MIDDLE = GRIDS[len(GRIDS) // 2 - 1]  # 3 x 3
 # those and unseen ones
 SHOWN = here.pick(GRIDS, *[((1, 1), *GRIDS[:2], (3, 4), *GRIDS[2:], (6, 6), (8, 8))] * 2)
 singles = here.pick(GRIDS, (MIDDLE,), GRIDS)
-RECIPE = Recipe(data=here.data, smoothing=0.0, keys_as_queries=False,
+RECIPE = Recipe(data=here.data, smoothing=0.0,
                 train_pictures=here.pick(64, 16000, 16000),
                 test_pictures=here.pick(128, 2000, 10000),
                 **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8), {}, {}))

@@ -24,7 +24,7 @@ from tinytoken.train import accuracy, infer
 
 here = lesson.begin("11_robustness")
 rng = np.random.default_rng(here.seed)
-RECIPE = Recipe(data=here.data, smoothing=0.0, keys_as_queries=False,
+RECIPE = Recipe(data=here.data, smoothing=0.0,
                 train_pictures=here.pick(64, 16000, 16000),
                 test_pictures=here.pick(32, 200, 2000),
                 **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8, prune_before=(1,),

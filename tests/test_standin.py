@@ -105,7 +105,7 @@ def test_starting_weights_are_the_same_where_they_are_made(counts):
     tt.manual_seed(3)
     model = ViT(**SIZES)
     before = model.state_dict()
-    nn.initialise(model.to("cuda"), keys_as_queries=model.config.keys_as_queries)
+    nn.initialise(model.to("cuda"))
     assert all(np.array_equal(before[name], array) for name, array in model.state_dict().items())
 
 

@@ -20,7 +20,7 @@ here = lesson.begin("cifar10", data="cifar10")
 
 EPOCHS, FURTHER = here.pick((1, 1), (4, 2), (200, 30))
 RECIPE = Recipe(data=here.data, train_pictures=here.pick(48, 16000, 16000),
-                test_pictures=here.pick(32, 2000, 10000), keys_as_queries=False,
+                test_pictures=here.pick(32, 2000, 10000), smoothing=0.1,
                 **here.pick(dict(batch=16, dim=16, depth=2, heads=2, patch=8, prune_before=(1,),
                                  keep_ratios=(0.5,)),
                             dict(batch=256, dim=192), dict(batch=256, dim=192)))

@@ -46,9 +46,7 @@ def test_a_step_with_kernels_equals_the_plain_one(name, there):
         np.testing.assert_allclose(g, plain_grads[n], rtol=0, atol=1e-4 * largest, err_msg=n)
 
 
-# Heads that the bf16 kernels cover. Keys of their own: where they start as queries, scores are larger, and so
-# is what bf16 rounds off them.
-WIDE = dict(SIZES, dim=32, keys_as_queries=False)
+WIDE = dict(SIZES, dim=32)  # heads that the bf16 kernels cover
 WIDE_STEPS = {
     "vit": lambda: Classify(ViT(**WIDE), smoothing=0.1, drop_path=0.5),
     "lookupvit": lambda: Classify(LookupViT(**WIDE | PAPER, compressed=(2, 2)), drop_path=0.5),

@@ -19,7 +19,8 @@ from tinytoken.files import claimed
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil, Run, checkpoint, fit
 
-RECIPE = Recipe(batch=4, dim=16, depth=2, heads=2, patch=8, train_pictures=12, test_pictures=10, seed=3)
+RECIPE = Recipe(batch=4, dim=16, depth=2, heads=2, patch=8, train_pictures=12, test_pictures=10, seed=3,
+                smoothing=0.0)
 PRUNED = dict(prune_before=(1,), keep_ratios=(0.5,))
 ARMS = {"start": Arm("vit", steps=3, lr=0.01),
         "further": Arm("vit", start="start", steps=2, lr=0.003),

@@ -65,9 +65,9 @@ def test_windows_move_in_every_second_block_and_never_beyond_a_side():
     table = model.layers[0].blocks[0].attn.relative_position_bias_table
     assert table.shape == (49, 2) and 0.01 < table.data.std() < 0.03 and not table.decay
     q, k, _ = np.split(model.layers[1].blocks[1].attn.qkv.weight.data, 3)
-    assert np.array_equal(q, k)
-    q, k, _ = np.split(Swin(**SMALL, keys_as_queries=False).blocks[0].attn.qkv.weight.data, 3)
     assert not np.array_equal(q, k)
+    q, k, _ = np.split(Swin(**SMALL, keys_as_queries=True).blocks[0].attn.qkv.weight.data, 3)
+    assert np.array_equal(q, k)
 
 
 @pytest.mark.parametrize("paths", [None, np.array([[2.0, 0], [0.5, 3]])], ids=["all", "factors"])

@@ -29,7 +29,7 @@ class Recipe:
     predictor_lr_scale: float = 3.0  # of new parameters, where the rest of the model is trained already
     weight_decay: float = 0.05
     smoothing: float = 0.1
-    keys_as_queries: bool = True
+    keys_as_queries: bool = False
     train_pictures: int = 16000  # of scenes; CIFAR has 50,000
     test_pictures: int = 2000  # of scenes; CIFAR has 10,000
     precision: str = "fp32"  # of products in training, see backend.products_in

@@ -21,7 +21,7 @@ from .base import Loss, Model, Output, Sizes, model, weighted_sum
 REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
 # The reading of the paper that most of the programs share: LookupViT(**PAPER). The defaults are what learned
 # best here (lessons/full/lookupvit_recipe.py).
-PAPER = dict(reuse="probs", norm="qk", classifiers="both", keys_as_queries=False)
+PAPER = dict(reuse="probs", norm="qk", classifiers="both")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -88,5 +88,5 @@ class Sizes(Options):
     num_classes: int = 10
     _: dataclasses.KW_ONLY
     channels: int = 3
-    keys_as_queries: bool = True
+    keys_as_queries: bool = False
     positive = ("patch_size", "dim", "depth", "heads", "num_classes", "channels")

@@ -69,7 +69,7 @@ class StagesConfig(Widths):
     patch_size: int = 4
     channels: int = 3
     mlp_ratio: float = 4
-    keys_as_queries: bool = True
+    keys_as_queries: bool = False
     dim: dataclasses.InitVar[int] = 96
     depth: dataclasses.InitVar[int] = 6
     heads: dataclasses.InitVar[int] = 3
