@@ -100,7 +100,8 @@ def test_the_recipes_of_the_two_papers_run(name, arms, tmp_path, monkeypatch):
     assert noted["recipe"]["choosing"] == (name != "lookupvit_headline")
     watched = [row["cosines"] for row in rows if row.get("cosines") not in (None, [None] * 6)]
     by_step = [list(course.values()) if isinstance(course, dict) else course for course in watched]
-    assert all(-1 <= cosine <= 1 + 1e-6 for course in by_step for blocks in course if blocks for cosine in blocks)
+    assert all(-1 <= cosine <= 1 + 1e-6
+               for course in by_step for blocks in course if blocks for cosine in blocks)
 
 
 def test_sizes_options_and_results(tmp_path, capsys):

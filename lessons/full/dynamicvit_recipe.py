@@ -5,8 +5,8 @@ long it takes, and where tokens are dropped.
 
 All arms start from one ViT, and "ViT, further" goes on from it for as many steps. Every choice is made by
 5,000 pictures that are held out of the 50,000; the test pictures are not read. One seed: a difference of less
-than half a point says nothing. The command goes on where it was stopped, and the same command in several terminals
-shares the arms. Writes dynamicvit_recipe_full_cifar10.json.
+than half a point says nothing. The command goes on where it was stopped, and the same command in several
+terminals shares the arms. Writes dynamicvit_recipe_full_cifar10.json.
 
 What is lost is told apart: "all tokens" is the accuracy of a plain ViT with the arm's weights, which removes
 nothing. The rest is lost by the removal.
