@@ -24,7 +24,8 @@ import numpy as np
 
 import tinytoken as tt
 from tinytoken import backend, nn, ops, plot
-from tinytoken.experiments import Arm, Recipe, difference, interval_text, lesson, spread_text
+from tinytoken.experiments import (Arm, Recipe, difference, interval_text, lesson, packed, spread_text,
+                                   unpacked)
 from tinytoken.models import LookupViT, ViT
 from tinytoken.models.lookupvit import PAPER
 from tinytoken.tasks import Task
@@ -313,7 +314,7 @@ def train(name, seed):
     model, report = trial.train(name)
     logits = trial.answers(model)
     row = trial.measure(model, report, logits) | {"steps": ARMS[name].steps}
-    row["right"] = np.packbits(logits.argmax(axis=1) == trial.test.labels).tobytes().hex()
+    row["right"] = packed(logits.argmax(axis=1) == trial.test.labels)
     return row | ({"looks": looked_at(trial, model)} if (name, seed) == (LOOKUP, seeds[0]) else {})
 
 
@@ -323,8 +324,7 @@ done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed) for
                  SETTINGS)
 rows = {name: [done[key] for seed in seeds if (key := f"seed{seed} {name}") in done] for name in chosen}
 pictures = len(trial_of(seeds[0]).test.labels)
-bits = lambda text: np.unpackbits(np.frombuffer(bytes.fromhex(text), "uint8"), count=pictures).astype(bool)
-answers = {name: [bits(row.pop("right")) for row in rows[name]] for name in chosen}
+answers = {name: [unpacked(row.pop("right"), pictures) for row in rows[name]] for name in chosen}
 looks = np.array(rows[LOOKUP][0].pop("looks"))
 
 # %% [markdown]

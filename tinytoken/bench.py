@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from . import models, nn, random, tensor
+from . import models, random, tensor
 from .backend import Array, blas_description, blas_threads, cpu_count
-from .cost import recorded_macs
 from .errors import expect
 from .experiments import timing
 from .tasks import task as tasks
-from .train import AdamW, infer, loss_and_grads, slice_size
+from .train import AdamW, infer, loss_and_grads
+from .train.step import slice_of
 
 
 class Job:
@@ -36,9 +36,7 @@ class Job:
                                     site="bench.images", step=0)
         self.batch = self.images, np.arange(batch) % 10
         self.draws = self.task.noise(batch, 0, 0)
-        with nn.noted():
-            macs = recorded_macs(self.task, self.batch, self.draws)
-        self.micro = slice_size(batch, threads, macs) if micro is None else micro
+        self.micro = slice_of(self.task, self.batch, self.draws, threads) if micro is None else micro
 
     def gradients(self, threads: int | None = None) -> Any:
         """The loss and the gradients of one step, as loss_and_grads returns them."""

@@ -31,19 +31,18 @@ RECIPE = Recipe(data=here.data, choosing=True, train_pictures=here.pick(64, 1600
 START = f"ViT {FIRST * EPOCH}"
 
 
-def arm(epochs=SHORT, rate=1.0, frozen=0.0, ratio_weight=2, places=RECIPE.prune_before, options=None, rho=0.7,
-        lr=RECIPE.further_lr, **more):
-    """DynamicViT. rate: the learning rate of what the ViT has, as a multiple of lr; that of the predictors is
-    three times lr. frozen: the share of the steps for which the former stays."""
-    ratios = tuple(round(rho ** (s + 1), 6) for s in range(len(places)))
+def arm(epochs=SHORT, rate=1.0, frozen=0.0, ratio_weight=2, places=RECIPE.prune_before, options=None, **more):
+    """DynamicViT. rate: the learning rate of what the ViT has, as a multiple of further_lr; that of the
+    predictors is three times further_lr. frozen: the share of the steps for which the former stays."""
     settings = dict(weights=(1, ratio_weight, 0.5, 0.5)) | (dict(options=options) if options else {})
-    return Arm("dynamicvit", dict(prune_before=places, keep_ratios=ratios), start=START, settings=settings,
-               steps=epochs * EPOCH, lr=lr, new_lr_scale=RECIPE.predictor_lr_scale, start_lr_scale=rate,
+    return Arm("dynamicvit", dict(prune_before=places, keep_ratios=RECIPE.keep_ratios), start=START,
+               settings=settings, steps=epochs * EPOCH, lr=RECIPE.further_lr,
+               new_lr_scale=RECIPE.predictor_lr_scale, start_lr_scale=rate,
                frozen_steps=round(frozen * epochs * EPOCH), **more)
 
 
-def further(epochs, rate=1.0, **more):
-    return Arm("vit", start=START, steps=epochs * EPOCH, lr=RECIPE.further_lr, start_lr_scale=rate, **more)
+def further(epochs):
+    return Arm("vit", start=START, steps=epochs * EPOCH, lr=RECIPE.further_lr)
 
 
 LATER = here.pick((1, 2), (2, 3, 5), (2, 3, 5))

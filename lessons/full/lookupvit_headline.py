@@ -7,8 +7,8 @@ chose: does it keep the ViT's accuracy at half the cost?
 Every arm sees the same pictures in the same order, and gets the same steps of the same optimiser. Labels are
 smoothed; scenes, of which the same 16,000 are shown many times, are moved by up to 4 pixels, photographs
 moved and mirrored. Of the photographs 5,000 are left out of training: the recipe was chosen by them. The
-bounds were set before the first run. The command goes on where it was stopped, and the same command in several
-terminals shares the arms. Writes lookupvit_headline_full.json (for photographs
+bounds were set before the first run. The command goes on where it was stopped, and the same command in
+several terminals shares the arms. Writes lookupvit_headline_full.json (for photographs
 lookupvit_headline_full_cifar10.json), and pictures.
 
 The picture "alike" shows whether the compressed tokens do different things: the mean cosine between the
@@ -19,9 +19,8 @@ import functools
 
 import numpy as np
 
-import tinytoken as tt
-from tinytoken import backend
-from tinytoken.experiments import Arm, Recipe, difference, interval_text, lesson, spread_text
+from tinytoken.experiments import (Arm, Recipe, difference, interval_text, lesson, packed, read_alike,
+                                   spread_text, unpacked)
 from tinytoken.models import LookupViT
 from tinytoken.models.lookupvit import PAPER
 from tinytoken.tasks import Classify
@@ -69,16 +68,9 @@ def trial_of(seed):
 
 
 def cosines_of(model):
-    """How alike the compressed tokens read: by block, the mean cosine between the weights of two of them,
-    over heads and some training pictures."""
+    """read_alike, of some training pictures."""
     trial = trial_of(seeds[0])
-    with tt.no_grad():
-        out, found = model.eval()(trial.prepare(trial.train_set.images[:64]), trace=True), []
-    for rows in (backend.to_numpy(A.data) for A in out.attention):  # (B, H, M, N)
-        rows = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-        alike, m = rows @ rows.swapaxes(-1, -2), rows.shape[2]
-        found.append(float((alike.sum(axis=(-1, -2)) - m).mean() / (m * (m - 1))))
-    return found
+    return read_alike(model, trial.prepare(trial.train_set.images[:64]))
 
 
 def train(name, seed):
@@ -88,7 +80,7 @@ def train(name, seed):
     model, report = trial.train(name)
     logits = trial.answers(model)
     row = trial.measure(model, report, logits)
-    row["right"] = np.packbits(logits.argmax(axis=1) == trial.test.labels).tobytes().hex()
+    row["right"] = packed(logits.argmax(axis=1) == trial.test.labels)
     if isinstance(model, LookupViT):
         row["cosines"] = Watched.cosines.get(model, {}) | {STEPS: cosines_of(model)}
     return row
@@ -99,8 +91,7 @@ done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed)
                  SETTINGS)
 rows = {name: [done[f"seed{seed} {name}"] for seed in seeds] for name in ARMS}
 pictures = len(trial_of(seeds[0]).test.labels)
-bits = lambda text: np.unpackbits(np.frombuffer(bytes.fromhex(text), "uint8"), count=pictures).astype(bool)
-answers = {name: [bits(row.pop("right")) for row in rows[name]] for name in ARMS}
+answers = {name: [unpacked(row.pop("right"), pictures) for row in rows[name]] for name in ARMS}
 above = {name: difference(answers[LOOKUP], answers[name]) for name in ARMS if name != LOOKUP}
 
 print(f"{'arm':<22}{'accuracy, %':>14}{'M MACs':>9}{'M params':>10}{'LookupViT above it [95 %]':>28}")

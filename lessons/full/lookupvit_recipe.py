@@ -17,9 +17,7 @@ import functools
 
 import numpy as np
 
-import tinytoken as tt
-from tinytoken import backend
-from tinytoken.experiments import Arm, Recipe, lesson
+from tinytoken.experiments import Arm, Recipe, lesson, read_alike
 from tinytoken.models import LookupViT, ViT
 from tinytoken.tasks import Classify
 
@@ -91,18 +89,9 @@ def the_trial(**changes):
 
 
 def cosines(model):
-    """By block, the mean cosine between the attention rows of two compressed tokens, over 64 held-out
-    pictures and all heads; None for a ViT."""
-    if not isinstance(model, LookupViT):
-        return None
-    with tt.no_grad():
-        out = model.eval()(the_trial().prepare(the_trial().test.images[:64]), trace=True)
-    found = []
-    for rows in (backend.to_numpy(A.data) for A in out.attention):  # (B, H, M, N)
-        rows = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-        alike, m = rows @ rows.swapaxes(-1, -2), rows.shape[2]
-        found.append(float((alike.sum(axis=(-1, -2)) - m).mean() / (m * (m - 1))))
-    return found
+    """read_alike, of 64 held-out pictures; None for a ViT."""
+    images = the_trial().test.images[:64]
+    return read_alike(model, the_trial().prepare(images)) if isinstance(model, LookupViT) else None
 
 
 def arm(model=LookupViT, lr=RECIPE.lr, settings=None, steps=STEPS, **config):
@@ -114,7 +103,6 @@ SPREAD, SOFT, DROP = dict(keys_as_queries=True), dict(smoothing=0.1), dict(drop_
 ONE = dict(classifiers="compressed", reuse="resoftmax", norm="pre")
 BEST, TWO = ONE | SPREAD, ONE | dict(classifiers="both")
 alike = "keys as queries"
-RATES = (5e-4, 2e-3)
 FIRST = {
     "ViT": arm(ViT), f"ViT, {alike}": arm(ViT, **SPREAD),
     alike: arm(**BEST), f"{alike}, smoothing .1": arm(settings=SOFT, **BEST),

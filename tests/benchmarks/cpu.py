@@ -32,11 +32,11 @@ import numpy as np
 import tinytoken as tt
 from timing import high_water, quartiles, seconds, turned
 from tinytoken.backend import blas_description, cpu_count, prepare_cpu
-from tinytoken.cost import recorded_macs
 from tinytoken.experiments import machine
 from tinytoken.files import check_target, write_json
 from tinytoken.models.lookupvit import PAPER
-from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads, slice_size
+from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads
+from tinytoken.train.step import slice_of
 
 CONTENDERS = ("tinytoken", "torch", "torch-best", "torch-compile", "jax", "mygrad")
 ON_NUMPY = ("tinytoken", "mygrad")  # what OPENBLAS_CORETYPE reaches
@@ -161,7 +161,7 @@ class TinyToken:
         task, (batch, draws) = task_of(work, arrays), batch_of(arrays)
         model, params = task.model, task.model.parameters()
         optimizer = AdamW(params, **recipe)
-        micro = slice_size(work.batch, macs=recorded_macs(task, batch, draws))
+        micro = slice_of(task, batch, draws)
 
         def step():
             loss, _ = loss_and_grads(task, params, batch, micro, draws=draws)

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from tinytoken.experiments import difference, interval_text, range_text, spread_text
+from tinytoken.experiments import difference, interval_text, packed, range_text, spread_text, unpacked
 
 
 def test_difference_is_paired_with_students_interval():
@@ -35,3 +35,11 @@ def test_a_median_is_written_with_its_ends():
 def test_a_difference_and_its_interval_as_text():
     assert interval_text(-1.1, -1.92, 0.29) == "-1.1 [-1.9, +0.3]"
     assert interval_text(0.0, 0.0, 0.0) == "+0.0 [+0.0, +0.0]"
+
+
+@pytest.mark.parametrize("count", [1, 8, 13])
+def test_right_answers_go_through_a_text(count):
+    right = np.random.default_rng(count).random(count) < 0.6
+    assert len(packed(right)) == 2 * -(-count // 8)
+    back = unpacked(packed(right), count)
+    assert back.dtype == bool and np.array_equal(back, right)

@@ -13,7 +13,7 @@ from tiny import bits, recipes_model
 from tinytoken import tasks
 from tinytoken.data import likeness, make_scenes, normalise
 from tinytoken.errors import Busy
-from tinytoken.experiments import Arm, Recipe, Trial, kept_on_object, lesson, trial
+from tinytoken.experiments import Arm, Recipe, Trial, kept_on_object, lesson, read_alike, trial
 from tinytoken.experiments.arm import first_step
 from tinytoken.files import claimed
 from tinytoken.models import DynamicViT, LookupViT, ViT
@@ -372,3 +372,16 @@ def test_an_arm_is_trained_again_after_an_error(monkeypatch):
 def test_arms_are_a_mapping():
     with pytest.raises(tt.InputError, match="Trial: arms 'cpu', expected"):
         Trial(RECIPE, "cpu")
+
+
+def test_how_alike_compressed_tokens_read(job):
+    model, images = job.new("lookupvit", compressed=(1, 2)), job.prepare(job.test.images[:3])
+    with tt.no_grad():
+        attention = model.eval()(images, trace=True).attention
+    by_loops = [np.mean([a[0] @ a[1] / np.linalg.norm(a[0]) / np.linalg.norm(a[1])
+                         for by_head in A.numpy() for a in by_head]) for A in attention]
+    np.testing.assert_allclose(read_alike(model, images), by_loops, rtol=1e-5)
+    for block in model.blocks:  # every query 0: all read everything
+        for p in (block.gather_q.weight, block.gather_q.bias):
+            p.data[...] = 0
+    np.testing.assert_allclose(read_alike(model, images), 1, rtol=1e-6)

@@ -7,10 +7,10 @@ from .batches import Batches, channel_statistics, normalise
 from .cifar import Pictures, download_cifar, find_data, load_cifar
 from .corruptions import CORRUPTIONS, corrupt
 from .scenes import Scenes, make_scenes
-from .sets import dataset, hold_out, load_pictures, part_of
+from .sets import dataset, hold_out, load_pictures
 
 __all__ = ["Batches", "CORRUPTIONS", "Pictures", "Scenes", "channel_statistics", "corrupt", "dataset",
            "download_cifar", "find_data", "hold_out", "load_cifar", "load_pictures", "make_scenes",
-           "normalise", "part_of"]
+           "normalise"]
 
 import_files(__name__, __path__)

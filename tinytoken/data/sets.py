@@ -72,10 +72,10 @@ def hold_out(pictures: Any, count: int) -> tuple[Any, Any]:
     expect(0 < count < len(pictures.images), "hold_out",
            lambda: f"{count} pictures of {len(pictures.images)}, expected at least 1, and fewer than all")
     order = random.permutation(len(pictures.images), site="tinytoken.data.hold_out", step=0, seed=0)
-    return part_of(pictures, np.sort(order[count:])), part_of(pictures, np.sort(order[:count]))
+    return _part_of(pictures, np.sort(order[count:])), _part_of(pictures, np.sort(order[:count]))
 
 
-def part_of(pictures: Any, chosen: np.ndarray) -> Any:
+def _part_of(pictures, chosen):
     """The same set with the chosen pictures alone: indices."""
     arrays = {field.name: value[chosen] for field in dataclasses.fields(pictures)
               if isinstance(value := getattr(pictures, field.name), np.ndarray)}

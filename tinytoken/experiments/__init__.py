@@ -1,8 +1,8 @@
 """What the lessons and the main job share: arms, trials, statistics, timing, tables."""
 from .arm import Arm, Recipe
-from .stats import difference, interval_text, range_text, spread_text
+from .stats import difference, interval_text, packed, range_text, spread_text, unpacked
 from .timing import images_per_second, machine
-from .trial import Trial, kept_on_object
+from .trial import Trial, kept_on_object, read_alike
 
 __all__ = ["Arm", "Recipe", "Trial", "difference", "images_per_second", "interval_text", "kept_on_object",
-           "machine", "range_text", "spread_text"]
+           "machine", "packed", "range_text", "read_alike", "spread_text", "unpacked"]

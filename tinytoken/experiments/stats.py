@@ -24,6 +24,16 @@ def difference(right: Sequence[np.ndarray], than: Sequence[np.ndarray]) -> tuple
     return float(middle), float(middle - reach), float(middle + reach)
 
 
+def packed(right: np.ndarray) -> str:
+    """Whether each test picture was answered rightly (B,), as a text for JSON: a bit each, in hexadecimal."""
+    return np.packbits(right).tobytes().hex()
+
+
+def unpacked(text: str, count: int) -> np.ndarray:
+    """The first `count` answers of what `packed` returned: (count,) bool."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), "uint8"), count=count).astype(bool)
+
+
 def spread_text(values: Sequence[float | None], form: str = ".1f") -> str:
     """The mean, with the standard deviation where there are several values.
 

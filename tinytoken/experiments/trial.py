@@ -159,3 +159,16 @@ def kept_on_object(model: Any, test: Any, prepare: Callable[[Array], Array], pat
         sums.append([np.take_along_axis(shares[a:a + 128], to_numpy(places), axis=1).mean(axis=1).sum()
                      for places in kept])
     return {"all": float(shares.mean()), "stages": [float(s) / len(shares) for s in np.sum(sums, axis=0)]}
+
+
+def read_alike(model: Any, images: Array) -> list[float]:
+    """How alike a LookupViT's compressed tokens read: by block, the mean cosine between the weights of two of
+    them, over heads and prepared images (B, C, H, W). 1: all read the same. The model is left in eval
+    mode."""
+    with no_grad():
+        out, found = model.eval()(images, trace=True), []
+    for rows in (to_numpy(A.data) for A in out.attention):  # (B, H, M, N)
+        rows = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+        alike, m = rows @ rows.swapaxes(-1, -2), rows.shape[2]
+        found.append(float((alike.sum(axis=(-1, -2)) - m).mean() / (m * (m - 1))))
+    return found

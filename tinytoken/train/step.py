@@ -68,6 +68,17 @@ class Work:
         raise InputError(f"fit: not even one image fits into memory ({reason})")
 
 
+def slice_of(task: Task, arrays: tuple[Array, ...], draws: dict[str, Array],
+             threads: int | None = None) -> int:
+    """How many images of a batch a slice has on the CPU: `slice_size` by the task's own multiply-adds, for
+    which it is called once, on one image; all for a task that is `whole`."""
+    if task.whole:
+        return len(arrays[0])
+    with nn.noted():  # it is no step: running statistics stay
+        macs = recorded_macs(task, arrays, draws)
+    return slice_size(len(arrays[0]), threads, macs)
+
+
 def stepper(work: Work) -> Callable[[int], tuple[Any, dict[str, Any], Array]]:
     """take(step) -> (loss, parts, the gradient's norm): takes the steps of `work`, one after another."""
     fast = faster(stepper, work.xp, work)
@@ -81,11 +92,7 @@ def stepper(work: Work) -> Callable[[int], tuple[Any, dict[str, Any], Array]]:
         arrays = work.batches(at)
         draws = work.noise(len(arrays[0]), at)
         if micro is None:
-            micro = len(arrays[0])
-            if work.xp is np and not work.task.whole:
-                with nn.noted():  # it is no step: running statistics stay
-                    macs = recorded_macs(work.task, arrays, draws)
-                micro = slice_size(len(arrays[0]), work.threads, macs)
+            micro = slice_of(work.task, arrays, draws, work.threads) if work.xp is np else len(arrays[0])
         loss, parts = work.gradients(arrays, draws, micro, work.threads)
         on_host = isinstance(loss, float)  # on a GPU, Losses reads it when it is needed
         expect(not on_host or math.isfinite(loss), "fit",
