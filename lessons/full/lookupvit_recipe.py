@@ -23,7 +23,7 @@ from tinytoken.tasks import Classify
 
 here = lesson.begin("lookupvit_recipe")
 on_scenes = here.data == "scenes"
-MOVED, LONGER = ", moved", here.pick(6, 300, 3000)
+MOVED, LONGER, EPOCHS = ", moved", here.pick(6, 300, 3000), 20
 STEPS = here.pick(4, 150, 800 if on_scenes else 5 * 703)
 RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000), test_pictures=16, choosing=True,
                 held_out=here.pick(32, 1000, 6000 if on_scenes else 5000), smoothing=0.0,
@@ -128,15 +128,21 @@ LAST = {
     "second classifier fades": arm(settings=dict(fades=True), **TWO),
     f"{alike}, lr 0.0005": arm(lr=5e-4, **BEST), f"ViT, {alike}, lr 0.0005": arm(ViT, lr=5e-4, **SPREAD),
 }
-# scenes, as long as lesson 09 trains: pictures are shown many times then, and moving them may help
-LONG = {f"{name}, {LONGER:,} steps{moved}": arm(kind, settings=SOFT, steps=LONGER, **config)
-        for name, kind, config in ((alike, LookupViT, BEST), (f"ViT, {alike}", ViT, SPREAD))
-        for moved in (MOVED, "")}
-ARMS = FIRST | GRID | LAST | (LONG if on_scenes else {})
-SOON = [f"ViT, {alike}", alike, f"{alike}, probs, qk", f"ViT, {alike}, mimetic values",
-        f"{alike}, no way back", f"{alike}, mimetic values", "ViT"]
+KINDS = ((alike, LookupViT, BEST), (f"ViT, {alike}", ViT, SPREAD), ("own keys", LookupViT, ONE), ("ViT", ViT, {}))
+SOFTER = {f"{name}, smoothing .1": arm(kind, settings=SOFT, **config) for name, kind, config in KINDS[2:]}
+# as long as the final runs. Scenes are shown many times then, and moving them may help
+LONG = ({f"{name}, {LONGER:,} steps{moved}": arm(kind, settings=SOFT, steps=LONGER, **config)
+         for name, kind, config in KINDS for moved in (MOVED, "")} if on_scenes else
+        {f"{name}, {EPOCHS} epochs{drop}": arm(kind, settings=settings, steps=EPOCHS * STEPS // 5, **config)
+         for name, kind, config in KINDS
+         for drop, settings in (("", SOFT), (", drop path .1", SOFT | DROP))})
+ARMS = FIRST | SOFTER | GRID | LAST | LONG
+# of what takes longest, only what decides
+DECISIVE = ([f"{name}, {LONGER:,} steps{MOVED}" for name, *_ in KINDS] if on_scenes else
+            [f"{name}, smoothing .1" for name in ("ViT", f"ViT, {alike}", "own keys", alike)])
 chosen = here.pick(list(ARMS), ["ViT", "both, probs, qk", alike],
-                   [*FIRST, *LONG, *GRID, *LAST] if on_scenes else list(dict.fromkeys([*SOON, *FIRST])))
+                   [*DECISIVE, *FIRST, *SOFTER, *GRID, *LAST] if on_scenes else
+                   [*DECISIVE, f"ViT, {alike}", alike, f"{alike}, probs, qk", f"{alike}, no way back"])
 
 
 def train(name):
