@@ -1,12 +1,13 @@
 """One test body for both array modules: the fixture `xp` is numpy, and cupy where it has a device."""
 import collections
+import functools
 import gc
 
 import numpy
 import pytest
 
 import standin
-from tinytoken import backend, random
+from tinytoken import backend, plain, random
 
 
 def pytest_addoption(parser):
@@ -14,11 +15,16 @@ def pytest_addoption(parser):
                      help="with -m gpu: run those tests on a stand-in for CuPy (tests/standin.py)")
 
 
+    parser.addoption("--plain", action="store_true",
+                     help="plain operations alone: nothing that is registered beside them runs")
+
+
 def pytest_configure(config):
-    if config.getoption("--standin"):
-        pretended = standin.installed()
-        pretended.__enter__()
-        config.add_cleanup(lambda: pretended.__exit__(None, None, None))
+    for option, context in (("--standin", standin.installed), ("--plain", plain)):
+        if config.getoption(option):
+            entered = context()
+            entered.__enter__()
+            config.add_cleanup(functools.partial(entered.__exit__, None, None, None))
     config.addinivalue_line("markers", "gpu: needs CuPy and a CUDA device")
     config.addinivalue_line("markers", "slow: more than a few seconds; .ci/run runs these too")
 

@@ -8,8 +8,8 @@ Every arm sees the same pictures in the same order, and gets the same steps of t
 smoothed; scenes, of which the same 16,000 are shown many times, are moved by up to 4 pixels, photographs
 moved and mirrored. Of the photographs 5,000 are left out of training: the recipe was chosen by them. The
 bounds were set before the first run. The two ablations have one seed. The command goes on where it was
-stopped, and the same command in several terminals shares the arms. Writes lookupvit_headline_full.json (for photographs
-lookupvit_headline_full_cifar10.json), and pictures.
+stopped, and the same command in several terminals shares the arms. Writes lookupvit_headline_full.json (for
+photographs lookupvit_headline_full_cifar10.json), and pictures.
 
 The picture "alike" shows whether the compressed tokens do different things: the mean cosine between the
 weights with which two of them read, by block, in the course of training (1: all read the same).

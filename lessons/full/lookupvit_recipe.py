@@ -128,7 +128,8 @@ LAST = {
     "second classifier fades": arm(settings=dict(fades=True), **TWO),
     f"{alike}, lr 0.0005": arm(lr=5e-4, **BEST), f"ViT, {alike}, lr 0.0005": arm(ViT, lr=5e-4, **SPREAD),
 }
-KINDS = ((alike, LookupViT, BEST), (f"ViT, {alike}", ViT, SPREAD), ("own keys", LookupViT, ONE), ("ViT", ViT, {}))
+KINDS = ((alike, LookupViT, BEST), (f"ViT, {alike}", ViT, SPREAD), ("own keys", LookupViT, ONE),
+         ("ViT", ViT, {}))
 SOFTER = {f"{name}, smoothing .1": arm(kind, settings=SOFT, **config) for name, kind, config in KINDS[2:]}
 # as long as the final runs. Scenes are shown many times then, and moving them may help
 LONG = ({f"{name}, {LONGER:,} steps{moved}": arm(kind, settings=SOFT, steps=LONGER, **config)

@@ -8,7 +8,7 @@ import re
 
 from tinytoken.cuda import launcher
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 
 
 @functools.cache
@@ -52,6 +52,12 @@ def _check(nvrtc, program, code):
         log = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetProgramLog(program, log)
         raise AssertionError(f"NVRTC error {code}: {log.value.decode()}")
+
+
+def registers(log):
+    """{kernel: registers of a thread}, of a log."""
+    found = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL)
+    return {kernel: int(count) for kernel, count in found}
 
 
 def spills(log):

@@ -10,11 +10,12 @@ import warnings
 
 import numpy as np
 
-from ..backend import implementation, module_for
+from ..backend import module_for
 from ..errors import InputError
 from ..train.inference import repeated
 from ..train.step import stepper
-from . import launcher, registered
+from . import fallback, launcher, registered
+from .fallback import implementation
 from .weights import Weights
 
 WARM_UP = 2  # ordinary steps before the capture: they compile kernels, time products and fill the pool
@@ -105,6 +106,7 @@ class CapturedSteps:
         self.rates = xp.asarray(np.array(rows, "float32"))
         self.batches_inside, self.draws_inside = hasattr(work.batches, "make"), self._drawn_there()
         self.draws = ()  # names of what is drawn outside
+        self.instead = None  # what takes the steps once the kernels are off
         self.replay, self.weights = Captured(self.compute, "a training step"), Weights(optimizer.flat)
 
     def _drawn_there(self):
@@ -115,10 +117,18 @@ class CapturedSteps:
         return True
 
     def __call__(self, step):
-        inputs = self.inputs(self.work.offset + step)
-        self.work.optimizer.steps += 1
-        loss, *parts, norm = self.replay(inputs)
-        return loss, dict(zip(self.parts, parts)), norm
+        if not self.instead:
+            inputs, before = self.inputs(self.work.offset + step), self.work.optimizer.steps
+            self.work.optimizer.steps += 1
+            try:
+                loss, *parts, norm = self.replay(inputs)
+                return loss, dict(zip(self.parts, parts)), norm
+            except Exception:
+                if fallback.state.off is None:
+                    raise
+                # what cannot run does not begin: the weights are those before the step
+                self.work.optimizer.steps, self.instead = before, stepper(self.work)
+        return self.instead(step)
 
     def inputs(self, number):
         """What the host hands over for the step of this number."""
@@ -140,7 +150,8 @@ class CapturedSteps:
             draws = work.noise(len(arrays[0]), self.clock)
         with self.weights.in_use():
             loss, parts = work.gradients(arrays, draws, len(arrays[0]))
-        norm = registered.update(work.optimizer, self.rates, self.clock, work.offset + self.done)
         launcher.launch("count_step", 1, 32, self.clock)
+        # last, so that a step that fails has moved no weight
+        norm = registered.update(work.optimizer, self.rates, self.clock, work.offset + self.done + 1)
         self.parts = tuple(parts)
         return module_for("cuda").stack([loss, *parts.values(), norm])

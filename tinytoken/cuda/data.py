@@ -5,9 +5,10 @@ import math
 import zlib
 
 from .. import random
-from ..backend import array_module, implementation, is_array
+from ..backend import array_module, is_array
 from ..data import batches, mix
 from . import launcher
+from .fallback import implementation
 from .launcher import contiguous, cover
 
 

@@ -10,10 +10,12 @@ import functools
 import operator
 import threading
 import types
+import warnings
 
-from ..backend import implementation, module_for, products_in, swapped
+from ..backend import module_for, out_of_memory, products_in, swapped
 from ..errors import InputError, expect
 from . import launcher
+from .fallback import check_on, implementation, switch_off
 
 # cublasLt.h: attributes and values
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER = 3, 4, 7, 8  # of a product
@@ -21,6 +23,9 @@ ROWS, COLS, LD = 2, 3, 4  # of a matrix
 # of a preference; of the first and second factor, what is added, the result
 WORKSPACE_LIMIT, ALIGNMENTS = 1, (5, 6, 7, 8)
 FLOAT32, TRANSPOSED, ADD_BIAS = 0, 1, 4
+NEEDED = ("Create", "Matmul", "MatmulAlgoGetHeuristic", "MatmulDescCreate", "MatmulDescSetAttribute",
+          "MatrixLayoutCreate", "MatmulPreferenceCreate", "MatmulPreferenceSetAttribute",
+          "MatmulPreferenceDestroy")  # functions, without cublasLt before them
 TYPES = {"float32": FLOAT32, "uint16": 14}  # of matrices: 14 is bf16
 # what float32 factors may be rounded to; sums are float32 always
 PRECISIONS = {"fp32": 68, "tf32": 77, "bf16": 75}
@@ -62,12 +67,18 @@ class Result(ctypes.Structure):
 
 @functools.cache
 def library():
-    """The loaded cuBLASLt, or None where it is not installed."""
+    """The loaded cuBLASLt, or None where it is not installed, or (with a warning) lacks a function."""
     try:
         from cuda import pathfinder  # comes with CuPy
-        return ctypes.CDLL(pathfinder.load_nvidia_dynamic_lib("cublasLt").abs_path)
+        path = pathfinder.load_nvidia_dynamic_lib("cublasLt").abs_path
+        loaded = ctypes.CDLL(path)
     except (ImportError, OSError, RuntimeError):
         return None
+    lacking = [name for name in NEEDED if not hasattr(loaded, f"cublasLt{name}")]
+    if lacking:
+        warnings.warn(f"products are CuPy's own, and steps are not captured: {path} has no "
+                      f"{', '.join(f'cublasLt{name}' for name in lacking)}", stacklevel=2)
+    return None if lacking else loaded
 
 
 def call(name, *arguments):
@@ -126,8 +137,8 @@ class Plan:
         call("cublasLtMatmulAlgoGetHeuristic", handle, self.product, self.first, self.second, self.out,
              self.out, preference, CANDIDATES, found, ctypes.byref(count))
         call("cublasLtMatmulPreferenceDestroy", preference)
-        expect(count.value, "product",
-               lambda: f"cuBLASLt knows no algorithm for sizes M, N, K = {self.sizes}")
+        if not count.value:
+            raise RuntimeError(f"cuBLASLt knows no algorithm for sizes M, N, K = {self.sizes}")
         return [one.algorithm for one in found[:count.value] if one.state == 0]
 
 
@@ -217,6 +228,12 @@ def product(a, b, *, ta=False, tb=False, bias=None, add=None, out=None, dtype="f
            "contiguous matrices expected, factors both float32 or both bf16, the rest of the result's dtype")
     out = launcher.empty(a, M, N, dtype=dtype) if out is None else out
     rounding = current_precision() if a.dtype == "float32" else "fp32"
-    chosen = plan(M, N, K, ta, tb, bias is not None, add is not None, a.dtype.name, dtype, rounding)
-    now.run(chosen, a, b, out, bias, add)
+    check_on()
+    try:
+        chosen = plan(M, N, K, ta, tb, bias is not None, add is not None, a.dtype.name, dtype, rounding)
+        now.run(chosen, a, b, out, bias, add)
+    except RuntimeError as error:  # cuBLASLt's status
+        if out_of_memory(error):
+            raise
+        raise switch_off(f"the product of sizes M, N, K = {M}, {N}, {K}", error) from error
     return out

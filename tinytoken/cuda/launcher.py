@@ -2,6 +2,7 @@
 takes; each argument is checked against it and given its width, so a Python number never arrives as 64 bits
 where the kernel reads 32.
 """
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -10,8 +11,9 @@ import types
 
 import numpy as np
 
-from ..backend import array_module, is_array, module_for, swapped
+from ..backend import array_module, cpu_count, is_array, module_for, out_of_memory, swapped
 from ..errors import InputError, expect
+from .fallback import check_on, switch_off
 
 SOURCES = pathlib.Path(__file__).parent / "sources"
 DECLARATION = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
@@ -68,6 +70,7 @@ def launch(name, blocks, threads, *arguments, shared=0, constants=()):
     """Run a kernel on `blocks` blocks of `threads` threads, with `shared` bytes of shared memory of each.
     Arrays must be contiguous and of the declared dtype, None stands for a null pointer, numbers get the
     declared width. Raises InputError otherwise."""
+    check_on()
     kernel = kernels()[name]
     if constants:
         kernel = dataclasses.replace(kernel, constants=constants)
@@ -92,22 +95,50 @@ def _argument(kernel, value, name, dtype, array, _):
 
 
 def on_device(kernel, blocks, threads, arguments, shared):
-    """Launch on the current device and stream."""
-    compiled = _compiled(kernel)
-    if shared > 48 * 1024:
-        compiled.max_dynamic_shared_size_bytes = shared
-    compiled((blocks,), (threads,), tuple(np.uintp(0) if a is None else a for a in arguments),
-             shared_mem=shared)
+    """Launch on the current device and stream. Unusable, with all kernels off, where it cannot begin."""
+    try:
+        compiled = _compiled(kernel)
+        if shared > 48 * 1024:
+            compiled.max_dynamic_shared_size_bytes = shared
+        compiled((blocks,), (threads,), tuple(np.uintp(0) if a is None else a for a in arguments),
+                 shared_mem=shared)
+    except Exception as error:  # of the compiler or the driver
+        if out_of_memory(error):
+            raise
+        raise switch_off(f"kernel {kernel.name}", error) from error
 
 
 @functools.cache
 def _compiled(kernel):
-    return _module(kernel.family, kernel.constants).get_function(kernel.name)
+    what = kernel.family, kernel.constants
+    module = compiling()[what].result() if what in compiling() else _module(*what)
+    return module.get_function(kernel.name)
+
+
+def families():
+    """(family, constants) of all that can be compiled: of a family with a constant, one for each value."""
+    return [(family, constants) for family in sorted({kernel.family for kernel in kernels().values()})
+            for constants in [((name, value),) for name, values in CONSTANTS.items()
+                              if name in source(family) for value in values] or [()]]
+
+
+@functools.cache
+def compiling():
+    """{(family, constants): a Future of its module}: at the first launch all CPUs compile everything, once;
+    CuPy keeps it on disk."""
+    device, cpus = module_for("cuda").cuda.Device(), concurrent.futures.ThreadPoolExecutor(cpu_count())
+
+    def compiled(*what):
+        with device:  # which is set for each thread by itself
+            return _module(*what)
+    return {what: cpus.submit(compiled, *what) for what in families()}
 
 
 @functools.cache
 def _module(family, constants):
-    return module_for("cuda").RawModule(code=source(family, constants), options=("-std=c++17",))
+    module = module_for("cuda").RawModule(code=source(family, constants), options=("-std=c++17",))
+    module.compile()
+    return module
 
 
 @functools.cache

@@ -8,10 +8,10 @@ x + fc2(gelu(fc1(norm(x)))).
 import functools
 
 from .. import nn
-from ..backend import implementation
 from ..graph import Into
 from ..tensor import Tensor, op
 from . import gemm, launcher
+from .fallback import implementation
 from .gradients import Sums, summed_gradients, weight_gradient
 from .launcher import contiguous, cover
 from .sums import rows_of

@@ -4,10 +4,11 @@ infused into the lookup tokens, each branch one op. The attention that goes from
 import functools
 import math
 
-from ..backend import array_module, implementation
+from ..backend import array_module
 from ..models.lookupvit import LookupBlock
 from ..tensor import op
 from . import gemm, launcher, weights
+from .fallback import implementation
 from .gradients import summed_gradients, weight_gradient
 from .launcher import contiguous
 from .mixed import Norm, Upstream, are_known, as_rows, covers_stream, half, joined

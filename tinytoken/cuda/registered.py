@@ -4,12 +4,13 @@ import functools
 import math
 
 from .. import ops
-from ..backend import array_module, implementation
+from ..backend import array_module
 from ..ops.attend import REUSE, check_attention
 from ..ops.grid import resize_matrix_on
 from ..ops.loss import check_labels
 from ..train.optim import AdamW
 from . import gemm, launcher
+from .fallback import Unusable, implementation
 from .gradients import summed_gradients, weight_gradient
 from .launcher import contiguous, cover
 from .sums import rows_of
@@ -23,7 +24,7 @@ def kernels_of(op, covers=lambda *arrays, **settings: True):
         first = next(a for a in arrays if a is not None and hasattr(a, "dtype"))
         return first.dtype == "float32" and first.size and covers(*arrays, **settings)
     registry[op.name] = op
-    return op.implementation("cupy", covered)
+    return implementation(op, covered)
 
 
 @kernels_of(ops.linear, lambda x, weight, bias=None: gemm.library() is not None and weight.ndim == 2
@@ -338,8 +339,13 @@ def top_k(scores, k):
 @implementation(AdamW.step)
 def adamw(optimizer, lr):
     """AdamW.step's work -> the gradient's norm before clipping, a 0-d array."""
-    set_rates(optimizer, lr)
-    return update(optimizer)
+    before = optimizer.steps
+    try:
+        set_rates(optimizer, lr)
+        return update(optimizer)
+    except Unusable:
+        optimizer.steps = before  # the plain step counts for itself
+        raise
 
 
 def rates_of(optimizer, lr, t):

@@ -161,6 +161,19 @@ def kept_on_object(model: Any, test: Any, prepare: Callable[[Array], Array], pat
     return {"all": float(shares.mean()), "stages": [float(s) / len(shares) for s in np.sum(sums, axis=0)]}
 
 
+def kept_in_training(trial: Trial, model: Any, batches: int = 20) -> list[float]:
+    """The share of tokens that each stage of a DynamicViT keeps in train mode, over the first `batches`
+    batches. The model is left in eval mode."""
+    shares = []
+    with no_grad():
+        for step in range(batches):
+            images, _ = trial.batches(step)
+            out = model.train()(images, **model.noise(len(images), step, seed=1))
+            shares.append([float(to_numpy(decision.data).mean()) for decision in out.decisions])
+    model.eval()
+    return np.mean(shares, axis=0).tolist()
+
+
 def read_alike(model: Any, images: Array) -> list[float]:
     """How alike a LookupViT's compressed tokens read: by block, the mean cosine between the weights of two of
     them, over heads and prepared images (B, C, H, W). 1: all read the same. The model is left in eval
