@@ -17,11 +17,11 @@ PYRAMIDS = ("models/convnext.py", "models/swin.py")
 BUDGETS = {"the sitting path": 1800, "a model": 120, "a pyramid": 180, "a task": 60, "an op": 40, "a model's tests": 150,
            "columns": 110}
 
-# A file imports only from floors below, and without circles from its own. cuda/ stands near the top: it
-# implements what is defined below it, and nothing below knows it.
+# A file imports only from floors below, and without circles from its own. cuda/ and compiled/ stand near the top:
+# they implement what is defined below them, and nothing below knows them.
 FLOORS = (("errors",), ("registry", "files", "program", "reading", "backend", "threads"), ("random", "graph"),
           ("tensor",), ("ops",), ("cost", "checking"), ("nn",),
-          ("models", "data"), ("tasks",), ("train",), ("cuda",), ("plot",),
+          ("models", "data"), ("tasks",), ("train",), ("cuda", "compiled"), ("plot",),
           ("experiments", "predict", "doctor", "bench"),
           ("course",), ("__init__", "__main__"))
 

@@ -27,10 +27,12 @@ def test_doctor_prints_what_it_found(capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert main(["doctor"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert list(rows) == ["Python", "NumPy", "BLAS", "settings", "CPUs", "allocator", "GPU", "pictures"]
+    assert list(rows) == ["Python", "NumPy", "BLAS", "settings", "CPUs", "compiled", "allocator", "GPU",
+                          "pictures"]
     assert rows["Python"].startswith(sys.version.split()[0])
     assert rows["NumPy"] == np.__version__ and rows["BLAS"] == backend.blas_description()
     assert "OMP_NUM_THREADS=3" in rows["settings"] and rows["CPUs"] == f"{backend.cpu_count()} may be used"
+    assert rows["compiled"] == doctor.compiled()
     assert rows["allocator"] == f"for training and inference: {backend.prepare_cpu()}"
     assert rows["pictures"] == "matplotlib 9.8 and pillow 7.6"
     assert rows["GPU"] == f"none in use: CuPy cannot be imported (No module named 'cupy'). {NO_DRIVER}"
@@ -99,6 +101,7 @@ def test_the_doctor_installs_what_pyproject_asks_for():
     project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert doctor.CUPY == {name: extras[name][0] for name in ("cuda12", "cuda13")}
+    assert [doctor.NUMBA] == extras["fast"] and doctor.NUMBA in extras["test"]
     assert {text.partition(">")[0] for text in extras["plot"]} == {"matplotlib", "pillow"}
 
 

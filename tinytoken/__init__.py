@@ -1,4 +1,6 @@
 """tinytoken: LookupViT and DynamicViT from scratch, on a tiny autograd engine over NumPy or CuPy arrays."""
+import importlib.util
+
 from . import backend, data, models, nn, ops, random, tasks, train
 from .checking import gradcheck
 from .cost import explain, macs
@@ -15,9 +17,10 @@ def _kernels():
 
     Where the folder cuda/ was deleted, the plain ops run.
     """
-    import importlib.util
     if importlib.util.find_spec(f"{__name__}.cuda"):
         from . import cuda  # noqa: F401: importing it registers the kernels
 
 
 backend.at_first_cuda.append(_kernels)
+if importlib.util.find_spec("numba") and importlib.util.find_spec(f"{__name__}.compiled"):
+    from . import compiled  # noqa: F401: registers what Numba compiles for NumPy's arrays, and is light

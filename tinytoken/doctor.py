@@ -1,5 +1,6 @@
 """What this machine has for tinytoken, and the pip line that would fix what is missing."""
 import importlib.metadata
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from . import backend
 from .errors import install, this_python
 
 CUPY = {"cuda12": "cupy-cuda12x[ctk]>=14.1,<15", "cuda13": "cupy-cuda13x[ctk]>=14.1,<15"}
+NUMBA = "numba>=0.61"
 
 
 def report() -> str:
@@ -22,11 +24,23 @@ def report() -> str:
             ("BLAS", backend.blas_description()),
             ("settings", settings or "no OPENBLAS_, OMP_, MKL_ or MALLOC_ variable is set"),
             ("CPUs", f"{backend.cpu_count()} may be used"),
+            ("compiled", compiled()),
             ("allocator", f"for training and inference: {backend.prepare_cpu()}"),
             ("GPU", gpu()),
             ("pictures", pictures if all(packages.values())
              else f"{pictures}: {install(*(name for name, version in packages.items() if not version))}")]
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
+
+
+def compiled() -> str:
+    """One line: whether ops run compiled on this CPU (compiled/), or what would help."""
+    if not importlib.util.find_spec(f"{__package__}.compiled"):
+        return "off: this tinytoken has no folder compiled/"
+    if not importlib.util.find_spec("numba"):
+        return f"off: Numba is not installed: {install(NUMBA)}"
+    from .compiled import why_not
+    reason = why_not()
+    return f"off: {reason}" if reason else f"on: Numba {_version('numba')}; tinytoken.plain() switches it off"
 
 
 def gpu() -> str:

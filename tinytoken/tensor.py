@@ -58,7 +58,8 @@ def checked(samples: int = 1 << 62) -> contextlib.AbstractContextManager:
 
 
 def plain() -> contextlib.AbstractContextManager:
-    """Context (or decorator): this thread runs the plain definitions, whatever faster ones are registered."""
+    """Context (or decorator): this thread, and those that share its work (threads.share_out), run the plain
+    definitions, whatever faster ones are registered."""
     return using_implementations("plain")
 
 

@@ -3,12 +3,12 @@ import concurrent.futures
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .backend import blas_threads, cpu_count, prepare_cpu, quick_switches
+from .backend import blas_threads, cpu_count, mode, prepare_cpu, quick_switches, using_implementations
 
 
 def share_out(function: Callable[[Any], Any], items: Sequence[Any], threads: int | None = None) -> list[Any]:
     """[function(item) for item in items] on threads (None: the CPUs of this process), BLAS held to one thread
-    each.
+    each. The threads run the implementations that the caller's does (plain()).
 
     The first exception is raised when all have ended: nothing goes on writing into arrays that the caller
     uses again."""
@@ -17,8 +17,13 @@ def share_out(function: Callable[[Any], Any], items: Sequence[Any], threads: int
     with blas_threads(1):
         if threads == 1:
             return [function(item) for item in items]
+        chosen = mode.implementations
+
+        def run(item):
+            with using_implementations(chosen):
+                return function(item)
         with quick_switches():
-            futures = [_pool(threads).submit(function, item) for item in items]
+            futures = [_pool(threads).submit(run, item) for item in items]
             try:
                 return [future.result() for future in futures]
             finally:

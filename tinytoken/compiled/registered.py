@@ -1,0 +1,151 @@
+"""Kernels as implementations of ops: each has the contract of the op it stands in for, from arrays to the
+output and its vjp. What they do not cover (small arrays, the official mask) runs as the plain op."""
+import math
+
+import numpy as np
+
+from .. import ops
+from ..backend import CDF_POLYNOMIAL, blas_threads, implementation
+from ..ops.attend import REUSE, check_attention
+from ..ops.dense import rows_of
+from ..train.optim import AdamW
+from .launcher import contiguous, launch, worth
+
+registry: dict = {}  # op name -> the op
+
+
+def kernels_of(op, covers=lambda *arrays, **settings: True):
+    """Decorator: an implementation of `op` for arrays that are worth it, and for which `covers` says yes."""
+    registry[op.name] = op
+    return op.implementation("numpy", lambda *arrays, **settings: worth(*arrays)
+                             and covers(*arrays, **settings))
+
+
+@kernels_of(ops.gelu)
+def gelu(x):
+    x, polynomial = contiguous(x), tuple(map(x.dtype.type, CDF_POLYNOMIAL))
+    out = np.empty_like(x)
+    launch("gelu", x.reshape(-1), polynomial, out.reshape(-1))
+
+    def vjp(g):
+        dx = np.empty_like(x)
+        launch("gelu_vjp", x.reshape(-1), contiguous(g).reshape(-1), polynomial, dx.reshape(-1))
+        return dx
+    return out, vjp
+
+
+@kernels_of(ops.layer_norm, lambda x, weight=None, bias=None, *, eps=1e-6: x.ndim and x.shape[-1]
+            and all(p is None or p.shape == x.shape[-1:] for p in (weight, bias)))
+def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
+    rows, shape, dtype = rows_of(contiguous(x)), x.shape, x.dtype
+    width, blocks = rows.shape[1], -(-len(rows) // 256)
+    weight = np.ones(width, dtype) if weight is None else contiguous(weight)
+    bias = np.zeros(width, dtype) if bias is None else contiguous(bias)
+    out, mean, scale = np.empty_like(rows), np.empty(len(rows), dtype), np.empty(len(rows), dtype)
+    launch("layer_norm", rows, weight, bias, dtype.type(eps), out, mean, scale)
+
+    def vjp(g):
+        dx, parts = np.empty_like(rows), np.zeros((2, blocks, width), dtype)
+        launch("layer_norm_vjp", rows, weight, mean, scale, rows_of(contiguous(g)), dx, *parts)
+        return dx.reshape(shape), *parts.sum(axis=1)
+    return out.reshape(shape), vjp
+
+
+@kernels_of(ops.softmax, lambda x, *, axis=-1: x.ndim and axis in (-1, x.ndim - 1))
+def softmax(x, *, axis=-1):
+    out, one = np.array(x, order="C"), x.dtype.type(1)
+    launch("softmax", rows_of(out), one)
+
+    def vjp(g):
+        u = np.array(g, order="C")
+        launch("softmax_vjp", rows_of(out), rows_of(u), one)
+        return u
+    return out, vjp
+
+
+@kernels_of(ops.attention, lambda q, k, v, keep=None, *, sees_itself=True, official=False, weights=False:
+            not official)
+def attention(q, k, v, keep=None, *, sees_itself=True, official=False, weights=False):
+    check_attention("attention", q, k, v, keep, sees_itself)
+    scale = q.dtype.type(1 / math.sqrt(q.shape[-1]))
+    scores = contiguous(q @ k.swapaxes(-1, -2))
+    if keep is None:
+        A = scores
+        launch("softmax", rows_of(A), scale)
+    else:
+        keep, A = contiguous(keep), np.empty_like(scores)
+        launch("masked_softmax", scores, keep, sees_itself, scale, A)  # scores: the slopes from here on
+
+    def vjp(g, g_weights=None):
+        u = np.array(g_weights, order="C") if g is None else contiguous(g @ v.swapaxes(-1, -2))
+        if g is not None and g_weights is not None:
+            u += g_weights
+        d_keep = None if keep is None else np.zeros_like(keep)
+        if keep is None:
+            launch("softmax_vjp", rows_of(A), rows_of(u), scale)
+        else:
+            launch("masked_softmax_vjp", A, scores, u, sees_itself, scale, d_keep)
+        return (lambda: u @ k, lambda: u.swapaxes(-1, -2) @ q,
+                None if g is None else lambda: A.swapaxes(-1, -2) @ g, d_keep)
+    out = A @ v
+    return ((out, A) if weights else out), vjp
+
+
+@kernels_of(ops.lookup_gather)
+def lookup_gather(q, k, v):
+    check_attention("lookup_gather", q, k, v, None, False)
+    one, scale = q.dtype.type(1), 1 / math.sqrt(q.shape[-1])
+    logits = (q * scale) @ k.swapaxes(-1, -2)
+    A = np.array(logits, order="C")
+    launch("softmax", rows_of(A), one)
+
+    def vjp(g, g_A, g_logits):
+        u = None if g is None else contiguous(g @ v.swapaxes(-1, -2))
+        if g_A is not None:
+            u = np.array(g_A, order="C") if u is None else np.add(u, g_A, out=u)
+        if u is None:
+            u = np.zeros_like(A)
+        else:
+            launch("softmax_vjp", rows_of(A), rows_of(u), one)
+        if g_logits is not None:
+            u += g_logits
+        u *= scale
+        return (lambda: u @ k, lambda: u.swapaxes(-1, -2) @ q,
+                None if g is None else lambda: A.swapaxes(-1, -2) @ g)
+    return (A @ v, A, logits), vjp
+
+
+@kernels_of(ops.lookup_infuse, lambda A, logits, v, *, reuse: reuse == "resoftmax" and logits is not None
+            and A.ndim == v.ndim == 4 and A.shape == logits.shape and A.shape[:3] == v.shape[:3])
+def lookup_infuse(A, logits, v, *, reuse):
+    """Of reuse="resoftmax" alone: the other readings have no exp."""
+    R = np.array(logits, order="C")
+    launch("softmax_columns", R.reshape(-1, *R.shape[2:]))
+
+    def vjp(g):
+        def of_logits():
+            u = contiguous(v @ g.swapaxes(-1, -2))
+            launch("softmax_columns_vjp", R.reshape(-1, *R.shape[2:]), u.reshape(-1, *R.shape[2:]))
+            return u
+        return None, of_logits, lambda: R @ g
+    return R.swapaxes(-1, -2) @ v, vjp
+
+
+@implementation(AdamW.step, "numpy", covers=lambda optimizer, lr: worth(optimizer.flat.data))
+def adamw(optimizer, lr):
+    """AdamW.step's work -> the gradient's norm before clipping."""
+    optimizer.steps += 1
+    flat, (first, second) = optimizer.flat, optimizer.corrections(optimizer.steps)
+    of = flat.data.dtype.type
+    with blas_threads(1):  # more threads would sum in another order
+        norm = np.sqrt(flat.grad @ flat.grad)
+    clip = of(1) if optimizer.clip is None else np.minimum(optimizer.clip / (norm + 1e-12), of(1))
+    betas = of(optimizer.betas[0]), of(optimizer.betas[1])
+    for start, stop, scale, decay, frozen in flat.segments:
+        cut, rate = slice(start, stop), lr * scale if optimizer.steps > frozen else 0.0
+        launch("adamw", flat.data[cut], flat.grad[cut], optimizer.m[cut], optimizer.v[cut], clip, betas,
+               of(optimizer.eps), of(rate / first), of(second),
+               of(1 - rate * optimizer.weight_decay if decay else 1))
+    if optimizer.mean is not None:
+        launch("follow", optimizer.mean, flat.data, of(optimizer.mean_share(optimizer.steps)))
+    return norm
