@@ -32,7 +32,8 @@ def answers(device):
     return infer(model, to_device(pictures, device), batch_size=4)  # six slices: worth a capture
 
 with standin.installed(kernels=True):
-    np.testing.assert_allclose(answers("cuda"), answers("cpu"), rtol=0, atol=1e-5)
+    with tt.plain():  # on the CPU, too: Numba's would differ in the last digits
+        np.testing.assert_allclose(answers("cuda"), answers("cpu"), rtol=0, atol=1e-5)
     with pytest.raises(tt.InputError, match="products are in fp32"):
         products_in("bf16", "cuda")
 assert not [name for name in sys.modules if name.startswith("tinytoken.cuda")]
