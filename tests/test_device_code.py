@@ -28,12 +28,11 @@ MAY = {
     "types and shapes, no values": {
         "models/column.py": {"ColumnConfig.prefix"}, "models/tome.py": {"matching"},
         "models/options.py": {"one_of"}, "nn/module.py": {"Module.astype"}, "ops/select.py": {"top_k"},
-        "ops/grid.py": {"_two_sides"}, "ops/window.py": {"_check"},
+        "ops/grid.py": {"_are_sides"}, "ops/window.py": {"_check"},
         "tensor.py": {"Tensor.__init__", "Op._setting", "Op._float_dtype", "Op._raw", "Op._wrap",
                       "_as_array", "refuse"},
         "ops/shape.py": {"_index_array", "swapaxes"}, "graph.py": {"_checked", "watched"},
-        "ops/dense.py": {"_"}, "models/lookupvit.py": {"LookupViT._check_grid"},
-        "random.py": {"bits", "_check_seed"}},
+        "ops/dense.py": {"_"}, "random.py": {"bits", "_check_seed"}},
     "asked for by the caller": {
         "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__int__", "Tensor.__bool__",
                       "Tensor.__array__", "Tensor.__format__"},

@@ -319,7 +319,7 @@ def test_the_configuration_makes_the_same_model_again():
 
 # What it refuses
 
-GRID = "expected (m, n) from (1, 1) to the lookup grid (4, 4)"
+GRID = "expected a grid from (1, 1) to the lookup grid (4, 4)"
 
 
 @pytest.mark.parametrize("grid, text", [

@@ -197,7 +197,7 @@ def patchify(images, *, patch):
 
 
 @kernels_of(ops.resize, lambda x, *, grid, size, antialias=True: x.ndim == 3
-            and x.shape[1] == grid[0] * grid[1])
+            and x.shape[1] == math.prod(grid))
 def resize(x, *, grid, size, antialias=True):
     matrix = resize_matrix_on(array_module(x), tuple(grid), tuple(size), antialias)
     return mix_tokens(matrix, x), lambda g: mix_tokens(matrix.T, g)

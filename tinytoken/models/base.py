@@ -74,6 +74,10 @@ class Model(nn.Module):
         """Make the parts of a model with the configuration c, a Config."""
         raise NotImplementedError
 
+    def embedding(self, c: Any) -> Any:
+        """What turns pictures into tokens, of a model with `Sizes`."""
+        return nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels, bias=not c.pre_norm)
+
     def loss(self, out: Any, targets: Array, teacher: Any = None, *, smoothing: float = 0.0,
              weights: tuple[float, ...] | None = None) -> Loss:
         """The loss of the outputs `out` of this model -> (loss, parts): that of the labels, `class_loss`.

@@ -16,7 +16,7 @@ from .. import nn, ops
 from ..backend import Array, to_numpy
 from ..errors import expect
 from ..tensor import Tensor, fused
-from .base import Loss, Model, Output, Sizes, model, weighted_sum
+from .base import Loss, Model, Output, Sizes, is_whole, model, weighted_sum
 
 REUSE = ("probs", "renorm", "resoftmax", "separate", "none")
 # The reading of the paper that most of the programs share: LookupViT(**PAPER). The defaults are what learned
@@ -32,7 +32,7 @@ class LookupViTConfig(Sizes):
     reuse: how (c) reads the attention of (a) (ops.lookup_infuse); "separate" gives (c) queries and keys of
     its own, "none" leaves (c) out. norm: "qk" norms the projected queries and keys of (a), "pre" the inputs
     of all three projections. classifiers: "both" trains a head on each token set, "compressed" on one."""
-    compressed: tuple[int, int] = (3, 3)
+    compressed: tuple[int, ...] = (3, 3)
     lookup_mlp_ratio: float = 0.5
     reuse: str = "resoftmax"
     norm: str = "pre"
@@ -127,11 +127,11 @@ class LookupViT(Model):
     """A LookupViT. images (B, channels, H, W) -> LookupOutput. There is no class token.
 
     In eval mode the end of the last block is left out: only the lookup tokens would see it."""
-    Config = LookupViTConfig
+    Config: type[LookupViTConfig] = LookupViTConfig
     class_loss = staticmethod(lookupvit_loss)  # of a teacher, the compressed head alone learns the answers
 
     def build(self, c: LookupViTConfig) -> None:
-        self.patch_embed = nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels)
+        self.patch_embed = self.embedding(c)
         positions = nn.start_positions(self.patch_embed.grid, c.dim)
         self.pos_embed, self.compressed = nn.Parameter(positions[None]), self._check_grid(c.compressed)
         resized = ops.resize_matrix(self.patch_embed.grid, self.compressed) @ positions
@@ -144,20 +144,20 @@ class LookupViT(Model):
         nn.initialise(self, keys_as_queries=c.keys_as_queries)
 
     def _check_grid(self, grid):
-        inside = isinstance(grid, (tuple, list)) and len(grid) == 2 and all(
-            isinstance(n, (int, np.integer)) and 1 <= n <= top for n, top in zip(grid, self.patch_embed.grid))
-        expect(inside, "LookupViT",
-               f"compressed {grid!r}, expected (m, n) from (1, 1) to the lookup grid {self.patch_embed.grid}")
+        own = self.patch_embed.grid
+        fits = isinstance(grid, (tuple, list)) and len(grid) == len(own) and all(map(is_whole, grid))
+        expect(fits and all(1 <= n <= top for n, top in zip(grid, own)), type(self).__name__,
+               f"compressed {grid!r}, expected a grid from {(1,) * len(own)} to the lookup grid {own}")
         return tuple(grid)
 
-    def embed(self, images: Tensor | Array, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def embed(self, images: Tensor | Array, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """images -> lookup tokens (B, N, D) and compressed tokens (B, M, D), with positions. The compressed
         ones are the patches, resized before positions are added."""
         x = self.patch_embed(images)
         positions = ops.resize(self.pos_embed_compressed, grid=self.compressed, size=grid)
         return x + self.pos_embed, ops.resize(x, grid=self.patch_embed.grid, size=grid) + positions
 
-    def forward(self, images: Tensor | Array, compressed: tuple[int, int] | None = None,
+    def forward(self, images: Tensor | Array, compressed: tuple[int, ...] | None = None,
                 mean_of_heads: bool = False, trace: bool = False, paths: Array | None = None) -> LookupOutput:
         """compressed: another grid (m, n) for this call. paths: factors (B, depth, 5) of what the parts of
         the blocks add, in training (tasks.drop_paths). mean_of_heads: in eval mode, the logits are the mean

@@ -26,7 +26,8 @@ def one_of(value: Any, *values: Any) -> bool:
 
 
 class Options:
-    """A configuration of a model, the base of its dataclass. It has image_size: H = W, or (H, W), in pixels.
+    """A configuration of a model, the base of its dataclass. It has image_size: H = W, or (H, W), in pixels,
+    patch_size and channels.
 
     choices: {option: the values that it may have}. positive: the options that are positive whole numbers;
     by_stage: those that are tuples of such, or None."""
@@ -34,6 +35,8 @@ class Options:
     positive: ClassVar[tuple[str, ...]] = ()
     by_stage: ClassVar[tuple[str, ...]] = ()
     image_size: int | tuple[int, int]
+    patch_size: int
+    channels: int
 
     def __post_init__(self, *_: Any) -> None:
         choices: dict[str, tuple[str, ...]] = {}  # those of the classes above, too
@@ -64,6 +67,11 @@ class Options:
             if isinstance(value, list):  # a config read from JSON has lists for tuples
                 self.settle(field.name, tuple(value))
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one picture as the model takes it, (channels, H, W)."""
+        return (self.channels, *nn.both_sides(self.image_size))
+
     def settle(self, name: str, value: Any) -> None:
         """Set an option while the configuration is made; later it cannot be changed."""
         object.__setattr__(self, name, value)
@@ -89,4 +97,5 @@ class Sizes(Options):
     _: dataclasses.KW_ONLY
     channels: int = 3
     keys_as_queries: bool = False
+    pre_norm = False  # fixed here; ColumnConfig makes an option of it
     positive = ("patch_size", "dim", "depth", "heads", "num_classes", "channels")

@@ -92,10 +92,6 @@ class ViT(Model):
         self.head_dist = nn.Linear(c.dim, c.num_classes) if c.distilled else None
         nn.initialise(self, keys_as_queries=c.keys_as_queries)
 
-    def embedding(self, c: Any) -> nn.PatchEmbed:
-        """What turns pictures into tokens."""
-        return nn.PatchEmbed(c.image_size, c.patch_size, c.dim, c.channels, bias=not c.pre_norm)
-
     def embed(self, images: Tensor | Array) -> Tensor:
         """images -> tokens with positions (B, T, D): those of `prefix` first, then the patches."""
         x, everywhere = self.patch_embed(images), not self.config.no_embed_class

@@ -59,17 +59,19 @@ def initialise(model: Module, residual_scale: float = 0.3, keys_as_queries: bool
             module.tie_keys()
 
 
-def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """The 2-D sine-cosine table, (h w, dim) float32: a quarter of the channels each for sin and cos of column
-    and of row."""
+def sincos_positions(grid: tuple[int, ...], dim: int) -> np.ndarray:
+    """The sine-cosine table of a grid (h, w), (h w, dim) float32: a quarter of the channels each for sin and
+    cos of column and of row. Of a grid (t, h, w) of a clip, (t h w, dim): a sixth each, those of the time
+    last."""
     check_room(math.prod(grid) * dim)
-    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-    rows, columns = (place.reshape(-1, 1) * frequencies
-                     for place in np.mgrid[:grid[0], :grid[1]].astype("float64"))
-    table = np.concatenate([np.sin(columns), np.cos(columns), np.sin(rows), np.cos(rows)], axis=1)
+    channels = dim // (2 * len(grid))
+    frequencies = 10000.0 ** (-np.arange(channels) / channels)
+    angles = [place.reshape(-1, 1) * frequencies for place in np.indices(grid).astype("float64")]
+    table = np.concatenate([wave(angle) for angle in angles[::-1] for wave in (np.sin, np.cos)], axis=1)
     return np.pad(table, ((0, 0), (0, dim - table.shape[1]))).astype("float32")
 
 
-def start_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """The position table that models start from, (h w, dim): the sine-cosine table x 0.7, then learned."""
+def start_positions(grid: tuple[int, ...], dim: int) -> np.ndarray:
+    """The position table that models start from, (h w, dim) or (t h w, dim): the sine-cosine table x 0.7,
+    then learned."""
     return sincos_positions(grid, dim) * 0.7

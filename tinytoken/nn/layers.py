@@ -189,7 +189,7 @@ class PatchEmbed(Module):
                f"patch_size {patch_size} does not divide image_size {image_size}")
         self.image_size, self.patch_size = image_size, patch_size
         self.channels = channels
-        self.grid = (height // patch_size, width // patch_size)
+        self.grid: tuple[int, ...] = (height // patch_size, width // patch_size)
         self.proj = proj or Projection(dim, channels, patch_size, bias)
 
     def features(self, images: Tensor | Array) -> Tensor | Array:

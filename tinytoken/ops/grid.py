@@ -1,5 +1,6 @@
 """Pictures to tokens, and token grids to other sizes."""
 import functools
+import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -36,24 +37,26 @@ def patchify(images, *, patch):
 def resize(x, *, grid, size, antialias=True):
     """Tokens on a grid (h, w), row by row, resized to `size` (m, n) bilinearly. x (B, h w, D) -> (B, m n, D).
 
+    A grid may have any number of sides: tokens of a clip have three, (t, h, w), and are resized in time, too.
     A product with a constant, `resize_matrix`. With antialias every token is read, also where the grid
     shrinks (as in jax.image.resize).
     """
-    expect(x.ndim == 3 and x.shape[1] == grid[0] * grid[1], "resize",
-           lambda: f"{shape_of('x', x)}, expected (B, {grid[0] * grid[1]}, D) for the grid {tuple(grid)}")
+    expect(x.ndim == 3 and x.shape[1] == math.prod(grid), "resize",
+           lambda: f"{shape_of('x', x)}, expected (B, {math.prod(grid)}, D) for the grid {tuple(grid)}")
     matrix = resize_matrix_on(array_module(x), tuple(grid), tuple(size), antialias, x.dtype.name)
     return matrix @ x, lambda g: matrix.T @ g
 
 
 def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = True,
                   cubic: bool = False) -> np.ndarray:
-    """The (m n, h w) float64 matrix of `resize`; each row sums to 1.
+    """The (m n, h w) float64 matrix of `resize`; each row sums to 1. It is separable: the Kronecker product
+    of a matrix for each axis.
 
     Along one axis, with s = h / m, output o has its centre at c = (o + 1/2) s - 1/2, and input i weighs
     max(0, 1 - |i - c| / max(s, 1)); without antialias the divisor is 1. cubic: Keys's kernel of the same
     distance, with antialias alone: torch's "bicubic", with which timm resizes position tables.
     """
-    expect(all(_two_sides(sides) for sides in (grid, size)), "resize",
+    expect(all(map(_are_sides, (grid, size))) and len(grid) == len(size), "resize",
            lambda: f"grid {grid!r} to {size!r}: whole numbers, at least 1 x 1, expected")
     expect(antialias or not cubic, "resize", "cubic without antialias, expected antialias=True")
 
@@ -64,13 +67,13 @@ def resize_matrix(grid: Sequence[int], size: Sequence[int], antialias: bool = Tr
         distance = np.abs(np.arange(inputs) - centres[:, None]) / half_width
         weight = _cubic(distance) if cubic else np.maximum(0, 1 - distance)
         return weight / weight.sum(axis=1, keepdims=True)
-    return np.kron(axis(grid[0], size[0]), axis(grid[1], size[1]))
+    return functools.reduce(np.kron, map(axis, grid, size))
 
 
-def _two_sides(sides):
-    """Whether it is a pair of whole numbers from 1."""
+def _are_sides(sides):
+    """Whether it is two or more whole numbers from 1."""
     return (isinstance(sides, Sequence) or isinstance(sides, np.ndarray) and sides.ndim) and (
-            len(sides) == 2 and all(isinstance(n, numbers.Real) and n >= 1 and n % 1 == 0 for n in sides))
+            len(sides) > 1 and all(isinstance(n, numbers.Real) and n >= 1 and n % 1 == 0 for n in sides))
 
 
 def _cubic(x):
