@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 import tinytoken as tt
-from tinytoken import experiments, models
+from tinytoken import experiments, models, random
 from tinytoken.__main__ import main
 from tinytoken.data import Batches, cifar, scenes
 from tinytoken.experiments import compare
@@ -173,3 +173,27 @@ def saved(path, kind="vit", **more):
         p.data += 0.1
     checkpoint.save(path, model, **dict(classes=list(scenes.NAMES), mean=MEAN, std=STD) | more)
     return model
+
+
+# Of made data
+
+def streams(monkeypatch):
+    """{site: the steps that were drawn from it} of all draws from now on."""
+    sites = {}
+    for name in ("uniform", "integers"):
+        real = getattr(random, name)
+
+        def spy(*args, site, step, seed, real=real):
+            sites.setdefault(site, []).append(step)
+            return real(*args, site=site, step=step, seed=seed)
+        monkeypatch.setattr(random, name, spy)
+    return sites
+
+
+def linear_accuracy(features, labels, train):
+    """Test accuracy of ridge regression to one-hot targets, fitted on the first `train` rows."""
+    features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-9)
+    features = np.c_[features, np.ones(len(features))]
+    a, b = features[:train], np.eye(labels.max() + 1)[labels[:train]]
+    weights = np.linalg.solve(a.T @ a + 10 * np.eye(a.shape[1]), a.T @ b)
+    return ((features[train:] @ weights).argmax(axis=1) == labels[train:]).mean()

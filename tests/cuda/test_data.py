@@ -46,6 +46,16 @@ def test_batches(options, number_on_device, there):
         assert launched.count(kernel) == 4 * wanted
 
 
+@pytest.mark.parametrize("pad", [0, 3])
+def test_batches_of_clips_are_those_of_the_plain_form(pad, there):
+    """The kernel is for pictures."""
+    clips, labels = SCENES.images[:24].reshape(6, 4, 3, 32, 32), SCENES.labels[:6]
+    mine, plain = (Batches(*(to_device(array, device) for array in (clips, labels)), 3, pad=pad)(1)
+                   for device in ("cuda", "cpu"))
+    assert all(np.array_equal(to_numpy(a), b) for a, b in zip(mine, plain))
+    assert "gather_pictures" not in [name for name, *_ in there]
+
+
 def test_a_draw_is_one_launch(there):
     random.gumbel((8, 5, 2), site="here", step=0, seed=0, xp=module_for("cuda"))
     assert [name for name, *_ in there] == ["random_bits"]

@@ -208,3 +208,45 @@ def test_bad_normalisation_is_refused():
         normalise(images, (0.5, 0.5, 0.5), (1, 0, 1))
     with pytest.raises(InputError, match=r"normalise: images .* float64, expected \(B, 3, H, W\) uint8"):
         normalise(images / 255, (0.5, 0.5, 0.5), (1, 1, 1))
+
+
+# Clips
+
+def clip_set(xp, count=6, frames=4, size=8):
+    images, _ = picture_set(xp, count * frames, size)
+    return images.reshape(count, frames, 3, size, size), xp.arange(count)
+
+
+def test_all_frames_of_a_clip_are_moved_alike(xp):
+    """Each is the same crop of its padded self, and none is mirrored."""
+    images, labels = clip_set(xp)
+    batches, seen = Batches(images, labels, 6, pad=2, **PLAIN), set()
+    for step in range(6):
+        x, y = (host(array) for array in batches(step))
+        assert x.shape == (6, 4, 3, 8, 8) and x.dtype == "float32"
+        for clip, number in zip(x, y):
+            views = [find_view(frame, source, 2) for frame, source in zip(clip, host(images)[number])]
+            common = set.intersection(*map(set, views))
+            assert common and not any(mirrored for mirrored, *_ in common)
+            seen |= common
+    assert len(seen) > 12
+
+
+def test_clips_that_are_not_moved_are_normalised_as_their_frames(xp):
+    images, labels = clip_set(xp)
+    x, y = Batches(images, labels, 3)(1)
+    frames = images.reshape(-1, 3, 8, 8)
+    assert channel_statistics(images) == channel_statistics(frames)
+    expected = normalise(frames, *channel_statistics(frames)).reshape(images.shape)[y]
+    assert (host(x) == host(expected)).all()
+
+
+@pytest.mark.parametrize("change", [dict(flip=True), dict(erase=0.5), dict(mixup=0.2), dict(cutmix=1.0)], ids=str)
+def test_what_would_change_what_a_clip_shows_is_refused(change):
+    with pytest.raises(InputError, match="^Batches: flip, erase, mixup or cutmix of clips, which can only be "
+                                         "moved: pad alone expected$"):
+        Batches(*clip_set(np), 2, **change)
+    with pytest.raises(InputError, match="^Batches: pad is 8, expected 0 to 7$"):
+        Batches(*clip_set(np), 2, pad=8)
+    with pytest.raises(InputError, match=r"maps of the pictures: they would not move along$"):
+        Batches(clip_set(np)[0], np.zeros((6, 4, 8, 8)), 2, pad=1)

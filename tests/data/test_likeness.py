@@ -81,3 +81,8 @@ def test_what_is_said_of_a_measure(known):
     assert likeness.outside(white * 0, {"mean of green": [0.5, 1.0]})
     assert [text.split(" 0")[0].split(" 1")[0] for text in likeness.outside(white, known)] == (
         list(likeness.MEASURES))
+
+
+def test_clips_are_measured_frame_by_frame():
+    images = scenes.make_scenes(40).images
+    assert likeness.bounds(images.reshape(10, 4, 3, 32, 32)) == likeness.bounds(images)

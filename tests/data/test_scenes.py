@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
+from tiny import linear_accuracy, streams
 from tinytoken.data import scenes
 from tinytoken.data.scenes import SHAPES, SPLITS, make_scenes
 from tinytoken.errors import InputError
@@ -57,14 +58,7 @@ def test_the_same_call_gives_the_same_and_another_seed_or_split_another():
 
 
 def test_no_two_draws_share_a_stream(monkeypatch):
-    sites = {}
-    for name in ("uniform", "integers"):
-        real = getattr(scenes.random, name)
-
-        def spy(*args, site, step, seed, real=real):
-            sites.setdefault(site, []).append(step)
-            return real(*args, site=site, step=step, seed=seed)
-        monkeypatch.setattr(scenes.random, name, spy)
+    sites = streams(monkeypatch)
     for split in SPLITS:
         make_scenes(scenes.CHUNK + 1, split=split)
     assert len(sites) >= 3 * 15 and len({zlib.crc32(site.encode()) for site in sites}) == len(sites)
@@ -94,7 +88,7 @@ def test_boxes_and_instances_are_tight_and_complete(some):
 
 def test_objects_lie_wholly_inside_and_apart(fine):
     """Nothing is cut off by the border or by another object: every object has the area of its shape."""
-    draw = scenes._Draws(120, 2, "train", 0)
+    draw = scenes.Draws(120, 2, "train", 0)
     centre, radius, present = scenes._place(draw)
     assert (present[:, 0] & (present[:, 1] | ~present[:, 2])).all()
     assert (centre - radius[..., None] >= 0)[present].all()
@@ -207,15 +201,6 @@ def test_the_class_has_no_say_in_number_and_area(some):
             assert abs(group.mean() - values.mean()) < 5 * values.std() / math.sqrt(len(group))
 
 
-def linear_accuracy(features, labels, train):
-    """Test accuracy of ridge regression to one-hot targets, fitted on the first `train` rows."""
-    features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-9)
-    features = np.c_[features, np.ones(len(features))]
-    a, b = features[:train], np.eye(10)[labels[:train]]
-    weights = np.linalg.solve(a.T @ a + 10 * np.eye(a.shape[1]), a.T @ b)
-    return ((features[train:] @ weights).argmax(axis=1) == labels[train:]).mean()
-
-
 def test_colour_does_not_tell_the_class(some):
     """Chance is 10 %, and the same classifier, given the mask's outline, does far better. The histogram
     counts pixels by the palette's colour next to theirs: finer bins would count the mixed pixels along the
@@ -234,7 +219,7 @@ def test_colour_does_not_tell_the_class(some):
 
 def test_objects_and_clutter_have_the_same_colours(some):
     """The same means, spreads and palette shares; and what is drawn in the pictures is of the palette."""
-    draw = scenes._Draws(scenes.CHUNK, 0, "train", 0)
+    draw = scenes.Draws(scenes.CHUNK, 0, "train", 0)
     clutter, objects = (draw.colours(of, (count,)).reshape(-1, 3)
                         for of, count in (("clutter", 12), ("object", 3)))
     for moment in (lambda x: x, lambda x: (x - x.mean(axis=0))**2):

@@ -22,7 +22,7 @@ def random_bits(shape, *, site, step, seed, xp):
     return out
 
 
-@implementation(batches.Batches.pictures)
+@implementation(batches.Batches.pictures, covers=lambda self, *_: self.images.ndim == 4)
 def gather_pictures(self, chosen, step):
     """Batches.pictures: moved, mirrored and normalised by one kernel."""
     images = self.images

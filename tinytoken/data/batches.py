@@ -1,4 +1,4 @@
-"""Batches for training: shuffled, cropped, flipped and normalised, from a set of uint8 pictures.
+"""Batches for training: shuffled, cropped, flipped and normalised, from a set of uint8 pictures or clips.
 
 The same code serves NumPy and CuPy: on a GPU the whole set lies in its memory, and all of this happens there.
 """
@@ -17,12 +17,15 @@ SITE = "tinytoken.data.batches."
 class Batches:
     """batches(step) -> (images (batch_size, 3, H, W) float32, labels (batch_size, ...)).
 
+    Of clips (B, T, 3, H, W), a batch is (batch_size, T, 3, H, W); all frames of one are moved alike.
+
     A batch is a pure function of (seed, step). An epoch goes through the set once, in a new order; a last,
     incomplete batch is dropped. `len` is the steps in an epoch.
 
     pad: each picture is moved by up to this many pixels each way; what comes in at the border is zero after
         normalisation, the mean colour (the usual crop with padding).
-    flip: half of the pictures are mirrored left to right.
+    flip: half of the pictures are mirrored left to right. Refused for clips, since what goes left would
+        keep its label and go right; so are erase, mixup and cutmix.
     erase: the share of pictures in which a rectangle gets the mean colour (mix.erase).
     mixup, cutmix: alpha of the Beta distribution by which pictures are mixed in pairs (mix.mixup,
         mix.cutmix); 0 mixes none, and with both each batch gets one of them, either with probability 1/2.
@@ -33,7 +36,7 @@ class Batches:
     labels: class indices (B,); or any arrays, one per image, for a task that knows what they are. Those of
         the picture's size are maps of its pixels, which would have to move along: pad or flip refuse them.
 
-    Raises InputError for images that are not uint8 (B, 3, H, W), more or fewer labels than images, or a
+    Raises InputError for images that are not uint8 of these shapes, more or fewer labels than images, or a
     batch that is larger than the set.
     """
 
@@ -50,12 +53,14 @@ class Batches:
                f"or one array of numbers per image")
         expect(classes_known or not (mixup or cutmix), "Batches",
                f"mixup or cutmix with {shape} {labels.dtype}, expected class numbers ({count},)")
-        expect(not (pad or flip) or labels.shape[1:][-2:] != images.shape[2:], "Batches",
+        expect(images.ndim == 4 or not (flip or erase or mixup or cutmix), "Batches",
+               "flip, erase, mixup or cutmix of clips, which can only be moved: pad alone expected")
+        expect(not (pad or flip) or labels.shape[1:][-2:] != images.shape[-2:], "Batches",
                f"pad or flip with {shape}, maps of the pictures: they would not move along")
         expect(1 <= batch_size <= count, "Batches",
                f"batch size {batch_size}, expected 1 to the set's {count}")
-        expect(0 <= pad < min(images.shape[2:]), "Batches",
-               f"pad is {pad}, expected 0 to {min(images.shape[2:]) - 1}")
+        expect(0 <= pad < min(images.shape[-2:]), "Batches",
+               f"pad is {pad}, expected 0 to {min(images.shape[-2:]) - 1}")
         expect(0 <= erase <= 1 and min(mixup, cutmix) >= 0, "Batches",
                f"erase {erase}, mixup {mixup}, cutmix {cutmix}: a share from 0 to 1 "
                f"and two numbers not below 0 expected")
@@ -110,8 +115,9 @@ class Batches:
         return order
 
     def _moved(self, chosen, step):
-        """The chosen pictures, moved and mirrored by one gather: every pixel has a source row and column."""
-        xp, (height, width) = array_module(self.images), self.images.shape[2:]
+        """The chosen pictures, moved and mirrored by one gather: every pixel has a source row and column.
+        The channels of a clip are those of all its frames."""
+        xp, (height, width) = array_module(self.images), self.images.shape[-2:]
         draw = dict(step=step, seed=self.seed, xp=xp)
         shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site=SITE + "crop", **draw)
         shift = shift - self.pad
@@ -122,13 +128,15 @@ class Batches:
         in_rows, in_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
         inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
         rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
-        picked = self.images[chosen[:, None, None, None], xp.arange(3)[:, None, None],
-                             rows[:, None, :, None], columns[:, None, None, :]]
-        return normalise(picked, self.mean, self.std) * inside
+        images = self.images.reshape(len(self.images), -1, height, width)
+        picked = images[chosen[:, None, None, None], xp.arange(images.shape[1])[:, None, None],
+                        rows[:, None, :, None], columns[:, None, None, :]]
+        normal = normalise(picked.reshape(len(chosen), *self.images.shape[1:]), self.mean, self.std)
+        return normal * inside.reshape(len(chosen), *[1] * (normal.ndim - 3), height, width)
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """uint8 (B, 3, H, W) -> float32, (images / 255 - mean) / std per channel.
+    """uint8 (B, 3, H, W), or clips (B, T, 3, H, W) -> float32, (images / 255 - mean) / std per channel.
 
     mean, std: three floats each, in units of [0, 1]."""
     _check_images("normalise", images)
@@ -154,9 +162,10 @@ def line(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list[float], 
 
 
 def channel_statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 (B, 3, H, W): three floats each, in units of [0,
-    1]."""
+    """Mean and standard deviation of each channel of uint8 (B, 3, H, W) or (B, T, 3, H, W): three floats
+    each, in units of [0, 1]."""
     _check_images("channel_statistics", images)
+    images = images.reshape(-1, *images.shape[-3:])
     xp = array_module(images)
     counts = xp.zeros((3, 256), "int64")  # exact, and no float copy of the set
     for start in range(0, len(images), 1024):
@@ -170,5 +179,5 @@ def channel_statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def _check_images(where, images):
-    expect(images.ndim == 4 and images.shape[1] == 3 and len(images) and images.dtype == "uint8", where,
-           f"{shape_of('images', images)} {images.dtype}, expected (B, 3, H, W) uint8")
+    expect(images.ndim in (4, 5) and images.shape[-3] == 3 and images.size and images.dtype == "uint8", where,
+           f"{shape_of('images', images)} {images.dtype}, expected (B, 3, H, W) uint8, or (B, T, 3, H, W)")

@@ -31,10 +31,11 @@ def measures(images: np.ndarray) -> np.ndarray:
 
 
 def bounds(images: np.ndarray) -> dict[str, list[float]]:
-    """{measure: [low, high]} of training pictures (B, 3, H, W) uint8.
+    """{measure: [low, high]} of training pictures (B, 3, H, W) uint8, or of the frames of clips.
 
     The quantiles TAIL and 1 - TAIL, and MARGIN of the distance between them beyond each. Of a large set, MOST
     pictures are measured, at equal distances."""
+    images = images.reshape(-1, *images.shape[-3:])
     chosen = images[np.linspace(0, len(images) - 1, min(MOST, len(images))).astype(int)]
     step = max(1, CHUNK // chosen[0].size)  # bounds memory
     found = np.concatenate([measures(chosen[start:start + step]) for start in range(0, len(chosen), step)])

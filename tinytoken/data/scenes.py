@@ -17,6 +17,7 @@ Image i is a pure function of (seed, split, i): a longer set begins with the sho
 changes the resolution at which the same scene is drawn. Inside, lengths are in units of the picture's side.
 """
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -148,51 +149,58 @@ def make_scenes(count: int, *, seed: int = 0, split: str = "train", size: int = 
     """Draw `count` scenes of size x size pixels (see the top of this file). 10,000 of 32 x 32 take seconds.
 
     Raises InputError for a count below 1, an unknown split, or a size outside 16 to 256."""
-    whole = (int, np.integer)
-    expect(isinstance(count, whole) and count >= 1, "make_scenes",
-           f"count is {count!r}, expected an int of at least 1")
-    expect(isinstance(size, whole) and 16 <= size <= 256, "make_scenes",
-           f"size is {size!r}, expected an int from 16 to 256")
-    expect(split in SPLITS, "make_scenes", f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    check_request("make_scenes", count, split, size)
     images, labels = np.empty((count, 3, size, size), "uint8"), np.empty(count, "int64")
     instances, boxes = np.empty((count, size, size), "uint8"), np.empty((count, len(RADII), 4), "int64")
     bar = tqdm(total=count, desc=f"drawing scenes ({split})", unit="scene", delay=2, leave=False)
     for start in range(0, count, CHUNK):
         part = slice(start, min(start + CHUNK, count))
-        draw = _Draws(part.stop - start, seed, split, start // CHUNK)
+        draw = Draws(part.stop - start, seed, split, start // CHUNK)
         labels[part] = draw.integers("label", (), len(SHAPES))
-        picture = _background(draw, size)
+        picture = background(draw, size)
         _paint_clutter(draw, picture)
         instances[part] = _paint_objects(draw, picture, np.repeat(labels[part, None], len(RADII), axis=1))
         images[part] = np.rint(picture.clip(0, 255, out=picture), out=picture)
-        boxes[part] = _boxes(instances[part])
+        boxes[part] = boxes_of(instances[part])
         bar.update(part.stop - start)
     bar.close()
     return Scenes(images, labels, instances, boxes)
 
 
-class _Draws:
+def check_request(where: str, count: int, split: str, size: int) -> None:
+    """Refuse a count, a split or a size that nothing can be drawn with. where: who was asked."""
+    whole = (int, np.integer)
+    expect(isinstance(count, whole) and count >= 1, where,
+           f"count is {count!r}, expected an int of at least 1")
+    expect(isinstance(size, whole) and 16 <= size <= 256, where,
+           f"size is {size!r}, expected an int from 16 to 256")
+    expect(split in SPLITS, where, f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+
+
+class Draws:
     """What is drawn for a chunk of `rows` scenes. A row's draws are the same in a chunk that is not full."""
 
-    def __init__(self, rows, seed, split, chunk):
+    def __init__(self, rows: int, seed: int, split: str, chunk: int) -> None:
         self.rows, self.split = rows, split
-        self.stream = dict(seed=seed, step=chunk)
+        self.stream: dict[str, Any] = dict(seed=seed, step=chunk)
 
-    def uniform(self, what, shape, low=0.0, high=1.0):
+    def uniform(self, what: str, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> np.ndarray:
+        """(rows, *shape) float32. what: its name; each is drawn from a stream of its own."""
         site = f"tinytoken.data.scenes.{self.split}.{what}"
         return low + (high - low) * random.uniform((self.rows, *shape), site=site, **self.stream)
 
-    def integers(self, what, shape, high):
+    def integers(self, what: str, shape: tuple[int, ...], high: int) -> np.ndarray:
+        """(rows, *shape) int64, from 0 to high - 1."""
         site = f"tinytoken.data.scenes.{self.split}.{what}"
         return random.integers((self.rows, *shape), high, site=site, **self.stream)
 
-    def colours(self, what, shape):
+    def colours(self, what: str, shape: tuple[int, ...]) -> np.ndarray:
         """Colours of the palette, each channel moved a little: (rows, *shape, 3) float32 in 0 to 255."""
         chosen = PALETTE[self.integers(f"{what}.palette", shape, len(PALETTE))]
         return chosen + self.uniform(f"{what}.jitter", (*shape, 3), -JITTER, JITTER)
 
 
-def _background(draw, size):
+def background(draw: Draws, size: int) -> np.ndarray:
     """Smooth noise (rows, 3, size, size): draws on a 4 x 4 and an 8 x 8 grid, smoothly interpolated."""
     picture = draw.uniform("noise.level", (1, 1, 1), *LEVEL)
     for cells, strength in NOISE:
@@ -215,7 +223,7 @@ def _frame(size, centre, angle):
     return x, y
 
 
-def _paint(picture, distance, colour):
+def paint(picture: np.ndarray, distance: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """Lay `colour` (rows, 3) over the picture where distance < 0 -> the coverage (rows, size, size), which
     rises from 0 to 1 across one pixel at the edge.
 
@@ -231,8 +239,14 @@ def _paint(picture, distance, colour):
 
 
 def _paint_clutter(draw, picture):
-    """6 to 12 capsules, half of them long and thin (strokes), half short and thick (blobs)."""
-    low, high = CLUTTER
+    for distance, colour in clutter(draw, picture.shape[-1], *CLUTTER):
+        paint(picture, distance, colour)
+
+
+def clutter(draw: Draws, size: int, low: int, high: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """From `low` to `high` capsules, half of them long and thin (strokes), half short and thick (blobs).
+
+    Yields of one after another the distance from its edge (rows, size, size) and the colour (rows, 3)."""
     count = low + draw.integers("clutter.number", (), high - low + 1)
     centre = draw.uniform("clutter.centre", (high, 2))
     angle = draw.uniform("clutter.angle", (high,), 0, math.pi)
@@ -241,11 +255,11 @@ def _paint_clutter(draw, picture):
     radius = np.where(stroke, 0.014, 0.03).astype("float32") * draw.uniform("clutter.radius", (high,), 1, 2)
     colour = draw.colours("clutter", (high,))
     for k in range(high):
-        x, y = _frame(picture.shape[-1], centre[:, k], angle[:, k])
+        x, y = _frame(size, centre[:, k], angle[:, k])
         x = np.maximum(np.abs(x) - length[:, k, None, None], 0)
         distance = np.sqrt(x * x + y * y) - radius[:, k, None, None]
         distance[k >= count] = 1  # this scene has fewer pieces
-        _paint(picture, distance, colour[:, k])
+        yield distance, colour[:, k]
 
 
 def _paint_objects(draw, picture, shapes):
@@ -255,15 +269,24 @@ def _paint_objects(draw, picture, shapes):
     colour = draw.colours("object", (len(RADII),))
     instances = np.zeros((draw.rows, *picture.shape[2:]), "uint8")
     for k in range(len(RADII)):
-        x, y = _frame(picture.shape[-1], centre[:, k], angle[:, k])
-        distance = np.ones_like(x)
-        for i, shape in enumerate(SHAPES):
-            rows = np.flatnonzero((shapes[:, k] == i) & present[:, k])
-            r = radius[rows, k, None, None]
-            distance[rows] = r * shape(x[rows] / r, y[rows] / r)
-        coverage = _paint(picture, distance, colour[:, k])
+        kinds = np.where(present[:, k], shapes[:, k], -1)
+        coverage = paint_object(picture, kinds, centre[:, k], radius[:, k], angle[:, k], colour[:, k])
         instances[coverage >= 0.5] = k + 1
     return instances
+
+
+def paint_object(picture: np.ndarray, kinds: np.ndarray, centre: np.ndarray, radius: np.ndarray,
+                 angle: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Draw one object in each picture -> the coverage, see paint.
+
+    kinds (rows,) index SHAPES; -1: none. centre (rows, 2), radius and angle (rows,), colour (rows, 3)."""
+    x, y = _frame(picture.shape[-1], centre, angle)
+    distance = np.ones_like(x)
+    for i, shape in enumerate(SHAPES):
+        rows = np.flatnonzero(kinds == i)
+        r = radius[rows, None, None]
+        distance[rows] = r * shape(x[rows] / r, y[rows] / r)
+    return paint(picture, distance, colour)
 
 
 def _place(draw):
@@ -286,10 +309,10 @@ def _place(draw):
     return tries[chosen], radius, fits[chosen]
 
 
-def _boxes(instances):
-    """(rows, size, size) -> (rows, 3, 4): left, top, right, bottom of each object."""
-    boxes = np.zeros((len(instances), len(RADII), 4), "int64")
-    for k in range(len(RADII)):
+def boxes_of(instances: np.ndarray, objects: int = len(RADII)) -> np.ndarray:
+    """(rows, size, size) -> (rows, objects, 4): left, top, right, bottom of each object."""
+    boxes = np.zeros((len(instances), objects, 4), "int64")
+    for k in range(objects):
         mask = instances == k + 1
         for axis in (0, 1):  # across, then down
             line = mask.any(axis=1 + axis)

@@ -21,10 +21,12 @@ from .arm import Arm, Recipe, first_step
 class Trial:
     """The pictures of `recipe` with its seed, and the `arms` {name: Arm} trained on them.
 
-    run: a train.Run for checkpoints, to go on where an interrupted run stopped; None keeps none. Photographs
-    are moved and mirrored in each batch, scenes are not. changes: further options of Batches."""
+    pictures: (training, test) pictures in place of the recipe's own. run: a train.Run for checkpoints, to go
+    on where an interrupted run stopped; None keeps none. Photographs are moved and mirrored in each batch,
+    scenes are not. changes: further options of Batches."""
 
-    def __init__(self, recipe: Recipe, arms: Mapping[str, Arm] | None = None, *, device: str = "cpu",
+    def __init__(self, recipe: Recipe, arms: Mapping[str, Arm] | None = None, *,
+                 pictures: tuple[Any, Any] | None = None, device: str = "cpu",
                  run: Run | None = None, threads: int | None = None, bar: bool = True,
                  **changes: Any) -> None:
         expect(arms is None or isinstance(arms, Mapping), "Trial", f"arms {arms!r}, expected {{name: Arm}}")
@@ -35,7 +37,7 @@ class Trial:
         self.training: list[str] = []  # the arms that are being trained, each for the one before
         expect(recipe.held_out or not recipe.choosing, "Trial",
                "choosing by 0 pictures: held_out says how many")
-        self.train_set, self.test = load_pictures(
+        self.train_set, self.test = pictures or load_pictures(
             recipe.data, train=recipe.train_pictures + recipe.held_out, test=recipe.test_pictures,
             seed=recipe.seed, size=recipe.size)
         if recipe.held_out:
@@ -54,8 +56,13 @@ class Trial:
         It has the recipe's sizes, or others where `config` has them; and the weights of the model `start` as
         far as it has them, the seed's otherwise."""
         random.manual_seed(self.recipe.seed)
-        shape = dict(image_size=square_or_both(self.test.images), num_classes=len(self.test.names))
-        model = _class(models, kind)(**shape | self.recipe.sizes | config).to(self.device)
+        model_class, images = _class(models, kind), self.test.images
+        shape = dict(image_size=square_or_both(images), num_classes=len(self.test.names))
+        if images.ndim == 5:
+            expect(hasattr(model_class.Config, "frames"), "trial",
+                   f"clips for {model_class.__name__}, a model of pictures; expected a model of clips")
+            shape["frames"] = images.shape[1]
+        model = model_class(**shape | self.recipe.sizes | config).to(self.device)
         if start is not None:
             model.load_state_dict(start.state_dict(), strict=False)
         return model
@@ -140,8 +147,8 @@ def _class(registry, name_or_class):
 
 
 def square_or_both(images: Array) -> int | tuple[int, int]:
-    """The image_size of pictures (B, C, H, W)."""
-    height, width = images.shape[2:]
+    """The image_size of pictures (B, C, H, W) or clips (B, T, C, H, W)."""
+    height, width = images.shape[-2:]
     return height if height == width else (height, width)
 
 
