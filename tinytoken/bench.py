@@ -32,8 +32,7 @@ class Job:
         task_class = tasks.pick(self.model.task)
         self.task = task_class(self.model, *([models.ViT(**sizes)] if task_class.taught else []))
         self.optimizer = AdamW(self.model.parameters(), clip=1.0)
-        self.images = random.normal((batch, 3, sizes["image_size"], sizes["image_size"]),
-                                    site="bench.images", step=0)
+        self.images = random.normal((batch, *self.model.config.input_shape), site="bench.images", step=0)
         self.batch = self.images, np.arange(batch) % 10
         self.draws = self.task.noise(batch, 0, 0)
         self.micro = slice_of(self.task, self.batch, self.draws, threads) if micro is None else micro

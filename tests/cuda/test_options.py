@@ -23,6 +23,7 @@ SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2,
 
 # The options that a model has, of these, are what it is tried with first ...
 FIRST = {"prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r": 2}
+CLIPS = {"frames": 4, "compressed": (1, 2, 2)}
 PYRAMIDS = {"depths": (2, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
 # ... and then each of these, if it has all of its options. drop_path is the task's.
 LOOKUP = [dict(zip(("reuse", "norm", "classifiers"), values))
@@ -37,14 +38,17 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4)},
            {"depth": 3, "prune_before": (1, 2), "keep_ratios": (0.7, 0.4), "official": True},
            {"compressed": (1, 1)}, {"compressed": (3, 2)}, {"compressed": (4, 4)}, {"lookup_mlp_ratio": 1.0},
+           {"frames": 2}, {"frames": 3, "tubelet": (1, 8, 8)}, {"frames": 4, "compressed": (2, 3, 1)},
            {"r": 0}, {"r": (3, 0)}, {"r": 8}, {"qkv_bias": True, "skip_lam": 3.0, "stem_dim": 8}, *LOOKUP,
            {"dims": (16, 24), "layer_scale": 0.0}, {"window_size": 2}, {"window_size": 3},
            {"depths": (1, 2, 1), "dims": (16, 24, 40), "layer_scale": 1e-6},
            {"depths": (1, 2, 1), "embed_dim": 16, "heads": (1, 4, 2)},
            {"depths": (3, 1), "prune_before": (1, 2), "keep_ratios": (0.3, 0.6)}]
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
-EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"}]
-TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)}]
+EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"},
+              {"compressed": (2, 3, 1)}]
+TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)},
+               {"compressed": (2, 3, 1)}]
 BY_TASK = {"noise", "paths"}
 
 
@@ -57,7 +61,9 @@ def options(kind):
 def cases(name):
     """The changes that a model is tried with."""
     known = {field.name for field in dataclasses.fields(MODELS[name].Config)} | {"drop_path"}
-    return [change for change in CHANGES if change.keys() <= known]
+    sides = 3 if "frames" in known else 2  # of a grid
+    return [change for change in CHANGES
+            if change.keys() <= known and len(change.get("compressed", range(sides))) == sides]
 
 
 def by_default(name, change, precision):
@@ -76,7 +82,7 @@ def label(name, change):
 def configured(name, change):
     """Its configuration."""
     known = options(MODELS[name])
-    first = FIRST | PYRAMIDS if "depths" in known else FIRST
+    first = FIRST | (PYRAMIDS if "depths" in known else CLIPS if "frames" in known else {})
     mine = {option: value for option, value in first.items() if option in known}
     return SIZES | mine | {option: value for option, value in change.items() if option != "drop_path"}
 
@@ -149,8 +155,7 @@ def made(name, change, seed=0):
     kind, rng = tasks.pick(network.task), np.random.default_rng(1)
     teacher = (dense(network, config).to("cuda"),) if kind.taught else ()
     task = kind(network, *teacher, smoothing=0.1, drop_path=change.get("drop_path", 0.0))
-    height, width = tt.nn.both_sides(config["image_size"])
-    images = rng.standard_normal((3, network.config.channels, height, width)).astype("float32")
+    images = rng.standard_normal((3, *network.config.input_shape)).astype("float32")
     batch = [to_device(array, "cuda") for array in (images, rng.integers(0, 3, 3))]
     return task, batch, task.noise(3, 0, 0, module_for("cuda"))
 
@@ -193,8 +198,10 @@ def answered(name, change, precision):
 
 def refused(network, call):
     """Whether this model has no such call: two heads' mean of one head, a larger grid than the pictures'."""
-    return ("mean_of_heads" in call and network.config.classifiers != "both" or "compressed" in call
-            and not all(n <= most for n, most in zip(call["compressed"], network.patch_embed.grid)))
+    if "compressed" in call:
+        grid, own = call["compressed"], network.patch_embed.grid
+        return len(grid) != len(own) or not all(n <= most for n, most in zip(grid, own))
+    return "mean_of_heads" in call and network.config.classifiers != "both"
 
 
 def halves(network):

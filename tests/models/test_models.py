@@ -3,6 +3,7 @@ draws and panels."""
 import dataclasses
 import inspect
 import json
+import math
 
 import numpy as np
 import pytest
@@ -21,6 +22,17 @@ from tinytoken.tasks import task as tasks
 
 DEEP = SMALL | dict(depth=6)  # so that every model's own options may stay as they are
 SIZED = [name for name in models.names() if issubclass(models.model[name].Config, models.Sizes)]
+
+
+def inputs(model, batch=2):
+    """Pictures, or clips, as the model takes them."""
+    return np.random.default_rng(0).standard_normal((batch, *model.config.input_shape))
+
+
+def patches(model):
+    return math.prod(model.patch_embed.grid)
+
+
 each_name = pytest.mark.parametrize("name", models.names())
 each_sized = pytest.mark.parametrize("name", SIZED)
 RIGHT = np.array([4, 1])
@@ -121,7 +133,7 @@ def test_sizes_of_pictures_that_cannot_be(name, size, text):
 def test_every_call_returns_an_output(name, training, trace):
     model = shaken(models.create(name, **DEEP)).train(training)
     draws = model.noise(2, 3, 4)
-    out = model(pictures(), trace=trace, **(draws if training else {}))
+    out = model(inputs(model), trace=trace, **(draws if training else {}))
     assert isinstance(out, Output) and isinstance(out.logits, tt.Tensor) and out.logits.shape == (2, 5)
     assert isinstance(out.tokens, tt.Tensor) and out.tokens.shape[0::2] == (2, 8)
     assert len(out.attention) == (6 if trace else 0)
@@ -129,21 +141,23 @@ def test_every_call_returns_an_output(name, training, trace):
         assert A.shape[:2] == (2, 2) and not A.requires_grad
         same(A.data.sum(axis=-1), 1)
     if trace:
-        again = model(pictures(), **(draws if training else {}))
+        again = model(inputs(model), **(draws if training else {}))
         assert type(again) is type(out) and np.array_equal(again.logits.data, out.logits.data)
 
 
 @each_sized
 def test_pictures_may_be_rectangular(name):
     model = shaken(models.create(name, **DEEP | dict(image_size=(8, 12))))
-    images = np.random.default_rng(0).standard_normal((3, 3, 8, 12))
+    images = inputs(model, 3)
     for training in (True, False):
         out = model.train(training)(images)
         assert out.logits.shape == (3, 5) and np.isfinite(out.logits.data).all()
     for title, panel in model.show(model.eval()(images, trace=True)):
-        assert panel.shape == (3, 24), title
-    with refuses("images: (3, 3, 12, 8), expected (B, 3, 8, 12)"):
-        model(images.swapaxes(2, 3))
+        assert panel.shape == (3, patches(model)), title
+    *before, height, width = images.shape[1:]
+    expected = ", ".join(map(str, (*before, height, width)))
+    with refuses(f"images: {(3, *before, width, height)}, expected (B, {expected})"):
+        model(images.swapaxes(-1, -2))
 
 
 # Rectangles, in numbers
@@ -174,7 +188,7 @@ def test_a_rectangular_lookupvit_is_its_equations():
     logits, lookup = zip(*(equations(image, 2, 2, (3, 1), own) for image in wide()))
     same(out.logits.data, np.stack(logits))
     same(out.lookup_logits.data, np.stack(lookup))
-    with refuses("LookupViT: compressed (5, 6), expected (m, n) from (1, 1) to the lookup grid (4, 6)"):
+    with refuses("LookupViT: compressed (5, 6), expected a grid from (1, 1) to the lookup grid (4, 6)"):
         model(wide(), compressed=(5, 6))
 
 
@@ -265,7 +279,7 @@ def test_the_loss_of_a_dynamicvit(weights):
 @each_sized
 def test_every_loss_is_a_scalar_with_parts_and_reaches_the_weights(name):
     model = shaken(models.create(name, **DEEP)).train()
-    out = model(pictures(), **model.noise(2, 0, 0))
+    out = model(inputs(model), **model.noise(2, 0, 0))
     for teacher in (None, teachers_output()):
         loss, parts = model.loss(out, RIGHT, teacher)
         assert loss.shape == () and all(part.shape == () for part in parts.values()) and "class" in parts
@@ -286,7 +300,7 @@ def test_draws_are_by_image_and_by_step_and_arguments_of_the_call(name):
         assert argument in inspect.signature(model.forward).parameters
         assert np.array_equal(array[:4], part[argument])  # an image's draws do not depend on how many follow
         assert not np.array_equal(array, other[argument]) and not np.array_equal(array, seed[argument])
-    first = [model(pictures(6).astype("float32"), **whole).logits.data for _ in range(2)]
+    first = [model(inputs(model, 6).astype("float32"), **whole).logits.data for _ in range(2)]
     assert np.array_equal(*first)  # and with them a pass draws nothing
 
 
@@ -344,10 +358,10 @@ def test_a_lookupvit_shows_what_is_gathered_and_its_most_peaked_token():
 @each_sized
 def test_panels_have_a_value_for_each_patch(name):
     model = shaken(models.create(name, **DEEP)).eval()
-    titles = [title for title, _ in model.show(model(pictures(3), trace=True))]
+    titles = [title for title, _ in model.show(model(inputs(model, 3), trace=True))]
     assert len(set(titles)) == len(titles)
-    for _, panel in model.show(model(pictures(3), trace=True)):
-        assert isinstance(panel, np.ndarray) and panel.shape == (3, 16) and panel.dtype.kind in "bf"
+    for _, panel in model.show(model(inputs(model, 3), trace=True)):
+        assert isinstance(panel, np.ndarray) and panel.shape == (3, patches(model)) and panel.dtype.kind in "bf"
 
 
 def test_a_configs_choices_add_to_those_above():

@@ -5,9 +5,10 @@ from .init import he, initialise, normal, sincos_positions, start_positions, xav
 from .layers import (GELU, MLP, Attention, Block, LayerNorm, LayerScale, Linear, PatchEmbed, Projection,
                      attention_branch, both_sides, column, mlp_branch, scaled)
 from .module import Buffer, Module, Parameter, at_most, follow_all, noted, zeros
+from .tubelet import TubeletEmbed
 
 __all__ = ["Attention", "BatchNorm2d", "Block", "Buffer", "Conv2d", "Flat", "GELU", "LayerNorm",
-           "LayerScale", "Linear", "MLP", "Module", "Parameter", "PatchEmbed", "Projection", "at_most",
-           "attention_branch", "both_sides", "column", "flatten", "follow_all", "he", "initialise",
+           "LayerScale", "Linear", "MLP", "Module", "Parameter", "PatchEmbed", "Projection", "TubeletEmbed",
+           "at_most", "attention_branch", "both_sides", "column", "flatten", "follow_all", "he", "initialise",
            "mlp_branch", "normal", "noted", "scaled", "sincos_positions", "start_positions", "xavier",
            "zeros"]
