@@ -23,7 +23,7 @@ from tinytoken.experiments import compare
 
 Image = pytest.importorskip("PIL.Image", reason="pictures are read with pillow")
 CLASSES = ("ant", "bee", "cat")
-LAYOUTS = folder.EXPECTED
+LAYOUTS = folder.PICTURES.expected
 
 
 def write(path, *colour, size=(40, 30)):

@@ -44,7 +44,8 @@ def test_cifar_is_recognised_in_a_folder_and_known_by_name(way, tmp_path, monkey
 
 def test_what_is_not_there_and_what_holds_nothing(tmp_path):
     kinds = (f"expected {', '.join(dataset)}, or a folder with CIFAR's binary files or their archive or with "
-             "images by class: CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png")
+             "images by class: CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png or with "
+             "videos by class: CLASS/*.mp4, or train/CLASS/*.mp4 and test/CLASS/*.mp4")
     assert kinds == f"expected {dataset.choices()}"
     with refuses(f"data: nowhere does not exist; {kinds}"):
         load_pictures("nowhere")
