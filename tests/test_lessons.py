@@ -90,6 +90,20 @@ def test_the_recipe_for_cifar10_runs(tmp_path, monkeypatch):
     assert all(row[0]["seconds_per_epoch"]["second"] > 0 for row in arms.values())
 
 
+def test_the_script_of_clips_runs(tmp_path, monkeypatch):
+    noted = run(LESSONS / "full" / "clips.py", tmp_path, monkeypatch)
+    arms = {name: row for name, (row,) in noted["rows"].items()}
+    assert len(arms) == 5 and noted["above"].keys() == arms.keys() - {"VideoLookupViT 2x2x2"}
+    for name, row in arms.items():
+        assert 0 <= row["accuracy"] <= 1 and len(row["by_action"]) == 11 and len(row["which"]) == 4
+        assert ("shuffled" in row) == (name != "key frame")
+    halved, narrower = (arms[name]["macs"] for name in ("VideoLookupViT 2x2x2", "VideoViT, narrower"))
+    assert halved <= arms["VideoViT"]["macs"] / 2 and halved <= narrower < 1.1 * halved
+    assert all(len(by["milliseconds"]) == len(by["megabytes"]) == 2 for by in noted["grown"].values())
+    with pytest.raises(tt.InputError, match="^clips: --data elsewhere: the clips are made, expected no --data$"):
+        run(LESSONS / "full" / "clips.py", tmp_path, monkeypatch, "--data", "elsewhere")
+
+
 @pytest.mark.parametrize("name, arms", [("lookupvit_headline", 6), ("lookupvit_recipe", 45),
                                         ("dynamicvit_headline", 9), ("dynamicvit_recipe", 19)])
 def test_the_recipes_of_the_two_papers_run(name, arms, tmp_path, monkeypatch):

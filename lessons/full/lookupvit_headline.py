@@ -19,8 +19,7 @@ import functools
 
 import numpy as np
 
-from tinytoken.experiments import (Arm, Recipe, difference, interval_text, lesson, packed, read_alike,
-                                   spread_text, unpacked)
+from tinytoken.experiments import Arm, Recipe, arms_text, difference, lesson, packed, read_alike, unpacked
 from tinytoken.models import LookupViT
 from tinytoken.models.lookupvit import PAPER
 from tinytoken.tasks import Classify
@@ -95,11 +94,7 @@ pictures = len(trial_of(seeds[0]).test.labels)
 answers = {name: [unpacked(row.pop("right"), pictures) for row in rows[name]] for name in ARMS}
 above = {name: difference(answers[LOOKUP], answers[name]) for name in ARMS if name != LOOKUP}
 
-print(f"{'arm':<22}{'accuracy, %':>14}{'M MACs':>9}{'M params':>10}{'LookupViT above it [95 %]':>28}")
-for name, by_seed in rows.items():
-    gap = interval_text(*above[name]) if name in above else ""
-    print(f"{name:<22}{spread_text([100 * row['accuracy'] for row in by_seed]):>14}"
-          f"{by_seed[0]['macs'] / 1e6:>9.2f}{by_seed[0]['parameters'] / 1e6:>10.2f}{gap:>28}")
+print(arms_text(rows, above, "LookupViT"))
 here.claim("LookupViT 3x3: MACs, of the ViT's", rows[LOOKUP][0]["macs"] / rows[VIT][0]["macs"], high=0.5)
 here.claim("LookupViT 3x3: lower end of the 95 % interval of points above the ViT", above[VIT][1],
            low=-0.5 if on_scenes else -1.0)

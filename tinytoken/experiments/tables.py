@@ -1,9 +1,9 @@
-"""Tables as Markdown."""
+"""Tables, as Markdown and for the terminal."""
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .stats import range_text, spread_text
+from .stats import interval_text, range_text, spread_text
 
 
 def table_text(*tables: dict[str, Any]) -> str:
@@ -48,6 +48,18 @@ def conditions_text(*tables: dict[str, Any]) -> str:
             f"Training: ViT {minutes['vit']:.1f} min, DynamicViT {minutes['dynamicvit']:.1f} min "
             f"after the ViT's first {taught:.1f}, LookupViT {minutes['lookupvit']:.1f} min. "
             f"Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}, {settings}.")
+
+
+def arms_text(rows: Mapping[str, list[dict[str, Any]]], above: Mapping[str, Sequence[float]],
+              which: str) -> str:
+    """The arms of an experiment, for the terminal. rows: {arm: what Trial.measure notes of it, by seed}.
+    above: {arm: how many points `which`, one of the arms, is above it}, as stats.difference returns it."""
+    lines = [f"{'arm':<22}{'accuracy, %':>14}{'M MACs':>9}{'M params':>10}{f'{which} above it [95 %]':>28}"]
+    for name, by_seed in rows.items():
+        gap = interval_text(*above[name]) if name in above else ""
+        lines.append(f"{name:<22}{spread_text([100 * row['accuracy'] for row in by_seed]):>14}"
+                     f"{by_seed[0]['macs'] / 1e6:>9.2f}{by_seed[0]['parameters'] / 1e6:>10.2f}{gap:>28}")
+    return "\n".join(lines)
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
