@@ -224,6 +224,10 @@ conv = [
     case("conv2d", "depthwise, no bias", normal(2, 4, 3, 5), normal(4, 1, 3, 3), None, padding=1, groups=4),
     case("conv2d", "depthwise, two filters each", normal(2, 3, 4, 5), normal(6, 1, 2, 3), normal(6),
          groups=3),
+    case("unfold", "", normal(2, 3, 4, 5), kernel=3),
+    case("unfold", "padding, stride", normal(2, 3, 5, 4), kernel=3, stride=2, padding=1),
+    case("unfold", "per axis, a rest", normal(2, 2, 4, 7), kernel=(3, 2), stride=(1, 2), padding=(1, 0)),
+    case("unfold", "stride beyond the kernel", normal(1, 3, 5, 6), kernel=(1, 2), stride=(2, 3)),
     case("batch_norm", "", normal(2, 3, 2, 4), normal(3), normal(3)),
     case("batch_norm", "eps", normal(3, 4, 1, 2), normal(4), normal(4), eps=0.5),
 ]

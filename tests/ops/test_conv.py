@@ -76,6 +76,30 @@ def test_gradients_of_a_convolution_by_loops(shape, xp):
     same(to_numpy(found[2]), g.sum(axis=(0, 2, 3)))
 
 
+@shapes
+def test_windows_as_tokens_by_loops(shape, xp):
+    x, settings = arrays(shape)[0], dict(kernel=shape[5], stride=shape[6], padding=shape[7])
+    (kh, kw), (down, across), (top, left) = (pair(value) for value in settings.values())
+    found = ops.unfold(xp.asarray(x), **settings).numpy()
+    padded = np.pad(x, ((0, 0), (0, 0), (top, top), (left, left)))
+    rows, columns = ((side - taps) // step + 1
+                     for side, taps, step in zip(padded.shape[2:], (kh, kw), (down, across)))
+    assert found.shape == (len(x), rows * columns, x.shape[1] * kh * kw)
+    for r, s in np.ndindex(rows, columns):
+        window = padded[:, :, r * down:r * down + kh, s * across:s * across + kw]
+        same(found[:, r * columns + s], window.reshape(len(x), -1), 0)
+
+
+@shapes
+def test_folding_back_is_the_adjoint(shape):
+    """<U x, y> = <x, U^T y>."""
+    x = tt.Tensor(arrays(shape)[0], requires_grad=True)
+    out = ops.unfold(x, kernel=shape[5], stride=shape[6], padding=shape[7])
+    y = rng.standard_normal(out.shape)
+    back, = tt.grad((out * y).sum(), [x])
+    assert (out.data * y).sum() == pytest.approx((x.data * back).sum(), rel=1e-12)
+
+
 @pytest.fixture(scope="module")
 def torchs():
     return reference("torch_conv.npz")
@@ -158,7 +182,7 @@ def ones(*shape):
      "conv2d: x (2, 3, 4, 4), weight (3, 1, 1, 1), 2 groups: the weight's second size must be C / groups, "
      "and groups must divide its first"),
     (lambda: ops.conv2d(ones(2, 3, 4, 4), ones(2, 3, 5, 5)),
-     "conv2d: x (2, 3, 4, 4), weight (2, 3, 5, 5), padding 0: the kernel does not fit into the picture"),
+     "conv2d: x (2, 3, 4, 4), kernel (5, 5), padding 0: the kernel does not fit into the picture"),
     (lambda: ops.conv2d(ones(2, 3, 4, 4), ones(2, 3, 1, 1), ones(3)),
      "conv2d: bias (3,) for weight (2, 3, 1, 1): expected (2,)"),
     *[(lambda value=value: ops.conv2d(ones(2, 3, 4, 4), ones(2, 3, 1, 1), stride=value),
@@ -168,6 +192,13 @@ def ones(*shape):
      "conv2d: padding (0, -1), expected a whole number from 0, or two"),
     (lambda: ops.conv2d(ones(2, 3, 4, 4), ones(2, 3, 1, 1), groups=0),
      "conv2d: groups 0, expected a whole number from 1"),
+    (lambda: ops.unfold(ones(3, 4, 4), kernel=2), "unfold: x (3, 4, 4), expected (B, C, H, W)"),
+    (lambda: ops.unfold(ones(2, 3, 2, 4), kernel=(5, 3), padding=1),
+     "unfold: x (2, 3, 2, 4), kernel (5, 3), padding 1: the kernel does not fit into the picture"),
+    *[(lambda name=name, value=value: ops.unfold(ones(2, 3, 4, 4), **dict(kernel=2) | {name: value}),
+       f"unfold: {name} {value!r}, expected a whole number from {least}, or two")
+      for name, value, least in (("kernel", 0, 1), ("kernel", (1, 2.5), 1), ("stride", 0, 1),
+                                 ("padding", -1, 0))],
     (lambda: ops.batch_norm(ones(2, 3), ones(3), ones(3)), "batch_norm: x (2, 3), expected (B, C, H, W)"),
     (lambda: ops.batch_norm(ones(0, 3, 2, 2), ones(3), ones(3)),
      "batch_norm: x (0, 3, 2, 2), expected (B, C, H, W)"),

@@ -6,7 +6,7 @@ from ..tensor import Tensor
 from .activation import gelu, log_sigmoid, relu, sigmoid, tanh
 from .arithmetic import add, divide, exp, log, max, mean, multiply, negative, power, sqrt, subtract, sum
 from .attend import attention, lookup_gather, lookup_infuse, merge_heads, split_heads
-from .conv import batch_norm, conv2d
+from .conv import batch_norm, conv2d, unfold
 from .dense import embedding, linear, matmul
 from .grid import patchify, resize, resize_matrix
 from .loss import binary_cross_entropy, cross_entropy, kl_divergence, mse

@@ -1,4 +1,4 @@
-"""Convolution and batch norm of pictures (B, C, H, W), the layout of PyTorch."""
+"""Convolution, windows as tokens, and batch norm of pictures (B, C, H, W), the layout of PyTorch."""
 import itertools
 import math
 import numbers
@@ -24,7 +24,8 @@ def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
     rather than held until then: they are kh kw times as large as x. A depthwise convolution is a sum over the
     places of its kernel instead.
     """
-    taps = Taps(x, weight, bias, stride, padding, groups)
+    check_sizes(x, weight, bias, stride, padding, groups)
+    taps = Taps(x, weight.shape[2:], stride, padding)
     part = depthwise if weight.shape[:2] == (groups, 1) and groups == x.shape[1] else products
     out, of_x, of_weight = part(taps, x, weight, groups)
     if bias is not None:
@@ -38,8 +39,26 @@ def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
 
 @conv2d.macs
 def _(x, weight, bias=None, *, stride=1, padding=0, groups=1):
-    height, width = output_size(x, weight, *map(both_axes, (stride, padding)))
+    height, width = output_size(x, weight[2:], stride, padding)
     return x[0] * height * width * math.prod(weight)
+
+
+@op
+def unfold(x, *, kernel, stride=1, padding=0):
+    """Soft split (Yuan et al. 2021, arXiv 2101.11986, section 3.1): the windows that a convolution reads,
+    each as a token. They may overlap; a pixel's gradient is the sum of those of its windows.
+
+    x (B, C, H, W) -> (B, H' W', C kh kw), the windows row by row, x being 0 outside; within a token channel
+    by channel, each row by row, as in PyTorch. kernel, stride, padding: one number, or one for each of the
+    two axes; H' and W' as of conv2d. InputError for sizes that do not fit."""
+    expect(x.ndim == 4 and x.size, "unfold", lambda: f"{shape_of('x', x)}, expected (B, C, H, W)")
+    check_places("unfold", x, kernel, stride, padding)
+    taps = Taps(x, both_axes(kernel), stride, padding)
+    tokens = taps.windows(x).transpose(3, 4, 5, 0, 1, 2).reshape(len(x), math.prod(taps.size), -1)
+
+    def vjp(g):
+        return taps.put_back(g.reshape(-1, g.shape[2]).T)
+    return tokens, vjp
 
 
 def products(taps: "Taps", x: Array, weight: Array, groups: int) -> tuple[Array, Any, Any]:
@@ -98,13 +117,10 @@ class Taps:
     padded x. Indices: picture, of x in it; places, of what each place of the kernel, row by row, reads there;
     outputs, of the outputs among those of stride 1."""
 
-    def __init__(self, x: Array, weight: Array, bias: Array | None, stride: Any, padding: Any,
-                 groups: int) -> None:
-        check_sizes(x, weight, bias, stride, padding, groups)
+    def __init__(self, x: Array, kernel: tuple[int, int], stride: Any, padding: Any) -> None:
         self.stride, (down, across) = both_axes(stride), both_axes(padding)
         B, C, H, W = self.shape = x.shape
-        self.kernel, self.size = weight.shape[2:], output_size(x.shape, weight.shape, self.stride,
-                                                               (down, across))
+        self.kernel, self.size = kernel, output_size(x.shape, kernel, stride, padding)
         self.padded = (B, C, H + 2 * down, W + 2 * across)
         self.picture: Any = (..., slice(down, down + H), slice(across, across + W))
         self.outputs: Any = (..., *(slice(0, step * (count - 1) + 1, step)
@@ -147,17 +163,24 @@ def both_axes(value: Any) -> tuple[int, int]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
-def output_size(x: Any, weight: Any, stride: Any, padding: Any) -> tuple[int, ...]:
-    """(H', W') of a convolution, from the shapes of x and weight."""
+def output_size(x: Any, kernel: Any, stride: Any, padding: Any) -> tuple[int, ...]:
+    """(H', W') of a convolution, from the shape of x (..., H, W)."""
     return tuple((side + 2 * zeros - taps) // step + 1
-                 for side, taps, step, zeros in zip(x[2:], weight[2:], stride, padding))
+                 for side, taps, step, zeros in zip(x[-2:], *map(both_axes, (kernel, stride, padding))))
+
+
+def check_places(where: str, x: Array, kernel: Any, stride: Any, padding: Any) -> None:
+    """InputError, in the name of op `where`, unless windows of this size and stride fit into x."""
+    for name, value, least in (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
+        expect(len(both_axes(value)) == 2 and all(_whole(n) and n >= least for n in both_axes(value)), where,
+               lambda: f"{name} {value!r}, expected a whole number from {least}, or two")
+    expect(all(n >= 1 for n in output_size(x.shape, kernel, stride, padding)), where,
+           lambda: f"{shape_of('x', x)}, kernel {kernel}, padding {padding}: the kernel does not fit into "
+                   "the picture")
 
 
 def check_sizes(x: Array, weight: Array, bias: Array | None, stride: Any, padding: Any, groups: int) -> None:
     """InputError for what conv2d cannot take."""
-    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
-        expect(len(both_axes(value)) == 2 and all(_whole(n) and n >= least for n in both_axes(value)),
-               "conv2d", lambda: f"{name} {value!r}, expected a whole number from {least}, or two")
     expect(_whole(groups) and groups >= 1, "conv2d",
            lambda: f"groups {groups!r}, expected a whole number from 1")
     shapes = lambda: f"{shape_of('x', x)}, {shape_of('weight', weight)}"
@@ -166,9 +189,8 @@ def check_sizes(x: Array, weight: Array, bias: Array | None, stride: Any, paddin
     expect(x.shape[1] == groups * weight.shape[1] and len(weight) % groups == 0, "conv2d",
            lambda: f"{shapes()}, {groups} groups: the weight's second size must be C / groups, and groups "
                    f"must divide its first")
-    expect(all(n >= 1 for n in output_size(x.shape, weight.shape, both_axes(stride), both_axes(padding)))
-           and weight.size and x.size, "conv2d",
-           lambda: f"{shapes()}, padding {padding}: the kernel does not fit into the picture")
+    expect(weight.size and x.size, "conv2d", lambda: f"{shapes()}, expected no size of 0")
+    check_places("conv2d", x, weight.shape[2:], stride, padding)
     expect(bias is None or bias.shape == weight.shape[:1], "conv2d",
            lambda: f"{shape_of('bias', bias)} for {shape_of('weight', weight)}: expected ({len(weight)},)")
 
