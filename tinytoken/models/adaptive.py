@@ -177,7 +177,4 @@ class DynamicStages(Deciding, Stages):
         return super().loss(out, targets, teacher, **options)
 
     def show(self, out: Any) -> list[tuple[str, np.ndarray]]:
-        size = 1 << len(self.stages) - 2  # the panels are of patches, the decisions of squares of them
-        panels = [(title, mask.reshape(-1, *self.grids[-2])) for title, mask in super().show(out)]
-        return [(title, mask.repeat(size, axis=1).repeat(size, axis=2).reshape(len(mask), -1))
-                for title, mask in panels]
+        return [(title, self.by_patch(mask, len(self.stages) - 2)) for title, mask in super().show(out)]

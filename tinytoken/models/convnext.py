@@ -14,42 +14,23 @@ from ..tensor import Tensor
 from .adaptive import AdaptiveBlock, DynamicStages, DynamicStagesConfig
 from .base import is_number, model
 from .pruning import Predictor
-from .stages import Pair, Stage, Stages, StagesConfig
+from .stages import Pair, Stage, Stages, WidthsConfig, as_map, as_tokens
 
 EPS = 1e-6  # of all its norms
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvNeXtConfig(StagesConfig):
-    """dims: the width of each stage. layer_scale: the start of the branches' gammas; 0: there are none. heads
-    and keys_as_queries mean nothing here."""
-    image_size: int | tuple[int, int] = 32
-    dims: tuple[int, ...] | None = None
-    depths: tuple[int, ...] | None = None
-    num_classes: int = 10
+class ConvNeXtConfig(WidthsConfig):
+    """layer_scale: the start of the branches' gammas; 0: there are none. heads and keys_as_queries mean
+    nothing here."""
     _: dataclasses.KW_ONLY
     layer_scale: float = 1e-6
-    by_stage = ("dims", "depths")
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return self.dims or ()
 
     def settle_widths(self, stages: int, dim: int) -> None:
         self.check(is_number(self.layer_scale) and math.isfinite(self.layer_scale),
                    f"layer_scale {self.layer_scale!r}, expected a number")
         if self.dims is None:
             self.settle("dims", tuple(dim << s for s in range(stages)))
-
-
-def as_map(x: Tensor, grid: Pair) -> Tensor:
-    """(B, N, C) -> (B, C, H, W)."""
-    return x.swapaxes(1, 2).reshape(len(x), x.shape[2], *grid)
-
-
-def as_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, N, C), row by row."""
-    return x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
 
 
 class ConvNeXtBlock(nn.Module):

@@ -82,7 +82,7 @@ def clean_names(state: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     expect(all(isinstance(name, str) for name in state), "weights",
            lambda: f"names {some_of([repr(n) for n in state if not isinstance(n, str)])}, expected texts")
     names = {name: re.sub(r"\bgamma_([12])$", r"ls\1.gamma", WRAPPERS.sub("", name)) for name in state}
-    for known, rules in (("downsample_layers.0.0.weight", CONVNEXT), (FIRST_HALVING, SWIN)):
+    for known, rules in (("stages.0.0.dwconv.weight", CONVNEXT), (FIRST_HALVING, SWIN)):
         for rule, timms in rules if known in set(names.values()) else ():
             names = {name: re.sub(rule, timms, new) for name, new in names.items()}
     kept = [name for name in state if not UNUSED.search(name)]

@@ -21,6 +21,11 @@ class Widths(Options):
         """The width of each stage."""
         raise NotImplementedError
 
+    @property
+    def halvings(self) -> tuple[int, ...]:
+        """How often the map has been halved when each stage begins."""
+        return tuple(range(len(self.depths)))
+
     def settle_widths(self, stages: int, dim: int) -> None:
         """Set the options of the width that are not given."""
         raise NotImplementedError
@@ -40,7 +45,7 @@ class Widths(Options):
             self.settle("depths", tuple(each))
         self.check(len(self.widths) == len(self.depths),
                    f"widths {self.widths} and depths {self.depths}, expected as many")
-        halved = len(self.depths) - 1
+        halved = self.halvings[-1]
         stride = self.patch_size << halved
         self.check(not any(side % stride for side in nn.both_sides(self.image_size)),
                    f"image_size {self.image_size!r}, expected multiples of {stride}: patches of "
@@ -76,6 +81,20 @@ class StagesConfig(Widths):
     positive: ClassVar[tuple[str, ...]] = ("patch_size", "channels", "num_classes")
 
 
+@dataclasses.dataclass(frozen=True)
+class WidthsConfig(StagesConfig):
+    """dims: the width of each stage, any."""
+    image_size: int | tuple[int, int] = 32
+    dims: tuple[int, ...] | None = None
+    depths: tuple[int, ...] | None = None
+    num_classes: int = 10
+    by_stage = ("dims", "depths")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.dims or ()
+
+
 @dataclasses.dataclass
 class StagesOutput(Output):
     """tokens (B, N, C): the last stage's map after the final norm, its positions row by row. maps[s]: the map
@@ -92,6 +111,26 @@ class Map:
     grid: Pair
     paths: Array | None = None
     maps: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+def as_map(x: Tensor, grid: Pair) -> Tensor:
+    """(B, N, C) -> (B, C, H, W)."""
+    return x.swapaxes(1, 2).reshape(len(x), x.shape[2], *grid)
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, C), row by row."""
+    return x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
+
+
+class LocalConv(nn.Conv2d):
+    """A 3 x 3 depthwise convolution of a map x (B, N, C) of the shape `grid` -> the same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, grid: Pair) -> Tensor:  # type: ignore[override]
+        return as_tokens(super().forward(as_map(x, grid)))
 
 
 class Stage(nn.Module):
@@ -111,7 +150,7 @@ class Stages(Model):
 
     def build(self, c: Any) -> None:
         height, width = (side // c.patch_size for side in nn.both_sides(c.image_size))
-        self.grids = [(height >> s, width >> s) for s in range(len(c.depths))]
+        self.grids = [(height >> n, width >> n) for n in c.halvings]
 
     @property
     def blocks(self) -> list[Any]:
@@ -147,6 +186,12 @@ class Stages(Model):
             done += len(stage.blocks)
             state.maps.append(state.x)
         return state
+
+    def by_patch(self, values: Array, s: int) -> Array:
+        """Values (B, N_s) of the positions of stage s, for the patches that they are of: (B, N_0)."""
+        size = self.grids[0][0] // self.grids[s][0]
+        values = values.reshape(-1, *self.grids[s])
+        return values.repeat(size, axis=1).repeat(size, axis=2).reshape(len(values), -1)
 
     def run_stage(self, s: int, blocks: list[Any], state: Any, paths: Array | None) -> None:
         """The blocks of stage s. paths: those of these blocks, and of the later ones."""

@@ -1,4 +1,6 @@
 """The layers of a convolutional stem. Class and parameter names follow PyTorch."""
+from collections.abc import Iterator
+
 from .. import ops
 from ..backend import array_module
 from ..errors import expect
@@ -24,6 +26,21 @@ class Conv2d(Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding,
                           groups=self.groups)
+
+
+class Sequential(Module):
+    """Layers, one after the other. Each is named by its number; None only takes a number."""
+
+    def __init__(self, *layers: Module | None) -> None:
+        self.layers = layers
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        return ((str(i), layer) for i, layer in enumerate(self.layers) if layer is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, layer in self.children():
+            x = layer(x)
+        return x
 
 
 class BatchNorm2d(Module):

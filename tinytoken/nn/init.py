@@ -1,5 +1,6 @@
 """Starting weights: at this scale they matter more than the learning rate or the batch size."""
 import math
+import re
 
 import numpy as np
 
@@ -35,7 +36,8 @@ def normal(parameter: Parameter, name: str, std: float) -> None:
     parameter.data[...] = draw * std
 
 
-BRANCH_ENDS = ("attn.proj", "mlp.fc2", "gather_proj", "infuse_proj", "fast_path.1", "fastmlp.fc1.1")
+BRANCH_ENDS = re.compile(r"(attn\.proj(_[xc])?|attention\d\.proj|mlp\.(fc2|[23])|(gather|infuse)_proj"
+                         r"|fast_path\.1|fastmlp\.fc1\.1)$")
 
 
 def initialise(model: Module, residual_scale: float = 0.3, keys_as_queries: bool = False) -> None:
@@ -50,7 +52,7 @@ def initialise(model: Module, residual_scale: float = 0.3, keys_as_queries: bool
     `manual_seed` and on nothing that was made before."""
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Projection)):
-            scale = residual_scale if name.endswith(BRANCH_ENDS) else 1.0
+            scale = residual_scale if BRANCH_ENDS.search(name) else 1.0
             xavier(module.weight, f"{name}.weight", module.parts, scale)
         elif isinstance(module, Conv2d):
             he(module.weight, f"{name}.weight")

@@ -5,6 +5,7 @@ from .. import ops
 from ..backend import Array
 from ..errors import expect
 from ..tensor import Tensor, fused
+from .images import both_sides, checked_images
 from .module import Module, Parameter, zeros
 
 
@@ -197,18 +198,5 @@ class PatchEmbed(Module):
         return images
 
     def forward(self, images: Tensor | Array) -> Tensor:
-        expected = (self.channels, *both_sides(self.image_size))
-        expect(hasattr(images, "shape"), "images",
-               lambda: f"a {type(images).__name__}, expected an array (B, {', '.join(map(str, expected))})")
-        expect(len(images.shape) == 4 and len(images) and tuple(images.shape[1:]) == expected, "images",
-               lambda: f"{tuple(images.shape)}, expected (B, {', '.join(map(str, expected))})")
-        expect(images.dtype.kind == "f", "images",
-               lambda: f"dtype {images.dtype}, expected float32: normalise them first (tt.data.normalise)")
-        if not isinstance(images, Tensor):
-            images = images.astype(self.proj.weight.dtype, copy=False)
+        images = checked_images(images, self.image_size, self.channels, self.proj.weight.dtype)
         return self.proj(ops.patchify(self.features(images), patch=self.proj.weight.shape[-1]))
-
-
-def both_sides(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an image_size: H for a square, or (H, W)."""
-    return (size[0], size[1]) if isinstance(size, (tuple, list)) else (size, size)
