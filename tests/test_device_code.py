@@ -20,6 +20,7 @@ MAY = {
         "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions"},
         "ops/grid.py": {"resize_matrix", "_cubic"}, "ops/window.py": {"_distances", "seen_in_windows"},
         "models/pruning.py": {"Deciding.decide_by"},
+        "models/t2tvit.py": {"TokenPerformer.start", "sinusoids"},
         "models/controls.py": {"PooledTokens.put_back", "means_of_parts", "morton_order"},
         "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
     "weights that are read from a file": {

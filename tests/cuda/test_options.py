@@ -43,7 +43,10 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"dims": (16, 24), "layer_scale": 0.0}, {"window_size": 2}, {"window_size": 3},
            {"depths": (1, 2, 1), "dims": (16, 24, 40), "layer_scale": 1e-6},
            {"depths": (1, 2, 1), "embed_dim": 16, "heads": (1, 4, 2)},
-           {"depths": (3, 1), "prune_before": (1, 2), "keep_ratios": (0.3, 0.6)}]
+           {"depths": (3, 1), "prune_before": (1, 2), "keep_ratios": (0.3, 0.6)},
+           {"tokens_type": "transformer", "token_dim": 8}, {"splits": ((5, 2, 2), (3, 2, 1))},
+           {"meta_tokens": 3}, {"depths": (1, 1, 2), "dims": (16, 16, 32), "attn_type": ("C", "D2", "S"),
+                                "head_dim": 8}]
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
 EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"},
               {"compressed": (2, 3, 1)}]

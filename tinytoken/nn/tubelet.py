@@ -3,7 +3,8 @@ from .. import ops
 from ..backend import Array
 from ..errors import expect
 from ..tensor import Tensor
-from .layers import PatchEmbed, Projection, both_sides
+from .images import both_sides
+from .layers import PatchEmbed, Projection
 from .module import Parameter, zeros
 
 
