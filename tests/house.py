@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tinytoken"
 SITTING = ("graph.py", "tensor.py", "ops/", "nn/layers.py", "models/vit.py", "models/dynamicvit.py",
            "models/pruning.py", "models/lookupvit.py", "train/loop.py")
 BESIDE = ("ops/conv.py", "ops/window.py")  # what neither of the two papers' models has
-PYRAMIDS = ("models/convnext.py", "models/lemevit.py", "models/swin.py")
+PYRAMIDS = ("models/convnext.py", "models/lemevit.py", "models/shunted.py", "models/stvitr.py", "models/swin.py")
 BUDGETS = {"the sitting path": 1800, "a model": 120, "a pyramid": 180, "a task": 60, "an op": 40, "a model's tests": 150,
            "columns": 110}
 
@@ -31,6 +31,7 @@ NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experi
             "dynamicvit": {"models/controls.py", "models/lvvit.py", "experiments/compare.py", "experiments/tables.py"},
             "lookupvit": {"cuda/mixed_lookup.py", "models/videolookupvit.py", "experiments/compare.py",
                           "experiments/tables.py"},
+            "swin": {"models/stvitr.py"},
             "classify": {"models/base.py", "tasks/distil.py"}, "distil": {"models/pruning.py"},
             "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py"},
             "cifar10": {"experiments/lesson.py"}}

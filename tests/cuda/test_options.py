@@ -24,7 +24,7 @@ SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2,
 # The options that a model has, of these, are what it is tried with first ...
 FIRST = {"prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r": 2}
 CLIPS = {"frames": 4, "compressed": (1, 2, 2)}
-PYRAMIDS = {"depths": (2, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
+PYRAMIDS = {"depths": (4, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
 # ... and then each of these, if it has all of its options. drop_path is the task's.
 LOOKUP = [dict(zip(("reuse", "norm", "classifiers"), values))
           for values in itertools.product(lookupvit.REUSE, ("qk", "pre"), ("both", "compressed"))]
@@ -40,9 +40,15 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"compressed": (1, 1)}, {"compressed": (3, 2)}, {"compressed": (4, 4)}, {"lookup_mlp_ratio": 1.0},
            {"frames": 2}, {"frames": 3, "tubelet": (1, 8, 8)}, {"frames": 4, "compressed": (2, 3, 1)},
            {"r": 0}, {"r": (3, 0)}, {"r": 8}, {"qkv_bias": True, "skip_lam": 3.0, "stem_dim": 8}, *LOOKUP,
-           {"dims": (16, 24), "layer_scale": 0.0}, {"window_size": 2}, {"window_size": 3},
+           {"dims": (16, 24), "layer_scale": 0.0}, {"window_size": 2}, {"window_size": 4, "image_size": (48, 16)},
            {"depths": (1, 2, 1), "dims": (16, 24, 40), "layer_scale": 1e-6},
-           {"depths": (1, 2, 1), "embed_dim": 16, "heads": (1, 4, 2)},
+           {"depths": (1, 4, 1), "embed_dim": 16, "heads": (1, 4, 2)},
+           {"rates": ((2, 2), 1), "mlp_ratios": (1, 2), "stem_convs": 1, "heads": (4, 2)},
+           {"rates": (1, (2, 1)), "depths": (1, 1), "dims": (16, 24), "heads": 2},
+           {"semantic": (1, 1), "base": 0}, {"semantic": (2, 3), "queries": "learned", "shortcut": False},
+           {"queries": "pooled", "layer_scale": 0.5},
+           {"dumbbell": 4, "semantic_stage": 1, "depths": (1, 4), "seeds": 1, "reach": 2, "window_size": 2},
+           {"use_global": False, "relative_pos": True, "shortcut": True, "embed_dim": 32},
            {"depths": (3, 1), "prune_before": (1, 2), "keep_ratios": (0.3, 0.6)},
            {"tokens_type": "transformer", "token_dim": 8}, {"splits": ((5, 2, 2), (3, 2, 1))},
            {"meta_tokens": 3}, {"depths": (1, 1, 2), "dims": (16, 16, 32), "attn_type": ("C", "D2", "S"),

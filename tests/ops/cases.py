@@ -279,6 +279,10 @@ window = [
       for shape, (note, settings) in zip(shapes, (
           ("", {}), ("shifted", dict(shift=(1, 2))),
           ("shifted, filled up", dict(grid=(3, 5), window=(2, 2), shift=(1, 0)))))],
+    case("cut_overlapping", "", normal(2, 20, 3), grid=(4, 5), window=(3, 2), count=(2, 3)),
+    case("cut_overlapping", "one window", normal(2, 12, 2), grid=(3, 4), window=(2, 3), count=(1, 1)),
+    case("max_in_windows", "parts that share rows", normal(3, 20, 2), window=(5, 4), parts=(3, 2)),
+    case("max_in_windows", "the whole window", normal(2, 6, 3), window=(2, 3), parts=(1, 1)),
     case("relative_bias", "", normal(15, 4), window=(2, 3)),
     case("window_attention", "", *[normal(2, 3, 4, 5)] * 3, normal(3, 4, 4), grid=(2, 4), window=(2, 2)),
     case("window_attention", "shifted", *[normal(8, 1, 6, 3)] * 3, normal(1, 6, 6), grid=(4, 6),

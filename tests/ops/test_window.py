@@ -36,6 +36,33 @@ def test_windows_hold_the_right_positions_and_come_back(grid, window, shift, xp)
     assert np.array_equal(ops.join_windows(out, **cut).numpy(), x)
 
 
+@pytest.mark.parametrize("grid, window, count", [((14, 14), (10, 10), (2, 2)), ((5, 9), (3, 2), (2, 4)),
+                                                 ((3, 4), (2, 4), (1, 1)), ((7, 3), (2, 1), (3, 3))], ids=str)
+def test_windows_that_overlap_are_spread_evenly(grid, window, count, xp):
+    x = unequal(2, grid[0] * grid[1], 3)
+    out = ops.cut_overlapping(xp.asarray(x), grid=grid, window=window, count=count).numpy()
+    starts = [[i * (side - w) // max(n - 1, 1) for i in range(n)] for side, w, n in zip(grid, window, count)]
+    assert grid != (14, 14) or starts == [[0, 4], [0, 4]]  # a stride of 4, as in the official STViT-R
+    picture, out = x.reshape(2, *grid, 3), out.reshape(2, *count, *window, 3)
+    for i, top in enumerate(starts[0]):
+        for j, left in enumerate(starts[1]):
+            assert np.array_equal(out[:, i, j], picture[:, top:top + window[0], left:left + window[1]])
+
+
+@pytest.mark.parametrize("window, parts", [((7, 7), (3, 3)), ((5, 4), (3, 2)), ((4, 6), (4, 1))], ids=str)
+def test_the_largest_values_of_a_windows_parts(window, parts, xp):
+    x = unequal(3, window[0] * window[1], 2)
+    out = ops.max_in_windows(xp.asarray(x), window=window, parts=parts).numpy().reshape(3, *parts, 2)
+    rows, columns = ([range(int(i * side / n), int(np.ceil((i + 1) * side / n))) for i in range(n)]
+                     for side, n in zip(window, parts))
+    assert window != (7, 7) or [(r[0], r[-1]) for r in rows] == [(0, 2), (2, 4), (4, 6)]
+    for i, j in np.ndindex(*parts):
+        cells = [x[:, r * window[1] + c] for r in rows[i] for c in columns[j]]
+        assert np.array_equal(out[:, i, j], np.max(cells, axis=0))
+    whole = ops.max_in_windows(np.ones((1, 4, 1)), window=(2, 2), parts=(1, 1))
+    assert whole.shape == (1, 1, 1)
+
+
 def test_relative_bias_is_by_distance(xp):
     table = unequal(15, 2)
     bias = ops.relative_bias(xp.asarray(table), window=(2, 3)).numpy()
@@ -71,6 +98,21 @@ def test_attention_sees_its_side_of_the_seam(grid, window, shift, xp):
 
 
 @pytest.mark.parametrize("call, text", [
+    (lambda: ops.cut_overlapping(unequal(2, 5, 3), grid=(2, 3), window=(2, 3), count=(1, 1)),
+     "cut_overlapping: x (2, 5, 3), (1, 1) windows: expected (B, 6, C) for the grid (2, 3), and at least 1 x 1 "
+     "windows"),
+    (lambda: ops.cut_overlapping(unequal(2, 6, 3), grid=(2, 3), window=(2, 3), count=(0, 1)),
+     "cut_overlapping: x (2, 6, 3), (0, 1) windows: expected (B, 6, C) for the grid (2, 3), and at least 1 x 1 "
+     "windows"),
+    (lambda: ops.cut_overlapping(unequal(2, 6, 3), grid=(2, 3), window=(3, 3), count=(1, 1)),
+     "cut_overlapping: windows (3, 3), shift (0, 0), grid (2, 3): expected windows no larger than the grid, "
+     "shifts smaller than the window"),
+    (lambda: ops.max_in_windows(unequal(2, 6, 3), window=(2, 3), parts=(3, 3)),
+     "max_in_windows: x (2, 6, 3), parts (3, 3): expected (B, 6, C), and from 1 x 1 to 2 x 3 parts for the window "
+     "(2, 3)"),
+    (lambda: ops.max_in_windows(unequal(2, 5, 3), window=(2, 3), parts=(1, 1)),
+     "max_in_windows: x (2, 5, 3), parts (1, 1): expected (B, 6, C), and from 1 x 1 to 2 x 3 parts for the window "
+     "(2, 3)"),
     (lambda: ops.cut_windows(unequal(2, 5, 3), grid=(2, 3), window=(2, 3)),
      "cut_windows: x (2, 5, 3), expected (B, 6, C) for the grid (2, 3)"),
     (lambda: ops.cut_windows(unequal(2, 6, 3), grid=(2, 3), window=(3, 3)),

@@ -30,6 +30,17 @@ class Widths(Options):
         """Set the options of the width that are not given."""
         raise NotImplementedError
 
+    def settle_heads(self, stages: int) -> None:
+        """Make `heads`, of a configuration that has it as an option, a number for each stage: one is of the
+        first, doubled by each."""
+        given: Any = self.heads  # type: ignore[attr-defined]
+        heads = given if isinstance(given, tuple) else (given,)
+        self.check(all(is_whole(n) and n > 0 for n in heads),
+                   f"heads {given!r}, expected a positive whole number, or one for each stage")
+        heads = heads if isinstance(given, tuple) else tuple(heads[0] << s for s in range(stages))
+        self.check(len(heads) == stages, f"heads {heads}, expected a number for each of {stages} stages")
+        self.settle("heads", heads)
+
     def __post_init__(self, *sizes: int) -> None:
         super().__post_init__()
         for name, size in zip(("dim", "depth", "heads"), sizes):

@@ -42,13 +42,7 @@ class SwinConfig(StagesConfig):
             self.settle("embed_dim", dim)
         self.check(is_whole(self.embed_dim) and (self.embed_dim or 0) > 0,
                    f"embed_dim {self.embed_dim!r}, expected a positive whole number")
-        heads = self.heads if isinstance(self.heads, tuple) else (self.heads,)
-        self.check(all(is_whole(n) and n > 0 for n in heads),
-                   f"heads {self.heads!r}, expected a positive whole number, or one for each stage")
-        if not isinstance(self.heads, tuple):
-            self.settle("heads", tuple(heads[0] << s for s in range(stages)))
-        self.check(len(self.heads) == stages,  # type: ignore[arg-type]
-                   f"heads {self.heads}, expected a number for each of {stages} stages")
+        self.settle_heads(stages)
 
 
 class WindowAttention(nn.Attention):
@@ -157,14 +151,18 @@ class Swin(Stages):
 
     def build(self, c: Any) -> None:
         super().build(c)
-        self.patch_embed = NormedPatches(c.image_size, c.patch_size, c.embed_dim, c.channels)
+        self.patch_embed = self.embedding(c)
         self.layers = [self.stage(c, s) for s in range(len(c.depths))]
         self.norm = nn.LayerNorm(c.widths[-1], EPS)
         self.head = Head(c.widths[-1], c.num_classes)
         nn.initialise(self, keys_as_queries=c.keys_as_queries)
         for name, module in self.named_modules():
-            if isinstance(module, WindowAttention):
+            if hasattr(module, "relative_position_bias_table"):
                 nn.normal(module.relative_position_bias_table, f"{name}.relative_position_bias_table", 0.02)
+
+    def embedding(self, c: Any) -> nn.Module:
+        """What turns pictures into the first map."""
+        return NormedPatches(c.image_size, c.patch_size, c.embed_dim, c.channels)
 
     def stage(self, c: Any, s: int) -> Stage:
         """A new stage s. Every second block's windows are moved by half their size."""

@@ -84,13 +84,16 @@ class ViT(Model):
                 positions = np.concatenate([nn.zeros(count, c.dim), positions])
         self.pos_embed = nn.Parameter(positions[None])
         self.norm_pre = nn.LayerNorm(c.dim, c.eps) if c.pre_norm else None
-        self.blocks = [nn.Block(c.dim, c.heads, c.mlp_ratio, c.qkv_bias, c.eps, c.qk_norm, c.layer_scale,
-                                c.skip_lam) for _ in range(c.depth)]
+        self.blocks = [self.block(c, i) for i in range(c.depth)]
         self.norm = nn.LayerNorm(c.dim, c.eps) if c.final_norm == "tokens" else None
         self.fc_norm = nn.LayerNorm(c.dim, c.eps) if c.final_norm == "pooled" else None
         self.head = nn.Linear(c.dim, c.num_classes)
         self.head_dist = nn.Linear(c.dim, c.num_classes) if c.distilled else None
         nn.initialise(self, keys_as_queries=c.keys_as_queries)
+
+    def block(self, c: Any, i: int) -> Any:
+        """A new block i."""
+        return nn.Block(c.dim, c.heads, c.mlp_ratio, c.qkv_bias, c.eps, c.qk_norm, c.layer_scale, c.skip_lam)
 
     def embed(self, images: Tensor | Array) -> Tensor:
         """images -> tokens with positions (B, T, D): those of `prefix` first, then the patches."""

@@ -14,7 +14,8 @@ from .norm import layer_norm, log_softmax, softmax
 from .numpy_functions import numpy_function, numpy_ufunc
 from .select import gumbel_softmax, put_tokens, take_tokens, top_k
 from .shape import broadcast_to, concat, getitem, index, pad, reshape, swapaxes, transpose
-from .window import cut_windows, join_windows, relative_bias, seen_in_windows, window_attention
+from .window import (cut_overlapping, cut_windows, join_windows, max_in_windows, relative_bias,
+                     seen_in_windows, window_attention, windows_in)
 
 
 def _shape(sizes):

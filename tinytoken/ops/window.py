@@ -66,6 +66,54 @@ def join_windows(x, *, grid, window, shift=(0, 0)):
 
 
 @op
+def cut_overlapping(x, *, grid, window, count):
+    """A map x (B, H W, C) as count = (down, across) windows (h, w), spread evenly: (B n, h w, C), all n of a
+    picture, row by row, then the next's. They overlap, or leave rows out, as it comes: window i down of c
+    begins in row i (H - h) // (c - 1). Gradients of a token that is in several add up."""
+    _check("cut_overlapping", grid, window, (0, 0))
+    expect(x.ndim == 3 and x.shape[1] == grid[0] * grid[1] and all(n >= 1 for n in count), "cut_overlapping",
+           lambda: f"{shape_of('x', x)}, {tuple(count)} windows: expected (B, {grid[0] * grid[1]}, C) for "
+                   f"the grid {tuple(grid)}, and at least 1 x 1 windows")
+    (B, N, C), xp = x.shape, array_module(x)
+    down, across = ([slice(start := i * (side - w) // max(n - 1, 1), start + w) for i in range(n)]
+                    for side, w, n in zip(grid, window, count))
+    places: list[Any] = [(slice(None), rows, columns) for rows in down for columns in across]
+    picture = x.reshape(B, *grid, C)
+
+    def vjp(g):
+        back, g = xp.zeros((B, *grid, C), g.dtype), g.reshape(B, len(places), *window, C)
+        for i, place in enumerate(places):
+            back[place] += g[:, i]
+        return back.reshape(B, N, C)
+    return xp.stack([picture[place] for place in places], axis=1).reshape(-1, math.prod(window), C), vjp
+
+
+@op
+def max_in_windows(x, *, window, parts):
+    """Each window of x (B, h w, C) cut into parts = (a, b), and the largest value of each channel in each
+    part -> (B, a b, C): "adaptive max pooling". Part i of a has the rows from i h // a up to (i + 1) h / a,
+    rounded up: where a does not divide h, neighbours share a row. Equal values share the gradient."""
+    (h, w), xp = window, array_module(x)
+    expect(x.ndim == 3 and x.shape[1] == h * w and 1 <= parts[0] <= h and 1 <= parts[1] <= w,
+           "max_in_windows",
+           lambda: f"{shape_of('x', x)}, parts {tuple(parts)}: expected (B, {h * w}, C), and from 1 x 1 to "
+                   f"{h} x {w} parts for the window {tuple(window)}")
+    down, across = ([slice(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
+                    for side, n in zip(window, parts))
+    places: list[Any] = [(slice(None), rows, columns) for rows in down for columns in across]
+    picture = x.reshape(len(x), h, w, -1)
+    out = xp.stack([picture[place].max(axis=(1, 2)) for place in places], axis=1)
+
+    def vjp(g):
+        back = xp.zeros(picture.shape, g.dtype)
+        for i, place in enumerate(places):
+            winners = (picture[place] == out[:, i, None, None]).astype(g.dtype)
+            back[place] += winners * (g[:, i] / winners.sum(axis=(1, 2)))[:, None, None]
+        return back.reshape(x.shape)
+    return out, vjp
+
+
+@op
 def relative_bias(table, *, window):
     """The bias of each pair of tokens of a window by the distance between them (section 3.2, "relative
     position bias").
