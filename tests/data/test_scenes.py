@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tiny import linear_accuracy, streams
-from tinytoken.data import scenes
+from tinytoken.data import load_pictures, scenes
 from tinytoken.data.scenes import SHAPES, SPLITS, make_scenes
 from tinytoken.errors import InputError
 
@@ -36,6 +36,22 @@ def test_shapes_and_dtypes(some):
     assert set(some.labels.tolist()) == set(range(10))
     with pytest.raises(AttributeError):
         some.images = None
+
+
+def test_one_object_of_any_size():
+    drawn, again = (make_scenes(600, seed=1, size=64, radii=scenes.SIZED) for _ in range(2))
+    assert np.array_equal(drawn.images, again.images) and drawn.boxes.shape == (600, 1, 4)
+    assert drawn.instances.max() == 1 and drawn.masks.any(axis=(1, 2)).all()
+    left, top, right, bottom = drawn.boxes[:, 0].T
+    across = np.maximum(right - left, bottom - top) / 64
+    counts, _ = np.histogram(across, bins=4, range=(0.1, 0.8))
+    assert 0.1 < across.min() < 0.2 and 0.7 < across.max() < 0.8 and counts.min() > 60
+    train, test = load_pictures("sized_scenes", train=5, test=3, seed=1, size=64)
+    assert np.array_equal(train.images, drawn.images[:5]) and len(test) == 3
+    assert not np.array_equal(test.images, train.images[:3])
+    for radii in ((), ((0.2, 0.1),), ((0.1, 0.5),)):
+        with pytest.raises(InputError, match="expected pairs 0 < low <= high < 0.5"):
+            make_scenes(1, radii=radii)
 
 
 @pytest.mark.parametrize("short", [1, 5, scenes.CHUNK - 1, scenes.CHUNK, scenes.CHUNK + 1])

@@ -33,6 +33,7 @@ SPLITS = ("train", "val", "test")
 # scenes (chance 10).
 CLUTTER = (6, 12)  # strokes and blobs in a picture, both ends included
 RADII = ((0.25, 0.30), (0.22, 0.26), (0.19, 0.21))  # of objects' circles, in pictures of 1, 2, 3 objects
+SIZED = ((0.1, 0.4),)  # of "sized_scenes"
 TURN = math.pi / 9  # objects are turned by up to this angle, either way
 LEVEL = (20, 50)  # mean brightness of the background, of 255
 NOISE = ((4, 20), (8, 10))  # its smooth noise: cells across the picture, and strength
@@ -145,13 +146,19 @@ class Scenes:
         return np.concatenate([picture, share * picture + (1 - share) / classes], axis=1)
 
 
-def make_scenes(count: int, *, seed: int = 0, split: str = "train", size: int = 32) -> Scenes:
+def make_scenes(count: int, *, seed: int = 0, split: str = "train", size: int = 32,
+                radii: tuple[tuple[float, float], ...] = RADII) -> Scenes:
     """Draw `count` scenes of size x size pixels (see the top of this file). 10,000 of 32 x 32 take seconds.
 
-    Raises InputError for a count below 1, an unknown split, or a size outside 16 to 256."""
+    radii: between what bounds the radius of an object's circle lies, in units of the side, in pictures of 1
+    object, of 2, and so on: with one pair, every picture has one. `boxes` has a row for as many objects.
+    Raises InputError for a count below 1, an unknown split, a size outside 16 to 256, or radii that are not
+    between 0 and 1/2."""
     check_request("make_scenes", count, split, size)
+    expect(len(radii) and all(0 < low <= high < 0.5 for low, high in radii), "make_scenes",
+           f"radii are {radii!r}, expected pairs 0 < low <= high < 0.5")
     images, labels = np.empty((count, 3, size, size), "uint8"), np.empty(count, "int64")
-    instances, boxes = np.empty((count, size, size), "uint8"), np.empty((count, len(RADII), 4), "int64")
+    instances, boxes = np.empty((count, size, size), "uint8"), np.empty((count, len(radii), 4), "int64")
     bar = tqdm(total=count, desc=f"drawing scenes ({split})", unit="scene", delay=2, leave=False)
     for start in range(0, count, CHUNK):
         part = slice(start, min(start + CHUNK, count))
@@ -159,9 +166,10 @@ def make_scenes(count: int, *, seed: int = 0, split: str = "train", size: int = 
         labels[part] = draw.integers("label", (), len(SHAPES))
         picture = background(draw, size)
         _paint_clutter(draw, picture)
-        instances[part] = _paint_objects(draw, picture, np.repeat(labels[part, None], len(RADII), axis=1))
+        shapes = np.repeat(labels[part, None], len(radii), axis=1)
+        instances[part] = _paint_objects(draw, picture, shapes, radii)
         images[part] = np.rint(picture.clip(0, 255, out=picture), out=picture)
-        boxes[part] = boxes_of(instances[part])
+        boxes[part] = boxes_of(instances[part], len(radii))
         bar.update(part.stop - start)
     bar.close()
     return Scenes(images, labels, instances, boxes)
@@ -262,13 +270,13 @@ def clutter(draw: Draws, size: int, low: int, high: int) -> Iterator[tuple[np.nd
         yield distance, colour[:, k]
 
 
-def _paint_objects(draw, picture, shapes):
+def _paint_objects(draw, picture, shapes, radii):
     """Draw each scene's objects; shapes (rows, 3) index SHAPES -> instances (rows, size, size) uint8."""
-    centre, radius, present = _place(draw)
-    angle = draw.uniform("object.angle", (len(RADII),), -TURN, TURN)
-    colour = draw.colours("object", (len(RADII),))
+    centre, radius, present = _place(draw, radii)
+    angle = draw.uniform("object.angle", (len(radii),), -TURN, TURN)
+    colour = draw.colours("object", (len(radii),))
     instances = np.zeros((draw.rows, *picture.shape[2:]), "uint8")
-    for k in range(len(RADII)):
+    for k in range(len(radii)):
         kinds = np.where(present[:, k], shapes[:, k], -1)
         coverage = paint_object(picture, kinds, centre[:, k], radius[:, k], angle[:, k], colour[:, k])
         instances[coverage >= 0.5] = k + 1
@@ -289,14 +297,14 @@ def paint_object(picture: np.ndarray, kinds: np.ndarray, centre: np.ndarray, rad
     return paint(picture, distance, colour)
 
 
-def _place(draw):
+def _place(draw, radii=RADII):
     """Places for 1 to 3 objects -> centre (rows, 3, 2), radius (rows, 3), present (rows, 3).
 
     The circles around the objects lie inside the picture and do not overlap: TRIES arrangements are drawn,
     and the first of those with the most objects is taken."""
-    most = len(RADII)
+    most = len(radii)
     wanted = 1 + draw.integers("object.number", (), most)
-    low, high = np.array(RADII, "float32")[wanted - 1, :, None].swapaxes(0, 1)
+    low, high = np.array(radii, "float32")[wanted - 1, :, None].swapaxes(0, 1)
     radius = low + (high - low) * draw.uniform("object.radius", (most,))
     margin = radius[:, None, :, None]
     tries = margin + (1 - 2 * margin) * draw.uniform("object.centre", (TRIES, most, 2))
@@ -327,3 +335,11 @@ def both_splits(place: Any, *, train: int, test: int, seed: int, size: int) -> t
     """Made on the spot."""
     return (make_scenes(train, seed=seed, split="train", size=size),
             make_scenes(test, seed=seed, split="test", size=size))
+
+
+@dataset("sized_scenes")
+def both_splits_of_sizes(place: Any, *, train: int, test: int, seed: int, size: int) -> tuple[Scenes, Scenes]:
+    """Scenes with one object each, of a fifth to four fifths of the picture's side across, every size as
+    often: for methods that are about objects of different sizes."""
+    return (make_scenes(train, seed=seed, split="train", size=size, radii=SIZED),
+            make_scenes(test, seed=seed, split="test", size=size, radii=SIZED))
