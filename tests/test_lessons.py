@@ -19,8 +19,16 @@ from tinytoken.errors import install
 from tinytoken.experiments import Recipe, lesson
 
 LESSONS = pathlib.Path(__file__).parents[1] / "lessons"
-scripts = sorted(LESSONS.glob("[0-9][0-9]*_*.py"))
+scripts = sorted(LESSONS.glob("[0-9][0-9]*_*.py")) + sorted(LESSONS.glob("related/[0-9][0-9]*_*.py"))
 every_lesson = pytest.mark.parametrize("script", scripts, ids=[script.stem for script in scripts])
+TITLES = {"lessons": ("What was measured", "Exercises", "The paper"),
+          "related": ("The idea", "The mechanism by hand", "The experiment", "What came out",
+                      "What this does not show")}
+
+
+def name_of(script):
+    """What a lesson calls itself: of related/02_shunted.py, related_shunted."""
+    return script.stem if script.parent == LESSONS else f"related_{script.stem.partition('_')[2]}"
 
 
 def run(script, out, monkeypatch, *options):
@@ -32,10 +40,10 @@ def run(script, out, monkeypatch, *options):
 @every_lesson
 def test_the_lesson_runs(script, tmp_path, monkeypatch):
     noted = run(script, tmp_path, monkeypatch)
-    saved = json.loads((tmp_path / f"{script.stem}.json").read_text())
-    assert saved["lesson"] == script.stem and saved["size"] == "smoke" and saved["headline"]
+    saved = json.loads((tmp_path / f"{name_of(script)}.json").read_text())
+    assert saved["lesson"] == name_of(script) and saved["size"] == "smoke" and saved["headline"]
     assert saved["results"].keys() == noted.keys() != set()
-    assert list(tmp_path.glob(f"{script.stem}_*.png"))
+    assert list(tmp_path.glob(f"{name_of(script)}_*.png"))
 
 
 @every_lesson
@@ -45,8 +53,9 @@ def test_the_lesson_is_a_percent_script(script):
     cells = [line for line in lines if line.startswith("# %%")]
     assert len(cells) > 5 and set(cells) <= {"# %%", "# %% [markdown]"}
     titles = [line[5:] for line in lines if line.startswith("# ## ")]
-    for title in ("What was measured", "Exercises", "The paper"):
+    for title in TITLES[script.parent.name]:
         assert title in titles, f"no part {title!r}"
+    assert script.parent == LESSONS or len(lines) <= 350
 
 
 def flat(*folders):
@@ -78,7 +87,7 @@ def test_the_lines_of_code_beside_the_paper_exist(script):
 
 @every_lesson
 def test_the_committed_result_is_of_a_longer_run(script):
-    saved = json.loads((LESSONS / "results" / f"{script.stem}.json").read_text())
+    saved = json.loads((LESSONS / "results" / f"{name_of(script)}.json").read_text())
     assert saved["size"] in ("default", "full") and saved["machine"]["cpus"] and saved["seconds"]
 
 
