@@ -37,7 +37,7 @@ def test_a_later_entry_takes_the_place_of_an_earlier_and_registries_are_apart():
 def test_the_package_registers_all_that_its_folders_hold():
     assert {"vit", "dynamicvit", "lookupvit", "randomtokens"} <= models.model.keys()
     assert {"classify", "distil"} <= tasks.task.keys()
-    assert {"scenes", "cifar10", "cifar100"} <= data.dataset.keys()
+    assert {"scenes", "pixel_scenes", "cifar10", "cifar100"} <= data.dataset.keys()
     assert all(isinstance(registry, Registry) for registry in (models.model, tasks.task, data.dataset))
 
 

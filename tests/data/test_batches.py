@@ -3,7 +3,7 @@ normalisation."""
 import numpy as np
 import pytest
 
-from tinytoken.data.batches import Batches, channel_statistics, normalise
+from tinytoken.data.batches import IGNORE, Batches, channel_statistics, normalise
 from tinytoken.errors import InputError
 
 PLAIN = dict(mean=(0.0, 0.0, 0.0), std=(1 / 255,) * 3)  # leaves pixel values as they are
@@ -91,6 +91,31 @@ def test_flip_alone_mirrors_and_pad_alone_does_not(xp):
     assert not any(find_view(picture, source, 1)[0][0] for picture, source in zip(host(x), host(images[y])))
 
 
+@pytest.mark.parametrize("moves", [dict(pad=3), dict(flip=True), dict(pad=3, flip=True), {}], ids=str)
+def test_labels_of_pixels_move_along(xp, moves):
+    """Every pixel's label is its value in the first channel, 0 to 250: where the picture went, it went."""
+    images, _ = picture_set(xp, 20)
+    batches = Batches(images, images[:, 0], 20, seed=1, **moves, **PLAIN)
+    for step in range(3):
+        x, labels = map(host, batches(step))
+        assert labels.shape == (20, 8, 8) and labels.dtype == "uint8"
+        inside = labels != IGNORE
+        np.testing.assert_allclose(x[:, 0][inside], labels[inside], rtol=1e-6)
+        assert (x[:, :, :] * ~inside[:, None] == 0).all() and (inside.all() != ("pad" in moves))
+        plain = Batches(images, xp.arange(20), 20, seed=1, **moves, **PLAIN)(step)[0]
+        assert (host(plain) == x).all()  # labels change nothing of the pictures
+
+
+def test_labels_of_pixels_in_wide_pictures_and_what_is_erased(xp):
+    images = xp.asarray(np.random.default_rng(0).integers(0, 255, (9, 3, 6, 10)).astype("uint8"))
+    x, labels = map(host, Batches(images, images[:, 1].astype("int64"), 9, pad=2, erase=1.0, **PLAIN)(0))
+    inside = labels != IGNORE
+    left = (x != 0).any(axis=1)
+    assert labels.shape == (9, 6, 10) and labels.dtype == "int64" and (left <= inside).all()
+    np.testing.assert_allclose(x[:, 1][left], labels[left], rtol=1e-6)
+    assert (inside & ~left).any()  # erased pixels keep their class
+
+
 def test_padding_is_the_mean_colour(xp):
     images = xp.full((6, 3, 8, 8), 200, dtype="uint8")
     x = host(Batches(images, xp.arange(6), 6, pad=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2))(0)[0])
@@ -161,10 +186,12 @@ def test_the_sets_own_statistics_are_the_default(xp):
      r"Batches: mixup or cutmix with labels \(10,\) float32, expected class numbers \(10,\)"),
     (dict(labels=np.zeros((10, 10), "int64"), cutmix=1.0),
      r"Batches: mixup or cutmix with labels \(10, 10\) int64, expected class numbers \(10,\)"),
-    (dict(labels=np.zeros((10, 8, 8), "int64"), flip=True),
-     r"Batches: pad or flip with labels \(10, 8, 8\), maps of the pictures: they would not move along"),
+    (dict(labels=np.zeros((10, 8, 8), "int8"), flip=True),
+     r"Batches: pad or flip with labels \(10, 8, 8\) int8, maps of the pictures: they would not move along"),
+    (dict(labels=np.zeros((10, 8, 8)), flip=True),
+     r"Batches: pad or flip with labels \(10, 8, 8\) float64, maps of the pictures: they would not move"),
     (dict(labels=np.zeros((10, 2, 8, 8)), pad=1),
-     r"Batches: pad or flip with labels \(10, 2, 8, 8\), maps of the pictures: they would not move along"),
+     r"Batches: pad or flip with labels \(10, 2, 8, 8\) float64, maps of the pictures: they would not move"),
     (dict(batch_size=11), "Batches: batch size 11, expected 1 to the set's 10"),
     (dict(batch_size=0), "Batches: batch size 0, expected 1 to the set's 10"),
     (dict(pad=8), "Batches: pad is 8, expected 0 to 7"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tiny import linear_accuracy, streams
-from tinytoken.data import load_pictures, scenes
+from tinytoken.data import hold_out, load_pictures, scenes
 from tinytoken.data.scenes import SHAPES, SPLITS, make_scenes
 from tinytoken.errors import InputError
 
@@ -138,6 +138,25 @@ def test_object_share(some):
     with pytest.raises(InputError,
                        match="object_share: patch size 5 does not divide the picture's 32 pixels"):
         some.object_share(5)
+
+
+def test_a_pixel_is_an_objects_or_the_backgrounds(some):
+    labels = some.pixel_labels
+    assert labels.shape == (3000, 32, 32) and labels.dtype == "uint8"
+    for picture, instances, label in zip(labels[:200], some.instances, some.labels):
+        assert set(np.unique(picture)) == {0, label + 1}  # all objects of a picture have one shape
+        assert ((picture > 0) == (instances > 0)).all()
+
+
+def test_scenes_by_pixel_are_the_same_scenes():
+    request = dict(train=30, test=10, seed=3, size=40)
+    sets = zip(load_pictures("pixel_scenes", **request), load_pictures("scenes", **request))
+    for by_pixel, scene in sets:
+        assert (by_pixel.images == scene.images).all() and (by_pixel.labels == scene.pixel_labels).all()
+        assert by_pixel.names == ("background", *scene.names) and by_pixel.moves == {}
+        assert (by_pixel.object_share(8) == scene.object_share(8)).all() and len(by_pixel) == len(scene)
+    rest, held = hold_out(by_pixel, 4)
+    assert rest.labels.shape == (6, 40, 40) and held.labels.shape == (4, 40, 40)
 
 
 def test_token_labels(some):

@@ -12,6 +12,7 @@ from ..tensor import fused
 from . import mix
 
 SITE = "tinytoken.data.batches."
+IGNORE = 255  # the label of a pixel without a class, as in the PASCAL VOC challenge's files
 
 
 class Batches:
@@ -33,8 +34,10 @@ class Batches:
     classes: how many there are (default: the largest label + 1).
     mean, std: per channel, in units of [0, 1]; by default those of `images`. Give the training set's to a
         test set.
-    labels: class indices (B,); or any arrays, one per image, for a task that knows what they are. Those of
-        the picture's size are maps of its pixels, which would have to move along: pad or flip refuse them.
+    labels: class indices (B,); or any arrays, one per image, for a task that knows what they are. Whole
+        numbers (B, H, W) are classes of the pixels: they move along with the picture, what comes in at the
+        border is IGNORE, and what is erased keeps its class. Other maps of the picture's size cannot move:
+        pad or flip refuse them.
 
     Raises InputError for images that are not uint8 of these shapes, more or fewer labels than images, or a
     batch that is larger than the set.
@@ -55,8 +58,11 @@ class Batches:
                f"mixup or cutmix with {shape} {labels.dtype}, expected class numbers ({count},)")
         expect(images.ndim == 4 or not (flip or erase or mixup or cutmix), "Batches",
                "flip, erase, mixup or cutmix of clips, which can only be moved: pad alone expected")
-        expect(not (pad or flip) or labels.shape[1:][-2:] != images.shape[-2:], "Batches",
-               f"pad or flip with {shape}, maps of the pictures: they would not move along")
+        # an int8 has no room for IGNORE
+        self.by_pixel = (labels.shape[1:] == images.shape[2:] and labels.dtype.kind in "iu"
+                         and labels.dtype != "int8")
+        expect(not (pad or flip) or self.by_pixel or labels.shape[1:][-2:] != images.shape[-2:], "Batches",
+               f"pad or flip with {shape} {labels.dtype}, maps of the pictures: they would not move along")
         expect(1 <= batch_size <= count, "Batches",
                f"batch size {batch_size}, expected 1 to the set's {count}")
         expect(0 <= pad < min(images.shape[-2:]), "Batches",
@@ -91,12 +97,14 @@ class Batches:
 
     def make(self, chosen: Array, step: int) -> tuple[Array, Array]:
         """The batch of these pictures. step: of what is drawn for it, see random.bits."""
-        images = self.pictures(chosen, step)
+        images, labels = self.pictures(chosen, step), self.labels[chosen]
+        if self.by_pixel and (self.pad or self.flip):
+            labels = self._moved_labels(chosen, step)
         if self.erase:
             images = mix.erase(images, self.erase, step=step, seed=self.seed)
         if not self.ways:
-            return images, self.labels[chosen]
-        return mix.mixed(images, self.labels[chosen], self.classes, self.ways, SITE + "way", step=step,
+            return images, labels
+        return mix.mixed(images, labels, self.classes, self.ways, SITE + "way", step=step,
                          seed=self.seed)
 
     @fused
@@ -115,8 +123,26 @@ class Batches:
         return order
 
     def _moved(self, chosen, step):
-        """The chosen pictures, moved and mirrored by one gather: every pixel has a source row and column.
-        The channels of a clip are those of all its frames."""
+        """The chosen pictures, moved and mirrored by one gather. The channels of a clip are those of all its
+        frames."""
+        xp, (height, width) = array_module(self.images), self.images.shape[-2:]
+        rows, columns, inside = self._sources(step)
+        images = self.images.reshape(len(self.images), -1, height, width)
+        picked = images[chosen[:, None, None, None], xp.arange(images.shape[1])[:, None, None],
+                        rows[:, None], columns[:, None]]
+        normal = normalise(picked.reshape(len(chosen), *self.images.shape[1:]), self.mean, self.std)
+        return normal * inside.reshape(len(chosen), *[1] * (normal.ndim - 3), height, width)
+
+    def _moved_labels(self, chosen, step):
+        """Their labels (B, H, W), moved with them."""
+        rows, columns, inside = self._sources(step)
+        picked = self.labels[chosen[:, None, None], rows, columns]
+        xp = array_module(picked)
+        return xp.where(inside, picked, xp.full((), IGNORE, picked.dtype))
+
+    def _sources(self, step):
+        """Where every pixel of a moved picture comes from: its row (B, H, 1) and column (B, 1, W), and
+        whether it lies inside (B, H, W)."""
         xp, (height, width) = array_module(self.images), self.images.shape[-2:]
         draw = dict(step=step, seed=self.seed, xp=xp)
         shift = random.integers((self.batch_size, 2, 1), 2 * self.pad + 1, site=SITE + "crop", **draw)
@@ -126,13 +152,8 @@ class Batches:
             mirrored = random.integers((self.batch_size, 1), 2, site=SITE + "flip", **draw) == 1
             columns = xp.where(mirrored, columns[:, ::-1], columns)
         in_rows, in_columns = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
-        inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
-        rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
-        images = self.images.reshape(len(self.images), -1, height, width)
-        picked = images[chosen[:, None, None, None], xp.arange(images.shape[1])[:, None, None],
-                        rows[:, None, :, None], columns[:, None, None, :]]
-        normal = normalise(picked.reshape(len(chosen), *self.images.shape[1:]), self.mean, self.std)
-        return normal * inside.reshape(len(chosen), *[1] * (normal.ndim - 3), height, width)
+        return (rows.clip(0, height - 1)[:, :, None], columns.clip(0, width - 1)[:, None],
+                in_rows[:, :, None] & in_columns[:, None])
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:

@@ -134,6 +134,15 @@ class Scenes:
         patches = self.masks.reshape(B, cells, patch_size, cells, patch_size)
         return patches.mean(axis=(2, 4), dtype="float32").reshape(B, cells * cells)
 
+    @property
+    def pixel_labels(self) -> np.ndarray:
+        """(B, H, W) uint8: the class of each pixel, 0 for the background and 1 + the picture's label for an
+        object.
+
+        A pixel is an object's where at least half of it is covered by it. Clutter is background, and so is
+        what is seen through a hole: the middle of a ring, the gaps between bars."""
+        return np.where(self.masks, 1 + self.labels[:, None, None], 0).astype("uint8")
+
     def token_labels(self, patch_size: int) -> np.ndarray:
         """(B, 1 + N, K) float32: probabilities of the classes for the picture, then for each of its patches,
         row by row (token labels: Jiang et al. 2021, arXiv 2104.10858).
@@ -343,3 +352,18 @@ def both_splits_of_sizes(place: Any, *, train: int, test: int, seed: int, size: 
     often: for methods that are about objects of different sizes."""
     return (make_scenes(train, seed=seed, split="train", size=size, radii=SIZED),
             make_scenes(test, seed=seed, split="test", size=size, radii=SIZED))
+
+
+@dataclass(frozen=True)
+class PixelScenes(Scenes):
+    """Scenes for segmentation: labels (B, H, W) uint8 are the `pixel_labels` of the same scenes, and the
+    first of the names is that of the background."""
+    names: tuple[str, ...] = ("background", *NAMES)
+
+
+@dataset("pixel_scenes")
+def both_splits_by_pixel(place: Any, **request: Any) -> tuple[PixelScenes, PixelScenes]:
+    """The pictures of "scenes", with a label for each pixel."""
+    train, test = (PixelScenes(s.images, s.pixel_labels, s.instances, s.boxes)
+                   for s in both_splits(place, **request))
+    return train, test
