@@ -306,6 +306,13 @@ def test_predict_refuses_answers_that_are_no_numbers(header, capsys):
     assert all(re.match("model.npz: NumPy warns", line) for line in warned)
 
 
+def test_predict_refuses_a_model_of_pixels(capsys):
+    checkpoint.save("m.npz", recipes_model("segmenter", num_classes=10), classes=list(scenes.NAMES), mean=MEAN,
+                    std=STD)
+    assert refused(capsys, "predict", "m.npz", predict.SAMPLES / "star.png") == (
+        "predict: m.npz holds a Segmenter, which answers for pixels: a classifier is expected")
+
+
 def test_names_of_others_stay_on_their_line(capsys):
     """A name is printed, and may hold what a terminal would obey."""
     saved("model.npz", classes=[*FEW, "cut\x1b[2J\nhere ü"], bounds={"mean of red": [0.0, 0.001]})

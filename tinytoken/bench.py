@@ -33,7 +33,7 @@ class Job:
         self.task = task_class(self.model, *([models.ViT(**sizes)] if task_class.taught else []))
         self.optimizer = AdamW(self.model.parameters(), clip=1.0)
         self.images = random.normal((batch, *self.model.config.input_shape), site="bench.images", step=0)
-        self.batch = self.images, np.arange(batch) % 10
+        self.batch = self.images, self.task.labels(batch)
         self.draws = self.task.noise(batch, 0, 0)
         self.micro = slice_of(self.task, self.batch, self.draws, threads) if micro is None else micro
 

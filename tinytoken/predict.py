@@ -52,6 +52,8 @@ def classify(path: FilePath, picture: FilePath, path_out: FilePath) -> str:
     warn(picture, images[0], header)
     with no_grad(), one_line_of_warnings(path, "NumPy"):
         out = model.eval()(normalise(images, mean, std), trace=True)
+        expect(out.logits.ndim == 2, "predict",
+               f"{path} holds a {type(model).__name__}, which answers for pixels: a classifier is expected")
         probs = to_numpy(softmax(out.logits).data)[0]
     expect(np.isfinite(probs).all(), "predict",
            f"{path} makes numbers of {picture} that are not finite: damaged, or its mean and std are no use")

@@ -44,8 +44,8 @@ def test_distil_draws_for_the_whole_batch_by_image_number():
 def test_tasks_are_registered():
     assert tasks.task.pick("classify") is Classify and tasks.task.pick("distil") is Distil
     assert issubclass(Distil, tasks.Task) and (Classify.taught, Distil.taught) == (False, True)
-    with refuses(f"task: 'segment', expected one of {', '.join(tasks.task)}"):
-        tasks.task.pick("segment")
+    with refuses(f"task: 'colour', expected one of {', '.join(tasks.task)}"):
+        tasks.task.pick("colour")
 
 
 def test_settings_are_what_a_checkpoint_is_to_say():

@@ -59,8 +59,8 @@ class Batches:
         expect(images.ndim == 4 or not (flip or erase or mixup or cutmix), "Batches",
                "flip, erase, mixup or cutmix of clips, which can only be moved: pad alone expected")
         # an int8 has no room for IGNORE
-        self.by_pixel = (labels.shape[1:] == images.shape[2:] and labels.dtype.kind in "iu"
-                         and labels.dtype != "int8")
+        self.by_pixel = (images.ndim == 4 and labels.shape[1:] == images.shape[2:]
+                         and labels.dtype.kind in "iu" and labels.dtype != "int8")
         expect(not (pad or flip) or self.by_pixel or labels.shape[1:][-2:] != images.shape[-2:], "Batches",
                f"pad or flip with {shape} {labels.dtype}, maps of the pictures: they would not move along")
         expect(1 <= batch_size <= count, "Batches",

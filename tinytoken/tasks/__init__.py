@@ -3,7 +3,9 @@ from ..registry import import_files
 from .base import Task, drop_paths, task
 from .classify import Classify, accuracy
 from .distil import Distil
+from .segment import Segment, SegmentTaught, boundary_f1, mean_iou
 
-__all__ = ["Classify", "Distil", "Task", "accuracy", "drop_paths", "task"]
+__all__ = ["Classify", "Distil", "Segment", "SegmentTaught", "Task", "accuracy", "boundary_f1", "drop_paths",
+           "mean_iou", "task"]
 
 import_files(__name__, __path__)

@@ -35,6 +35,10 @@ class Task:
             draws = draws | {"paths": drop_paths(self.model, self.drop_path, size, step, seed, xp)}
         return draws
 
+    def labels(self, size: int) -> np.ndarray:
+        """Labels such as `size` images may have, to try or to time a step with."""
+        return np.arange(size) % self.model.config.num_classes
+
     def __call__(self, images: Array, labels: Array, **draws: Array) -> Loss:
         raise NotImplementedError
 
