@@ -27,12 +27,17 @@ FLOORS = (("errors",), ("registry", "files", "program", "reading", "backend", "t
 
 # Files that name a model, task or data set, beside its own: whatever lists them reads the registries, so a
 # new one needs no line here, and adding it touches its own file and its test.
-NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experiments/tables.py"},
-            "dynamicvit": {"models/controls.py", "models/lvvit.py", "experiments/compare.py", "experiments/tables.py"},
-            "lookupvit": {"cuda/mixed_lookup.py", "models/videolookupvit.py", "experiments/compare.py",
-                          "experiments/tables.py"},
+NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experiments/tables.py",
+                    "models/segmenter.py"},
+            "dynamicvit": {"models/controls.py", "models/lvvit.py", "models/segmenter.py",
+                           "experiments/compare.py", "experiments/tables.py"},
+            "lookupvit": {"cuda/mixed_lookup.py", "models/segmenter.py", "models/videolookupvit.py",
+                          "experiments/compare.py", "experiments/tables.py"},
             "swin": {"models/stvitr.py"},
-            "classify": {"models/base.py", "tasks/distil.py"}, "distil": {"models/pruning.py"},
+            "dynamicconvnext": {"models/map_controls.py"}, "segment": {"models/segmenter.py"},
+            "segment_taught": {"models/segmenter.py"},
+            "classify": {"models/base.py", "tasks/distil.py", "tasks/segment.py"},
+            "distil": {"models/pruning.py", "tasks/segment.py"},
             "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py"},
             "cifar10": {"experiments/lesson.py"}}
 EXPORTS = ("models/__init__.py", "tasks/__init__.py", "train/__init__.py", "data/__init__.py")

@@ -19,7 +19,7 @@ MAY = {
     "made once, on the host": {
         "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions"},
         "ops/grid.py": {"resize_matrix", "_cubic"}, "ops/window.py": {"_distances", "seen_in_windows"},
-        "models/pruning.py": {"Deciding.decide_by"},
+        "models/pruning.py": {"Deciding.decide_by"}, "tasks/base.py": {"Task.labels"},
         "models/t2tvit.py": {"TokenPerformer.start", "sinusoids"},
         "models/controls.py": {"PooledTokens.put_back", "means_of_parts", "morton_order"},
         "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
@@ -42,7 +42,8 @@ MAY = {
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},
         "train/inference.py": {"infer"}, "train/checkpoint.py": {"save", "_check_finite"},
         "tasks/classify.py": {"accuracy"}, "data/mix.py": {"mixed"},
-        "models/controls.py": {"RandomTokens.scores"}},
+        "tasks/segment.py": {"Segment.labels", "Segment.metrics", "mean_iou", "boundary_f1", "near"},
+        "models/controls.py": {"RandomTokens.scores"}, "models/map_controls.py": {"RandomPaths.choose"}},
 }
 
 

@@ -23,6 +23,7 @@ SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2,
 
 # The options that a model has, of these, are what it is tried with first ...
 FIRST = {"prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r": 2}
+FIRST_DECIDES = {option: FIRST[option] for option in ("prune_before", "keep_ratios")}
 CLIPS = {"frames": 4, "compressed": (1, 2, 2)}
 PYRAMIDS = {"depths": (4, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
 # ... and then each of these, if it has all of its options. drop_path is the task's.
@@ -52,7 +53,12 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"depths": (3, 1), "prune_before": (1, 2), "keep_ratios": (0.3, 0.6)},
            {"tokens_type": "transformer", "token_dim": 8}, {"splits": ((5, 2, 2), (3, 2, 1))},
            {"meta_tokens": 3}, {"depths": (1, 1, 2), "dims": (16, 16, 32), "attn_type": ("C", "D2", "S"),
-                                "head_dim": 8}]
+                                "head_dim": 8},
+           {"width": 16}, {"backbone": "dynamicvit", "options": FIRST_DECIDES}, {"backbone": "lookupvit"},
+           {"backbone": "swin"}, {"backbone": "convnext", "options": {"layer_scale": 0.25}},
+           {"backbone": "dynamicswin", "options": FIRST_DECIDES | {"depths": (2, 1)}},
+           *({"backbone": name, "options": FIRST_DECIDES | PYRAMIDS | {"depths": (2, 1)}}
+             for name in ("dynamicconvnext", "randompaths", "fastpath"))]
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
 EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"},
               {"compressed": (2, 3, 1)}]
@@ -165,14 +171,21 @@ def made(name, change, seed=0):
     teacher = (dense(network, config).to("cuda"),) if kind.taught else ()
     task = kind(network, *teacher, smoothing=0.1, drop_path=change.get("drop_path", 0.0))
     images = rng.standard_normal((3, *network.config.input_shape)).astype("float32")
-    batch = [to_device(array, "cuda") for array in (images, rng.integers(0, 3, 3))]
+    labels = rng.integers(0, 3, task.labels(3).shape)  # of pictures, or of their pixels
+    batch = [to_device(array, "cuda") for array in (images, labels)]
     return task, batch, task.noise(3, 0, 0, module_for("cuda"))
 
 
 def dense(network, config):
-    """Its teacher: the model that it is a form of, with the same options."""
-    kind = next(kind for kind in type(network).__mro__ if kind in MODELS.values() and kind.task == "classify")
+    """Its teacher: the model that it is a form of, with the same options; of a Segmenter, one with that
+    backbone."""
+    backbone = getattr(network, "backbone", None)
+    forms = type(backbone or network).__mro__
+    kind = next(kind for kind in forms if kind in MODELS.values() and kind.task == "classify")
     taken = inspect.signature(kind.Config).parameters
+    if backbone is not None:
+        mine = {option: value for option, value in network.config.options.items() if option in taken}
+        return type(network)(**config | {"backbone": kind.__name__.lower(), "options": mine})
     return kind(**{option: value for option, value in config.items() if option in taken})
 
 
@@ -195,13 +208,13 @@ def answered(name, change, precision):
             if not call.keys() <= arguments(type(network)) or refused(network, call):
                 continue
             call = call | {argument: halves(network) for argument, value in call.items() if value == "half"}
-            # in eval mode the draw of RandomTokens depends on every bit
-            drawn = draws if training or name == "randomtokens" else {}
+            # in eval mode the draws of RandomTokens and RandomPaths depend on every bit
+            drawn = draws if training or "random" in str((name, change)) else {}
             with products_in(precision, "cuda"), tt.no_grad():
                 out = network.train(training)(images, **drawn, **call)
-            where = ("train" if training else "eval", *call)
+            where, of = ("train" if training else "eval", *call), getattr(out, "features", out)
             found |= {(*where, "logits"): out.logits.numpy()} | {
-                (*where, i): kept.numpy() for i, kept in enumerate(getattr(out, "maps", out.attention))}
+                (*where, i): kept.numpy() for i, kept in enumerate(getattr(of, "maps", of.attention))}
     return found
 
 
