@@ -127,6 +127,17 @@ def test_the_recipes_of_the_two_papers_run(name, arms, tmp_path, monkeypatch):
                for course in by_step for blocks in course if blocks for cosine in blocks)
 
 
+def test_the_recipe_of_dense_prediction_runs(tmp_path, monkeypatch):
+    noted = run(LESSONS / "full" / "dense.py", tmp_path, monkeypatch)
+    for task, metrics in (("classes", {"accuracy"}), ("pixels", {"mIoU", "boundary_f1"})):
+        rows = {name: by_seed[0] for name, by_seed in noted["rows"][task].items()}
+        macs = [rows[name]["macs"] for name in ("dense", "keep 0.9", "keep 0.7", "keep 0.5", "fast path alone")]
+        assert macs == sorted(macs, reverse=True) and rows["random 0.7"]["macs"] < rows["keep 0.7"]["macs"]
+        assert all(metrics < row.keys() and 0 <= row[metric] <= 1 for row in rows.values() for metric in metrics)
+        assert len(rows["keep 0.7"]["slow_on_object"]["stages"]) == 3
+    assert len(noted["claims"]) == 8 and list(tmp_path.glob("dense_masks.png"))
+
+
 def test_sizes_options_and_results(tmp_path, capsys):
     here = lesson.begin("00_test", ["--full", "--seed", "3", "--out", str(tmp_path), "--device", "cpu"])
     assert (here.size, here.seed, here.data, here.pick(1, 2, 3)) == ("full", 3, "scenes",
