@@ -25,14 +25,14 @@ from tinytoken.experiments import Arm, Recipe, difference, interval_text, kept_o
 
 here = lesson.begin("dense")
 expect(here.data == "scenes", "dense", f"--data {here.data}, expected scenes, whose pixels have labels")
-STEPS, FURTHER = here.pick((2, 1), (100, 30), (1400, 350))
-RECIPE = Recipe(train_pictures=here.pick(16, 2000, 16000), test_pictures=here.pick(16, 300, 2000),
+STEPS, FURTHER = here.pick((2, 1), (100, 30), (1200, 300))
+RECIPE = Recipe(train_pictures=here.pick(16, 2000, 16000), test_pictures=here.pick(16, 300, 2000), patch=2,
                 batch=here.pick(4, 32, 32), lr=4e-3, further_lr=1e-3, predictor_lr_scale=3.0)
 # so small a model learns faster where its branches do not start at 1e-6
-SIZES = dict(dims=here.pick((8, 16), (48, 96), (48, 96)), depths=here.pick((4, 1), (6, 1), (6, 1)),
-             layer_scale=1.0)
-PLACES = (1, 2, 3)  # in the first of two stages
-SQUARE = RECIPE.patch  # pixels of a side of its positions
+SIZES = dict(dims=here.pick((4, 8, 12), (24, 48, 96), (24, 48, 96)),
+             depths=here.pick((1, 4, 1), (1, 6, 1), (1, 6, 1)), layer_scale=1.0)
+PLACES = (1, 2, 3)  # in the second of three stages
+SQUARE = 2 * RECIPE.patch  # pixels of a side of its positions
 DENSE, FAST, START = "dense", "fast path alone", "dense, start"
 DYNAMIC = {ratio: f"keep {ratio}" for ratio in (0.9, 0.7, 0.5)}
 RANDOM = {0.7: "random 0.7"}
