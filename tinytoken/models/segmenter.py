@@ -117,11 +117,11 @@ class Segmenter(Model):
     task = "segment"
 
     def build(self, c: Any) -> None:
-        kind = backbones()[c.backbone]
+        kind: Any = backbones()[c.backbone]
         kind = MaskedDynamicViT if kind is DynamicViT else kind
         self.backbone: Any = kind(**c.options, **c.shared)
         for name in ("head", "head_dist", "lookup_head"):
-            head = getattr(self.backbone, name, None)
+            head: Any = getattr(self.backbone, name, None)
             if hasattr(head, "fc"):
                 head.fc = Same()
             elif head is not None:
