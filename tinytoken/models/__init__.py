@@ -2,6 +2,8 @@
 from ..registry import import_files
 from . import base
 from .base import Model, Output, Sizes, create, model, names
+from .captioner import Captioner
+from .describer import Describer
 from .dynamicvit import DynamicOutput, DynamicViT
 from .formats import clean_names, options_of, read_weights
 from .lookupvit import LookupBlock, LookupOutput, LookupViT, lookupvit_loss
