@@ -19,6 +19,7 @@ ANYWHERE = {"numpy", "threadpoolctl", "tqdm"}       # the core dependencies
 IN_FUNCTIONS = {"matplotlib", "PIL", "IPython",      # the `plot` extra; IPython is there in a notebook
                 "safetensors",                       # the extra of its name
                 "av",                                # the `video` extra
+                "pycocoevalcap", "sacrebleu",        # the extra `captions`
                 "pytest"}                           # the course's grader
 IN_BACKEND_AND_CUDA = {"cuda", "cupy", "cupyx"}
 NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}
