@@ -245,6 +245,12 @@ def test_refused_before_any_work(changes, settings, text, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_labels_that_are_no_classes_are_refused_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trial, "train", lambda *_: pytest.fail("something was trained"))
+    with refuses("compare: captions has labels (128, 4, 10), expected a class of each picture"):
+        compare.run(dataclasses.replace(RECIPE, data="captions", train_pictures=128), tmp_path / "out", **RUN)
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "load_pictures", lambda *_, **__: pytest.fail("pictures were loaded"))
     (tmp_path / "file").write_text("no folder")

@@ -60,6 +60,9 @@ def run(recipe: Recipe, out: str | os.PathLike, device: str = "auto", every: int
     # for the whole run, so that a second one ends before its work and not between two arms
     with claimed(out / "table.json"), claimed(out / "tokens.png"):
         trial = Trial(recipe, arms(recipe), device=device, run=Run(out, every), threads=threads, bar=bar)
+        expect(trial.train_set.labels.ndim == 1, "compare",
+               lambda: f"{recipe.data} has labels {trial.train_set.labels.shape}, expected a class of each "
+                       f"picture")
         training = {phase: trial.train(phase)[1] for phase in trial.arms}
         trained = {name: trial.train(phase)[0] for name, phase in SHOWN.items()}
         table = measure(trial, trained)
