@@ -138,6 +138,18 @@ def test_the_recipe_of_dense_prediction_runs(tmp_path, monkeypatch):
     assert len(noted["claims"]) == 8 and list(tmp_path.glob("dense_masks.png"))
 
 
+def test_the_script_of_captions_runs(tmp_path, monkeypatch):
+    noted = run(LESSONS / "full" / "captions.py", tmp_path, monkeypatch)
+    rows = {name: by_seed[0] for name, by_seed in noted["rows"].items()}
+    assert list(rows) == ["ViT", "compressed", "lookup", "compressed and lookup", "blind"]
+    assert all(0 <= row[sort] <= 1 for row in rows.values() for sort in ("exact", "facts", "count", "relation"))
+    assert rows["compressed"]["macs"] < rows["lookup"]["macs"] < rows["compressed and lookup"]["macs"]
+    assert [claim["holds"] in (True, False) for claim in noted["claims"]] == [True] * 2
+    assert set(noted["encoders"]) == {"ViT", "LookupViT"} and (tmp_path / "captions_facts.png").exists()
+    with pytest.raises(tt.InputError, match="captions: --data cifar10: there are captions of scenes alone"):
+        run(LESSONS / "full" / "captions.py", tmp_path, monkeypatch, "--data", "cifar10")
+
+
 def test_sizes_options_and_results(tmp_path, capsys):
     here = lesson.begin("00_test", ["--full", "--seed", "3", "--out", str(tmp_path), "--device", "cpu"])
     assert (here.size, here.seed, here.data, here.pick(1, 2, 3)) == ("full", 3, "scenes",
