@@ -21,11 +21,12 @@ import numpy as np
 from tinytoken import no_grad
 from tinytoken.backend import to_numpy
 from tinytoken.errors import expect
-from tinytoken.experiments import Arm, Recipe, difference, interval_text, kept_on_object, lesson, spread_text
+from tinytoken.experiments import (Arm, Recipe, difference, interval_text, kept_in_training, kept_on_object,
+                                   lesson, spread_text)
 
 here = lesson.begin("dense")
 expect(here.data == "scenes", "dense", f"--data {here.data}, expected scenes, whose pixels have labels")
-STEPS, FURTHER = here.pick((2, 1), (100, 30), (1100, 275))
+STEPS, FURTHER = here.pick((2, 1), (200, 50), (1100, 275))
 RECIPE = Recipe(train_pictures=here.pick(16, 2000, 16000), test_pictures=here.pick(16, 300, 2000), patch=2,
                 batch=here.pick(4, 32, 32), lr=4e-3, further_lr=1e-3, predictor_lr_scale=3.0)
 # so small a model learns faster where its branches do not start at 1e-6
@@ -67,14 +68,15 @@ def trial_of(task, seed):
 
 
 def train(task, name, seed):
-    """Train an arm -> what is noted of it. "slow_on_object": of DynamicConvNeXt, the share of object in the
-    positions on the slow path, by decision, and in all positions."""
+    """Train an arm -> what is noted of it. Of DynamicConvNeXt, by decision: "slow_on_object", the share of
+    object in the positions on the slow path, and in all; "slow_in_training", how many these are there."""
     trial = trial_of(task, seed)
     model, report = trial.train(name)
     row = trial.measure(model, report)
     if name in DYNAMIC.values():
         decides = getattr(model, "backbone", model)
         row["slow_on_object"] = kept_on_object(decides, trial.test, trial.prepare, SQUARE)
+        row["slow_in_training"] = kept_in_training(trial, decides, batches=here.pick(1, 8, 20))
     return row
 
 
