@@ -21,7 +21,9 @@ from tinytoken.files import check_target, write_json
 from tinytoken.tensor import Tensor, grad
 
 ROUNDS = 9
-MODELS = {"ViT": ("vit", {}), "DynamicViT .7": ("dynamicvit", {}), "LookupViT 3x3": ("lookupvit", {})}
+# 64 tokens, dim 96, depth 6, 4 heads; a ConvNeXt of dim 48
+MODELS = {"ViT": ("vit", {}), "DynamicViT .7": ("dynamicvit", {}), "LookupViT 3x3": ("lookupvit", {}),
+          "ConvNeXt": ("convnext", {"dim": 48})}
 
 
 def normal(*shape, seed=0):
@@ -29,17 +31,20 @@ def normal(*shape, seed=0):
 
 
 def cases():
-    """{name: (op, arrays, settings)} at the sizes of a slice of 32 images in a ViT of dim 96, 4 heads."""
+    """{name: (op, arrays, settings)} at the sizes of a slice of 32 images in a ViT of dim 96, 4 heads,
+    and of 16 in a ConvNeXt."""
     tokens, q = (32, 65, 96), [normal(32, 4, 65, 24, seed=i) for i in range(3)]
     keep = np.random.default_rng(0).random((32, 65)).round().astype("float32")
     look = normal(32, 4, 9, 24), normal(32, 4, 64, 24, seed=1), normal(32, 4, 64, 24, seed=2)
     A = ops.softmax(normal(32, 4, 9, 64)).data
+    maps = normal(16, 96, 16, 16), normal(96, 1, 7, 7), normal(96)
     return {"layer_norm": (ops.layer_norm, [normal(*tokens), normal(96), normal(96)], {}),
             "gelu": (ops.gelu, [normal(32, 65, 384)], {}),
             "softmax": (ops.softmax, [normal(32, 4, 65, 65)], {}),
             "attention": (ops.attention, q, {}),
             "attention, keep": (ops.attention, [*q, keep], {}),
             "lookup_gather": (ops.lookup_gather, look, {}),
+            "conv2d 7x7": (ops.conv2d, maps, {"padding": 3, "groups": 96}),
             "lookup_infuse": (ops.lookup_infuse, [A, normal(32, 4, 9, 64), look[0]], {"reuse": "resoftmax"})}
 
 

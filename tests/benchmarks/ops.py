@@ -21,7 +21,7 @@ import numpy as np
 
 from timing import quartiles, seconds
 from tinytoken import bench, ops, tensor
-from tinytoken.backend import blas_threads, prepare_cpu
+from tinytoken.backend import blas_threads, faster, prepare_cpu
 from tinytoken.experiments import machine
 from tinytoken.files import check_target, write_json
 
@@ -34,9 +34,10 @@ STEPS = {"A": ("vit", dict(dim=192, depth=6)), "B": ("vit", dict(dim=96, depth=4
 
 
 # images, channels, side, filters, kernel, stride, groups: two of LV-ViT's stem on pictures of 32 x 32, one of
-# it at 224, and a depthwise one as ConvNeXt has them
+# it at 224; ConvNeXt's stem, at 32 and 224, and depthwise ones
 CONVOLUTIONS = ((16, 3, 32, 64, 7, 2, 1), (16, 64, 16, 64, 3, 1, 1), (2, 64, 112, 64, 3, 1, 1),
-                (16, 96, 16, 96, 7, 1, 96))
+                (16, 3, 32, 96, 4, 4, 1), (2, 3, 224, 96, 4, 4, 1),
+                (16, 96, 16, 96, 7, 1, 96), (16, 96, 8, 96, 7, 1, 96), (16, 192, 4, 192, 7, 1, 192))
 
 
 # By hand
@@ -142,7 +143,8 @@ def alternating(first, second, rounds, repeats=1):
 
 
 def beside_torch(rounds):
-    """A row per convolution, after a check that both compute the same: forward pass and all gradients."""
+    """A row per convolution, after a check that both compute the same: forward pass and all gradients. Where
+    Numba is installed the depthwise ones run compiled."""
     try:
         import torch
     except ImportError:
@@ -153,12 +155,13 @@ def beside_torch(rounds):
     for images, channels, side, filters, kernel, stride, groups in CONVOLUTIONS:
         arrays = [random.standard_normal(shape, "float32") for shape in (
             (images, channels, side, side), (filters, channels // groups, kernel, kernel), (filters,))]
-        settings = dict(stride=stride, padding=kernel // 2, groups=groups)
+        settings = dict(stride=stride, padding=0 if stride == kernel else kernel // 2, groups=groups)
+        run = faster(ops.conv2d, np, *arrays, **settings)
         tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
         g = random.standard_normal(ops.conv2d.function(*arrays, **settings)[0].shape, "float32")
 
         def engine():
-            out, vjp = ops.conv2d.function(*arrays, **settings)
+            out, vjp = (run or ops.conv2d.function)(*arrays, **settings)
             return out, *gradients(vjp, g)
 
         def peer():
@@ -168,9 +171,10 @@ def beside_torch(rounds):
             np.testing.assert_allclose(mine, its.detach().numpy(), rtol=1e-3, atol=1e-3 * np.abs(mine).max())
         times = alternating(engine, peer, rounds)
         rows.append({"op": "conv2d", "images": images, "channels": channels, "side": side, "filters": filters,
-                     "kernel": kernel, **settings, **times})
+                     "kernel": kernel, "compiled": run is not None, **settings, **times})
         print(f"conv2d {images} x {channels} x {side} x {side}, {filters} filters of {kernel}, stride "
-              f"{stride}, {groups} groups: PyTorch {rows[-1]['second_ms'][0]:.2f} ms, "
+              f"{stride}, {groups} groups{', compiled' * (run is not None)}: "
+              f"PyTorch {rows[-1]['second_ms'][0]:.2f} ms, "
               "engine / PyTorch {:.2f} [{:.2f}, {:.2f}]".format(*rows[-1]["ratio"]), flush=True)
     return rows
 

@@ -64,8 +64,11 @@ def normal(*shape, seed=0, scale=1.0):
 @both
 @pytest.mark.parametrize("case", MINE, ids=[case.id for case in MINE])
 def test_every_case_of_the_op(case, dtype):
-    settings = {"official": False, "axis": -1, "reuse": "resoftmax"} | case.settings
+    settings = {"official": False, "axis": -1, "reuse": "resoftmax", "groups": 1, "stride": 1} | case.settings
     fits = (settings["official"], settings["axis"], settings["reuse"]) == (False, -1, "resoftmax")
+    if case.op is ops.conv2d:
+        x, weight, *_ = case.arrays()
+        fits = settings["groups"] == x.shape[1] == len(weight) and settings["stride"] in (1, (1, 1))
     agree(case.op, *case.arrays(), dtype=dtype, covered=fits, tolerance=FITTED[dtype], **case.settings)
 
 
@@ -155,6 +158,28 @@ def test_lookup_infuse(reuse, dtype):
     logits = normal(2, 3, 9, 33, scale=4)
     agree(ops.lookup_infuse, ops.softmax(logits).data, logits, normal(2, 3, 9, 5), dtype=dtype, reuse=reuse,
           covered=reuse == "resoftmax", tolerance=FITTED[dtype])
+
+
+@both
+@pytest.mark.parametrize("shape, kernel, padding", [
+    ((1, 1, 1, 1), (1, 1), 0), ((2, 3, 5, 4), (3, 3), 1), ((2, 9, 8, 8), (7, 7), 3),
+    ((2, 8, 4, 4), (7, 7), 3), ((3, 5, 9, 7), (5, 3), (0, 2)), ((2, 33, 6, 5), (2, 3), (1, 0)),
+    ((40, 2, 8, 8), (3, 3), 0)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_conv2d(shape, kernel, padding, biased, dtype):
+    """Depthwise, in both layouts in memory."""
+    channels = shape[1]
+    weight, bias = normal(channels, 1, *kernel, seed=1), normal(channels) if biased else None
+    x = normal(*shape)
+    for each in (x, np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)):
+        agree(ops.conv2d, each, weight, bias, dtype=dtype, padding=padding, groups=channels)
+
+
+@pytest.mark.parametrize("settings", [{"stride": 2, "groups": 4}, {"groups": 2},
+                                      {"padding": 3, "groups": 4}])
+def test_other_convolutions_are_the_plain_op(settings):
+    weight = normal(4, 4 // settings["groups"], 3, 3)
+    agree(ops.conv2d, normal(2, 4, 7, 7), weight, None, dtype="float64", covered=False, **settings)
 
 
 def test_every_implemented_op_is_compared():
@@ -286,6 +311,10 @@ BAD = [(ops.layer_norm, (normal(2, 3), normal(4)), {}),
        (ops.lookup_infuse, (normal(1, 2, 3, 4), normal(1, 2, 3, 4), normal(1, 2, 5, 4)),
         {"reuse": "resoftmax"}),
        (ops.lookup_infuse, (normal(1, 2, 3, 4), None, normal(1, 2, 3, 4)), {"reuse": "resoftmax"}),
+       (ops.conv2d, (normal(1, 2, 3, 3), normal(2, 1, 5, 5)), {"groups": 2}),
+       (ops.conv2d, (normal(1, 2, 3, 3), normal(2, 1, 3, 3), normal(3)), {"groups": 2}),
+       (ops.conv2d, (normal(1, 2, 3, 3), normal(2, 1, 3, 3)), {"groups": 2, "padding": -1}),
+       (ops.conv2d, (normal(1, 2, 3, 3), normal(2, 1, 3, 3)), {"groups": 2, "padding": (1, 1, 1)}),
        (ops.softmax, (normal(2, 3),), {"axis": 2}), (ops.softmax, (normal(2, 3),), {"axis": "last"}),
        (ops.gelu, (normal(2, 3).astype(complex),), {}), (ops.gelu, (normal(2), normal(2)), {})]
 

@@ -12,6 +12,10 @@ def test_machine_names_the_settings_that_decide_speed(monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     found = timing.machine("cpu")
     assert found["environment"]["OPENBLAS_NUM_THREADS"] == "7" and "SECRET" not in found["environment"]
+    monkeypatch.setitem(sys.modules, "tinytoken.compiled.kernels", None)
+    assert timing.machine("cpu")["compiled"]
+    monkeypatch.delitem(sys.modules, "tinytoken.compiled.kernels")
+    assert not timing.machine("cpu")["compiled"]
     monkeypatch.setattr(timing.pathlib.Path, "exists", lambda self: False)
     assert timing.machine("cpu")["processor"]  # a system without /proc/cpuinfo
 

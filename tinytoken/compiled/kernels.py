@@ -270,6 +270,42 @@ def softmax_columns_vjp(out, u):
                 u[b, i, j] = (u[b, i, j] - along[j]) * out[b, i, j]
 
 
+# Depthwise convolution of maps (B, H, W, C): channels lie side by side, so the innermost loops run over them.
+# `across` is a tuple of as many numbers as the kernel has columns: its length is known when it is compiled,
+# and the loop over it is written out.
+
+@compiled
+def depthwise(x, weight, bias, across, out):
+    """x (B, H + kh - 1, W + kw - 1, C), weight (kh, kw, C), bias (C,) -> out (B, H, W, C)."""
+    batch, height, width, channels = out.shape
+    for n in range(batch * height):
+        b, y = n // height, n % height
+        for z in range(width):
+            to = out[b, y, z]
+            to[:] = bias
+            for i in range(len(weight)):
+                for c in range(channels):
+                    total = to[c]
+                    for j in range(len(across)):
+                        total += weight[i, j, c] * x[b, y + i, z + j, c]
+                    to[c] = total
+
+
+@compiled
+def depthwise_weight(x, g, across, dweight):
+    """dweight (P, kh, kw, C): zeros, to which sums over so many parts of the images are added; g is the
+    gradient of `out`."""
+    (batch, height, width, channels), (parts, rows, _, _) = g.shape, dweight.shape
+    for n in range(batch * height):
+        b, y = n // height, n % height
+        for i in range(rows):
+            line, up, to = x[b, y + i], g[b, y], dweight[b * parts // batch, i]
+            for z in range(width):
+                for c in range(channels):
+                    for j in range(len(across)):
+                        to[j, c] += up[z, c] * line[z + j, c]
+
+
 # AdamW
 
 @compiled

@@ -6,8 +6,9 @@ import numpy as np
 
 from .. import ops
 from ..backend import CDF_POLYNOMIAL, blas_threads, implementation
-from ..ops.attend import REUSE, check_attention
-from ..ops.dense import rows_of
+from ..ops.attend import check_attention
+from ..ops.conv import Taps, both_axes
+from ..ops.dense import column_sums, rows_of
 from ..train.optim import AdamW
 from .launcher import contiguous, launch, worth
 
@@ -38,7 +39,7 @@ def gelu(x):
             and all(p is None or p.shape == x.shape[-1:] for p in (weight, bias)))
 def layer_norm(x, weight=None, bias=None, *, eps=1e-6):
     rows, shape, dtype = rows_of(contiguous(x)), x.shape, x.dtype
-    width, blocks = rows.shape[1], -(-len(rows) // 256)
+    width, blocks = rows.shape[1], -(-len(rows) // 256)  # rows of a partial sum
     weight = np.ones(width, dtype) if weight is None else contiguous(weight)
     bias = np.zeros(width, dtype) if bias is None else contiguous(bias)
     out, mean, scale = np.empty_like(rows), np.empty(len(rows), dtype), np.empty(len(rows), dtype)
@@ -129,6 +130,46 @@ def lookup_infuse(A, logits, v, *, reuse):
             return u
         return None, of_logits, lambda: R @ g
     return R.swapaxes(-1, -2) @ v, vjp
+
+
+# A depthwise convolution. Maps come from tokens and go back to them, so their channels mostly lie side by
+# side in memory already; others are turned.
+
+def padded(x, down, across):
+    """x (B, H, W, C) with zeros around it."""
+    out = np.zeros((len(x), x.shape[1] + 2 * down, x.shape[2] + 2 * across, x.shape[3]), x.dtype)
+    out[:, down:down + x.shape[1], across:across + x.shape[2]] = x
+    return out
+
+
+@kernels_of(ops.conv2d, lambda x, weight, bias=None, *, stride=1, padding=0, groups=1:
+            x.ndim == weight.ndim == 4 and groups == x.shape[1] == len(weight) and weight.shape[1] == 1
+            and stride in (1, (1, 1), [1, 1])
+            and all(isinstance(zeros, int) and zeros < taps
+                    for zeros, taps in zip(both_axes(padding), weight.shape[2:])))
+def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
+    """Of stride 1, with one filter per channel."""
+    taps, (down, across) = Taps(x, weight, bias, stride, padding, groups), both_axes(padding)
+    (kh, kw), (B, C, H, W), dtype = taps.kernel, x.shape, x.dtype
+    columns, none = (0,) * kw, np.zeros(C, dtype)
+    filters = np.array(weight[:, 0].transpose(1, 2, 0), order="C")
+    lines, out = padded(x.transpose(0, 2, 3, 1), down, across), np.empty((B, *taps.size, C), dtype)
+    launch("depthwise", lines, filters, none if bias is None else contiguous(bias), columns, out)
+
+    def vjp(g):
+        g = g.transpose(0, 2, 3, 1)
+
+        def of_x():  # again a convolution: of the gradient, with the filters turned by half a circle
+            dx, turned = np.empty((B, H, W, C), dtype), np.array(filters[::-1, ::-1], order="C")
+            launch("depthwise", padded(g, kh - 1 - down, kw - 1 - across), turned, none, columns, dx)
+            return dx.transpose(0, 3, 1, 2)
+
+        def of_weight():
+            parts = np.zeros((min(B, -(-g[..., 0].size // 1024)), kh, kw, C), dtype)
+            launch("depthwise_weight", lines, contiguous(g), columns, parts)
+            return parts.sum(axis=0).transpose(2, 0, 1)[:, None]
+        return of_x, of_weight, lambda: column_sums(rows_of(contiguous(g)))
+    return out.transpose(0, 3, 1, 2), vjp
 
 
 @implementation(AdamW.step, "numpy", covers=lambda optimizer, lr: worth(optimizer.flat.data))

@@ -161,7 +161,8 @@ def _run_judge(job, folder, seconds):
     environment = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH")
                    if name in os.environ}
     environment |= {"HOME": folder, "TMPDIR": folder, "TEMP": folder, "PYTHONHASHSEED": "0",
-                    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+                    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1",
+                    "TINYTOKEN_COMPILED": "0"}  # nothing to compile there, and the same points everywhere
     judge = subprocess.Popen([sys.executable, "-I", "-c", START.format(root=root)], cwd=folder,
                              env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace",

@@ -3,6 +3,7 @@ import functools
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,13 +46,14 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the results were measured on."""
+    """What the results were measured on. compiled: whether ops ran compiled (compiled/) in this process."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {"processor": processors[0] if processors else platform.processor() or platform.machine(),
             "cpus": backend.cpu_count(), "blas": backend.blas_description(),
             "environment": backend.blas_environment(),
+            "compiled": "tinytoken.compiled.kernels" in sys.modules,
             "python": platform.python_version(), "numpy": np.__version__, "system": platform.platform(),
             "device": device}
 
