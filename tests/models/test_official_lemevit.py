@@ -8,7 +8,7 @@ from small import reference, same
 from tinytoken import models
 from tinytoken.backend import to_numpy
 from tinytoken.models.lemevit import MetaBlock
-from tinytoken.models.stages import as_map, as_tokens
+from tinytoken.models.maps import as_map, as_tokens
 
 CONFIG = dict(image_size=64, dims=(16, 16, 24, 24, 32), depths=(1,) * 5, attn_type=("C", "D", "D", "S", "S"),
               head_dim=8, mlp_ratio=2, meta_tokens=4, num_classes=7)

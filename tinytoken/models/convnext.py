@@ -13,8 +13,9 @@ from ..backend import Array
 from ..tensor import Tensor
 from .adaptive import AdaptiveBlock, DynamicStages, DynamicStagesConfig
 from .base import is_number, model
+from .maps import as_map, as_tokens
 from .pruning import Predictor
-from .stages import Pair, Stage, Stages, WidthsConfig, as_map, as_tokens
+from .stages import Pair, Stage, Stages, WidthsConfig
 
 EPS = 1e-6  # of all its norms
 

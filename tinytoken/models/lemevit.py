@@ -15,8 +15,8 @@ from .. import nn, ops
 from ..backend import Array, to_numpy
 from ..tensor import Tensor
 from .base import is_whole, model
-from .stages import (LocalConv, Map, Pair, Stage, Stages, StagesOutput, WidthsConfig, as_map,
-                     as_tokens)
+from .maps import LocalConv, as_map, as_tokens
+from .stages import Map, Pair, Stage, Stages, StagesOutput, WidthsConfig
 
 EPS, META_EPS = 1e-6, 1e-5  # of the norms of blocks; of those of the meta tokens elsewhere
 

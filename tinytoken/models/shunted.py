@@ -12,7 +12,8 @@ from .. import nn, ops
 from ..backend import Array
 from ..tensor import Tensor
 from .base import is_number, is_whole, model
-from .stages import LocalConv, Map, Pair, Stage, Stages, WidthsConfig, as_map, as_tokens
+from .maps import LocalConv, as_map, as_tokens
+from .stages import Map, Pair, Stage, Stages, WidthsConfig
 
 EPS, CONV_EPS = 1e-6, 1e-5  # of the norms of blocks and stages; of those that follow a convolution
 

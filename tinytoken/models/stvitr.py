@@ -15,7 +15,8 @@ from .. import nn, ops
 from ..backend import Array, to_numpy
 from ..tensor import Tensor
 from .base import is_number, is_whole, model
-from .stages import Map, Pair, Stage, StagesOutput, as_tokens
+from .maps import as_tokens
+from .stages import Map, Pair, Stage, StagesOutput
 from .stvit import Generation, SemanticBlock
 from .swin import EPS, Swin, SwinBlock, SwinConfig
 

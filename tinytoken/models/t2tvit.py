@@ -17,7 +17,7 @@ from ..errors import expect
 from ..ops.conv import output_size
 from ..tensor import Tensor
 from .base import is_whole, model
-from .stages import as_map
+from .maps import as_map
 from .vit import ViT, ViTConfig
 
 
