@@ -7,7 +7,7 @@ import numpy as np
 from .. import ops
 from ..backend import CDF_POLYNOMIAL, blas_threads, implementation
 from ..ops.attend import check_attention
-from ..ops.conv import Taps, both_axes
+from ..ops.conv import Taps, both_axes, check_sizes
 from ..ops.dense import column_sums, rows_of
 from ..train.optim import AdamW
 from .launcher import contiguous, launch, worth
@@ -149,7 +149,8 @@ def padded(x, down, across):
                     for zeros, taps in zip(both_axes(padding), weight.shape[2:])))
 def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
     """Of stride 1, with one filter per channel."""
-    taps, (down, across) = Taps(x, weight, bias, stride, padding, groups), both_axes(padding)
+    check_sizes(x, weight, bias, stride, padding, groups)
+    taps, (down, across) = Taps(x, weight.shape[2:], stride, padding), both_axes(padding)
     (kh, kw), (B, C, H, W), dtype = taps.kernel, x.shape, x.dtype
     columns, none = (0,) * kw, np.zeros(C, dtype)
     filters = np.array(weight[:, 0].transpose(1, 2, 0), order="C")
