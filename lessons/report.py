@@ -276,8 +276,10 @@ def grading(results):
 
 def headlines(results):
     """{a lesson's file: the headline of its default run, or None if the committed run has none}."""
-    scripts = sorted(results.parent.glob("[0-9][0-9]*_*.py"))
-    return {script: load(results / f"{script.stem}.json").get("headline") for script in scripts}
+    course, related = (sorted(results.parent.glob(f"{folder}[0-9][0-9]*_*.py")) for folder in ("", "related/"))
+    names = {script: script.stem for script in course}
+    names |= {script: f"related_{script.stem.partition('_')[2]}" for script in related}
+    return {script: load(results / f"{name}.json").get("headline") for script, name in names.items()}
 
 
 @part
@@ -286,8 +288,9 @@ def lessons(results):
     lines = []
     for script, headline in headlines(results).items():
         title = script.read_text(encoding="utf-8").splitlines()[1].partition(": ")[2]  # "# # Lesson 07: DynamicViT"
-        headline = headline or f"no headline; `python lessons/{script.name} --out lessons/results` notes one."
-        lines.append(f"- {script.stem.split('_')[0]} [{title}]({script.name}): {headline}")
+        name = script.relative_to(results.parent).as_posix()
+        headline = headline or f"no headline; `python lessons/{name} --out lessons/results` notes one."
+        lines.append(f"- {name.partition('_')[0]} [{title}]({name}): {headline}")
     return "\n".join(lines)
 
 

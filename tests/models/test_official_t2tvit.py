@@ -28,7 +28,7 @@ def test_whole_models(kind, official, xp):
     # the table of positions is the official one before it is loaded
     np.testing.assert_allclose(model.pos_embed, arrays["w/pos_embed"], rtol=0, atol=1e-7)
     weights = under(arrays, "w/")
-    assert model.load_state_dict(weights) == ([], [])
+    assert models.load_weights(model, weights, quiet=True)[0].startswith("assumed: heads=3")
     fixed = {name for name in weights if name.endswith(".w")}
     assert {name for name, _ in model.named_buffers()} == {"pos_embed"} | fixed
     model.to("cpu" if xp is np else "cuda")
