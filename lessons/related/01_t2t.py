@@ -26,7 +26,7 @@ from tinytoken import nn, ops
 from tinytoken.experiments import (Arm, Recipe, difference, interval_text, lesson, packed, spread_text,
                                    unpacked)
 from tinytoken.models import T2TViT
-from tinytoken.models.stages import as_tokens
+from tinytoken.models.maps import as_tokens
 
 here = lesson.begin("related_t2t")
 rng = np.random.default_rng(here.seed)
