@@ -19,6 +19,10 @@ def pytest_addoption(parser):
                      help="plain operations alone: nothing that is registered beside them runs")
 
 
+    parser.addoption("--first", action="store_true",
+                     help="of each test, the first of its cases alone, mostly the smallest")
+
+
 def pytest_configure(config):
     for option, context in (("--standin", standin.installed), ("--plain", plain)):
         if config.getoption(option):
@@ -29,7 +33,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: more than a few seconds; .ci/run runs these too")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # when -m and -k have chosen
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--first"):
+        items[:] = {(item.path, item.originalname): item for item in reversed(items)}.values()
+        items.reverse()
     ready, reason = backend.cuda_ready()
     if not ready:
         for item in items:

@@ -73,6 +73,17 @@ def test_the_real_stages_are_short_and_name_what_is_there():
                           env={"PATH": path}).returncode == 0
 
 
+def test_of_each_test_the_first_case_alone():
+    """As stage c runs them."""
+    ask = [stages.sys.executable, *"-m pytest --collect-only -q -m gpu tests/cuda/test_kernels.py".split()]
+    every, first = ([line for line in subprocess.run([*ask, *more], cwd=ROOT, capture_output=True,
+                                                     text=True).stdout.splitlines() if "::" in line]
+                    for more in ([], ["--first"]))
+    named = lambda line: line.partition("[")[0]
+    assert first == list({named(line): line for line in reversed(every)}.values())[::-1]
+    assert {line.rpartition("[")[2][:6] for line in first} == {"device"} and len(every) > 3 * len(first)
+
+
 def test_names_that_are_no_stage_are_refused(capsys):
     with pytest.raises(SystemExit):
         stages.main(["z"])

@@ -52,8 +52,8 @@ STAGES = {
         "captured steps": Part(f"{TESTS} tests/cuda/test_capture.py", 2),
         "kernels": Part(f"{TESTS} tests/cuda --ignore tests/cuda/test_models.py "
                         "--ignore tests/cuda/test_capture.py", 4)}),
-    "c": ("compute-sanitizer on the kernels' tests", {
-        tool: Part(f"--tool {tool} --error-exitcode 1 {sys.executable} {TESTS} {SANITIZED}", minutes,
+    "c": ("compute-sanitizer on the kernels' tests, the first case of each", {
+        tool: Part(f"--tool {tool} --error-exitcode 1 {sys.executable} {TESTS} --first {SANITIZED}", minutes,
                    "compute-sanitizer") for tool, minutes in (("memcheck", 5), ("racecheck", 3))}),
     "d": ("training and inference beside PyTorch", {
         "steps": Part("tests/benchmarks/gpu.py --only steps --minutes 5 --out {out}/steps.json", 5.5),
