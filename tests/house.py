@@ -33,7 +33,7 @@ NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experi
                            "experiments/compare.py", "experiments/tables.py"},
             "lookupvit": {"cuda/mixed_lookup.py", "models/segmenter.py", "models/videolookupvit.py",
                           "experiments/compare.py", "experiments/tables.py"},
-            "swin": {"models/stvitr.py"},
+            "convnext": {"models/segmenter.py"}, "swin": {"models/segmenter.py", "models/stvitr.py"},
             "dynamicconvnext": {"models/map_controls.py"}, "segment": {"models/segmenter.py"},
             "segment_taught": {"models/segmenter.py"},
             "classify": {"models/base.py", "tasks/distil.py", "tasks/segment.py"},

@@ -217,6 +217,12 @@ def masked_softmax(x, keep, itself, scale, out):
                 seen[i] = keep[b, i]
 
 
+@njit(nogil=True, error_model="numpy", fastmath={"contract"})
+def centred(value, mean, rest):
+    """value - mean - rest, in this order: value - mean may be so small that rest matters."""
+    return (value - mean) - rest
+
+
 @compiled
 def masked_softmax_vjp(out, slope, u, itself, scale, dkeep):
     """u (B, H, T, K), the gradient of the weights `out`, <- that of the scores. dkeep (B, K): zeros, to which
@@ -225,13 +231,15 @@ def masked_softmax_vjp(out, slope, u, itself, scale, dkeep):
     for n in range(batch * heads * queries):
         b, h, i = n // (heads * queries), n // queries % heads, n % queries
         row, weights, slopes, to, along = u[b, h, i], out[b, h, i], slope[b, h, i], dkeep[b], of(0)
-        before = to[i] if itself else of(0)
+        before, rest = to[i] if itself else of(0), of(0)
         for j in range(keys):
             along += row[j] * weights[j]
+        for j in range(keys):  # what rounding left of the mean
+            rest += centred(row[j], along, of(0)) * weights[j]
         for j in range(keys):
-            centred = row[j] - along
-            to[j] += centred * slopes[j]
-            row[j] = centred * weights[j] * scale
+            distance = centred(row[j], along, rest)
+            to[j] += distance * slopes[j]
+            row[j] = distance * weights[j] * scale
         if itself:
             to[i] = before  # there it is 1, whatever keep is
 

@@ -48,5 +48,5 @@ def implementation(plain: Callable[..., Any], covers: Callable[..., Any] = lambd
                 return definition(*args, **settings)
         backend.implementation(plain, "cupy", lambda *args, **settings: state.off is None and
                                covers(*args, **settings))(run)
-        return function
+        return function if isinstance(function, type) else run
     return register

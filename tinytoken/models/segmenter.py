@@ -21,13 +21,13 @@ from .. import nn, ops
 from ..backend import Array, array_module
 from ..errors import expect
 from ..tensor import Tensor
+from .adaptive import DynamicStages
 from .base import Loss, Model, Options, Output, model
 from .dynamicvit import DynamicTokens, DynamicViT
 from .lookupvit import LookupOutput, LookupViT
 from .pixels import Decoder, Same, pixel_targets
 from .pruning import Deciding, places_of
 from .stages import Stages
-from .vit import ViT
 
 SIZES = ("patch_size", "dim", "depth", "heads", "mlp_ratio", "keys_as_queries")
 
@@ -77,7 +77,8 @@ class SegmenterConfig(Options):
 def backbones() -> dict[str, type[Model]]:
     """{name: class} of the registered models whose last map is whole, or can be kept so."""
     return {name: kind for name, kind in model.items()
-            if kind in (ViT, DynamicViT, LookupViT) or issubclass(kind, Stages)}
+            if name in ("vit", "dynamicvit", "lookupvit", "convnext", "swin")
+            or issubclass(kind, DynamicStages)}
 
 
 class MaskedDynamicViT(DynamicViT):
