@@ -26,6 +26,7 @@ def run(*command, cwd):
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     command = [str(part) for part in command]
+    env = env | {"TINYTOKEN_COMPILED": "0"}  # which says, once, that it compiles
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
