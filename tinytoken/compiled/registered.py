@@ -166,7 +166,7 @@ def conv2d(x, weight, bias=None, *, stride=1, padding=0, groups=1):
             return dx.transpose(0, 3, 1, 2)
 
         def of_weight():
-            parts = np.zeros((min(B, -(-g[..., 0].size // 1024)), kh, kw, C), dtype)
+            parts = np.zeros((min(B, -(-g[..., 0].size // 256)), kh, kw, C), dtype)
             launch("depthwise_weight", lines, contiguous(g), columns, parts)
             return parts.sum(axis=0).transpose(2, 0, 1)[:, None]
         return of_x, of_weight, lambda: column_sums(rows_of(contiguous(g)))
