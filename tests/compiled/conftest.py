@@ -1,7 +1,5 @@
-"""The kernels take arrays of any size here; without Numba these tests are skipped."""
+"""For tests in which the kernels take arrays of any size."""
 import pytest
-
-pytest.importorskip("numba", exc_type=ImportError)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from tinytoken import InputError, Tensor, backend, ops
 from tinytoken.compiled import launcher, registered
 from tinytoken.train import AdamW
 
+pytest.importorskip("numba", exc_type=ImportError)
 pytestmark = pytest.mark.usefixtures("any_size")
 MINE = [case for case in CASES if case.name in registered.registry]
 TOLERANCE = {"float64": 1e-12, "float32": 3e-6}  # times the largest value

@@ -17,6 +17,7 @@ from tinytoken.tasks import Classify
 from tinytoken.threads import share_out
 from tinytoken.train import AdamW, infer, loss_and_grads
 
+pytest.importorskip("numba", exc_type=ImportError)
 LARGE = np.random.default_rng(0).standard_normal((8, 20, 96)).astype("float32")
 
 
