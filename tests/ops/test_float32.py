@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cases import CASES, IDS
-from tinytoken import Tensor, ops, plain
+from tinytoken import Tensor, ops
 from tinytoken.backend import is_array, to_numpy
 
 # Times the largest value. float32 has 6e-8; gelu's polynomial is right to 4e-6, at values of any size.
@@ -68,7 +68,6 @@ def normal(*shape, std=1.0):
     (ops.cross_entropy, [normal(128, 100, std=5), np.full((128, 100), 0.01)]),
 ], ids=["linear", "layer_norm", "layer_norm far from zero", "softmax", "attention", "attention, hard keep",
         "cross_entropy"])
-@plain()  # compiled ops, with roundings of their own, are compared with these in tests/compiled
 def test_at_working_size(function, arrays):
     arrays = [a.astype("float32") for a in arrays]
     wide = [a.astype("float64") for a in arrays]
