@@ -28,7 +28,7 @@ TITLES = {"lessons": ("What was measured", "Exercises", "The paper"),
 
 def name_of(script):
     """What a lesson calls itself: of related/02_shunted.py, related_shunted."""
-    return script.stem if script.parent == LESSONS else f"related_{script.stem.partition('_')[2]}"
+    return f"related_{script.stem.partition('_')[2]}" if script.parent.name == "related" else script.stem
 
 
 def run(script, out, monkeypatch, *options):

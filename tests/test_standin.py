@@ -7,7 +7,7 @@ import pytest
 
 import standin
 import tinytoken as tt
-from test_lessons import run, scripts
+from test_lessons import name_of, run, scripts
 from tinytoken import nn
 from tinytoken.backend import choose_device, device_of, to_device
 from tinytoken.data import Batches, make_scenes, normalise
@@ -125,4 +125,4 @@ ELSEWHERE = ("12", "13")  # a kernel of its own; cuda/test_capture.py
     scripts[0].parent / "full" / "cifar10.py"], ids=lambda script: script.stem)
 def test_lessons(script, tmp_path, monkeypatch, counts):
     run(script, tmp_path, monkeypatch, "--device", "cuda", "--data", "scenes")
-    assert json.loads((tmp_path / f"{script.stem}.json").read_text())["machine"]["device"] == "cuda"
+    assert json.loads((tmp_path / f"{name_of(script)}.json").read_text())["machine"]["device"] == "cuda"

@@ -254,8 +254,9 @@ def done(name, pictures, seed):
     return trial.measure(model, report, answers) | {"right": packed(right)}
 
 
-macs = {name: tt.macs(trial_of(SIZES[0], here.seed).new(ARMS[name].model, **ARMS[name].config),
-                      np.zeros((1, 3, 32, 32), "float32")).total for name in ARMS}
+first = trial_of(SIZES[0], here.seed)
+picture = first.prepare(first.test.images[:1])
+macs = {name: tt.macs(first.new(arm.model, **arm.config), picture).total for name, arm in ARMS.items()}
 front, block = closed_form(14)
 assert macs[T2T] == front + 4 * block + 48 * 10
 print(f"the front end costs {front / 1e6:.1f} M multiply-adds, a block {block / 1e6:.1f} M")
@@ -272,7 +273,7 @@ jobs = {f"{name}, {pictures} pictures, seed {seed}": functools.partial(done, nam
 found = here.each(jobs, dataclasses.asdict(RECIPE) | dict(steps=STEPS))
 rows = {name: {pictures: [found[f"{name}, {pictures} pictures, seed {seed}"] for seed in here.seeds]
                for pictures in SIZES} for name in chosen}
-tests = len(trial_of(SIZES[0], here.seed).test.labels)
+tests = len(first.test.labels)
 
 
 def above(name, other, pictures):

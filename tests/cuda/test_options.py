@@ -209,8 +209,9 @@ def answered(name, change, precision):
             if not call.keys() <= arguments(type(network)) or refused(network, call):
                 continue
             call = call | {argument: halves(network) for argument, value in call.items() if value == "half"}
-            # in eval mode the draws of RandomTokens and RandomPaths depend on every bit
-            drawn = draws if training or "random" in str((name, change)) else {}
+            # in eval mode the draws of RandomTokens and RandomPaths depend on every bit; nothing is dropped
+            random = {"noise": draws["noise"]} if "random" in str((name, change)) else {}
+            drawn = draws if training else random
             with products_in(precision, "cuda"), tt.no_grad():
                 out = network.train(training)(images, **drawn, **call)
             where, of = ("train" if training else "eval", *call), getattr(out, "features", out)
