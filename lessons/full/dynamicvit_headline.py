@@ -24,6 +24,7 @@ here = lesson.begin("dynamicvit_headline", data="cifar10")
 EPOCH, FIRST, FURTHER = here.pick(4, 250, 703), here.pick(1, 1, 20), here.pick(1, 2, 3)  # steps; epochs
 RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 45000),
                 test_pictures=here.pick(64, 2000, 10000), held_out=here.pick(16, 1000, 5000),
+                keys_as_queries=True,
                 **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2)), {}, {}))
 START, VIT, D7, D5 = "ViT", "ViT, further", "DynamicViT .7", "DynamicViT .5"
 EXACT, LEARNED = (1, 0, 0.5, 0.5), (1, 10, 0.5, 0.5)  # weights of the losses: class, ratio, KL, token

@@ -21,7 +21,7 @@ here = lesson.begin("dynamicvit_recipe", data="cifar10")
 EPOCH, FIRST = here.pick(4, 250, 703), here.pick(1, 1, 20)  # steps of an epoch; epochs of the common start
 SHORT, LONG = here.pick((1, 2), (1, 2), (3, 10))  # epochs of the arms
 RECIPE = Recipe(data=here.data, choosing=True, train_pictures=here.pick(64, 16000, 45000), test_pictures=16,
-                held_out=here.pick(16, 1000, 5000),
+                held_out=here.pick(16, 1000, 5000), keys_as_queries=True,
                 **here.pick(dict(batch=8, dim=16, depth=3, heads=2, patch=8, prune_before=(1, 2),
                                  keep_ratios=(0.7, 0.49)), {}, {}))
 START = f"ViT {FIRST * EPOCH}"

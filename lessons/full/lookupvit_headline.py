@@ -29,7 +29,7 @@ on_scenes = here.data == "scenes"
 STEPS = here.pick(4, 150, 3000 if on_scenes else 20 * 703)
 RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
                 test_pictures=here.pick(128, 2000, 10000),
-                held_out=0 if on_scenes else here.pick(16, 1000, 5000),
+                held_out=0 if on_scenes else here.pick(16, 1000, 5000), keys_as_queries=True,
                 **here.pick(dict(batch=8, dim=16, depth=2, heads=2, patch=8, compressed=(2, 2)), {}, {}))
 MOVES = dict(pad=4) if on_scenes else {}
 WATCHED = [STEPS * share // 64 for share in (0, 1, 2, 4, 8, 16, 32)]
