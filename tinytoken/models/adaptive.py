@@ -16,7 +16,7 @@ from ..backend import Array, array_module
 from ..tensor import Tensor
 from .base import Loss, Output
 from .dynamicvit import DynamicOutput
-from .pruning import Deciding, check_stages, mask_of, places_of
+from .pruning import Deciding, check_stages, mask_at, mask_of, places_of
 from .stages import Map, Pair, Stages, StagesConfig, StagesOutput
 
 
@@ -158,8 +158,7 @@ class DynamicStages(Deciding, Stages):
             if i in self.prune_before:
                 places = self.choose(self.prune_before.index(i), state)
                 state.kept.append(places)
-                ones = array_module(places).ones((*places.shape, 1), state.x.dtype)
-                rest = 1 - ops.put_tokens(ones, places, length=self.num_patches).data[:, :, 0]
+                rest = 1 - mask_at(places, state.x, self.num_patches).data
                 others = ops.top_k(rest, self.num_patches - places.shape[1])
             state.x = blocks[i].gathered(state.x, places, others, state.grid)
 
