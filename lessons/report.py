@@ -12,7 +12,7 @@ import statistics
 import sys
 
 from tinytoken.errors import InputError, expect
-from tinytoken.experiments import interval_text, range_text, spread_text
+from tinytoken.experiments import interval_text, over_chance, range_text, spread_text
 from tinytoken.experiments.stats import bounds_text
 from tinytoken.experiments.tables import conditions_text, markdown_table, table_text
 from tinytoken.files import replacing
@@ -322,15 +322,13 @@ def arm_cells(name, arm, reference):
     points = [100 * row["accuracy"] for row in arm]
     gaps = [own - 100 * row["accuracy"] for own, row in zip(points, reference)]
     unpruned = [100 * row["all_tokens"] for row in arm if "all_tokens" in row]
-    seen = [row["on_object"] for row in arm if row.get("on_object")]
-    shares = zip(*([share / of["all"] for share in of["stages"]] for of in seen))  # by stage, as the next
     reached = zip(*(row["ratios"] for row in arm if "ratios" in row))
     kept = zip(map(statistics.mean, reached), arm[0].get("targets", ()))
     return {"arm": name, "seeds": len(arm), "accuracy": f"{spread_text(points)} %",
             "minus ViT's, points": "" if arm is reference else spread_text(gaps, "+.1f"),
             "with all tokens": f"{spread_text(unpruned)} %" if unpruned else "",
             "M MACs": f"{arm[0]['macs'] / 1e6:.1f}",
-            "object share, by stage": ", ".join(f"{statistics.mean(stage):.2f}" for stage in shares),
+            "object share, by stage": ", ".join(f"{share:.2f}" for share in over_chance(arm)),
             "tokens kept in training (target)": ", ".join(f"{k:.3f} ({target:.3f})" for k, target in kept)}
 
 
