@@ -21,7 +21,7 @@ from .pruning import mask_at, per_stage
 class RandomPaths(DynamicConvNeXt):
     """Positions for the slow path drawn evenly, anew for each picture and decision, in training as many as at
     inference. Without noise the draw is a function of the batch's pictures, so inference gives the same
-    twice."""
+    twice. Many positions change their path at a later decision: stale=False trains what inference does."""
 
     def build(self, c: Any) -> None:
         super().build(c)
