@@ -570,16 +570,17 @@ print("positions that go from slow to fast at the next decision: "
 # (the difference is 2.2 [1.1, 3.4]). The official form has hardly learned less. If its own masks of inference
 # are computed in two streams, as in training, it is right for 88.2 % of the first 500 pictures; with one map
 # for 86.2 %. It has learned for values that inference does not have. At the second and third decision, 28 %
-# and 22 % of the positions go from slow to fast, 8 % and 3 % back. A long training at a small rate may get used
-# to this; these 200 steps did not.
+# and 22 % of the positions go from slow to fast, 8 % and 3 % back. A long training at a small rate may get
+# used to this; these 200 steps did not.
 #
 # **The slow path is needed:** with the fast path alone 4.8 points are lost, 3.0 [1.6, 4.4] more than without
 # stale values. **That the learned choice is needed was not shown.** Without stale values it is 0.6 points
-# [-0.5, 1.6] above a random one, which costs 0.7 M multiply-adds less, since it has no predictors. And yet the
-# predictors found the object: in the last slow set its share is 2.2 times that of all positions (after the
-# first two decisions 1.2 and 1.1). One reason may be that every position still gets the convolution and the
-# fast path of each block, so that little is lost where the slow path is missing. Another may be that a random
-# set is new at each decision, so that most positions are slow in some block. We have not tested either.
+# [-0.5, 1.6] above a random one, which costs 0.7 M multiply-adds less, since it has no predictors. And yet
+# the predictors found the object: in the last slow set its share is 2.2 times that of all positions (after
+# the first two decisions 1.2 and 1.1). One reason may be that every position still gets the convolution and
+# the fast path of each block, so that little is lost where the slow path is missing. Another may be that a
+# random set is new at each decision, so that most positions are slow in some block. We have not tested
+# either.
 #
 # None of the forms keeps within one point of the dense model here.
 
