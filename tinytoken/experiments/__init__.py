@@ -6,5 +6,5 @@ from .timing import images_per_second, machine
 from .trial import Trial, kept_in_training, kept_on_object, read_alike
 
 __all__ = ["Arm", "Recipe", "Trial", "arms_text", "difference", "images_per_second", "interval_text",
-           "kept_in_training", "kept_on_object", "machine", "over_chance", "packed", "range_text", "read_alike",
-           "spread_text", "unpacked"]
+           "kept_in_training", "kept_on_object", "machine", "over_chance", "packed", "range_text",
+           "read_alike", "spread_text", "unpacked"]
