@@ -20,7 +20,8 @@ import numpy as np
 
 import tinytoken as tt
 from tinytoken import backend, models, ops, plot, random
-from tinytoken.experiments import Arm, Recipe, images_per_second, kept_on_object, lesson, spread_text
+from tinytoken.experiments import (Arm, Recipe, images_per_second, kept_on_object, lesson, over_chance,
+                                   spread_text)
 from tinytoken.models import DynamicViT, ViT
 from tinytoken.tasks import Classify, Distil, accuracy
 from tinytoken.train import infer
@@ -382,14 +383,6 @@ def points(name, than=None):
             other in zip(rows[name], rows[than or name])]
 
 
-def object_share(name):
-    """By stage, over chance, mean over seeds. Empty where nothing is dropped, or nobody knows where the
-    objects are."""
-    known = [row["on_object"] for row in rows[name] if row.get("on_object")]
-    return [statistics.mean(values)
-            for values in zip(*([share / k["all"] for share in k["stages"]] for k in known))]
-
-
 for seed, start in zip(seeds, starts):
     print(f"seed {seed}: all start from {100 * start['accuracy']:.1f} %, a ViT after {FIRST:,} steps of "
           f"{RECIPE.batch} pictures, "
@@ -397,7 +390,7 @@ for seed, start in zip(seeds, starts):
 print(f"{'arm':<30}{'accuracy, %':>12}{'- ViT':>12}{'M MACs':>8}{'object':>16}{'all':>12}   kept in training "
       f"(target)")
 for name in chosen:
-    row, shares = rows[name][0], " ".join(f"{share:.2f}" for share in object_share(name))
+    row, shares = rows[name][0], " ".join(f"{share:.2f}" for share in over_chance(rows[name]))
     kept = ", ".join(f"{reached:.3f} ({target:.3f})" for reached,
                      target in zip(row.get("ratios", []), row.get("targets", [])))
     whole = [100 * r["all_tokens"] for r in rows[name] if "all_tokens" in r]
@@ -473,9 +466,8 @@ here.claim("DynamicViT .7: points lost to the ViT with as many further steps", l
 here.claim("the same: the paper's aim", lost, high=0.5)
 here.claim("DynamicViT .7: largest distance between a ratio reached in training and its target",
       max(abs(a - b) for row in rows[D7] for a, b in zip(row["ratios"], row["targets"])), high=0.02)
-if object_share(D7):
-    here.claim("DynamicViT .7: object share of the tokens kept last, over chance", object_share(D7)[-1],
-               low=2)
+if on_object := over_chance(rows[D7]):
+    here.claim("DynamicViT .7: object share of the tokens kept last, over chance", on_object[-1], low=2)
 for name in (f"{control} .5" for control in CONTROLS if D5 in chosen):
     here.claim(f"DynamicViT .5: points above {name}", statistics.mean(points(D5, name)), low=0)
 here.claim("DynamicViT .7: points above ToMe of its multiply-adds", statistics.mean(points(D7, TOME)), low=0)

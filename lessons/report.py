@@ -12,7 +12,7 @@ import statistics
 import sys
 
 from tinytoken.errors import InputError, expect
-from tinytoken.experiments import interval_text, range_text, spread_text
+from tinytoken.experiments import interval_text, over_chance, range_text, spread_text
 from tinytoken.experiments.stats import bounds_text
 from tinytoken.experiments.tables import conditions_text, markdown_table, table_text
 from tinytoken.files import replacing
@@ -303,34 +303,33 @@ def located(results):
             f"{seeds_text(values['seeds'])}): {', '.join(shares)}.")
 
 
-def arms_text(saved):
-    """Lesson 07: the table of its arms. A column that no arm fills is left out."""
+def arms_text(saved, dense="ViT"):
+    """Lessons 07 and 14: the table of their arms. A column that no arm fills is left out. dense: the model
+    that all start from."""
     values, recipe = saved["results"], saved["results"]["recipe"]
-    reference = values["rows"]["ViT, further"]
-    table = [arm_cells(name, arm, reference) for name, arm in values["rows"].items()]
+    reference = values["rows"][f"{dense}, further"]
+    table = [arm_cells(name, arm, reference, dense) for name, arm in values["rows"].items()]
     heads = [head for head in table[0] if any(cells[head] for cells in table)]
     lines = [[cells[head] for head in heads] for cells in table]
     start = spread_text([100 * row["accuracy"] for row in values["starts"]])
-    return (f"{markdown_table(heads, lines)}\n\nAll arms go on from a ViT of {recipe['first_steps']:,} "
+    return (f"{markdown_table(heads, lines)}\n\nAll arms go on from a {dense} of {recipe['first_steps']:,} "
             f"steps ({start} %), each for {recipe['further_steps']:,} steps of {recipe['batch']} pictures "
             f"at learning rate {recipe['further_lr']}; {tests_text(values)}. {machine_text(saved)}")
 
 
-def arm_cells(name, arm, reference):
-    """A row of that table: {column: text}. arm: what was noted of each seed; reference: the same of the ViT
-    that got as many further steps, of at least as many seeds."""
+def arm_cells(name, arm, reference, dense):
+    """A row of that table: {column: text}. arm: what was noted of each seed; reference: the same of the dense
+    model that got as many further steps, of at least as many seeds."""
     points = [100 * row["accuracy"] for row in arm]
     gaps = [own - 100 * row["accuracy"] for own, row in zip(points, reference)]
     unpruned = [100 * row["all_tokens"] for row in arm if "all_tokens" in row]
-    seen = [row["on_object"] for row in arm if row.get("on_object")]
-    shares = zip(*([share / of["all"] for share in of["stages"]] for of in seen))  # by stage, as the next
     reached = zip(*(row["ratios"] for row in arm if "ratios" in row))
     kept = zip(map(statistics.mean, reached), arm[0].get("targets", ()))
     return {"arm": name, "seeds": len(arm), "accuracy": f"{spread_text(points)} %",
-            "minus ViT's, points": "" if arm is reference else spread_text(gaps, "+.1f"),
+            f"minus {dense}'s, points": "" if arm is reference else spread_text(gaps, "+.1f"),
             "with all tokens": f"{spread_text(unpruned)} %" if unpruned else "",
             "M MACs": f"{arm[0]['macs'] / 1e6:.1f}",
-            "object share, by stage": ", ".join(f"{statistics.mean(stage):.2f}" for stage in shares),
+            "object share, by stage": ", ".join(f"{share:.2f}" for share in over_chance(arm)),
             "tokens kept in training (target)": ", ".join(f"{k:.3f} ({target:.3f})" for k, target in kept)}
 
 
@@ -397,7 +396,8 @@ parts |= {"dynamicvit": lesson_part("07_dynamicvit_full", arms_text),
           "lookupvit": lesson_part("09_lookupvit_full", lookup_arms_text),
           "lookupvit_cifar10": lesson_part("09_lookupvit_full_cifar10", lookup_arms_text),
           "budgets": lesson_part("10_one_model_many_budgets_full", grids_text),
-          "robustness": lesson_part("11_robustness_full", damage_text)}
+          "robustness": lesson_part("11_robustness_full", damage_text),
+          "two_paths": lesson_part("14_slow_and_fast_path", lambda saved: arms_text(saved, "ConvNeXt"))}
 
 
 def main(root=ROOT):

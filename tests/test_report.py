@@ -120,6 +120,11 @@ def test_arms_are_compared_seed_by_seed():
     assert "1,000 steps (60.0 ± 14.1 %)" in lines[6] and "seeds 0, 1." in lines[6]
     rows["once"][0]["all_tokens"] = 0.875
     assert report.arms_text(saved).splitlines()[4] == "| once | 1 | 85.0 % | -5.0 | 87.5 % | 2.0 |  |  |"
+    rows["ConvNeXt, further"] = rows.pop("once")
+    lines = report.arms_text(saved, "ConvNeXt").splitlines()
+    assert "minus ConvNeXt's, points" in lines[0]
+    assert lines[2].startswith("| ViT, further | 2 | 85.0 ± 7.1 % | +5.0 |")
+    assert "All arms go on from a ConvNeXt of 1,000 steps" in lines[6]
 
 
 def test_claims():

@@ -51,6 +51,7 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"dumbbell": 4, "semantic_stage": 1, "depths": (1, 4), "seeds": 1, "reach": 2, "window_size": 2},
            {"use_global": False, "relative_pos": True, "shortcut": True, "embed_dim": 32},
            {"depths": (3, 1), "prune_before": (1, 2), "keep_ratios": (0.3, 0.6)},
+           {"depths": (3, 1), "prune_before": (1, 2), "keep_ratios": (0.3, 0.6), "stale": False},
            {"tokens_type": "transformer", "token_dim": 8, "qkv_bias": True},
            {"splits": ((5, 2, 2), (3, 2, 1))},
            {"meta_tokens": 3}, {"depths": (1, 1, 2), "dims": (16, 16, 32), "attn_type": ("C", "D2", "S"),

@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from tinytoken.experiments import difference, interval_text, packed, range_text, spread_text, unpacked
+from tinytoken.experiments import (difference, interval_text, over_chance, packed, range_text, spread_text,
+                                   unpacked)
 
 
 def test_difference_is_paired_with_students_interval():
@@ -35,6 +36,14 @@ def test_a_median_is_written_with_its_ends():
 def test_a_difference_and_its_interval_as_text():
     assert interval_text(-1.1, -1.92, 0.29) == "-1.1 [-1.9, +0.3]"
     assert interval_text(0.0, 0.0, 0.0) == "+0.0 [+0.0, +0.0]"
+
+
+def test_shares_of_object_over_chance():
+    seeds = [{"on_object": {"all": 0.1, "stages": [0.2, 0.3]}},
+             {"on_object": {"all": 0.2, "stages": [0.2, 0.5]}}]
+    assert over_chance(seeds) == pytest.approx([1.5, 2.75])
+    assert over_chance([*seeds[:1], {"on_object": None}, {}]) == pytest.approx([2, 3])
+    assert over_chance([{}, {"on_object": None}]) == []
 
 
 @pytest.mark.parametrize("count", [1, 8, 13])

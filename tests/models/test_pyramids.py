@@ -110,6 +110,20 @@ def test_training_is_inference_while_no_decision_changes(name, count):
 
 
 @each_plain
+def test_without_stale_values_training_is_inference_whatever_is_decided(name):
+    model, keep = new(f"dynamic{name}", stale=False), [mask(15, 3), mask(12, 3, seed=1)]
+    assert (keep[0] > keep[1]).any() and (keep[0] < keep[1]).any()
+    trained, used = (model.train(mode)(pictures(3), keep=keep) for mode in (True, False))
+    same(trained.logits.data, used.logits.data)
+    known = [p for n, p in model.named_parameters() if "score_predictor" not in n]
+    upstream, noise = np.random.default_rng(1).standard_normal((3, 5)), gumbel()
+    for a, b in zip(*(tt.grad((out.logits * upstream).sum(), known) for out in (trained, used))):
+        same(a, b)
+    gradcheck(lambda *_: model.train()(pictures(), noise=noise, hard=False).logits, *model.parameters(),
+              max_elements=40)
+
+
+@each_plain
 def test_a_training_pass_by_its_formulas(name):
     """Decisions are of all positions anew, about the map as the decision before has chosen it. Each branch of
     each block has factors of its own."""

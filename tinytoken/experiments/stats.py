@@ -2,6 +2,7 @@
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,17 @@ def packed(right: np.ndarray) -> str:
 def unpacked(text: str, count: int) -> np.ndarray:
     """The first `count` answers of what `packed` returned: (count,) bool."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), "uint8"), count=count).astype(bool)
+
+
+def over_chance(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """The share of object in what each stage keeps, over the share in all patches: 1 is chance. Means over
+    seeds.
+
+    rows: what is noted of an arm by seed, "on_object" being as kept_on_object returns it. Empty where nobody
+    knows where the objects are, or nothing is kept."""
+    known = [row["on_object"] for row in rows if row.get("on_object")]
+    return [statistics.mean(stage) for stage in zip(*([share / seen["all"] for share in seen["stages"]]
+                                                      for seen in known))]
 
 
 def spread_text(values: Sequence[float | None], form: str = ".1f") -> str:

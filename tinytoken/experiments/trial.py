@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .. import random
-from ..backend import Array, to_device, to_numpy
+from ..backend import Array, array_module, to_device, to_numpy
 from ..cost import macs
 from ..data import Batches, hold_out, likeness, load_pictures, normalise
 from ..errors import expect
@@ -175,7 +175,7 @@ def kept_in_training(trial: Trial, model: Any, batches: int = 20) -> list[float]
     with no_grad():
         for step in range(batches):
             images, _ = trial.batches(step)
-            out = model.train()(images, **model.noise(len(images), step, seed=1))
+            out = model.train()(images, **model.noise(len(images), step, seed=1, xp=array_module(images)))
             shares.append([float(to_numpy(decision.data).mean()) for decision in out.decisions])
     model.eval()
     return np.mean(shares, axis=0).tolist()

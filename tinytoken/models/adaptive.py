@@ -16,7 +16,7 @@ from ..backend import Array, array_module
 from ..tensor import Tensor
 from .base import Loss, Output
 from .dynamicvit import DynamicOutput
-from .pruning import Deciding, check_stages, mask_of, places_of
+from .pruning import Deciding, check_stages, mask_at, mask_of, places_of
 from .stages import Map, Pair, Stages, StagesConfig, StagesOutput
 
 
@@ -59,9 +59,12 @@ class AdaptiveBlock(nn.Module):
 class DynamicStagesConfig(StagesConfig):
     """prune_before: the blocks, of the last stage but one, before which it is decided which positions take
     the slow path. keep_ratios: their share. The defaults are the official ones, rho, rho - 0.2 and rho - 0.4
-    with rho = 0.7: 0.7 - 0.2 is a little less than 0.5, so that of 196 positions 97 are kept."""
+    with rho = 0.7: 0.7 - 0.2 is a little less than 0.5, so that of 196 positions 97 are kept. stale: the two
+    streams of training go through all decisions, as in the official code; False: at each decision both begin
+    anew from the map, so that training is inference, whatever is decided."""
     prune_before: tuple[int, ...] = (1, 2, 3)
     keep_ratios: tuple[float, ...] = (0.7, 0.7 - 0.2, 0.7 - 0.4)
+    stale: bool = True
 
     def __post_init__(self, *sizes: int) -> None:
         super().__post_init__(*sizes)
@@ -92,7 +95,8 @@ class DynamicStages(Deciding, Stages):
     In training both paths run everywhere, in two streams, and a mask chooses between them (Gumbel-softmax,
     straight-through); at inference each position takes one path. Where a later decision turns a position
     round, training goes on with what the other stream had there, inference with what the map had: so with
-    decisions that differ the two differ, in the official code, too. images -> DynamicStagesOutput."""
+    decisions that differ the two differ, in the official code, too; not with stale=False. images ->
+    DynamicStagesOutput."""
     loss_weights = (1, 10, 0.5, 0.5)  # of class, ratio, kl, token
 
     @property
@@ -139,6 +143,7 @@ class DynamicStages(Deciding, Stages):
             if i in self.prune_before:
                 if state.decisions:
                     state.x = chosen(keep, slow, fast)  # by the decision before: this is what is judged
+                    slow, fast = (slow, fast) if self.config.stale else (state.x, state.x)
                 state.decisions.append(self.decide(self.prune_before.index(i), state))
                 keep = state.decisions[-1].reshape(*state.x.shape[:2], 1)
             slow, fast = blocks[i].streams(slow, fast, keep, state.grid, nn.column(paths, i))
@@ -158,8 +163,7 @@ class DynamicStages(Deciding, Stages):
             if i in self.prune_before:
                 places = self.choose(self.prune_before.index(i), state)
                 state.kept.append(places)
-                ones = array_module(places).ones((*places.shape, 1), state.x.dtype)
-                rest = 1 - ops.put_tokens(ones, places, length=self.num_patches).data[:, :, 0]
+                rest = 1 - mask_at(places, state.x, self.num_patches).data
                 others = ops.top_k(rest, self.num_patches - places.shape[1])
             state.x = blocks[i].gathered(state.x, places, others, state.grid)
 

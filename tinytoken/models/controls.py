@@ -22,7 +22,7 @@ from ..errors import expect
 from ..tensor import Tensor
 from .base import model
 from .dynamicvit import DynamicOutput, DynamicTokens, DynamicViT
-from .pruning import per_stage
+from .pruning import mask_at, per_stage
 
 
 class Control(DynamicViT):
@@ -69,10 +69,8 @@ class Control(DynamicViT):
 
     def put_back(self, out: DynamicOutput) -> None:
         """What training needs: the choices as masks, and the tokens put back to where they came from."""
-        xp, n = array_module(out.logits.data), self.num_patches
-        ones = [xp.ones((*kept.shape, 1), out.logits.dtype) for kept in out.kept]
-        out.decisions = [ops.put_tokens(one, kept, length=n)[:, :, 0] for one, kept in zip(ones, out.kept)]
-        out.tokens = ops.put_tokens(out.tokens, out.kept[-1], length=n)
+        out.decisions = [mask_at(kept, out.logits, self.num_patches) for kept in out.kept]
+        out.tokens = ops.put_tokens(out.tokens, out.kept[-1], length=self.num_patches)
         out.keep = out.decisions[-1]
 
 

@@ -8,22 +8,20 @@ weights=(1, 0, 0.5, 0.5).
 import zlib
 from typing import Any
 
-import numpy as np
-
 from .. import ops, random
 from ..backend import Array, array_module, to_numpy
 from ..tensor import Tensor
 from .adaptive import Streams
 from .base import model
 from .convnext import DynamicConvNeXt
-from .pruning import per_stage
+from .pruning import mask_at, per_stage
 
 
 @model("randompaths")
 class RandomPaths(DynamicConvNeXt):
     """Positions for the slow path drawn evenly, anew for each picture and decision, in training as many as at
     inference. Without noise the draw is a function of the batch's pictures, so inference gives the same
-    twice."""
+    twice. Many positions change their path at a later decision: stale=False trains what inference does."""
 
     def build(self, c: Any) -> None:
         super().build(c)
@@ -40,8 +38,7 @@ class RandomPaths(DynamicConvNeXt):
         draws = (self.draw(stage, len(state.x), xp=array_module(state.x.data)) if state.noise is None
                  else state.noise[stage])
         places = ops.top_k(draws[:, :, 0], self.counts[stage])
-        ones = array_module(places).ones((*places.shape, 1), state.x.dtype)
-        return ops.put_tokens(ones, places, length=self.num_patches)[:, :, 0]
+        return mask_at(places, state.x, self.num_patches)
 
     def choose(self, stage: int, state: Streams) -> Array:
         if state.forced is not None:

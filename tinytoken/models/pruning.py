@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .. import nn, ops, random
-from ..backend import Array, to_numpy
+from ..backend import Array, array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor, tensor_like
 from .base import Loss, Model, cross_entropy_of, is_whole, one_of, weighted_sum
@@ -55,6 +55,12 @@ def places_of(mask: Array) -> Array:
            lambda: f"forced decisions keep {min(counts)} to {max(counts)} tokens: in eval mode every image "
                    f"must keep as many")
     return ops.top_k(mask, counts.pop())
+
+
+def mask_at(places: Array, x: Tensor, patches: int) -> Tensor:
+    """The mask (B, N) with ones at `places` (B, k), of x's dtype."""
+    ones = array_module(places).ones((*places.shape, 1), x.dtype)
+    return ops.put_tokens(ones, places, length=patches)[:, :, 0]
 
 
 def check_stages(c: Any, blocks: int, D: int) -> None:

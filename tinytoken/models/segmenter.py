@@ -4,11 +4,11 @@ That a pyramid with two paths (adaptive.py) serves dense prediction is a claim o
 arXiv 2207.01580, abstract); the official code has no such model. What is there: the maps keep their shape, so
 that a decoder can read them. What is here is ours: the decoder, how its losses go with the others, and which
 maps it reads. Of a pyramid these are that of the last stage but one, in which the positions have taken their
-paths, and the last one, resized to it; so does an FPN (Lin et al. 2017, arXiv 1612.03144), with more of both.
+paths, and the last one, resized to it and added, as in an FPN (Lin et al. 2017, arXiv 1612.03144).
 
 Each position answers for all pixels of its own square, as in a sub-pixel convolution (Shi et al. 2016, arXiv
-1609.05158). To resize coarse answers bilinearly would cost as little, but no such answer has a ring's edge
-that is thinner than a position.
+1609.05158). One answer for each position, resized bilinearly, could not draw a ring that is thinner than a
+position.
 """
 import dataclasses
 import inspect
@@ -26,7 +26,7 @@ from .base import Loss, Model, Options, Output, model
 from .dynamicvit import DynamicTokens, DynamicViT
 from .lookupvit import LookupOutput, LookupViT
 from .pixels import Decoder, Same, pixel_targets
-from .pruning import Deciding, places_of
+from .pruning import Deciding, mask_at, places_of
 from .stages import Stages
 
 SIZES = ("patch_size", "dim", "depth", "heads", "mlp_ratio", "keys_as_queries")
@@ -89,9 +89,7 @@ class MaskedDynamicViT(DynamicViT):
         places, tokens.official = None, False  # the exact softmax, for which to mask is to remove
         if tokens.forced is None or stage >= len(tokens.forced):  # what is decided here, is forced then
             places = self.best(stage, tokens)
-            ones = array_module(places).ones((*places.shape, 1), tokens.x.dtype)
-            mask = ops.put_tokens(ones, places, length=self.num_patches)[:, :, 0]
-            tokens.forced = [*(tokens.forced or ()), mask]
+            tokens.forced = [*(tokens.forced or ()), mask_at(places, tokens.x, self.num_patches)]
         self.mask(stage, tokens)
         tokens.kept.append(places_of(tokens.decisions[-1].data) if places is None else places)
 
