@@ -56,7 +56,10 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"splits": ((5, 2, 2), (3, 2, 1))},
            {"meta_tokens": 3}, {"depths": (1, 1, 2), "dims": (16, 16, 32), "attn_type": ("C", "D2", "S"),
                                 "head_dim": 8},
-           {"width": 16}, {"backbone": "dynamicvit", "options": FIRST_DECIDES}, {"backbone": "lookupvit"},
+           {"width": 16}, {"read": (1,), "stages": 1, "decoder": "dot"}, {"new_classes": 1, "layers": 1},
+           {"shrink": "strided", "decoder": "linear"}, {"shrink": "edges", "extra": 3},
+           {"shrink": "average", "decoder": "mlp"}, {"shrink": "random", "extra": 2},
+           {"backbone": "dynamicvit", "options": FIRST_DECIDES}, {"backbone": "lookupvit"},
            {"backbone": "swin"}, {"backbone": "convnext", "options": {"layer_scale": 0.25}},
            {"backbone": "dynamicswin", "options": FIRST_DECIDES | {"depths": (2, 1)}},
            *({"backbone": name, "options": FIRST_DECIDES | PYRAMIDS | {"depths": (2, 1)}}
@@ -211,8 +214,8 @@ def answered(name, change, precision):
                 continue
             call = call | {argument: halves(network) for argument, value in call.items() if value == "half"}
             # in eval mode the draws of RandomTokens and RandomPaths depend on every bit; nothing is dropped
-            random = {"noise": draws["noise"]} if "random" in str((name, change)) else {}
-            drawn = draws if training else random
+            noise = {argument: draw for argument, draw in draws.items() if argument == "noise"}
+            drawn = draws if training else noise if "random" in str((name, change)) else {}
             with products_in(precision, "cuda"), tt.no_grad():
                 out = network.train(training)(images, **drawn, **call)
             where, of = ("train" if training else "eval", *call), getattr(out, "features", out)
@@ -240,6 +243,11 @@ LOSS = {"fp32": 2e-5, "tf32": 2e-3, "bf16": 0.01}  # relative gaps that are allo
 LARGEST = {"fp32": 1e-4, "tf32": 0.02, "bf16": 0.05}  # of the largest gradient of a layer, or of the logits
 
 
+# Layers before a ReLU: a product that is rounded switches some of its values on or off, so that single
+# elements of a gradient jump, and the length of the whole is compared
+SWITCH = {"segvit"}
+
+
 @functools.cache
 def plain(function, name, number):
     with tt.plain():
@@ -257,12 +265,12 @@ def test_a_step_is_near_the_plain_one(name, number, precision, there):
     assert any(kernel.startswith("bf16_") for kernel, *_ in there) == (precision == "bf16")
     expected, plain_gradients = plain(trained, name, number)
     assert loss == pytest.approx(expected, rel=LOSS[precision]) and gradients.keys() == plain_gradients.keys()
+    size = np.linalg.norm if name in SWITCH and precision == "bf16" else lambda g: np.abs(g).max()
     layer, largest = lambda parameter: parameter.rpartition(".")[0], {}
     for n, g in plain_gradients.items():  # a bias of keys has none: no softmax sees what they have in common
-        largest[layer(n)] = max(largest.get(layer(n), 1e-5), np.abs(g).max())
+        largest[layer(n)] = max(largest.get(layer(n), 1e-5), size(g))
     for n, g in gradients.items():
-        tolerance = LARGEST[precision] * largest[layer(n)]
-        np.testing.assert_allclose(g, plain_gradients[n], rtol=0, atol=tolerance, err_msg=n)
+        assert size(g - plain_gradients[n]) <= LARGEST[precision] * largest[layer(n)], n
 
 
 @pytest.mark.parametrize("name, number, precision", CASES)

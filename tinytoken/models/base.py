@@ -53,6 +53,7 @@ class Model(nn.Module):
     config: Any
     __signature__: ClassVar[inspect.Signature]
     task = "classify"
+    whole = False  # whether its loss is of a batch as a whole, not a mean over the pictures
     loss_weights: tuple[float, ...] = (1, 0.5)  # of the parts of `loss`, where there is a teacher
 
     def __init_subclass__(cls, **more):

@@ -23,7 +23,7 @@ class Distil(Classify):
                  options: Mapping[str, str] | None = None) -> None:
         super().__init__(model, smoothing, drop_path)
         self.options = dict(options or {})
-        self.whole = "pooled" in self.options.values()
+        self.whole = self.whole or "pooled" in self.options.values()
         self.teacher = teacher.eval()
         self.weights = model.loss_weights if weights is None else weights
         self.settings = {"smoothing": smoothing, "weights": self.weights} | self.settings
