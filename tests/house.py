@@ -34,7 +34,7 @@ NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experi
             "lookupvit": {"cuda/mixed_lookup.py", "models/segmenter.py", "models/videolookupvit.py",
                           "experiments/compare.py", "experiments/tables.py"},
             "convnext": {"models/segmenter.py"}, "swin": {"models/segmenter.py", "models/stvitr.py"},
-            "dynamicconvnext": {"models/map_controls.py"}, "segment": {"models/segmenter.py", "models/segvit.py"},
+            "dynamicconvnext": {"models/map_controls.py"}, "segment": {"models/dovit.py", "models/segmenter.py", "models/segvit.py"},
             "segment_taught": {"models/segmenter.py"},
             "classify": {"models/base.py", "tasks/distil.py", "tasks/segment.py"},
             "distil": {"models/pruning.py", "tasks/segment.py"},

@@ -40,6 +40,7 @@ MAY = {
         "nn/module.py": {"Module.state_dict"}, "models/pruning.py": {"places_of"},
         "tasks/caption.py": {"Caption.metrics", "corpus_scores"}},
     "a host branch, or what a run reads every so many steps": {
+        "models/passing.py": {"Passing.encode_kept", "Passing.groups"},  # at inference, once for each exit
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},
         "train/inference.py": {"infer"}, "train/checkpoint.py": {"save", "_check_finite"},
         "tasks/classify.py": {"accuracy"}, "data/mix.py": {"mixed"},

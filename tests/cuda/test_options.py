@@ -22,7 +22,7 @@ MODELS = {name: kind for name, kind in model.items() if kind.__module__.startswi
 SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2, num_classes=3)  # 16 patches
 
 # The options that a model has, of these, are what it is tried with first ...
-FIRST = {"prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r": 2}
+FIRST = {"exits": (1,), "prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r": 2}
 FIRST_DECIDES = {option: FIRST[option] for option in ("prune_before", "keep_ratios")}
 CLIPS = {"frames": 4, "compressed": (1, 2, 2)}
 PYRAMIDS = {"depths": (4, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
@@ -56,6 +56,7 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"splits": ((5, 2, 2), (3, 2, 1))},
            {"meta_tokens": 3}, {"depths": (1, 1, 2), "dims": (16, 16, 32), "attn_type": ("C", "D2", "S"),
                                 "head_dim": 8},
+           {"exits": (1, 2), "depth": 3, "official": True}, {"tau": 0.2, "aggregate": 0.5},
            {"width": 16}, {"read": (1,), "stages": 1, "decoder": "dot"}, {"new_classes": 1, "layers": 1},
            {"shrink": "strided", "decoder": "linear"}, {"shrink": "edges", "extra": 3},
            {"shrink": "average", "decoder": "mlp"}, {"shrink": "random", "extra": 2},
@@ -66,9 +67,9 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
              for name in ("dynamicconvnext", "randompaths", "fastpath"))]
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
 EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"},
-              {"compressed": (2, 3, 1)}]
+              {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"keep": "half", "bucket": 2}]
 TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)},
-               {"compressed": (2, 3, 1)}]
+               {"compressed": (2, 3, 1)}, {"tau": 0.2}]
 BY_TASK = {"noise", "paths"}
 
 
@@ -236,7 +237,8 @@ def halves(network):
     """Forced decisions, a mask per stage: as many patches are kept in every image, and not the same."""
     rng, shape = np.random.default_rng(2), (3, network.num_patches)
     places = to_device(rng.permuted(np.broadcast_to(np.arange(shape[1]), shape), axis=1), "cuda")
-    return [places < count for count in network.counts]
+    counts = network.counts if hasattr(network, "counts") else [8] * len(network.config.exits)
+    return [places < count for count in counts]
 
 
 LOSS = {"fp32": 2e-5, "tf32": 2e-3, "bf16": 0.01}  # relative gaps that are allowed

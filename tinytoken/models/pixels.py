@@ -35,6 +35,14 @@ class Decoder(nn.Module):
         return self.head(ops.gelu(self.norm(added)))
 
 
+def squares(x: Tensor, grid: tuple[int, int], cell: tuple[int, int]) -> Tensor:
+    """What each position of a grid says of the pixels of its own square, `cell` = (height, width) of them:
+    (B, N, height width K) -> (B, H, W, K)."""
+    (rows, columns), (high, wide) = grid, cell
+    x = x.reshape(len(x), rows, columns, high, wide, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(len(x), rows * high, columns * wide, -1)
+
+
 def pixel_targets(labels: Array, logits: Tensor, smoothing: float = 0.0) -> Array:
     """Targets (B H W, K) of ops.cross_entropy for logits (B, H, W, K) of pixels with these labels (B, H, W).
 

@@ -40,10 +40,11 @@ class Predictor(nn.Module):
         return ops.log_softmax(x)
 
 
-def mask_of(keep: Tensor | Array, x: Tensor, patches: int) -> Tensor:
-    """A mask of the patches as a Tensor (B, N) of x's dtype."""
+def mask_of(keep: Tensor | Array, x: Tensor, patches: int, where: str = "DynamicViT") -> Tensor:
+    """A mask of the patches as a Tensor (B, N) of x's dtype. InputError in the name of `where` for another
+    shape."""
     keep = tensor_like(x, keep)
-    expect(tuple(keep.shape) == (len(x), patches), "DynamicViT",
+    expect(tuple(keep.shape) == (len(x), patches), where,
            lambda: f"keep {tuple(keep.shape)}, expected (B, N) = {(len(x), patches)}")
     return keep
 

@@ -25,7 +25,7 @@ from .adaptive import DynamicStages
 from .base import Loss, Model, Options, Output, model
 from .dynamicvit import DynamicTokens, DynamicViT
 from .lookupvit import LookupOutput, LookupViT
-from .pixels import Decoder, Same, pixel_targets
+from .pixels import Decoder, Same, pixel_targets, squares
 from .pruning import Deciding, mask_at, places_of
 from .stages import Stages
 
@@ -146,10 +146,7 @@ class Segmenter(Model):
         out = self.backbone(images, trace=trace, paths=paths, **call)
         finer = getattr(out, "maps", [])[-2:-1]
         x = self.decoder([*finer, out.lookup if isinstance(out, LookupOutput) else out.tokens], self.grids)
-        (rows, columns), (high, wide) = self.grids[0], self.cell
-        x = x.reshape(len(x), rows, columns, high, wide, -1).transpose(0, 1, 3, 2, 4, 5)
-        return SegmenterOutput(x.reshape(len(x), rows * high, columns * wide, -1), out.tokens, out.attention,
-                               features=out)
+        return SegmenterOutput(squares(x, self.grids[0], self.cell), out.tokens, out.attention, features=out)
 
     def noise(self, *draw: Any, **options: Any) -> dict[str, Array]:
         return self.backbone.noise(*draw, **options)

@@ -1,0 +1,105 @@
+"""Tokens that stop on their way through a ViT's blocks and wait in their places: what DoViT does in training,
+where a mask hides them, and at inference, where they are not computed.
+"""
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from .. import nn, ops
+from ..backend import Array, array_module, to_numpy
+from ..tensor import Tensor
+from .pixels import squares
+from .pruning import mask_of
+from .vit import Tokens, ViT
+
+
+@dataclasses.dataclass
+class PassingTokens(Tokens):
+    """x (B, 1 + N, D): always all tokens. keep (B, 1 + N): those that go on, None: all. tau, forced, bucket:
+    of the call. going: whether a patch is one of them by its confidence. The lists: as in DoViTOutput."""
+    tau: Any = ()
+    forced: list[Any] | None = None
+    bucket: int = 1
+    going: Any = None
+    aux: list[Tensor] = dataclasses.field(default_factory=list)
+    confidence: list[Array] = dataclasses.field(default_factory=list)
+    kept: list[Array] = dataclasses.field(default_factory=list)
+
+
+class Passing(ViT):
+    """A ViT whose patches stop before the blocks `exits` where a head of `auxiliary_head` is sure."""
+    auxiliary_head: list[Any]
+
+    def before_block(self, i: int, tokens: PassingTokens) -> None:  # type: ignore[override]
+        if i in self.config.exits:
+            self.decide(self.config.exits.index(i), tokens)
+
+    def decide(self, exit: int, tokens: PassingTokens) -> None:
+        """Which patches go on; the class token takes in what waits."""
+        xp, c, patches = array_module(tokens.x.data), self.config, tokens.patches
+        (rows, columns), p = self.patch_embed.grid, c.patch_size
+        tokens.aux.append(squares(self.auxiliary_head[exit](patches), (rows, columns), (p, p)))
+        sure = ops.softmax(tokens.aux[-1].data).data.max(axis=3).reshape(-1, rows, p, columns, p)
+        tokens.confidence.append(sure.mean(axis=(2, 4)).reshape(len(sure), -1))
+        on = (tokens.confidence[-1] <= tokens.tau[exit] if tokens.forced is None
+              else mask_of(tokens.forced[exit], tokens.x, self.num_patches, "DoViT").data > 0.5)
+        tokens.going = on if tokens.going is None else on & tokens.going
+        kept = tokens.going
+        if c.official:  # as many in each picture; of the others the first ones
+            count = kept.sum(axis=1).mean().astype("int64")
+            order = xp.argsort(xp.argsort(~kept, axis=1, kind="stable"), axis=1)
+            kept = order < count
+        tokens.kept.append(kept)
+        waiting = (~kept).astype(tokens.x.dtype)
+        count = waiting.sum(axis=1, keepdims=True)
+        half = (count / (self.num_patches + 1) > c.aggregate) * waiting / xp.maximum(count, 1) / 2
+        first = tokens.x[:, :1] * (1 - half.sum(axis=1)[:, None, None])
+        first = first + ops.matmul(half[:, None].astype(tokens.x.dtype), patches)
+        tokens.x = ops.concat(first, patches, axis=1)
+        tokens.keep = xp.concatenate([xp.ones((len(kept), 1), tokens.x.dtype), 1 - waiting], axis=1)
+
+    def run_block(self, i: int, tokens: PassingTokens) -> None:  # type: ignore[override]
+        before, keep = tokens.x, tokens.keep
+        tokens.x = self.blocks[i](before, nn.column(tokens.paths, i), keep=keep, sees_itself=keep is None,
+                                  attention=tokens.attention)
+        if keep is not None:
+            tokens.x = tokens.x * keep[:, :, None] + before * (1 - keep)[:, :, None]
+
+    def encode_kept(self, tokens: PassingTokens) -> PassingTokens:
+        """Run the Tokens through all blocks, of which only what goes on is computed."""
+        c, number = self.config, len(tokens.x)
+        for start, stop in zip((0, *c.exits), (*c.exits, c.depth)):
+            self.before_block(start, tokens)
+            done, order = [], []
+            for rows, places, there in self.groups(tokens):
+                x = part = tokens.x if len(rows) == number else ops.index(tokens.x, key=rows)
+                part = part if places is None else ops.take_tokens(x, places)
+                for i in range(start, stop):
+                    part = self.blocks[i](part, keep=there, sees_itself=there is None)
+                if places is not None:
+                    there = array_module(places).ones(places.shape, x.dtype) if there is None else there
+                    back = ops.put_tokens(ops.concat(part * there[:, :, None], there[:, :, None], axis=2),
+                                          places, length=x.shape[1])
+                    part = x * (1 - back[:, :, -1:].data) + back[:, :, :-1]
+                done.append(part)
+                order.append(rows)
+            tokens.x = done[0] if len(done) == 1 else ops.concat(*done, axis=0)[
+                np.argsort(np.concatenate(order), kind="stable")]
+        return tokens
+
+    def groups(self, tokens: PassingTokens) -> Any:
+        """Pictures that go on with about as many tokens: (rows, places (b, n) of the tokens that are
+        computed, which of them go on (b, n)), the last two None where all are."""
+        every = np.arange(len(tokens.x))
+        if tokens.keep is None:
+            return [(every, None, None)]
+        keep, xp, groups = tokens.keep, array_module(tokens.keep), []
+        counts, total = to_numpy(keep.sum(axis=1)).astype(int), tokens.x.shape[1]
+        sizes = np.minimum(-(-counts // tokens.bucket) * tokens.bucket, total)
+        for size in np.unique(sizes):
+            rows = every[sizes == size]
+            places = ops.top_k(keep[rows], int(size))
+            there = xp.take_along_axis(keep[rows], places, axis=1)
+            groups.append((rows, places, None if (counts[rows] == size).all() else there))
+        return groups
