@@ -22,7 +22,8 @@ MODELS = {name: kind for name, kind in model.items() if kind.__module__.startswi
 SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2, num_classes=3)  # 16 patches
 
 # The options that a model has, of these, are what it is tried with first ...
-FIRST = {"exits": (1,), "prune_before": (1,), "keep_ratios": (0.5,), "compressed": (2, 2), "r": 2}
+FIRST = {"exits": (1,), "complementary": False, "prune_before": (1,), "keep_ratios": (0.5,),
+         "compressed": (2, 2), "r": 2}
 FIRST_DECIDES = {option: FIRST[option] for option in ("prune_before", "keep_ratios")}
 CLIPS = {"frames": 4, "compressed": (1, 2, 2)}
 PYRAMIDS = {"depths": (4, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
@@ -56,7 +57,9 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"splits": ((5, 2, 2), (3, 2, 1))},
            {"meta_tokens": 3}, {"depths": (1, 1, 2), "dims": (16, 16, 32), "attn_type": ("C", "D2", "S"),
                                 "head_dim": 8},
-           {"exits": (1, 2), "depth": 3, "official": True}, {"tau": 0.2, "aggregate": 0.5},
+           {"complementary": True, "depth": 3, "alpha": 0.5, "critical": "random"}, {"eta": 0.4},
+           {"critical": "none"}, {"exits": (1, 2), "depth": 3, "official": True},
+           {"tau": 0.2, "aggregate": 0.5},
            {"width": 16}, {"read": (1,), "stages": 1, "decoder": "dot"}, {"new_classes": 1, "layers": 1},
            {"shrink": "strided", "decoder": "linear"}, {"shrink": "edges", "extra": 3},
            {"shrink": "average", "decoder": "mlp"}, {"shrink": "random", "extra": 2},

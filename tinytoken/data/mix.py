@@ -4,6 +4,7 @@ Every choice is a pure function of (seed, step, place in the batch), with the sa
 Pictures are mixed with the batch in reverse order: batches are shuffled, so every partner is as good.
 """
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def erase(images: Array, share: float, *, step: int, seed: int) -> Array:
 def blank(images: Array, boxes: Array) -> Array:
     """The images with the mean colour, 0, in their rectangles (4, B)."""
     xp = array_module(images)
-    return xp.where(_inside(images, boxes)[:, None], xp.zeros((), images.dtype), images)
+    return xp.where(inside(images, boxes)[:, None], xp.zeros((), images.dtype), images)
 
 
 def erased_boxes(images: Array, share: float, step: int, seed: int) -> Array:
@@ -61,9 +62,14 @@ def cutmix(images: Array, targets: Array, alpha: float, *, step: int, seed: int)
     It has the picture's aspect ratio and the share 1 - l of its area, l ~ Beta(alpha, alpha), around a point
     that is uniform in the picture. The targets (B, K) are mixed by the area that is left after the rectangle
     is cut at the border."""
-    xp, inside = array_module(images), _inside(images, cutmix_boxes(images, alpha, step, seed))
-    kept = 1 - inside.mean(axis=(1, 2), dtype=images.dtype)
-    return xp.where(inside[:, None], images[::-1], images), _mixed(targets, kept)
+    return paste(images, targets, cutmix_boxes(images, alpha, step, seed))
+
+
+def paste(images: Array, targets: Array, boxes: Array) -> tuple[Array, Array]:
+    """What `cutmix` does, with the rectangles (4, B) of `cutmix_boxes`."""
+    pasted = inside(images, boxes)
+    kept = 1 - pasted.mean(axis=(1, 2), dtype=images.dtype)
+    return array_module(images).where(pasted[:, None], images[::-1], images), _mixed(targets, kept)
 
 
 def mixup_shares(images: Array, alpha: float, step: int, seed: int) -> Array:
@@ -81,6 +87,27 @@ def cutmix_boxes(images: Array, alpha: float, step: int, seed: int) -> Array:
         half, middle = xp.floor(side * length) / 2, xp.floor(middle * length)
         edges += [xp.maximum(xp.ceil(middle - half), 0), xp.minimum(xp.ceil(middle + half), length)]
     return xp.stack(edges)
+
+
+def exchange(images: Array, weights: Array, partner: Array, order: Array) -> tuple[Array, Array, Array]:
+    """Overwrite the half of each picture's cells that is lowest in `order` by the half of its partner's that
+    is highest: the best of the one goes to the best place among the other's low ones, and so on.
+
+    images (B, C, H, W), weights and order (B, cells), partner (B,) -> mixed pictures, the weight of what is
+    kept of the picture (B,), the weight in the partner of what is taken (B,). The two need not sum to 1.
+    (Zhang et al. 2022, arXiv 2203.12816, section 3.2.)"""
+    xp, (batch, channels, height, width) = array_module(images), images.shape
+    side = math.isqrt(weights.shape[1])
+    ranked = xp.argsort(-order, axis=1, kind="stable")
+    high, low = ranked[:, :side * side // 2], ranked[:, side * side // 2:]
+    cut = images.reshape(batch, channels, side, height // side, side, width // side)
+    cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(batch, side * side, -1)
+    rows, mixed = xp.arange(batch)[:, None], cut.copy()
+    mixed[rows, low] = cut[partner[:, None], high[partner]]
+    mixed = mixed.reshape(batch, side, side, channels, height // side, width // side)
+    mixed = mixed.transpose(0, 3, 1, 4, 2, 5).reshape(images.shape)
+    kept = 1 - xp.take_along_axis(weights, low, axis=1).sum(axis=1)
+    return mixed, kept, xp.take_along_axis(weights, high, axis=1).sum(axis=1)[partner]
 
 
 WAYS = {"mixup": mixup, "cutmix": cutmix}
@@ -135,7 +162,7 @@ def _mixed(targets, kept):
     return targets * kept[:, None] + targets[::-1] * (1 - kept)[:, None]
 
 
-def _inside(images, boxes):
+def inside(images, boxes):
     """(B, H, W): True inside each picture's rectangle."""
     xp, (height, width) = array_module(images), images.shape[2:]
     top, bottom, left, right = boxes[:, :, None]
