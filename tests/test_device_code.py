@@ -38,7 +38,8 @@ MAY = {
         "tensor.py": {"Tensor.numpy", "Tensor.item", "Tensor.__float__", "Tensor.__int__", "Tensor.__bool__",
                       "Tensor.__array__", "Tensor.__format__"},
         "nn/module.py": {"Module.state_dict"}, "models/pruning.py": {"places_of"},
-        "tasks/caption.py": {"Caption.metrics", "corpus_scores"}},
+        "tasks/caption.py": {"Caption.metrics", "corpus_scores"},
+        "tasks/attack.py": {"perturb", "moved", "blur"}},
     "a host branch, or what a run reads every so many steps": {
         "models/passing.py": {"Passing.encode_kept", "Passing.groups"},  # at inference, once for each exit
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},

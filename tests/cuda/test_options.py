@@ -69,8 +69,8 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            *({"backbone": name, "options": FIRST_DECIDES | PYRAMIDS | {"depths": (2, 1)}}
              for name in ("dynamicconvnext", "randompaths", "fastpath"))]
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
-EVAL_CALLS = [{}, {"trace": True}, {"mean_of_heads": True}, {"compressed": (3, 3)}, {"keep": "half"},
-              {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"keep": "half", "bucket": 2}]
+EVAL_CALLS = [{}, {"trace": True}, {"refined": False}, {"mean_of_heads": True}, {"compressed": (3, 3)},
+              {"keep": "half"}, {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"keep": "half", "bucket": 2}]
 TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)},
                {"compressed": (2, 3, 1)}, {"tau": 0.2}]
 BY_TASK = {"noise", "paths"}
@@ -250,7 +250,7 @@ LARGEST = {"fp32": 1e-4, "tf32": 0.02, "bf16": 0.05}  # of the largest gradient 
 
 # Layers before a ReLU: a product that is rounded switches some of its values on or off, so that single
 # elements of a gradient jump, and the length of the whole is compared
-SWITCH = {"segvit"}
+SWITCH = {"segvit", "atvit"}
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 follow timm."""
 import dataclasses
 import math
+from typing import ClassVar
 
 from .base import Sizes, is_number, is_whole, one_of
 
@@ -53,3 +54,17 @@ class ColumnConfig(Sizes):
         counts = {"cls_token": int(class_token), "dist_token": int(self.distilled),
                   "reg_token": self.reg_tokens}
         return {name: n for name, n in counts.items() if n}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainConfig(Sizes):
+    """The options of a model that is made of a ViT without its variants; with pool = "token" it has a class
+    token."""
+    pool: ClassVar[str] = "mean"
+    final_norm, eps, layer_scale, skip_lam, qkv_bias = "tokens", 1e-6, 0.0, 1, True
+    pre_norm = no_embed_class = distilled = qk_norm = False
+
+    @property
+    def prefix(self) -> dict[str, int]:
+        """As of ColumnConfig."""
+        return {"cls_token": 1} if self.pool == "token" else {}

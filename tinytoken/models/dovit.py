@@ -7,7 +7,7 @@ tokens wait in training, where a mask hides them, and at inference, where they a
 code lets all pictures of a batch go on with as many tokens, the floor of the mean: `official`.
 """
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,14 @@ from .. import nn, ops
 from ..backend import Array, to_numpy
 from ..errors import expect
 from ..tensor import Tensor
-from .base import Loss, Output, Sizes, is_number, is_whole, model, weighted_sum
+from .base import Loss, Output, is_number, is_whole, model, weighted_sum
+from .column import PlainConfig
 from .passing import Passing, PassingTokens
 from .pixels import Decoder, pixel_targets, squares
 
 
 @dataclasses.dataclass(frozen=True)
-class DoViTConfig(Sizes):
+class DoViTConfig(PlainConfig):
     """num_classes: of a pixel, the background being one. exits: the blocks before which patches stop. tau:
     they do where the head's largest probability, its mean over the patch's pixels, is above tau: one number,
     or one for each exit. aggregate: where more than this share of the tokens waits, the class token becomes
@@ -33,11 +34,8 @@ class DoViTConfig(Sizes):
     aggregate: float = 0.1
     width: int = 64
     official: bool = False
-    positive = (*Sizes.positive, "width")
-    # fixed here; options of ViT
-    prefix: ClassVar[dict[str, int]] = {"cls_token": 1}
-    pool, final_norm, eps, layer_scale, skip_lam, qkv_bias = "token", "tokens", 1e-6, 0.0, 1, True
-    pre_norm = no_embed_class = distilled = qk_norm = False
+    positive = (*PlainConfig.positive, "width")
+    pool = "token"
 
     def __post_init__(self):
         super().__post_init__()

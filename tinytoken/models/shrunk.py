@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 from .. import nn, ops, random
 from ..backend import Array, array_module
 from ..tensor import Tensor
-from .base import Sizes, is_whole
+from .base import is_whole
+from .column import PlainConfig
 from .vit import Tokens, ViT
 
 
 @dataclasses.dataclass(frozen=True)
-class ShrunkConfig(Sizes):
+class ShrunkConfig(PlainConfig):
     """read: the blocks after which the tokens are shown, None: at each third of the depth. shrink: at a third
     of the depth, "strided": every second token in both directions goes on; "edges": these and `extra` more,
     of the highest edge scores; "random": and `extra` others, drawn once, the same for all pictures;
@@ -29,10 +30,6 @@ class ShrunkConfig(Sizes):
     shrink: str = "none"
     extra: int = 0
     choices: ClassVar = {"shrink": ("none", "average", "strided", "edges", "random")}
-    # fixed here; options of ViT
-    prefix: ClassVar[dict[str, int]] = {}
-    pool, final_norm, eps, layer_scale, skip_lam, qkv_bias = "mean", "tokens", 1e-6, 0.0, 1, True
-    pre_norm = no_embed_class = distilled = qk_norm = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,14 +15,15 @@ import numpy as np
 from .. import nn, ops
 from ..backend import Array, to_numpy
 from ..tensor import Tensor
-from .base import Output, Sizes, is_number, is_whole, model
+from .base import Output, is_number, is_whole, model
+from .column import PlainConfig
 from .vit import Tokens, ViT
 
 Pair = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class STViTConfig(Sizes):
+class STViTConfig(PlainConfig):
     """semantic: the (rows, columns) of the semantic tokens; None: 4 x 4, or those of a smaller grid. base:
     how many of the `depth` blocks come before the two that make them; None: three eighths, as 3 of 8 or 4 of
     12.
@@ -40,10 +41,6 @@ class STViTConfig(Sizes):
     layer_scale: float = 1
     qkv_bias: bool = True
     choices: ClassVar = {"queries": ("both", "pooled", "learned")}
-    # fixed here; options of ViT
-    prefix: ClassVar[dict[str, int]] = {}
-    pool, final_norm, eps = "mean", "tokens", 1e-6
-    pre_norm = no_embed_class = distilled = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -12,12 +12,13 @@ import numpy as np
 from .. import nn, ops, random
 from ..backend import Array, array_module, to_numpy
 from ..tensor import Tensor
-from .base import Loss, Output, Sizes, is_number, model
+from .base import Loss, Output, is_number, model
+from .column import PlainConfig
 from .vit import Tokens, ViT
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTFODConfig(Sizes):
+class ViTFODConfig(PlainConfig):
     """complementary: whether the class tokens of the two blocks before the last answer, too; alpha: the
     weight of their losses. critical: what the extra block reads, the share eta of the patches: those of the
     highest "rollout", "random" ones (the same for all pictures), or "none": there is no such block."""
@@ -27,10 +28,7 @@ class ViTFODConfig(Sizes):
     critical: str = "rollout"
     eta: float = 0.2
     choices: ClassVar = {"critical": ("rollout", "random", "none")}
-    # fixed here; options of ViT
-    prefix: ClassVar[dict[str, int]] = {"cls_token": 1}
-    pool, final_norm, eps, layer_scale, skip_lam, qkv_bias = "token", "tokens", 1e-6, 0.0, 1, True
-    pre_norm = no_embed_class = distilled = qk_norm = False
+    pool = "token"
 
     def __post_init__(self):
         super().__post_init__()
