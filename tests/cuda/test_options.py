@@ -248,9 +248,10 @@ LOSS = {"fp32": 2e-5, "tf32": 2e-3, "bf16": 0.01}  # relative gaps that are allo
 LARGEST = {"fp32": 1e-4, "tf32": 0.02, "bf16": 0.05}  # of the largest gradient of a layer, or of the logits
 
 
-# Layers before a ReLU: a product that is rounded switches some of its values on or off, so that single
-# elements of a gradient jump, and the length of the whole is compared
-SWITCH = {"segvit", "atvit"}
+# Layers before a ReLU: rounding to bf16 moves a value by about 0.4 % of the values' spread, so that about as
+# many are switched on or off. Single elements of a gradient jump; the gap's length is about the root of that
+# share, 6 % of the gradient's.
+SWITCH, SWITCHED = {"segvit", "atvit"}, 0.1
 
 
 @functools.cache
@@ -270,12 +271,14 @@ def test_a_step_is_near_the_plain_one(name, number, precision, there):
     assert any(kernel.startswith("bf16_") for kernel, *_ in there) == (precision == "bf16")
     expected, plain_gradients = plain(trained, name, number)
     assert loss == pytest.approx(expected, rel=LOSS[precision]) and gradients.keys() == plain_gradients.keys()
-    size = np.linalg.norm if name in SWITCH and precision == "bf16" else lambda g: np.abs(g).max()
+    switched = name in SWITCH and precision == "bf16"
+    size, share = ((np.linalg.norm, SWITCHED) if switched else
+                   (lambda g: np.abs(g).max(), LARGEST[precision]))
     layer, largest = lambda parameter: parameter.rpartition(".")[0], {}
     for n, g in plain_gradients.items():  # a bias of keys has none: no softmax sees what they have in common
         largest[layer(n)] = max(largest.get(layer(n), 1e-5), size(g))
     for n, g in gradients.items():
-        assert size(g - plain_gradients[n]) <= LARGEST[precision] * largest[layer(n)], n
+        assert size(g - plain_gradients[n]) <= share * largest[layer(n)], n
 
 
 @pytest.mark.parametrize("name, number, precision", CASES)

@@ -102,10 +102,10 @@ def exchange(images: Array, weights: Array, partner: Array, order: Array) -> tup
     high, low = ranked[:, :side * side // 2], ranked[:, side * side // 2:]
     cut = images.reshape(batch, channels, side, height // side, side, width // side)
     cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(batch, side * side, -1)
-    rows, mixed = xp.arange(batch)[:, None], cut.copy()
-    mixed[rows, low] = cut[partner[:, None], high[partner]]
-    mixed = mixed.reshape(batch, side, side, channels, height // side, width // side)
-    mixed = mixed.transpose(0, 3, 1, 4, 2, 5).reshape(images.shape)
+    rows, cells = xp.arange(batch)[:, None], cut.copy()
+    cells[rows, low] = cut[partner[:, None], high[partner]]
+    cells = cells.reshape(batch, side, side, channels, height // side, width // side)
+    mixed = cells.transpose(0, 3, 1, 4, 2, 5).reshape(images.shape)
     kept = 1 - xp.take_along_axis(weights, low, axis=1).sum(axis=1)
     return mixed, kept, xp.take_along_axis(weights, high, axis=1).sum(axis=1)[partner]
 

@@ -58,6 +58,7 @@ class ATViT(ViT):
     `transformerheads` are the refinement of all blocks but the last. They read the ViT alone, not one
     another, so that all are trained at once: start from a ViT whose learning rate is 0."""
     Config: Any = ATViTConfig
+    norm: Any
 
     def build(self, c: Any) -> None:
         self.transformerheads = [TokenRefinement(c.dim) for _ in range(c.depth - 1)]

@@ -69,6 +69,7 @@ class DoViT(Passing):
     """A ViT for segmentation whose patches stop where they are sure. images (B, channels, H, W) ->
     DoViTOutput. Its decoder is Segmenter's: each token answers for all pixels of its patch."""
     Config: Any = DoViTConfig
+    norm: Any
     task = "segment"
     loss_weights = (1, 0.4, 1, 0.5)  # of class, aux, kl, token
 

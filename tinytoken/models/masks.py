@@ -139,7 +139,7 @@ class MaskDecoder(Reader):
         rows = [part.rows(len(maps[0])) for part in (self.q, self.q_new) if part is not None]
         queries, total, steps = ops.concat(*rows, axis=1), None, []
         for s, x in enumerate(maps[::-1], start=1):
-            memory, masks = self.memory(s, x), []
+            memory, masks = self.memory(s, x), []  # type: Tensor, list[Tensor]
             for layer in self.layers(s):
                 queries = layer(queries, memory, *([masks] if self.mask_proj is None else []))
                 if self.mask_proj is not None:
@@ -165,8 +165,8 @@ class UpSampler(Reader):
     Zhang et al. 2022, section 3.3; the official TPNATMHead). maps: list of (B, n, width) -> (B, count,
     dim)."""
 
-    def __init__(self, *sizes: Any) -> None:
-        super().__init__(*sizes, attention=TorchAttention)
+    def __init__(self, count: int, width: int, dim: int, heads: int, stages: int, layers: int) -> None:
+        super().__init__(count, width, dim, heads, stages, layers, TorchAttention)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         queries = self.q.rows(len(maps[0]))

@@ -98,4 +98,4 @@ class Sizes(Options):
     channels: int = 3
     keys_as_queries: bool = False
     pre_norm = False  # fixed here; ColumnConfig makes an option of it
-    positive = ("patch_size", "dim", "depth", "heads", "num_classes", "channels")
+    positive: ClassVar[tuple[str, ...]] = ("patch_size", "dim", "depth", "heads", "num_classes", "channels")

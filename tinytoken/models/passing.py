@@ -94,7 +94,8 @@ class Passing(ViT):
         every = np.arange(len(tokens.x))
         if tokens.keep is None:
             return [(every, None, None)]
-        keep, xp, groups = tokens.keep, array_module(tokens.keep), []
+        keep: Any = tokens.keep
+        xp, groups = array_module(keep), []
         counts, total = to_numpy(keep.sum(axis=1)).astype(int), tokens.x.shape[1]
         sizes = np.minimum(-(-counts // tokens.bucket) * tokens.bucket, total)
         for size in np.unique(sizes):

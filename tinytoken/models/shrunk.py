@@ -59,6 +59,8 @@ class ShownTokens(Tokens):
 class ShrunkViT(ViT):
     """images -> ShownTokens. The last of `shown` is normed, as a ViT's tokens are."""
     Config = ShrunkConfig
+    head: Any
+    norm: Any
 
     def build(self, c: Any) -> None:
         super().build(c)

@@ -61,6 +61,8 @@ class ViTFOD(ViT):
 
     Weights of a plain ViT can be loaded (strict=False): then the extra block starts as the last one."""
     Config: Any = ViTFODConfig
+    aof_norm: Any
+    aof_head: Any
 
     def build(self, c: Any) -> None:
         count = 2 if c.complementary else 0
