@@ -138,6 +138,16 @@ def test_the_recipe_of_dense_prediction_runs(tmp_path, monkeypatch):
     assert len(noted["claims"]) == 8 and list(tmp_path.glob("dense_masks.png"))
 
 
+def test_the_script_of_two_paths_speed_runs(tmp_path, monkeypatch):
+    noted = run(LESSONS / "full" / "two_paths_speed.py", tmp_path, monkeypatch)
+    assert list(noted["rows"]) == ["ConvNeXt, narrow, batch 1", "ConvNeXt, narrow, batch 2"]
+    for forms in noted["rows"].values():
+        assert forms["keep 0.5"]["macs"] < forms["keep 0.7"]["macs"] < forms["dense"]["macs"]
+        saved, taken = (1 - forms["keep 0.7"]["macs"] / forms["dense"]["macs"],
+                        forms["keep 0.7"]["of_time"][1])
+        assert forms["keep 0.7"]["shows"][1] == pytest.approx((1 - taken) / saved)
+
+
 def test_the_script_of_captions_runs(tmp_path, monkeypatch):
     noted = run(LESSONS / "full" / "captions.py", tmp_path, monkeypatch)
     rows = {name: by_seed[0] for name, by_seed in noted["rows"].items()}
