@@ -28,8 +28,13 @@ def test_the_mark_is_the_class(drawn):
 def test_it_stands_on_the_object_and_the_rest_is_the_scene(drawn):
     scenes = make_scenes(1200, seed=3, radii=((0.3, 0.4),))
     assert (scenes.masks | ~drawn.cues).all() and np.array_equal(drawn.shapes, scenes.labels)
-    same = (drawn.images == scenes.images).all(axis=1)
-    assert (same | drawn.cues).all()
+    changed = (drawn.images != scenes.images).any(axis=1)
+    assert (drawn.cues <= changed | (scenes.images == drawn.images).all(axis=1)).all()
+    beside = changed & ~drawn.cues
+    assert not (beside & scenes.masks).any()
+    assert beside.sum() > 0.99 * 1200 * 12 and beside.sum(axis=(1, 2)).max() == 12
+    values = drawn.images.swapaxes(1, 3)[beside.swapaxes(1, 2)]
+    assert set(np.unique(values)) == {LIGHT, DARK}
 
 
 def test_nothing_else_tells_the_class(drawn):

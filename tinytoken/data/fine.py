@@ -2,9 +2,10 @@
 
 A picture is a scene with one object, of any of the ten shapes and of three fifths to four fifths of the
 picture's side across. Somewhere on it stands a mark of four pixels, two light and two dark, and how they
-stand is the class: light left, right, above, below, or on one of the two diagonals. The mark begins at even
-rows and columns, so that it lies in one patch, whatever the patch size. Shape, colours, clutter and place say
-nothing of the class, and all marks have the same four values.
+stand is the class: light left, right, above, below, or on one of the two diagonals. Three more such marks
+stand beside the object, and how they stand means nothing: so a mark has to be found, and seen to be on the
+object. A mark begins at even rows and columns, so that it lies in one patch, whatever the patch size. Shape,
+colours, clutter and place say nothing of the class, and all marks have the same four values.
 """
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,13 +19,14 @@ from .sets import dataset
 MARKS = {"left": "10 10", "right": "01 01", "above": "11 00", "below": "00 11", "falling": "10 01",
          "rising": "01 10"}  # rows of the mark, 1 is light
 LIGHT, DARK = 250, 5
+DECOYS = 3
 RADII = ((0.3, 0.4),)
 
 
 @dataclass(frozen=True)
 class FineScenes:
-    """images (B, 3, H, W) uint8; labels (B,) int64, indices into `names`; cues (B, H, W) bool: the mark's
-    pixels; shapes (B,): what the object is, an index into scenes.SHAPES."""
+    """images (B, 3, H, W) uint8; labels (B,) int64, indices into `names`; cues (B, H, W) bool: the
+    pixels of the mark that counts; shapes (B,): what the object is, an index into scenes.SHAPES."""
     images: np.ndarray
     labels: np.ndarray
     cues: np.ndarray
@@ -53,20 +55,29 @@ def make_fine(count: int, *, seed: int = 0, split: str = "train", size: int = 32
 
 
 def marked(scenes: Scenes, draw: Draws) -> FineScenes:
-    """Scenes with a mark each, on the object."""
+    """Scenes with a mark each on the object, and DECOYS beside it."""
     count, size = len(scenes), scenes.images.shape[2]
-    labels = draw.integers("fine.mark", (), len(MARKS))
-    cells = scenes.masks.reshape(count, size // 2, 2, size // 2, 2).all(axis=(2, 4)).reshape(count, -1)
+    cells = scenes.masks.reshape(count, size // 2, 2, size // 2, 2).sum(axis=(2, 4)).reshape(count, -1)
     order = draw.uniform("fine.place", (cells.shape[1],))
-    rows, columns = np.divmod(np.where(cells, order, order - 2).argmax(axis=1), size // 2)
-    patterns = np.array([[[int(value) for value in row] for row in mark.split()] for mark in MARKS.values()])
-    images, cues, pictures = scenes.images.copy(), np.zeros(scenes.instances.shape, bool), np.arange(count)
-    for down, across in np.ndindex(2, 2):
-        place = pictures, rows * 2 + down, columns * 2 + across
-        cues[place] = True
-        values = np.where(patterns[labels, down, across], LIGHT, DARK)
-        images[pictures, :, place[1], place[2]] = values[:, None]
+    labels, decoys = (draw.integers(f"fine.{what}", shape, len(MARKS))
+                      for what, shape in (("mark", ()), ("decoys", (DECOYS,))))
+    images, cues = scenes.images.copy(), np.zeros(scenes.instances.shape, bool)
+    on_object = np.where(cells == 4, order, -1).argmax(axis=1)
+    beside = np.argsort(np.where(cells == 0, order, -1), axis=1)[:, ::-1]
+    for number in range(DECOYS):
+        _stamp(images, beside[:, number], decoys[:, number])
+    cues[_stamp(images, on_object, labels)] = True
     return FineScenes(images, labels, cues, scenes.labels)
+
+
+def _stamp(images, cells, marks):
+    """Draw marks (B,) in cells (B,) of the pictures -> the places of their pixels, an index (B, 4)."""
+    patterns = np.array([[value == "1" for value in mark.replace(" ", "")] for mark in MARKS.values()])
+    rows, columns = np.divmod(cells[:, None], images.shape[2] // 2)
+    place = np.arange(len(images))[:, None], rows * 2 + [0, 0, 1, 1], columns * 2 + [0, 1, 0, 1]
+    for channel in range(3):
+        images[place[0], channel, place[1], place[2]] = np.where(patterns[marks], LIGHT, DARK)
+    return place
 
 
 @dataset("fine_scenes")
