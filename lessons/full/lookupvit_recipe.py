@@ -143,7 +143,8 @@ DECISIVE = ([f"{name}, {LONGER:,} steps{MOVED}" for name, *_ in KINDS] if on_sce
             [f"{name}, smoothing .1" for name in ("ViT", f"ViT, {alike}", "own keys", alike)])
 chosen = here.pick(list(ARMS), ["ViT", "both, probs, qk", alike],
                    [*DECISIVE, *FIRST, *SOFTER, *GRID, *LAST] if on_scenes else
-                   [*DECISIVE, f"ViT, {alike}", alike, f"{alike}, probs, qk", f"{alike}, no way back"])
+                   [*DECISIVE, f"ViT, {alike}", alike, f"{alike}, probs, qk", f"{alike}, no way back",
+                    f"{alike}, two classifiers", "both, probs, qk"])
 
 
 def train(name):
