@@ -191,7 +191,7 @@ class NoRecovery(Segmenter):
         blocks[-1] = Enlarged(blocks[1])
 
 
-STEPS = dict(pictures=here.pick(3, 200, 2000), pixels=here.pick(2, 250, 1500))
+STEPS = dict(pictures=here.pick(3, 200, 2000), pixels=here.pick(2, 750, 1500))
 RECIPE = Recipe(data=here.data, smoothing=0.0, batch=here.pick(8, 64, 64), dim=here.pick(12, 48, 96), depth=8,
                 lr=2e-3, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(64, 2000, 10000))
 PIXELS = dataclasses.replace(RECIPE, data="pixel_scenes", batch=here.pick(4, 32, 32), patch=2,
@@ -262,10 +262,9 @@ def alike(model, trial, most=here.pick(16, 200, 1000)):
             "parts' index": float(np.mean([adjusted_rand(parts, true[i]) for i in seen]))}
 
 
-seeds = here.seeds
-done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed) for seed in seeds
+done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed) for seed in here.seeds
                   for name in ARMS}, SETTINGS)
-rows = {name: [done[f"seed{seed} {name}"] for seed in seeds] for name in ARMS}
+rows = {name: [done[f"seed{seed} {name}"] for seed in here.seeds] for name in ARMS}
 
 # %% [markdown]
 # ## What came out
@@ -292,7 +291,6 @@ table(KINDS, ("accuracy", "tokens' index", "parts' index"))
 table(of_pixels, ("mIoU", "boundary_f1"))
 
 
-# %%
 def above(name, other, metric="accuracy"):
     """The points of an arm above another, the mean over seeds."""
     return statistics.mean(a - b for a, b in zip(points(name, metric), points(other, metric)))
@@ -313,27 +311,28 @@ if of_pixels:
         here.claim(f"STViT-R: points of {metric} lost to dense", -above("STViT-R", "dense", metric), high=2)
     for other, low in (("no recovery", 1), ("dense, 3 blocks", 0)):
         here.claim(f"STViT-R: points of mIoU above {other}", above("STViT-R", other, "mIoU"), low=low)
-    text += "; mIoU of pixels: " + ", ".join(
-        f"{name} {statistics.mean(points(name, 'mIoU')):.1f}" for name in of_pixels)
-here.says(f"{text} ({STEPS['pictures']:,} and {STEPS['pixels']:,} steps, {len(seeds)} seed"
-          f"{'s' * (len(seeds) > 1)}).")
+    text += "; mIoU of pixels: " + ", ".join(f"{name} {statistics.mean(points(name, 'mIoU')):.1f}"
+                                             for name in of_pixels)
+here.says(f"{text} ({STEPS['pictures']:,} and {STEPS['pixels']:,} steps, seeds "
+          f"{', '.join(map(str, here.seeds))}).")
 
 
 def draw_arms(figure):
     sides = {"accuracy": (KINDS, "ViT"), "mIoU": (of_pixels, "dense")}
     for axis, (metric, (arms, full)) in zip(figure.subplots(1, 2), sides.items()):
-        for name in arms:
+        for i, name in enumerate(sorted(arms, key=lambda name: sum(points(name, metric)))):
             values, macs = points(name, metric), rows[name][0]["macs"] / 1e6
             colour = "#d55e00" if name.startswith("STViT") else "#0072b2" if name == full else "#777777"
             axis.plot([macs] * len(values), values, "o", color=colour)
-            axis.annotate(f" {name}", (macs, statistics.mean(values)), fontsize=8, va="center")
+            axis.annotate(f" {name}", (macs, statistics.mean(values)), fontsize=8,
+                          va="bottom" if i % 2 else "top")
         axis.margins(x=0.25)
         axis.set(xlabel="multiply-adds of a picture, millions", ylabel=f"{metric}, %")
     figure.suptitle("Semantic tokens (red), all tokens (blue), and controls (a dot per seed)")
 
 
 here.picture("arms", draw_arms, 11, 4.5)
-here.measured(rows=rows, seeds=seeds, recipe=SETTINGS)
+here.measured(rows=rows, seeds=here.seeds, recipe=SETTINGS)
 
 # %% [markdown]
 # ## What this does not show
