@@ -14,7 +14,7 @@ import sys
 from tinytoken.errors import InputError, expect
 from tinytoken.experiments import interval_text, over_chance, range_text, spread_text
 from tinytoken.experiments.stats import bounds_text
-from tinytoken.experiments.tables import conditions_text, markdown_table, table_text
+from tinytoken.experiments.tables import conditions_text, family_text, markdown_table, table_text
 from tinytoken.files import replacing
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -301,6 +301,20 @@ def located(results):
     shares = [f"{name} {spread_text(explained, '.3f')}" for name, explained in values["located"].items()]
     return (f"Share of the variance that is explained ({values['locate_steps']:,} steps, "
             f"{seeds_text(values['seeds'])}): {', '.join(shares)}.")
+
+
+@part
+def family(results):
+    """Of lessons/full/family.py, once it has been run."""
+    path = results / "family_full.json"
+    if not path.exists():
+        return "This has not been run yet."
+    saved = load(path)
+    values = saved["results"]
+    recipe = values["recipe"]
+    return (f"{family_text(values)}\n\n{recipe['steps']:,} steps of {recipe['batch']} pictures, width {recipe['dim']}, "
+            f"{recipe['depth']} blocks; {tests_text(values)}; speeds: medians, and in brackets how many times the "
+            f"first row's, median [quartiles] of the rounds. {machine_text(saved)}")
 
 
 def arms_text(saved, dense="ViT"):

@@ -127,6 +127,23 @@ def test_arms_are_compared_seed_by_seed():
     assert "All arms go on from a ConvNeXt of 1,000 steps" in lines[6]
 
 
+def test_the_family_is_shown_once_it_was_run(tmp_path):
+    assert report.parts["family"](tmp_path) == "This has not been run yet."
+    row = lambda accuracy, macs: {"accuracy": accuracy, "macs": macs, "parameters": 500_000}
+    values = {"rows": {"ViT": [row(0.9, 4e6), row(0.8, 4e6)], "ours": [row(0.7, 1e6), row(0.7, 1e6)]},
+              "thins": {"ViT": "nothing", "ours": "rows"}, "seeds": [0, 1],
+              "seconds": {"128": {"ViT": [1, 2, 8], "ours": [2, 2, 2]}},
+              "megabytes": {"ViT": {"step": 10.4, "inference": 1.6}},
+              "recipe": {"steps": 5000, "batch": 64, "dim": 96, "depth": 6, "test_pictures": 2000}}
+    machine = {"processor": "P", "cpus": 2, "numpy": "2", "blas": "B"}
+    (tmp_path / "family_full.json").write_text(json.dumps({"machine": machine, "results": values}))
+    lines = report.parts["family"](tmp_path).splitlines()
+    assert lines[2] == ("| ViT | nothing | 85.0 ± 7.1 % | 4.0 | 1.00 | 0.50 | 64 (1.00 [1.00, 1.00]) "
+                        "| 10 | 2 |")
+    assert lines[3] == "| ours | rows | 70.0 ± 0.0 % | 1.0 | 0.25 | 0.50 | 64 (1.00 [0.75, 2.50]) |  |  |"
+    assert lines[5].startswith("5,000 steps of 64 pictures, width 96, 6 blocks; 2,000 test pictures, seeds 0, 1;")
+
+
 def test_claims():
     claims = [{"claim": "a", "measured": 1.5, "bound": [1, None], "holds": True},
               {"claim": "b", "measured": 0.75, "bound": [None, 0.5], "holds": False}]

@@ -17,7 +17,6 @@ tubelet in time, and with 36 in all.
 """
 import dataclasses
 import functools
-import tracemalloc
 
 import numpy as np
 
@@ -142,12 +141,9 @@ def scaled(name, frames):
 def memory_of(model, clip):
     """The most memory that the arrays of a training step with one clip take at a time, in MB."""
     loss = lambda clip, label: model.loss(model.train()(clip), label)
-    loss_and_grads(loss, model.parameters(), (clip, np.zeros(1, int)), threads=1)  # flat storage is made
-    tracemalloc.start()
-    loss_and_grads(loss, model.parameters(), (clip, np.zeros(1, int)), threads=1)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak / 1e6
+    step = functools.partial(loss_and_grads, loss, model.parameters(), (clip, np.zeros(1, int)), threads=1)
+    step()  # flat storage is made
+    return timing.peak_of_arrays(step)
 
 
 def slope(values):

@@ -18,14 +18,13 @@ import pathlib
 import subprocess
 import sys
 import time
-import tracemalloc
 
 import numpy as np
 
 import tinytoken as tt
 from timing import high_water, quartiles, seconds, turned
 from tinytoken.backend import cpu_count, prepare_cpu
-from tinytoken.experiments import machine
+from tinytoken.experiments.timing import machine, peak_of_arrays
 from tinytoken.files import check_target, replacing, write_json
 from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads
 
@@ -222,9 +221,8 @@ def memory_of(kind, mode, side):
 
 
 def say_memory(kind, mode, side):
-    """Print the peak memory of one call, in MB (10**6 bytes), as JSON. arrays_mb: the most that NumPy's
-    arrays held during the call over what was there before it, by tracemalloc, to which NumPy reports every
-    array. process_mb: VmHWM over its value after the imports, or None where there is none.
+    """Print the peak memory of one call, in MB (10**6 bytes), as JSON. arrays_mb: as of
+    `peak_of_arrays`. process_mb: VmHWM over its value after the imports, or None where there is none.
 
     The slope is that of arrays_mb. process_mb also has weights, gradients, moments and BLAS buffers, which do
     not grow with tokens and so flatten a logarithmic slope; it shows that, where the arrays are large, they
@@ -235,11 +233,7 @@ def say_memory(kind, mode, side):
     job = make_job(kind, mode, side, threads=1)
     job()
     process = None if imported is None else high_water() - imported
-    tracemalloc.start()
-    before, _ = tracemalloc.get_traced_memory()
-    job()
-    print(json.dumps({"arrays_mb": (tracemalloc.get_traced_memory()[1] - before) / 1e6,
-                      "process_mb": process}))
+    print(json.dumps({"arrays_mb": peak_of_arrays(job), "process_mb": process}))
 
 
 def growth_text(rows):

@@ -65,6 +65,7 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"shrink": "average", "decoder": "mlp"}, {"shrink": "random", "extra": 2},
            {"backbone": "dynamicvit", "options": FIRST_DECIDES}, {"backbone": "lookupvit"},
            {"backbone": "swin"}, {"backbone": "convnext", "options": {"layer_scale": 0.25}},
+           {"backbone": "stvitr", "options": {"depths": (4, 1)}},
            {"backbone": "dynamicswin", "options": FIRST_DECIDES | {"depths": (2, 1)}},
            *({"backbone": name, "options": FIRST_DECIDES | PYRAMIDS | {"depths": (2, 1)}}
              for name in ("dynamicconvnext", "randompaths", "fastpath"))]

@@ -3,6 +3,7 @@ import sys
 import types
 
 import numpy as np
+import pytest
 
 from tinytoken.experiments import timing
 
@@ -30,6 +31,12 @@ def test_peak_memory_is_in_megabytes_everywhere(monkeypatch):
         assert timing.peak_memory() == megabytes
     monkeypatch.setitem(sys.modules, "resource", None)
     assert timing.peak_memory() is None
+
+
+def test_peak_of_arrays_is_beyond_what_was_there():
+    there = np.ones(2_000_000)
+    for size in (0, 250_000, 1_000_000):
+        assert timing.peak_of_arrays(lambda: there[:size] + 1) - 8e-6 * size == pytest.approx(0, abs=0.1)
 
 
 def test_images_per_second_takes_turns_and_leaves_out_the_first(monkeypatch):

@@ -23,7 +23,9 @@ TWO_PATHS, DROPS = dict(prune_before=(1, 2), keep_ratios=(0.7, 0.4)), dict(prune
                                                                           keep_ratios=(0.7, 0.4))
 OPTIONS = {"vit": COLUMN, "dynamicvit": COLUMN | DROPS, "lookupvit": COLUMN | dict(compressed=(2, 2)),
            "convnext": PYRAMID | dict(dims=(4, 8, 12), layer_scale=0.5),
-           "swin": PYRAMID | dict(embed_dim=4, heads=(1, 2, 2), window_size=3)}
+           "swin": PYRAMID | dict(embed_dim=4, heads=(1, 2, 2), window_size=3),
+           "stvitr": dict(patch_size=2, depths=(1, 5, 1), embed_dim=4, heads=(1, 2, 2), window_size=2, seeds=1,
+                          reach=3)}
 OPTIONS |= {f"dynamic{name}": OPTIONS[name] | TWO_PATHS for name in ("convnext", "swin")}
 each = pytest.mark.parametrize("name", OPTIONS)
 each_taught = pytest.mark.parametrize("name", ["dynamicvit", "dynamicconvnext", "dynamicswin"])
@@ -117,6 +119,24 @@ def test_a_lookupvits_lookup_tokens_reach_the_end():
         assert model.train(training)(pictures(), compressed=(3, 1)).features.lookup.shape == (2, 24, 8)
     plain = LookupViT(image_size=(16, 24), **OPTIONS["lookupvit"])
     assert set(plain.state_dict()) - {"head.weight", "head.bias"} <= model.backbone.state_dict().keys()
+
+
+def test_an_stvitrs_semantic_tokens_reach_all_pixels_and_only_by_the_recovery():
+    model = new("stvitr").eval()
+    stage = model.backbone.layers[1]
+
+    def moved():
+        """How far the answers of each pixel go with the learned weights of the semantic tokens."""
+        before = model(pictures()).logits.data
+        stage.semantic_token2.data *= -1  # to add a constant would change nothing: a norm comes next
+        return np.abs(model(pictures()).logits.data - before).max(axis=3)
+    assert (moved() > 1e-6).all()
+    recover = stage.blocks[-1]
+    names, read = zip(*recover.attn.named_parameters())
+    gradcheck(lambda *_: model(pictures()).logits, stage.semantic_token2, *read, names=["G", *names],
+              max_elements=10)
+    recover.layer_scale_1.data[:] = 0
+    assert not moved().any()
 
 
 # Losses
@@ -217,6 +237,7 @@ def test_sizes_are_those_of_the_backbone_unless_its_options_say_so():
 
 @pytest.mark.parametrize("options, text", [
     (dict(backbone="tome"), "Segmenter: backbone 'tome', expected one of vit, dynamicvit, "),
+    (dict(backbone="stvit"), "Segmenter: backbone 'stvit', expected one of vit, dynamicvit, "),
     (dict(backbone="segmenter"), "Segmenter: backbone 'segmenter', expected one of vit, dynamicvit, "),
     (dict(width=0), "Segmenter: width 0, expected a positive whole number"),
     (dict(options=[1]), "Segmenter: options (1,), expected {name: value}"),

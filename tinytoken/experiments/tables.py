@@ -62,6 +62,33 @@ def arms_text(rows: Mapping[str, list[dict[str, Any]]], above: Mapping[str, Sequ
     return "\n".join(lines)
 
 
+def family_text(values: Mapping[str, Any]) -> str:
+    """The table of lessons/full/family.py as Markdown, from its results: a row per method, the first of which
+    the others are compared with. Speeds: the median, and in brackets how many times as fast as the first, by
+    the rounds' median and quartiles."""
+    first, lines = next(iter(values["rows"])), []
+    for name, by_seed in values["rows"].items():
+        macs, memory = by_seed[0]["macs"], values["megabytes"].get(name)
+        speeds = [f"{int(size) / statistics.median(taken[name]):,.0f} "
+                  f"({faster_text(taken[first], taken[name])})" for size, taken in values["seconds"].items()]
+        accuracy = spread_text([100 * row["accuracy"] for row in by_seed])
+        lines.append((name, values["thins"][name], f"{accuracy} %", f"{macs / 1e6:.1f}",
+                      f"{macs / values['rows'][first][0]['macs']:.2f}",
+                      f"{by_seed[0]['parameters'] / 1e6:.2f}", *speeds,
+                      *(f"{memory[call]:.0f}" if memory else "" for call in ("step", "inference"))))
+    heads = ("method", "it thins", "accuracy", "M MACs", f"of {first}'s", "M parameters",
+             *(f"images/s, batch {size} (of {first}'s)" for size in values["seconds"]), "a step, MB",
+             "inference, MB")
+    return markdown_table(heads, lines)
+
+
+def faster_text(than: Sequence[float], own: Sequence[float]) -> str:
+    """How many times as fast as another, '1.50 [1.40, 1.60]', from the seconds of both by round: median and
+    quartiles of the ratios inside a round."""
+    low, middle, high = statistics.quantiles([b / a for a, b in zip(own, than)], n=4, method="inclusive")
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table. heads: a text per column; rows: as many cells each."""
     line = lambda cells: f"| {' | '.join(map(str, cells))} |"

@@ -5,6 +5,7 @@ import platform
 import statistics
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,18 @@ def seconds(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+def peak_of_arrays(run: Callable[[], Any]) -> float:
+    """The most memory that NumPy's arrays take at a time during run(), beyond what was there before it, in MB
+    (10**6 bytes): by tracemalloc, to which NumPy reports every array."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        run()
+        return (tracemalloc.get_traced_memory()[1] - before) / 1e6
+    finally:
+        tracemalloc.stop()
 
 
 def machine(device: str) -> dict[str, Any]:

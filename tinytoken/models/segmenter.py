@@ -5,6 +5,7 @@ arXiv 2207.01580, abstract); the official code has no such model. What is there:
 that a decoder can read them. What is here is ours: the decoder, how its losses go with the others, and which
 maps it reads. Of a pyramid these are that of the last stage but one, in which the positions have taken their
 paths, and the last one, resized to it and added, as in an FPN (Lin et al. 2017, arXiv 1612.03144).
+In STViT-R (stvitr.py) the first of the two is, by default, the map that it recovers.
 
 Each position answers for all pixels of its own square, as in a sub-pixel convolution (Shi et al. 2016, arXiv
 1609.05158). One answer for each position, resized bilinearly, could not draw a ring that is thinner than a
@@ -77,7 +78,7 @@ class SegmenterConfig(Options):
 def backbones() -> dict[str, type[Model]]:
     """{name: class} of the registered models whose last map is whole, or can be kept so."""
     return {name: kind for name, kind in model.items()
-            if name in ("vit", "dynamicvit", "lookupvit", "convnext", "swin")
+            if name in ("vit", "dynamicvit", "lookupvit", "convnext", "swin", "stvitr")
             or issubclass(kind, DynamicStages)}
 
 
