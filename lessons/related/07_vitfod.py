@@ -128,7 +128,7 @@ DIM, FIRST, FURTHER = here.pick((16, 3, 2), (48, 400, 150), (48, 1500, 500))
 DATA = "fine_scenes" if here.data == "scenes" else here.data
 RECIPE = Recipe(data=DATA, smoothing=0.0, dim=DIM, depth=here.pick(3, 6, 6), heads=here.pick(2, 3, 3),
                 lr=2e-3, further_lr=1e-3, batch=here.pick(4, 64, 64),
-                train_pictures=here.pick(16, 8000, 16000), test_pictures=here.pick(16, 2000, 10000))
+                train_pictures=here.pick(16, 1000, 1000), test_pictures=here.pick(16, 2000, 10000))
 START, VIT, CTI, CRF, APC, ALL = "start", "ViT", "CTI", "CRF", "APC", "all three"
 RANDOM, CELLS, CUTMIX, TWICE = "CRF, random", "APC, random cells", "CutMix", "ViT, twice the pictures"
 NONE = dict(complementary=False, critical="none")
