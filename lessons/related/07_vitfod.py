@@ -154,17 +154,21 @@ ARMS[START] = Arm("vit", steps=FIRST, lr=RECIPE.lr, phase=f"vitfod start {FIRST}
 
 
 @functools.cache
-def trial_of(seed, twice=False):
-    """The trial of a seed; the one with larger batches starts from the other's ViT."""
-    trial = here.trial(dataclasses.replace(RECIPE, batch=RECIPE.batch * (1 + twice)), seed, ARMS)
-    if twice:
-        trial.done[START] = trial_of(seed).train(START)
+def trial_of(seed):
+    return here.trial(RECIPE, seed, ARMS)
+
+
+@functools.cache
+def trial_of_twice(seed):
+    """The trial with larger batches, which starts from the other's ViT."""
+    trial = here.trial(dataclasses.replace(RECIPE, batch=2 * RECIPE.batch), seed, ARMS)
+    trial.done[START] = trial_of(seed).train(START)
     return trial
 
 
 def done(name, seed):
     """Train an arm -> what is noted of it."""
-    trial = trial_of(seed, name == TWICE)
+    trial = (trial_of_twice if name == TWICE else trial_of)(seed)
     model, report = trial.train(name)
     logits = trial.answers(model)
     row = trial.measure(model, report, logits)
@@ -255,8 +259,12 @@ here.picture("rollout", draw, 8, 5.6)
 
 # %% [markdown]
 # The picture shows six test pictures, their rollout by the model with all three modules, the patches that
-# its extra block reads, and what APC would make of each and its neighbour. The default run has one seed
-# and few steps: it shows that the lesson runs, and how the table is read. `--full` has three seeds.
+# its extra block reads, and what APC would make of each and its neighbour.
+#
+# In the default run (one seed, few steps) rollout found the mark in 99 % of the pictures, and the extra
+# block still gained less than a point. Mixing pictures gained four, but random cells and CutMix gained as
+# much: so the gain is that of mixing, not that of rollout. One seed decides no gap of a point. `--full`
+# has three.
 #
 # ## What this does not show
 # - The paper fine-tunes a ViT that has seen millions of pictures. Ours has seen a few thousand scenes, and

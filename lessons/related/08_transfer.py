@@ -198,7 +198,7 @@ for way, by_block in rows[0]["blocks"].items():
     shares = " ".join(f"{100 * share:.0f}" for share in by_block)
     print(f"accuracy of the blocks' class tokens, {way}: {shares} %")
 print(f"pictures that all classify correctly: {rows[0]['pictures']} used")
-heads = "".join(f"{name:>18}" for name in (SOURCE, *TARGETS, "mean of targets"))
+heads = "".join(f"{name:>19}" for name in (SOURCE, *TARGETS, "mean of targets"))
 print(f"{'errors, %':<26}{heads}")
 
 
@@ -213,7 +213,7 @@ for method in ("noise", *METHODS):
         for way in rows[0]["errors"][method][str(eps)]:
             cells = [spread_text(errors(method, eps, way, names))
                      for names in (*([name] for name in (SOURCE, *TARGETS)), TARGETS)]
-            print(f"{f'{method} {eps}/255 {way}':<26}" + "".join(f"{cell:>18}" for cell in cells))
+            print(f"{f'{method} {eps}/255 {way}':<26}" + "".join(f"{cell:>19}" for cell in cells))
 mean = lambda way, names=TARGETS, method="mifgsm": float(np.mean(errors(method, 16, way, names)))
 last, every, refined = map(mean, WAYS)
 noise = mean("noise", method="noise")
@@ -249,7 +249,10 @@ here.picture("errors", draw, 9, 3.8)
 
 # %% [markdown]
 # The default run has one seed, few steps and 200 pictures: a difference of less than about seven points
-# says nothing. `--full` has three seeds, 1,000 pictures, and four methods (MI-FGSM, PGD, DIM, TI).
+# says nothing. In it the early blocks learned much from refinement (the first from 21 % to 41 %), but what
+# misleads all blocks moved to the targets no more than what misleads the last one, and refined ones 4
+# points more. Nearly all that moved, moved to the ViT of another seed. `--full` has three seeds, 1,000
+# pictures, and four methods (MI-FGSM, PGD, DIM, TI).
 #
 # ## What this does not show
 # - The paper's sources and targets are models of ImageNet with up to 86 million weights. Ours are small
