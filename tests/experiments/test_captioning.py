@@ -59,4 +59,7 @@ def test_the_blind_write_the_same_of_all_pictures_and_others_do_not(trial):
     for beam in (1, 2):
         found = written(blind, trial, beam)
         assert found.shape == (6, LENGTH - 1) and (found == found[0]).all()
-    assert (written(sees, trial) != written(sees, trial)[0]).any()
+    by_beam = [written(sees, trial, beam) for beam in (1, 4)]
+    for found, beam in zip(by_beam, (1, 4)):
+        assert np.array_equal(found, sees(trial.prepare(trial.test.images), beam=beam))
+    assert (by_beam[0] != by_beam[0][0]).any() and (by_beam[0] != by_beam[1]).any()
