@@ -1,5 +1,5 @@
-"""What lessons on captions with a frozen encoder share: how an encoder learns from the pictures alone, and the
-encoder that sees nothing."""
+"""What lessons on captions with a frozen encoder share: how an encoder learns from the pictures alone, and
+the encoder that sees nothing."""
 import copy
 from typing import Any
 
