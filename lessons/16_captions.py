@@ -365,10 +365,11 @@ first = {name: row.pop("first") for name, row in rows.items()}
 # %%
 for name, row in encoders.items():
     print(f"{name}: F1 of number {100 * row['number_f1']:.1f}, of place {100 * row['place_f1']:.1f}")
-print(f"{'right, %; b: beam of ' + str(BEAM):<24}"
-      + "".join(f"{sort:>10}" for sort in (*SORTS, "exact", "b, facts", "b, exact")) + f"{'tokens':>9}{'M MACs':>9}{'decoder':>9}")
+heads = (*SORTS, "exact", "b, facts", "b, exact")  # b: by a beam of 4
+print(f"{'right, %':<24}" + "".join(f"{head:>10}" for head in heads)
+      + f"{'tokens':>9}{'M MACs':>9}{'decoder':>9}")
 for name, row in rows.items():
-    figures = [row[sort] for sort in (*SORTS, "exact")] + [row["by_beam"][sort] for sort in ("facts", "exact")]
+    figures = [row[sort] for sort in heads[:6]] + [row["by_beam"][sort] for sort in ("facts", "exact")]
     print(f"{name:<24}" + "".join(f"{100 * share:>10.1f}" for share in figures)
           + f"{row['tokens']:>9}{row['macs'] / 1e6:>9.2f}{row['decoder_macs'] / 1e6:>9.2f}")
 above = {name: {sort: 100 * (row[sort] - rows[VIT][sort]) for sort in SORTS} for name, row in rows.items()}

@@ -49,9 +49,9 @@ def over_chance(rows: Sequence[dict[str, Any]]) -> list[float]:
 def told_apart(logits: np.ndarray, pictures: Any, one: str, other: str) -> np.ndarray:
     """Of the pictures of two classes alone, whether the logit of the right one is the larger of the two:
     (their number,) bool. Chance is a half. logits (B, K): of the set `pictures`."""
-    one, other = pictures.names.index(one), pictures.names.index(other)
-    of_two = (pictures.labels == one) | (pictures.labels == other)
-    return (logits[of_two, one] > logits[of_two, other]) == (pictures.labels[of_two] == one)
+    k, j = pictures.names.index(one), pictures.names.index(other)
+    of_two = (pictures.labels == k) | (pictures.labels == j)
+    return (logits[of_two, k] > logits[of_two, j]) == (pictures.labels[of_two] == k)
 
 
 def spread_text(values: Sequence[float | None], form: str = ".1f") -> str:
