@@ -18,20 +18,18 @@ adds are those of a picture and its caption, encoder and decoder together. The s
 terminals shares the arms. Writes captions_full.json, and a picture. BLEU and CIDEr want the extra: `pip
 install -e '.[captions]'`.
 """
-import copy
 import dataclasses
 import functools
 
 import numpy as np
 
 import tinytoken as tt
-from tinytoken.backend import array_module, to_device
-from tinytoken.data.captions import COLOURS, KINDS, LENGTH, WORDS, attribute_names, text_of
+from tinytoken.data.captions import LENGTH, WORDS, attribute_names, text_of
 from tinytoken.errors import InputError, expect
 from tinytoken.experiments import Recipe, difference, interval_text, lesson, spread_text
-from tinytoken.models import Captioner, Describer, Output
-from tinytoken.tasks import Caption, Task, corpus_scores
-from tinytoken.train import infer
+from tinytoken.experiments.captioning import Attributes, Blind, of_attributes, written
+from tinytoken.models import Captioner, Describer
+from tinytoken.tasks import Caption, corpus_scores
 
 here = lesson.begin("captions")
 expect(here.data == "scenes", "captions", f"--data {here.data}: there are captions of scenes alone")
@@ -51,47 +49,17 @@ SORTS = ("facts", "count", "colour", "shape", "relation")
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS, "writing": WRITING, "decoder": DECODER, "beam": BEAM}
 
 
-class Attributes(Task):
-    """The binary cross-entropy of the 98 questions, of each classifier that the model has."""
-
-    def __call__(self, images, labels, **draws):
-        out = self.model(images, **draws)
-        heads = [out.logits, getattr(out, "lookup_logits", None)]
-        loss = sum(tt.ops.binary_cross_entropy(logits, labels) for logits in heads if logits is not None)
-        return loss, {"questions": loss}
-
-    @staticmethod
-    def metrics(answers, labels):
-        """F1, of all yeses together: those to number, and those to place."""
-        said, true, numbers = answers > 0, labels > 0, 3 * (len(COLOURS) + len(KINDS))
-        f1 = lambda part: float(2 * (said & true)[:, part].sum() / (said.sum(0) + true.sum(0))[part].sum())
-        return {"number_f1": f1(slice(0, numbers)), "place_f1": f1(slice(numbers, None))}
-
-
-class Blind(tt.nn.Module):
-    """An encoder that sees nothing: one token of zeros."""
-
-    def forward(self, images):
-        zeros = array_module(images).zeros((len(images), 1, RECIPE.dim), "float32")
-        return Output(None, tt.Tensor(zeros))
-
-
 @functools.lru_cache(maxsize=2)  # of one seed at a time
 def pictures(seed, of_encoder):
     """The Trial of a seed: its labels are the attributes for encoders, and the captions for decoders."""
-    if not of_encoder:
-        return here.trial(RECIPE, seed)
-    trial = copy.copy(pictures(seed, False))
-    trial.batches = copy.copy(trial.batches)
-    trial.batches.labels = to_device(trial.train_set.attributes, here.device)
-    return trial
+    return of_attributes(pictures(seed, False)) if of_encoder else here.trial(RECIPE, seed)
 
 
 @functools.cache
 def encoder(name, seed):
     """(the trained encoder, what fit reported)."""
     if name == BLIND:
-        return Blind(), None
+        return Blind(RECIPE.dim), None
     kind, config = ENCODERS[name]
     trial = pictures(seed, True)
     model = trial.new(kind, num_classes=len(attribute_names()), **config)
@@ -116,8 +84,7 @@ def train_decoder(name, seed):
     captioner = Captioner(RECIPE.dim, WORDS, **DECODER).to(here.device)
     report = trial.fit(f"captions by {name}", Caption(captioner, source, tokens=tokens), WRITING, RECIPE.lr)
     describer, test = Describer(source, captioner, tokens), trial.test
-    answers = {beam: infer(describer, test.images, trial.prepare, batch_size=250, read=tt.Tensor, beam=beam)
-               for beam in (1, BEAM)}
+    answers = {beam: written(describer, trial, beam) for beam in (1, BEAM)}
     row = Caption.metrics(answers[1], test.labels)
     row |= {"by_beam": Caption.metrics(answers[BEAM], test.labels), "trained": report}
     row |= {"macs": tt.macs(describer, trial.prepare(test.images[:1])).total,

@@ -21,8 +21,10 @@ import functools
 import numpy as np
 
 from tinytoken import random
+from tinytoken.data.clips import OPPOSITES
 from tinytoken.errors import expect
-from tinytoken.experiments import Arm, Recipe, arms_text, difference, lesson, packed, timing, unpacked
+from tinytoken.experiments import (Arm, Recipe, arms_text, difference, lesson, packed, timing, told_apart,
+                                   unpacked)
 from tinytoken.models import VideoLookupViT, VideoViT
 from tinytoken.train import infer, loss_and_grads
 
@@ -35,7 +37,6 @@ RECIPE = Recipe(data="clips", dim=64, depth=4, heads=2, patch=8,
 LR, MOVES, GRID = 2e-3, dict(pad=2), (2, 2, 2)
 VIT, LOOKUP, ONE_WAY, KEY = "VideoViT", "VideoLookupViT 2x2x2", "no way back", "key frame"
 NARROWER = "VideoViT, narrower"  # of LookupViT's multiply-adds
-PAIRS = (("left", "right"), ("up", "down"), ("grow", "shrink"), ("approach", "flee"))
 
 
 def arm(model, **config):
@@ -62,19 +63,7 @@ def key_frames_of(trial):
 
 def which(logits, test):
     """{pair: the share of its clips for which the logit of the right one is larger}, in %; chance is 50."""
-    shares = {}
-    for pair in PAIRS:
-        one, other = (test.names.index(name) for name in pair)
-        of_pair = (test.labels == one) | (test.labels == other)
-        right = (logits[of_pair, one] > logits[of_pair, other]) == (test.labels[of_pair] == one)
-        shares[" or ".join(pair)] = 100 * float(right.mean())
-    return shares
-
-
-def shuffled(test, seed):
-    """The test clips, with the frames of each in an order of its own."""
-    draw = random.uniform(test.images.shape[:2], site="lesson.clips.order", step=0, seed=seed)
-    return np.take_along_axis(test.images, draw.argsort(axis=1)[:, :, None, None, None], axis=1)
+    return {" or ".join(pair): 100 * float(told_apart(logits, test, *pair).mean()) for pair in OPPOSITES}
 
 
 def train(name, seed):
@@ -89,7 +78,7 @@ def train(name, seed):
             "by_action": {action: float(right[test.labels == k].mean())
                           for k, action in enumerate(test.names)}}
     if name != KEY:
-        logits = infer(model, shuffled(test, seed), trial.prepare, threads=trial.threads)
+        logits = infer(model, test.shuffled(seed).images, trial.prepare, threads=trial.threads)
         row["shuffled"] = {"accuracy": float((logits.argmax(axis=1) == test.labels).mean()),
                            "which": which(logits, test)}
     return row

@@ -97,6 +97,21 @@ def test_key_frames_are_pictures_with_the_clips_labels(some):
         assert (key.instances[i] == some.instances[i, some.key[i]]).all()
 
 
+def test_shuffled_clips_have_their_frames_in_an_order_of_their_own(some):
+    found, frames = some.shuffled(5), [clip.tobytes() for clip in some.images[0]]
+    order = [frames.index(clip.tobytes()) for clip in found.images[0]]
+    assert sorted(order) == list(range(8)) and found.labels is some.labels
+    for field in ("images", "instances", "boxes"):
+        assert (getattr(found, field)[0] == getattr(some, field)[0][order]).all(), field
+    assert all((getattr(found.key_frames(), field) == getattr(some.key_frames(), field)).all()
+               for field in ("images", "boxes"))
+    again, other = some.shuffled(5), some.shuffled(6)
+    assert (again.images == found.images).all() and (other.key != found.key).mean() > 0.8
+    # of each frame's number the new one is uniform
+    counts = np.bincount(8 * some.key + found.key, minlength=64)
+    assert counts.min() >= 2 and counts.max() <= 35
+
+
 def test_a_data_set_like_others(some):
     train, test = load_pictures("clips", train=6, test=4, seed=2, size=16)
     assert (train.images == make_clips(6, seed=2, size=16).images).all() and train.moves == {}

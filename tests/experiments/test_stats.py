@@ -1,9 +1,11 @@
 """Means, spreads and intervals, as numbers and as text."""
+import types
+
 import numpy as np
 import pytest
 
 from tinytoken.experiments import (difference, interval_text, over_chance, packed, range_text, spread_text,
-                                   unpacked)
+                                   told_apart, unpacked)
 
 
 def test_difference_is_paired_with_students_interval():
@@ -18,6 +20,14 @@ def test_difference_is_paired_with_students_interval():
     share = -gaps[0] / 100
     assert middle == pytest.approx(gaps[0])
     assert high - middle == pytest.approx(1.96 * 100 * (share * (1 - share) / 1000) ** 0.5)
+
+
+def test_two_classes_are_told_apart_by_their_logits_alone():
+    pictures = types.SimpleNamespace(names=("a", "b", "c"), labels=np.array([0, 2, 1, 2, 0]))
+    logits = np.array([[2.0, 9, 1], [3, 9, 4], [0, 0, 0], [5, 0, 4], [1, 0, 1]])
+    assert told_apart(logits, pictures, "a", "c").tolist() == [True, True, False, False]
+    assert told_apart(logits, pictures, "c", "a").tolist() == [True, True, False, True]  # a tie
+    assert told_apart(logits, pictures, "b", "c").shape == (3,)
 
 
 @pytest.mark.parametrize("values, form, text", [

@@ -17,18 +17,21 @@ The key frame is the one for which the state was drawn, any of the frames with t
 a pure function of (seed, split, i, frames), as in scenes.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
 
+from .. import random
 from ..errors import expect
 from .scenes import (JITTER, NAMES, PALETTE, Draws, Scenes, background, boxes_of, check_request, clutter,
                      paint, paint_object)
 from .sets import dataset
 
 ACTIONS = ("left", "right", "up", "down", "grow", "shrink", "spin", "blink", "still", "approach", "flee")
+# played backward, one of a pair is the other
+OPPOSITES = (("left", "right"), ("up", "down"), ("grow", "shrink"), ("approach", "flee"))
 FRAMES = 8
 ACTORS = ("square", "triangle", "cross", "crescent", "bars")
 RADIUS = (0.1, 0.2)  # of the circle around the actor; in the picture's side, as all lengths
@@ -69,6 +72,15 @@ class Clips:
         """The key frames alone, as pictures with the clips' labels."""
         at = np.arange(len(self)), self.key
         return Scenes(self.images[at], self.labels, self.instances[at], self.boxes[at], self.names)
+
+    def shuffled(self, seed: int = 0) -> "Clips":
+        """The same clips, with the frames of each in an order of its own. All orders are equally likely, so
+        nothing is left that tells opposites apart."""
+        draw = random.uniform(self.images.shape[:2], site="tinytoken.data.clips.order", step=0, seed=seed)
+        order = draw.argsort(axis=1)
+        rows = np.arange(len(self))[:, None]
+        return replace(self, images=self.images[rows, order], instances=self.instances[rows, order],
+                       boxes=self.boxes[rows, order], key=(order == self.key[:, None]).argmax(axis=1))
 
 
 def make_clips(count: int, *, seed: int = 0, split: str = "train", size: int = 32,

@@ -46,6 +46,14 @@ def over_chance(rows: Sequence[dict[str, Any]]) -> list[float]:
                                                       for seen in known))]
 
 
+def told_apart(logits: np.ndarray, pictures: Any, one: str, other: str) -> np.ndarray:
+    """Of the pictures of two classes alone, whether the logit of the right one is the larger of the two:
+    (their number,) bool. Chance is a half. logits (B, K): of the set `pictures`."""
+    k, j = pictures.names.index(one), pictures.names.index(other)
+    of_two = (pictures.labels == k) | (pictures.labels == j)
+    return (logits[of_two, k] > logits[of_two, j]) == (pictures.labels[of_two] == k)
+
+
 def spread_text(values: Sequence[float | None], form: str = ".1f") -> str:
     """The mean, with the standard deviation where there are several values.
 

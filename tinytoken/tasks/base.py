@@ -23,7 +23,7 @@ class Task:
 
     def __init__(self, model: Any, smoothing: float = 0.0, drop_path: float = 0.0) -> None:
         expect(0 <= drop_path < 1, "drop_path", f"{drop_path}, expected 0 <= rate < 1")
-        self.model, self.whole = model, self.whole or model.whole
+        self.model, self.whole = model, self.whole or getattr(model, "whole", False)  # not all are Models
         self.smoothing, self.drop_path = smoothing, drop_path
         self.settings: dict = {"smoothing": smoothing} | ({"drop_path": drop_path} if drop_path else {})
 
