@@ -14,7 +14,7 @@ import sys
 from tinytoken.errors import InputError, expect
 from tinytoken.experiments import interval_text, over_chance, range_text, spread_text
 from tinytoken.experiments.stats import bounds_text
-from tinytoken.experiments.tables import conditions_text, family_text, markdown_table, table_text
+from tinytoken.experiments.tables import compiled_text, conditions_text, family_text, markdown_table, table_text
 from tinytoken.files import replacing
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -127,7 +127,8 @@ def scenes(results):
     seeds = seeds_text([table["recipe"]["seed"] for table in tables])
     return (f"{rows}\n\nAccuracy on {tables[0]['test_pictures']:,} test pictures, mean and standard "
             f"deviation of {seeds}; images/s: medians (lowest to highest round), of the first seed; M MACs: "
-            f"millions of multiply-adds for a picture. Machine: {processor_text(tables[0]['machine'])}. {command_text(tables)}")
+            f"millions of multiply-adds for a picture. Machine: "
+            f"{processor_text(tables[0]['machine'])}{compiled_text(tables[0]['machine'])}. {command_text(tables)}")
 
 
 @part

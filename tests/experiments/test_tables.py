@@ -54,6 +54,8 @@ def test_conditions_text():
     assert conditions_text(table, other) == text.replace("One seed, 0.", several)
     table["machine"]["environment"] = {"OMP_NUM_THREADS": "2", "MALLOC_X": "1"}
     assert conditions_text(table).endswith(", OMP_NUM_THREADS=2 MALLOC_X=1.")
+    table["machine"]["compiled"] = True
+    assert conditions_text(table).endswith(", OMP_NUM_THREADS=2 MALLOC_X=1, ops compiled by Numba.")
 
 
 def test_markdown_table():

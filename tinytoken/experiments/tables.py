@@ -47,7 +47,13 @@ def conditions_text(*tables: dict[str, Any]) -> str:
             f"patch {recipe['patch']}. {whose}. "
             f"Training: ViT {minutes['vit']:.1f} min, DynamicViT {minutes['dynamicvit']:.1f} min "
             f"after the ViT's first {taught:.1f}, LookupViT {minutes['lookupvit']:.1f} min. "
-            f"Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}, {settings}.")
+            f"Machine: {on['processor']}, {on['cpus']} CPUs, NumPy {on['numpy']}, {on['blas']}, {settings}"
+            f"{compiled_text(on)}.")
+
+
+def compiled_text(on: Mapping[str, Any]) -> str:
+    """What is to be said of a machine whose ops ran compiled (compiled/); on: as `timing.machine` says it."""
+    return ", ops compiled by Numba" if on.get("compiled") else ""
 
 
 def arms_text(rows: Mapping[str, list[dict[str, Any]]], above: Mapping[str, Sequence[float]],
