@@ -220,6 +220,8 @@ def test_answers_masks_and_what_is_shown():
     assert 0 <= panel.min() <= panel.max() <= 1
     other = SegViT(**SMALL, decoder="mlp")
     assert other.show(other(pictures())) == []
+    with refuses("SegViT: a teacher, expected none: its pixels answer with no logits"):
+        model.loss(out, labels(), out)
 
 
 @pytest.mark.parametrize("more", [dict(decoder="dot", stages=2), dict(decoder="linear"), dict(decoder="mlp"),

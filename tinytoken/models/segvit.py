@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import nn, ops
 from ..backend import Array, to_numpy
+from ..errors import expect
 from ..tensor import Tensor
 from .base import Loss, Model, Output, is_whole, model
 from .mask_losses import edge_patches, mask_loss
@@ -98,6 +99,11 @@ class SegViT(Model):
         """The encoder's."""
         return self.backbone.blocks
 
+    @property
+    def patch_embed(self) -> Any:
+        """The encoder's."""
+        return self.backbone.patch_embed
+
     def forward(self, images: Tensor | Array, trace: bool = False,
                 paths: Array | None = None) -> SegViTOutput:
         """trace: keep the weights of the encoder's attention. paths: factors of its residual branches."""
@@ -116,6 +122,12 @@ class SegViT(Model):
     def pixels(self, x: Tensor) -> Tensor:
         """(B, N, K) -> (B, H W, K), bilinearly."""
         return ops.resize(x, grid=self.grid, size=nn.both_sides(self.config.image_size))
+
+    def loss(self, out: Any, targets: Array, teacher: Any = None, *, smoothing: float = 0.0,
+             weights: tuple[float, ...] | None = None) -> Loss:
+        """`class_loss`. InputError for a teacher: what a pixel answers is no logit."""
+        expect(teacher is None, "SegViT", "a teacher, expected none: its pixels answer with no logits")
+        return self.class_loss(out, targets, smoothing=smoothing)
 
     def class_loss(self, out: Any, targets: Array, *, smoothing: float = 0.0) -> Loss:
         """targets (B, H, W): labels, as `pixel_targets` takes them. The loss of the masks, or the
