@@ -51,8 +51,10 @@ class AdaptiveBlock(nn.Module):
         mixed = self.mix(x, grid, None)
         added = ops.concat(self.slow(ops.take_tokens(mixed, places)),
                            self.fast(ops.take_tokens(mixed, others)), axis=1)
-        where = array_module(places).concatenate([places, others], axis=1)
-        return (mixed if self.from_mixed else x) + ops.put_tokens(added, where, length=x.shape[1])
+        xp = array_module(places)
+        # every position is in one of the two, so each has its row among what was added
+        rows = xp.argsort(xp.concatenate([places, others], axis=1), axis=1)
+        return (mixed if self.from_mixed else x) + ops.take_tokens(added, rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
