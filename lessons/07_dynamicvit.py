@@ -478,14 +478,9 @@ here.says(f"DynamicViT .7 saves {100 * (1 - rows[D7][0]['macs'] / rows[VIT][0]['
 
 
 def draw_kept(figure):
-    test, axes = shown.test, figure.subplots(1 + len(looks["kept"]), len(looks["called"]))
-    for b, picture in enumerate(test.images[:6].transpose(0, 2, 3, 1)):
-        panels = [picture, *(plot.hide(picture, kept[b], RECIPE.patch) for kept in looks["kept"])]
-        for axis, panel, count in zip(axes[:, b], panels, [ways[VIT][0].num_patches, *rows[D7][0]["counts"]]):
-            axis.imshow(panel, interpolation="nearest")
-            axis.set(xticks=[], yticks=[], ylabel="" if b else f"{count} patches")
-        is_class, called = test.names[test.labels[b]], test.names[looks["called"][b]]
-        axes[0, b].set_title(is_class if is_class == called else f"{is_class}, called {called}", fontsize=9)
+    counts = [ways[VIT][0].num_patches, *rows[D7][0]["counts"]]
+    plot.stages(figure, shown.test, looks["called"], looks["kept"], RECIPE.patch,
+                [f"{count} patches" for count in counts])
     figure.suptitle(f"What {D7} has left after each stage")
 
 

@@ -614,14 +614,8 @@ here.says(f"DynamicConvNeXt .7 saves {100 * saved:.0f} % of the multiply-adds an
 
 
 def draw_slow(figure):
-    test, axes = trial_of(seeds[0]).test, figure.subplots(1 + len(looks["slow"]), len(looks["called"]))
-    for b, picture in enumerate(test.images[:6].transpose(0, 2, 3, 1)):
-        panels = [picture, *(plot.hide(picture, slow[b], 2 * RECIPE.patch) for slow in looks["slow"])]
-        for axis, panel, count in zip(axes[:, b], panels, [None, *rows[D7][0]["counts"]]):
-            axis.imshow(panel, interpolation="nearest")
-            axis.set(xticks=[], yticks=[], ylabel="" if b or count is None else f"{count} slow")
-        is_class, called = test.names[test.labels[b]], test.names[looks["called"][b]]
-        axes[0, b].set_title(is_class if is_class == called else f"{is_class}, called {called}", fontsize=9)
+    plot.stages(figure, trial_of(seeds[0]).test, looks["called"], looks["slow"], 2 * RECIPE.patch,
+                ["", *(f"{count} slow" for count in rows[D7][0]["counts"])])
     figure.suptitle(f"The slow set after each decision, {FRESH} (hatched: the fast path)")
 
 

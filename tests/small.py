@@ -1,7 +1,9 @@
 """What the tests of modules and models share: a tiny size, pictures for it, weights that hide no mistake,
 exact error texts."""
+import json
 import pathlib
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import tinytoken as tt
 from tinytoken.backend import to_numpy
 from tinytoken.models import DynamicViT, LookupViT, ViT
+from tinytoken.train import checkpoint
 
 SMALL = dict(image_size=8, patch_size=2, dim=8, depth=2, heads=2, num_classes=5)  # 16 patches
 MODELS = {"ViT": lambda: ViT(**SMALL),
@@ -76,6 +79,18 @@ def same(a, b, tolerance=1e-12):
 def softmax(x, axis=-1):
     e = np.exp(x - x.max(axis=axis, keepdims=True))
     return e / e.sum(axis=axis, keepdims=True)
+
+
+def comes_back(model, folder):
+    """Its configuration goes through JSON, and from a checkpoint it answers to the same bits -> both Outputs."""
+    again = tt.models.create(type(model).__name__.lower(), **json.loads(json.dumps(asdict(model.config))))
+    assert again.config == model.config
+    checkpoint.save(folder / "model.npz", model, step=4)
+    loaded, _ = checkpoint.load_model(folder / "model.npz")
+    images = np.random.default_rng(0).standard_normal((2, *model.config.input_shape)).astype("float32")
+    mine, its = model.eval()(images), loaded.eval()(images)
+    assert np.array_equal(mine.logits.data, its.logits.data)
+    return mine, its
 
 
 def refuses(text):

@@ -1,6 +1,7 @@
 """Pictures of what the models did. Needs matplotlib (the `plot` extra), imported when a picture is made."""
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,22 @@ def tokens(path: FilePath, images: np.ndarray, labels: Sequence[str] | None,
                                      None if labels is None else labels[b]), parse_math=False)
     with one_line_of_warnings(path, "matplotlib"), replacing(path) as file:
         figure.savefig(file, format=FORMATS.get(pathlib.Path(path).suffix.lower(), "png"), dpi=110)
+
+
+def stages(figure: Any, pictures: Any, called: Sequence[int], kept: Sequence[np.ndarray], patch: int,
+           labels: Sequence[str]) -> None:
+    """A column per picture: the picture, and below it what is left of it after each stage, the rest hidden.
+
+    pictures: a set, of whose first pictures `called` has the classes that a model gives them. kept: for each
+    stage, as `hide` takes it, of each of these. labels: what stands beside the rows, the first one too."""
+    axes = figure.subplots(1 + len(kept), len(called))
+    for b, picture in enumerate(pictures.images[:len(called)].transpose(0, 2, 3, 1)):
+        panels = [picture, *(hide(picture, each[b], patch) for each in kept)]
+        for axis, panel, label in zip(axes[:, b], panels, labels):
+            axis.imshow(panel, interpolation="nearest")
+            axis.set(xticks=[], yticks=[], ylabel="" if b else label)
+        truth, said = pictures.names[pictures.labels[b]], pictures.names[called[b]]
+        axes[0, b].set_title(truth if truth == said else f"{truth}, called {said}", fontsize=9)
 
 
 def _answers(said, truth):

@@ -1,13 +1,11 @@
 """DoViT: against the official code, masked against gathered, its rule, losses and cost by hand."""
-import dataclasses
-import json
 import re
 
 import numpy as np
 import pytest
 
 import tinytoken as tt
-from small import reference, refuses, same, shaken, softmax
+from small import comes_back, reference, refuses, same, shaken, softmax
 from tinytoken import models
 from tinytoken.backend import to_numpy
 from tinytoken.checking import gradcheck
@@ -16,7 +14,7 @@ from tinytoken.data.batches import IGNORE
 from tinytoken.models import DoViT
 from tinytoken.models.pixels import pixel_targets
 from tinytoken.tasks import Segment, SegmentTaught
-from tinytoken.train import checkpoint, fit
+from tinytoken.train import fit
 
 # 24 patches
 SMALL = dict(image_size=(16, 24), patch_size=4, dim=8, depth=4, heads=2, num_classes=3, exits=(1, 3), width=8)
@@ -188,16 +186,11 @@ def test_losses_and_gradients():
 def test_configuration_checkpoint_and_training(tmp_path):
     train = load_pictures("pixel_scenes", train=24, test=8, seed=0)[0]
     model = models.create("dovit", dim=8, depth=3, heads=2, num_classes=11, exits=(1, 2), tau=(0.9, 0.8))
-    again = models.create("dovit", **json.loads(json.dumps(dataclasses.asdict(model.config))))
-    assert again.config == model.config
     for task in (Segment(model), SegmentTaught(model, models.create("dovit", dim=8, depth=3, heads=2,
                                                                     exits=(1, 2), tau=2.0))):
         found = fit(model, task, Batches(train.images, train.labels, 8), steps=4, log_every=1, bar=False)
         assert np.isfinite(found["loss"]) and found["aux"] > 0
-    checkpoint.save(tmp_path / "model.npz", model, step=4)
-    loaded, _ = checkpoint.load_model(tmp_path / "model.npz")
-    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype("float32")
-    assert np.array_equal(model.eval()(images).logits.data, loaded.eval()(images).logits.data)
+    comes_back(model, tmp_path)
 
 
 @pytest.mark.parametrize("config, text", [

@@ -1,12 +1,10 @@
 """SegViT: its decoders against the official code, its losses and its shrinking block by hand, its cost."""
-import dataclasses
-import json
 
 import numpy as np
 import pytest
 
 import tinytoken as tt
-from small import reference, refuses, same, shaken, softmax
+from small import comes_back, reference, refuses, same, shaken, softmax
 from tinytoken import models
 from tinytoken.backend import to_numpy
 from tinytoken.checking import gradcheck
@@ -16,7 +14,7 @@ from tinytoken.models import SegViT
 from tinytoken.models.mask_losses import dice_loss, edge_patches, focal_loss, mask_loss, presence_loss
 from tinytoken.models.masks import MaskDecoder, UpSampler
 from tinytoken.tasks import Segment
-from tinytoken.train import checkpoint, fit
+from tinytoken.train import fit
 
 # 24 patches
 SMALL = dict(image_size=(16, 24), patch_size=4, dim=8, depth=3, heads=2, num_classes=3, layers=2)
@@ -256,17 +254,13 @@ def test_configuration_checkpoint_and_training(tmp_path):
     train = load_pictures("pixel_scenes", train=24, test=8, seed=0)[0]
     model = models.create("segvit", dim=8, depth=3, heads=2, num_classes=11, shrink="edges", extra=4,
                           layers=1)
-    again = models.create("segvit", **json.loads(json.dumps(dataclasses.asdict(model.config))))
-    assert again.config == model.config and model.config.read == (0, 1, 2) and model.config.width == 4
+    assert model.config.read == (0, 1, 2) and model.config.width == 4
     assert SegViT(depth=12).config.read == (3, 7, 11) and SegViT().config.width == 48
     task = Segment(model)
     assert task.whole  # its loss counts the pairs of the batch
     found = fit(model, task, Batches(train.images, train.labels, 8), steps=4, log_every=1, bar=False)
     assert np.isfinite(found["loss"]) and found["edges"] > 0
-    checkpoint.save(tmp_path / "model.npz", model, step=4)
-    same_model, _ = checkpoint.load_model(tmp_path / "model.npz")
-    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype("float32")
-    assert np.array_equal(model.eval()(images).logits.data, same_model.eval()(images).logits.data)
+    comes_back(model, tmp_path)
 
 
 @pytest.mark.parametrize("config, text", [

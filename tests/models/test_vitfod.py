@@ -1,13 +1,11 @@
 """ViT-FOD: against the official code, its parts by hand, what it costs, and the exchange of cells."""
-import dataclasses
-import json
 import re
 
 import numpy as np
 import pytest
 
 import tinytoken as tt
-from small import reference, refuses, same, shaken
+from small import comes_back, reference, refuses, same, shaken
 from tinytoken import models
 from tinytoken.backend import to_numpy
 from tinytoken.checking import gradcheck
@@ -15,7 +13,7 @@ from tinytoken.data import Batches, load_pictures, mix
 from tinytoken.models import ViT, ViTFOD
 from tinytoken.models.vitfod import rollout
 from tinytoken.tasks.combine import Combine, cell_weights
-from tinytoken.train import checkpoint, fit
+from tinytoken.train import fit
 
 SMALL = dict(image_size=(16, 24), patch_size=4, dim=8, depth=3, heads=2, num_classes=3)  # 24 patches
 START, LAYERS = r"^transformer\.embeddings\.", r"^transformer\.encoder\."
@@ -108,7 +106,7 @@ def test_rollout_is_a_row_of_the_product():
 
 def test_the_extra_block_reads_what_goes_into_the_last_one_and_moves_nothing_before_it():
     model = shaken(ViTFOD(**SMALL))
-    out, state = model(pictures()), model.start(pictures(), state=models.vitfod.LayerTokens)
+    out, state = model(pictures()), model.start(pictures())
     for i in range(2):
         model.run_block(i, state)
     x = state.x.data
@@ -200,15 +198,10 @@ def test_the_task_draws_what_it_mixes_with(way):
 def test_configuration_checkpoint_and_training(tmp_path):
     train = load_pictures("fine_scenes", train=24, test=8, seed=0)[0]
     model = models.create("vitfod", dim=8, depth=3, heads=2, num_classes=6)
-    again = models.create("vitfod", **json.loads(json.dumps(dataclasses.asdict(model.config))))
-    assert again.config == model.config
     batches = Batches(train.images, train.labels, 8)
     found = fit(model, Combine(model), batches, steps=4, log_every=1, bar=False)
     assert np.isfinite(found["loss"]) and found["mixed critical"] > 0
-    checkpoint.save(tmp_path / "model.npz", model, step=4)
-    loaded, _ = checkpoint.load_model(tmp_path / "model.npz")
-    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype("float32")
-    assert np.array_equal(model.eval()(images).logits.data, loaded.eval()(images).logits.data)
+    comes_back(model, tmp_path)
 
 
 def test_what_it_refuses():

@@ -31,7 +31,7 @@ def erase(images: Array, share: float, *, step: int, seed: int) -> Array:
 def blank(images: Array, boxes: Array) -> Array:
     """The images with the mean colour, 0, in their rectangles (4, B)."""
     xp = array_module(images)
-    return xp.where(inside(images, boxes)[:, None], xp.zeros((), images.dtype), images)
+    return xp.where(_inside(images, boxes)[:, None], xp.zeros((), images.dtype), images)
 
 
 def erased_boxes(images: Array, share: float, step: int, seed: int) -> Array:
@@ -67,7 +67,7 @@ def cutmix(images: Array, targets: Array, alpha: float, *, step: int, seed: int)
 
 def paste(images: Array, targets: Array, boxes: Array) -> tuple[Array, Array]:
     """What `cutmix` does, with the rectangles (4, B) of `cutmix_boxes`."""
-    pasted = inside(images, boxes)
+    pasted = _inside(images, boxes)
     kept = 1 - pasted.mean(axis=(1, 2), dtype=images.dtype)
     return array_module(images).where(pasted[:, None], images[::-1], images), _mixed(targets, kept)
 
@@ -162,7 +162,7 @@ def _mixed(targets, kept):
     return targets * kept[:, None] + targets[::-1] * (1 - kept)[:, None]
 
 
-def inside(images, boxes):
+def _inside(images, boxes):
     """(B, H, W): True inside each picture's rectangle."""
     xp, (height, width) = array_module(images), images.shape[2:]
     top, bottom, left, right = boxes[:, :, None]

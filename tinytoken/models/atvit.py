@@ -13,7 +13,7 @@ from ..tensor import Tensor
 from .base import Loss, Output, cross_entropy_of, model
 from .column import PlainConfig
 from .maps import as_map
-from .vit import Tokens, ViT
+from .vit import ViT
 
 
 class TokenRefinement(nn.Module):
@@ -45,12 +45,6 @@ class ATViTOutput(Output):
     by_block: list[Tensor] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass
-class EndTokens(Tokens):
-    """ends: the tokens (B, T, D) after each block."""
-    ends: list[Tensor] = dataclasses.field(default_factory=list)
-
-
 @model("atvit")
 class ATViT(ViT):
     """A ViT with a class token whose blocks all answer. images (B, channels, H, W) -> ATViTOutput.
@@ -67,17 +61,12 @@ class ATViT(ViT):
     def forward(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None,
                 refined: bool = True) -> ATViTOutput:
         """refined=False: the class tokens answer as they are."""
-        tokens = self.encode(self.start(images, trace, paths, EndTokens))
-        ends, by_block = tokens.ends, []
-        for x, refine in zip(ends, self.transformerheads):
+        tokens, by_block = self.encode(self.start(images, trace, paths, ends=[])), []
+        for x, refine in zip(tokens.ends, self.transformerheads):
             x = self.norm(x)
             by_block.append(self.head(refine(x, self.patch_embed.grid)) if refined else self.classify(x))
         out = self.read(tokens)
         return ATViTOutput(**vars(out), by_block=[*by_block, out.logits])
-
-    def run_block(self, i: int, tokens: EndTokens) -> None:  # type: ignore[override]
-        super().run_block(i, tokens)
-        tokens.ends.append(tokens.x)
 
     def class_loss(self, out: Any, targets: Array, *, smoothing: float = 0.0) -> Loss:
         """The sum of the blocks' cross-entropies -> (loss, that of the last and that of the others)."""

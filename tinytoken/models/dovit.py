@@ -79,10 +79,9 @@ class DoViT(Passing):
         answers = c.patch_size ** 2 * c.num_classes
         self.auxiliary_head = [nn.Linear(c.dim, answers) for _ in c.exits]
         self.decoder = Decoder([c.dim], c.width, answers)
-        for name, part in [("decoder", self.decoder), *enumerate(self.auxiliary_head)]:
-            nn.initialise(part)
-            if isinstance(part, nn.Linear):
-                nn.xavier(part.weight, f"auxiliary_head.{name}.weight")
+        nn.initialise(self.decoder)
+        for i, head in enumerate(self.auxiliary_head):
+            nn.xavier(head.weight, f"auxiliary_head.{i}.weight")
 
     def forward(self, images: Tensor | Array, trace: bool = False, paths: Array | None = None,
                 tau: Any = None, keep: list | None = None, bucket: int = 8) -> DoViTOutput:

@@ -14,6 +14,15 @@ from ..tensor import Tensor
 EPS = 1e-5  # of all norms here
 
 
+def packed_qkv(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """x (B, Tq, dim) reads y (B, Tk, dim): queries, keys and values (B, H, T, d), of one packed projection
+    with weight (3 dim, dim)."""
+    dim = x.shape[2]
+    q = ops.split_heads(ops.linear(x, weight[:dim], bias[:dim]), heads=heads)
+    k, v = ops.split_heads(ops.linear(y, weight[dim:], bias[dim:]), heads=heads, parts=2)
+    return q, k, v
+
+
 class TorchAttention(nn.Module):
     """Multi-head attention with the names of PyTorch's layer: x (B, Tq, dim) reads y (B, Tk, dim)."""
 
@@ -24,10 +33,8 @@ class TorchAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        dim, weight, bias = x.shape[2], self.in_proj_weight, self.in_proj_bias
-        q = ops.split_heads(ops.linear(x, weight[:dim], bias[:dim]), heads=self.heads)
-        k, v = ops.split_heads(ops.linear(y, weight[dim:], bias[dim:]), heads=self.heads, parts=2)
-        return self.out_proj(ops.merge_heads(ops.attention(q, k, v)))
+        qkv = packed_qkv(x, y, self.in_proj_weight, self.in_proj_bias, self.heads)
+        return self.out_proj(ops.merge_heads(ops.attention(*qkv)))
 
 
 class MaskAttention(nn.Module):

@@ -71,6 +71,7 @@ class Passing(ViT):
         c, number = self.config, len(tokens.x)
         for start, stop in zip((0, *c.exits), (*c.exits, c.depth)):
             self.before_block(start, tokens)
+            keep: Any = tokens.keep
             done, order = [], []
             for rows, places, there in self.groups(tokens):
                 x = part = tokens.x if len(rows) == number else ops.index(tokens.x, key=rows)
@@ -78,10 +79,9 @@ class Passing(ViT):
                 for i in range(start, stop):
                     part = self.blocks[i](part, keep=there, sees_itself=there is None)
                 if places is not None:
-                    there = array_module(places).ones(places.shape, x.dtype) if there is None else there
-                    back = ops.put_tokens(ops.concat(part * there[:, :, None], there[:, :, None], axis=2),
-                                          places, length=x.shape[1])
-                    part = x * (1 - back[:, :, -1:].data) + back[:, :, :-1]
+                    part = part if there is None else part * there[:, :, None]
+                    waits = 1 - keep[rows][:, :, None]
+                    part = x * waits + ops.put_tokens(part, places, length=x.shape[1])
                 done.append(part)
                 order.append(rows)
             tokens.x = done[0] if len(done) == 1 else ops.concat(*done, axis=0)[

@@ -48,7 +48,17 @@ def pixel_targets(labels: Array, logits: Tensor, smoothing: float = 0.0) -> Arra
 
     Rows are zero where the label is IGNORE; the others of a picture weigh as much as all its pixels, so that
     the cross-entropy is the mean over pictures of that over each one's pixels with a class. smoothing: as of
-    ops.cross_entropy. InputError for labels of another shape or, on the CPU, out of range."""
+    ops.cross_entropy. InputError as of `check_pixel_labels`."""
+    check_pixel_labels(labels, logits, smoothing)
+    classes, xp, there = logits.shape[-1], array_module(labels), labels != IGNORE
+    weight = there / xp.maximum(there.mean(axis=(1, 2), keepdims=True), 1 / there[0].size)
+    wanted = one_hot(labels.reshape(-1), classes, logits.dtype) * (1 - smoothing) + smoothing / classes
+    return wanted * weight.reshape(-1, 1).astype(logits.dtype)
+
+
+def check_pixel_labels(labels: Array, logits: Tensor, smoothing: float) -> None:
+    """InputError for labels of another shape than (B, H, W) of the logits (B, H, W, K), for labels that are
+    not whole numbers or, on the CPU, out of range, and for a smoothing that is not from 0 to 1."""
     classes, xp = logits.shape[-1], array_module(labels)
     expect(labels.shape == logits.shape[:3] and labels.dtype.kind in "iu", "Segmenter",
            lambda: f"{shape_of('labels', labels)} {labels.dtype} for {shape_of('logits', logits)}, expected "
@@ -58,6 +68,3 @@ def pixel_targets(labels: Array, logits: Tensor, smoothing: float = 0.0) -> Arra
     expect(fits, "Segmenter", lambda: f"labels from {labels.min()} to {labels.max()}, expected 0 to "
                                       f"{classes - 1}, or {IGNORE} for none")
     expect(0 <= smoothing < 1, "Segmenter", lambda: f"smoothing {smoothing}, expected 0 <= smoothing < 1")
-    weight = there / xp.maximum(there.mean(axis=(1, 2), keepdims=True), 1 / there[0].size)
-    wanted = one_hot(labels.reshape(-1), classes, logits.dtype) * (1 - smoothing) + smoothing / classes
-    return wanted * weight.reshape(-1, 1).astype(logits.dtype)

@@ -16,7 +16,7 @@ from ..tensor import Tensor
 from .base import Loss, Model, Output, is_whole, model
 from .mask_losses import edge_patches, mask_loss
 from .masks import MaskDecoder, Reader, UpSampler
-from .pixels import pixel_targets
+from .pixels import check_pixel_labels, pixel_targets
 from .shrunk import ShrunkConfig, ShrunkViT
 
 
@@ -133,10 +133,11 @@ class SegViT(Model):
         """targets (B, H, W): labels, as `pixel_targets` takes them. The loss of the masks, or the
         cross-entropy of the pixels; the cross-entropy of edge patches is added. smoothing: of what a query,
         or a pixel, says of the classes."""
-        goal = pixel_targets(targets, out.logits, smoothing)
         if out.steps:
+            check_pixel_labels(targets, out.logits, smoothing)
             loss, parts = mask_loss(out.steps, targets, self.grid, smoothing=smoothing)
         else:
+            goal = pixel_targets(targets, out.logits, smoothing)
             loss = ops.cross_entropy(out.logits.reshape(-1, out.logits.shape[-1]), goal)
             parts = {"class": loss}
         if out.edges is not None:

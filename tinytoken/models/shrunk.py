@@ -15,6 +15,7 @@ from ..backend import Array, array_module
 from ..tensor import Tensor
 from .base import is_whole
 from .column import PlainConfig
+from .masks import packed_qkv
 from .vit import Tokens, ViT
 
 
@@ -95,14 +96,10 @@ class ShrunkViT(ViT):
 
     def shrink(self, i: int, tokens: ShownTokens) -> None:
         """Block i, of which only the tokens at `places` are computed."""
-        block, x, paths = self.blocks[i], tokens.x, nn.column(tokens.paths, i)
-        attn, dim, places = block.attn, x.shape[2], self.places(tokens)
-        normed = block.norm1(x)
-        weight, bias, heads = attn.qkv.weight, attn.qkv.bias, attn.heads
-        asked = ops.take_tokens(normed, places)
-        q = ops.split_heads(ops.linear(asked, weight[:dim], bias[:dim]), heads=heads)
-        k, v = ops.split_heads(ops.linear(normed, weight[dim:], bias[dim:]), heads=heads, parts=2)
-        read = attn.attend(q, k, v, attention=tokens.attention)
+        block, paths, places = self.blocks[i], nn.column(tokens.paths, i), self.places(tokens)
+        attn, normed = block.attn, block.norm1(tokens.x)
+        qkv = packed_qkv(ops.take_tokens(normed, places), normed, attn.qkv.weight, attn.qkv.bias, attn.heads)
+        read = attn.attend(*qkv, attention=tokens.attention)
         tokens.take(places)
         tokens.x = nn.mlp_branch(tokens.x + nn.scaled(read, nn.column(paths, 0)), block.norm2, block.mlp,
                                  nn.column(paths, 1))
@@ -116,8 +113,11 @@ class ShrunkViT(ViT):
             tokens.edges = self.edge_head(tokens.x)[:, :, 0]
         if not c.extra:
             return grid
-        drawn = random.uniform((1, rows * columns), site="shrunk.places", step=0, seed=0, xp=xp)
-        scores = tokens.edges.data if tokens.edges is not None else xp.repeat(drawn, len(grid), axis=0)
+        if tokens.edges is not None:
+            scores = tokens.edges.data
+        else:
+            drawn = random.uniform((1, rows * columns), site="shrunk.places", step=0, seed=0, xp=xp)
+            scores = xp.repeat(drawn, len(grid), axis=0)
         others = xp.ones((rows, columns), bool)
         others[::2, ::2] = False
         extra = ops.top_k(xp.where(others.reshape(-1), scores, -math.inf), c.extra)

@@ -33,14 +33,16 @@ class Tokens:
     x (B, T, D): the tokens; the first `extra` of them (the class token, registers) are not patches, and
     always stay. keep (B, T): the mask of the attention; None: all are seen. official: whether the mask acts
     as in DynamicViT's official code. size (B, T): how many patches each token stands for; None: one.
-    attention: a list to which each block adds its weights, or None. paths (B, depth, branches): factors of
-    the residual branches, or None. taken (B, n): what `index` is once tokens have been taken."""
+    attention: a list to which each block adds its weights, or None; ends: likewise, the tokens after it.
+    paths (B, depth, branches): factors of the residual branches, or None. taken (B, n): what `index` is once
+    tokens have been taken."""
     x: Tensor
     extra: int = 0
     keep: Tensor | None = None
     official: bool = False
     size: Array | None = None
     attention: list[Tensor] | None = None
+    ends: list[Tensor] | None = None
     paths: Array | None = None
     taken: Array | None = None
 
@@ -130,6 +132,8 @@ class ViT(Model):
         """Block i."""
         tokens.x = self.blocks[i](tokens.x, nn.column(tokens.paths, i), keep=tokens.keep,
                                   official=tokens.official, attention=tokens.attention)
+        if tokens.ends is not None:
+            tokens.ends.append(tokens.x)
 
     def read(self, tokens: Tokens) -> Output:
         """Tokens after the last block -> Output."""

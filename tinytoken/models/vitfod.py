@@ -12,9 +12,11 @@ import numpy as np
 from .. import nn, ops, random
 from ..backend import Array, array_module, to_numpy
 from ..tensor import Tensor
-from .base import Loss, Output, is_number, model
+from .base import Loss, Output, is_number, model, weighted_sum
 from .column import PlainConfig
 from .vit import Tokens, ViT
+
+EARLY = ("early", "late")  # the heads of the two blocks before the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,6 @@ class ViTFODOutput(Output):
     critical: Array | None = None
 
 
-@dataclasses.dataclass
-class LayerTokens(Tokens):
-    """ends: the tokens (B, T, D) after each of the last three blocks."""
-    ends: list[Tensor] = dataclasses.field(default_factory=list)
-
-
 @model("vitfod")
 class ViTFOD(ViT):
     """A ViT with a class token, up to four heads. images (B, channels, H, W) -> ViTFODOutput.
@@ -83,30 +79,22 @@ class ViTFOD(ViT):
 
     def forward(self, images: Tensor | Array, trace: bool = False,
                 paths: Array | None = None) -> ViTFODOutput:
-        tokens = self.encode(self.start(images, True, paths, LayerTokens))
+        tokens = self.start(images, True, paths)
+        tokens.ends = [tokens.x]  # and of each block
+        ends, answers, critical = self.encode(tokens).ends, {}, None
         rolled = rollout(tokens.attention or [], tokens.extra)
-        answers, ends, critical = {}, tokens.ends, None
-        for name, x, norm, head in zip(("early", "late"), ends, self.part_norms, self.part_heads):
+        for name, x, norm, head in zip(EARLY, ends[-3:], self.part_norms, self.part_heads):
             answers[name] = head(norm(x[:, 0]))
         out = self.read(tokens)
         answers["class"] = out.logits
         if self.aof is not None:
             critical = self.critical(rolled)
-            first = array_module(critical).zeros((len(critical), 1), critical.dtype)
-            places = array_module(critical).concatenate([first, critical + tokens.extra], axis=1)
-            read = self.aof(ops.take_tokens(ends[-2].detach(), places))
-            answers["critical"] = self.aof_head(self.aof_norm(read[:, 0]))
-        parts = list(answers.values())
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
+            few = Tokens(ends[-2].detach(), tokens.extra)
+            few.take(critical)
+            answers["critical"] = self.aof_head(self.aof_norm(self.aof(few.x)[:, 0]))
+        first, *others = answers.values()
+        total = sum(others, start=first)
         return ViTFODOutput(total, out.tokens, out.attention if trace else [], answers, rolled, critical)
-
-    def run_block(self, i: int, tokens: LayerTokens) -> None:  # type: ignore[override]
-        if not i:
-            tokens.ends.append(tokens.x)  # of a single block, what is before it
-        super().run_block(i, tokens)
-        tokens.ends = [*tokens.ends, tokens.x][-3:]
 
     def critical(self, rolled: Array) -> Array:
         """The places (B, k) of the patches that the extra block reads, k = floor(eta N), ascending."""
@@ -121,10 +109,7 @@ class ViTFOD(ViT):
         targets (B, K) need not sum to 1."""
         parts = {name: ops.cross_entropy(logits, targets, smoothing=smoothing)
                  for name, logits in out.answers.items()}
-        loss: Any = 0
-        for name, part in parts.items():
-            loss = loss + part * (self.config.alpha if name in ("early", "late") else 1)
-        return loss, parts
+        return weighted_sum(tuple(self.config.alpha if name in EARLY else 1 for name in parts), parts), parts
 
     def show(self, out: Any) -> list[tuple[str, np.ndarray]]:
         panels = [("ViT-FOD: where the class token comes from", to_numpy(out.rollout))]
