@@ -9,6 +9,10 @@ One seed: a difference of less than half a point says nothing. The command goes 
 the same command in several terminals shares the arms. Writes lookupvit_recipe_full.json (for photographs
 lookupvit_recipe_full_cifar10.json).
 
+On photographs LookupViT fits less than the ViT. What it is short of is asked by arms that give it more
+compressed tokens, a wider light path, more blocks, or a mixing of neighbours by convolutions (the ViT gets
+them too).
+
 It also notes whether the compressed tokens do different things: the mean cosine between the rows of the
 gather's attention, by block, in the course of training (1: all compressed tokens read the same patches).
 """
@@ -17,8 +21,10 @@ import functools
 
 import numpy as np
 
+from tinytoken import nn, ops
 from tinytoken.experiments import Arm, Recipe, lesson, read_alike
 from tinytoken.models import LookupViT, ViT
+from tinytoken.models.maps import LocalConv
 from tinytoken.tasks import Classify
 
 here = lesson.begin("lookupvit_recipe")
@@ -62,6 +68,41 @@ class MimeticLookupViT(LookupViT):
             start_against(block.refine.attn)
 
 
+def no_mixing_yet(dim):
+    """A convolution 3 x 3 of each channel that is zero at first: the start is the model without it."""
+    conv = LocalConv(dim)
+    conv.weight.data[...] = 0
+    return conv
+
+
+class MixedViT(ViT):
+    """Before each block, a weighted sum of its neighbours is added to each patch token."""
+
+    def build(self, config):
+        super().build(config)
+        self.local = [no_mixing_yet(config.dim) for _ in self.blocks]
+
+    def before_block(self, i, tokens):
+        mixed = tokens.patches + self.local[i](tokens.patches, self.patch_embed.grid)
+        tokens.x = ops.concat(tokens.x[:, :tokens.extra], mixed, axis=1) if tokens.extra else mixed
+
+
+class MixedBlock(nn.Module):
+    """A LookupBlock; before it, a weighted sum of its neighbours is added to each lookup token."""
+
+    def __init__(self, block, dim, grid):
+        self.block, self.local, self.grid = block, no_mixing_yet(dim), grid
+
+    def forward(self, lookup, compressed, *more):
+        return self.block(lookup + self.local(lookup, self.grid), compressed, *more)
+
+
+class MixedLookupViT(LookupViT):
+    def build(self, config):
+        super().build(config)
+        self.blocks = [MixedBlock(block, config.dim, self.patch_embed.grid) for block in self.blocks]
+
+
 class Weighed(Classify):
     """Classify with `second`, the weight of the classifier on the lookup tokens; fades: it falls evenly to 0
     over the first half of training. Notes in `cosines` how alike the compressed tokens read."""
@@ -95,8 +136,8 @@ def cosines(model):
 
 
 def arm(model=LookupViT, lr=RECIPE.lr, settings=None, steps=STEPS, **config):
-    grid = dict(compressed=RECIPE.compressed) if issubclass(model, LookupViT) else {}
-    return Arm(model, grid | config, task=Weighed, steps=steps, lr=lr, settings=settings or {})
+    config = (dict(compressed=RECIPE.compressed) if issubclass(model, LookupViT) else {}) | config
+    return Arm(model, config, task=Weighed, steps=steps, lr=lr, settings=settings or {})
 
 
 SPREAD, SOFT, DROP = dict(keys_as_queries=True), dict(smoothing=0.1), dict(drop_path=0.1)
@@ -137,14 +178,22 @@ LONG = ({f"{name}, {LONGER:,} steps{moved}": arm(kind, settings=SOFT, steps=LONG
         {f"{name}, {EPOCHS} epochs{drop}": arm(kind, settings=settings, steps=EPOCHS * STEPS // 5, **config)
          for name, kind, config in KINDS
          for drop, settings in (("", SOFT), (", drop path .1", SOFT | DROP))})
-ARMS = FIRST | SOFTER | GRID | LAST | LONG
+# what LookupViT is short of where it fits less: tokens, width of the light path, depth, mixing of neighbours
+SHORT_OF = {f"{alike}, smoothing .1, {change}": arm(kind, settings=SOFT, **BEST | config)
+            for change, kind, config in (
+                ("grid 8x8", LookupViT, dict(compressed=here.pick((3, 3), (8, 8), (8, 8)))),
+                ("neighbours", MixedLookupViT, {}), ("light MLP x 4", LookupViT, dict(lookup_mlp_ratio=4)),
+                ("depth 12", LookupViT, dict(depth=here.pick(3, 12, 12))),
+                ("grid 5x5", LookupViT, dict(compressed=here.pick((2, 3), (5, 5), (5, 5)))))
+            } | {f"ViT, {alike}, smoothing .1, neighbours": arm(MixedViT, settings=SOFT, **SPREAD)}
+ARMS = FIRST | SOFTER | GRID | LAST | LONG | SHORT_OF
 # of what takes longest, only what decides
 DECISIVE = ([f"{name}, {LONGER:,} steps{MOVED}" for name, *_ in KINDS] if on_scenes else
             [f"{name}, smoothing .1" for name in ("ViT", f"ViT, {alike}", "own keys", alike)])
 chosen = here.pick(list(ARMS), ["ViT", "both, probs, qk", alike],
                    [*DECISIVE, *FIRST, *SOFTER, *GRID, *LAST] if on_scenes else
                    [*DECISIVE, f"ViT, {alike}", alike, f"{alike}, probs, qk", f"{alike}, no way back",
-                    f"{alike}, two classifiers", "both, probs, qk"])
+                    f"{alike}, two classifiers", *SHORT_OF, "both, probs, qk"])
 
 
 def train(name):
@@ -159,9 +208,9 @@ def train(name):
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS}
 del SETTINGS["keys_as_queries"]  # each arm says it for itself
 rows = here.each({name: functools.partial(train, name) for name in chosen}, SETTINGS)
-print(f"{'arm':<34}{'held-out accuracy, %':>22}{'M MACs':>9}   mean cosine of the last block, in training")
+print(f"{'arm':<52}{'held-out accuracy, %':>22}{'M MACs':>9}   mean cosine of the last block, in training")
 for name, row in sorted(rows.items(), key=lambda item: -item[1]["accuracy"]):
     course = " ".join(f"{step[-1]:.2f}" for step in row["cosines"] if step)
-    print(f"{name:<34}{100 * row['accuracy']:>22.2f}{row['macs'] / 1e6:>9.2f}   {course}")
+    print(f"{name:<52}{100 * row['accuracy']:>22.2f}{row['macs'] / 1e6:>9.2f}   {course}")
 here.measured(rows=rows, watched=WATCHED, seed=here.seed, recipe=SETTINGS)
 here.end()
