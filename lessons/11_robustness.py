@@ -18,9 +18,8 @@ import numpy as np
 
 import tinytoken as tt
 from tinytoken.data import CORRUPTIONS, corrupt
-from tinytoken.experiments import Arm, Recipe, lesson, spread_text
+from tinytoken.experiments import Arm, Damage, Recipe, corruption_error, lesson, mean_error, spread_text
 from tinytoken.models.lookupvit import PAPER
-from tinytoken.train import accuracy, infer
 
 here = lesson.begin("11_robustness")
 rng = np.random.default_rng(here.seed)
@@ -130,7 +129,7 @@ add(DYNAMIC, "dynamicvit", STEPS, pruned, first=VIT)
 add(LOOKUP, "lookupvit", STEPS, grid)
 add(NARROW, "vit", STEPS, narrow)
 names = [VIT, DYNAMIC, LOOKUP, NARROW, *CURVE[1:]]
-seeds, TESTS = here.seeds, slice(0, 2000)
+seeds = here.seeds
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS, "further": FURTHER, "strengths": STRENGTHS}
 
 
@@ -140,25 +139,22 @@ def trial_of(seed):
 
 
 @functools.cache
-def damaged_pictures(corruption, strength, seed):
-    return corrupt(trial_of(seed).test.images[TESTS], corruption, strength, seed=seed)
+def damage_of(seed):
+    return Damage(trial_of(seed), STRENGTHS)
 
 
 def errors(name, seed):
     """Train an arm -> its cost, and its errors on clean and on damaged test pictures."""
     trial = trial_of(seed)
     model, _ = trial.train(name)
-    error = lambda images: 1 - accuracy(infer(model, images, trial.prepare), trial.test.labels[TESTS])
-    return {"clean": error(trial.test.images[TESTS]),
-            "macs": tt.macs(model, trial.prepare(trial.test.images[:1])).total,
-            "damaged": {corruption: [error(damaged_pictures(corruption, strength, seed))
-                                     for strength in STRENGTHS]
-                        for corruption in CORRUPTIONS}}
+    return damage_of(seed).errors(model) | {
+        "macs": tt.macs(model, trial.prepare(trial.test.images[:1])).total}
 
 
 done = here.each({f"seed{seed} {name}": functools.partial(errors, name, seed) for seed in seeds
                   for name in names}, SETTINGS)
-clean, damaged = ({name: [done[f"seed{seed} {name}"][what] for seed in seeds] for name in names}
+found = {name: [done[f"seed{seed} {name}"] for seed in seeds] for name in names}
+clean, damaged = ({name: [errors[what] for errors in found[name]] for name in names}
                   for what in ("clean", "damaged"))
 costs = {name: done[f"seed{seeds[0]} {name}"]["macs"] for name in names}
 
@@ -175,38 +171,22 @@ def of_corruption(name, corruption, i):
     return statistics.mean(damaged[name][i][corruption])
 
 
-def mean_error(name, i):
-    return statistics.mean(of_corruption(name, corruption, i) for corruption in CORRUPTIONS)
-
-
-def over_vit(name, i, added):
-    """mCE, or with `added` relative mCE, in percent, seed number i; None where the ViT has no errors to
-    compare with."""
-    ratios = []
-    for corruption in CORRUPTIONS:
-        own, vit = (of_corruption(arm, corruption, i) - (clean[arm][i] if added else 0)
-                    for arm in (name, VIT))
-        if not vit:
-            return None
-        ratios.append(own / vit)
-    return 100 * statistics.mean(ratios)
-
-
 def at_equal_accuracy(name, i):
     """Points of accuracy under damage above the curve of ViTs at this arm's clean accuracy; None beyond the
     curve's ends."""
-    curve = sorted((1 - clean[arm][i], 1 - mean_error(arm, i)) for arm in CURVE)
+    curve = sorted((1 - clean[arm][i], 1 - mean_error(found[arm][i])) for arm in CURVE)
     x = 1 - clean[name][i]
     if not curve[0][0] <= x <= curve[-1][0]:
         return None
-    return 100 * (1 - mean_error(name, i) - np.interp(x, *zip(*curve)))
+    return 100 * (1 - mean_error(found[name][i]) - np.interp(x, *zip(*curve)))
 
 
 seed_numbers = range(len(seeds))
 summary = {name: {"clean_error": [100 * error for error in clean[name]],
-                  "error": [100 * mean_error(name, i) for i in seed_numbers],
-                  "mce": [over_vit(name, i, False) for i in seed_numbers],
-                  "relative_mce": [over_vit(name, i, True) for i in seed_numbers],
+                  "error": [100 * mean_error(found[name][i]) for i in seed_numbers],
+                  "mce": [corruption_error(found[name][i], found[VIT][i]) for i in seed_numbers],
+                  "relative_mce": [corruption_error(found[name][i], found[VIT][i], added=True)
+                                   for i in seed_numbers],
                   "above_curve": [at_equal_accuracy(name, i) for i in seed_numbers], "macs": costs[name]}
            for name in names}
 print(f"{'arm':<18}{'M MACs':>8}{'clean':>12}{'damaged':>12}{'mCE':>14}{'relative mCE':>14}{'above the curve of ViTs':>26}")
@@ -232,10 +212,10 @@ def draw_errors(figure):
                  for corruption in CORRUPTIONS]
         left.bar(places + 0.2 * (j - 1.5), means, 0.2, color=colour, label=name)
         right.plot([100 * (1 - error) for error in clean[name]],
-                   [100 * (1 - mean_error(name, i)) for i in seed_numbers], "o",
+                   [100 * (1 - mean_error(found[name][i])) for i in seed_numbers], "o",
                    color=colour, label=name)
     for i in seed_numbers:
-        right.plot(*zip(*sorted((100 * (1 - clean[arm][i]), 100 * (1 - mean_error(arm, i)))
+        right.plot(*zip(*sorted((100 * (1 - clean[arm][i]), 100 * (1 - mean_error(found[arm][i])))
                                 for arm in CURVE)), color="#999999",
                    lw=1, zorder=0, label=None if i else "ViTs of fewer steps")
     left.set_xticks(places, [name.replace("_", "\n") for name in CORRUPTIONS], fontsize=8)
@@ -289,7 +269,7 @@ here.measured(summary=summary, damaged=damaged, clean=clean, seeds=seeds, recipe
 #
 # | paper | our line |
 # |---|---|
-# | CE_c^f = sum_s E_{s,c}^f / sum_s E_{s,c}^AlexNet | `own / vit` in `over_vit` |
+# | CE_c^f = sum_s E_{s,c}^f / sum_s E_{s,c}^AlexNet | `own / other` in `corruption_error` (`experiments/damage.py`) |
 # | relative CE_c^f = sum_s (E_{s,c}^f - E_clean^f) / sum_s (E_{s,c}^AlexNet - E_clean^AlexNet) | the same, with `added` |
 #
 # Koner et al. 2024 (LookupViT) report up to 4 % more accuracy than ViT on ImageNet-C, -R, -A and -O. This

@@ -12,6 +12,8 @@ them. The bounds were set before the first run. The two ablations have one seed.
 stopped, and the same command in several terminals shares the arms. Writes lookupvit_headline_full.json (for
 photographs lookupvit_headline_full_cifar10.json), and pictures.
 
+Each arm is also asked about damaged test pictures, as in lesson 11.
+
 The picture "alike" shows whether the compressed tokens do different things: the mean cosine between the
 weights with which two of them read, by block, in the course of training (1: all read the same).
 """
@@ -20,7 +22,8 @@ import functools
 
 import numpy as np
 
-from tinytoken.experiments import Arm, Recipe, arms_text, difference, lesson, packed, read_alike, unpacked
+from tinytoken.experiments import (Arm, Damage, Recipe, arms_text, corruption_error, difference, lesson,
+                                   mean_error, packed, read_alike, spread_text, unpacked)
 from tinytoken.models import LookupViT
 from tinytoken.models.lookupvit import PAPER
 from tinytoken.tasks import Classify
@@ -88,14 +91,33 @@ def train(name, seed):
     return row
 
 
-done = here.each({f"seed{seed} {name}": functools.partial(train, name, seed)
-                  for seed in seeds for name in ARMS if seed in seeds_of[name]}, SETTINGS)
+@functools.cache
+def damage_of(seed):
+    return Damage(trial_of(seed), here.pick((3,), (1, 3, 5), (1, 3, 5)))
+
+
+def damage(name, seed):
+    """The errors of a trained arm under damage."""
+    return damage_of(seed).errors(trial_of(seed).train(name)[0])
+
+
+DAMAGED = ", damaged"
+done = here.each({f"seed{seed} {name}{what}": functools.partial(job, name, seed)
+                  for seed in seeds for name in ARMS if seed in seeds_of[name]
+                  for what, job in (("", train), (DAMAGED, damage))}, SETTINGS)
 rows = {name: [done[f"seed{seed} {name}"] for seed in seeds_of[name]] for name in ARMS}
 pictures = len(trial_of(seeds[0]).test.labels)
 answers = {name: [unpacked(row.pop("right"), pictures) for row in rows[name]] for name in ARMS}
 above = {name: difference(answers[LOOKUP], answers[name]) for name in ARMS if name != LOOKUP}
 
 print(arms_text(rows, above, "LookupViT"))
+errors = {name: [done[f"seed{seed} {name}{DAMAGED}"] for seed in seeds_of[name]] for name in ARMS}
+print(f"\n{'under damage':<24}{'errors, %':>14}{'mCE':>14}{'relative mCE':>16}")
+for name, found in errors.items():
+    over = [[corruption_error(own, vit, added) for own, vit in zip(found, errors[VIT])]
+            for added in (False, True)]
+    print(f"{name:<24}{spread_text([100 * mean_error(own) for own in found]):>14}{spread_text(over[0]):>14}"
+          f"{spread_text(over[1]):>16}")
 here.claim("LookupViT 3x3: MACs, of the ViT's", rows[LOOKUP][0]["macs"] / rows[VIT][0]["macs"], high=0.5)
 here.claim("LookupViT 3x3: lower end of the 95 % interval of points above the ViT", above[VIT][1],
            low=-0.5 if on_scenes else -1.0)
@@ -117,5 +139,5 @@ def draw_alike(figure):
 
 
 here.picture("alike", draw_alike, 10, 3.6)
-here.measured(rows=rows, above=above, seeds=seeds, recipe=SETTINGS)
+here.measured(rows=rows, above=above, damaged=errors, seeds=seeds, recipe=SETTINGS)
 here.end()
