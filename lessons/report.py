@@ -168,8 +168,9 @@ def vit_cifar10(results):
 
 # Speed
 
-PEERS = {"torch": "PyTorch", "torch-best": "PyTorch at its best", "torch-compile": "torch.compile",
-         "jax": "JAX", "mygrad": "MyGrad"}
+PEERS = {"plain": "plain ops", "torch": "PyTorch", "torch-malloc": "PyTorch, kept memory",
+         "torch-best": "PyTorch at its best", "torch-compile": "torch.compile", "jax": "JAX",
+         "mygrad": "MyGrad"}
 MODES = {"train": "training step", "infer": "inference"}
 
 
@@ -189,7 +190,9 @@ def times_text(ms, peers):
 def speed(results):
     """README's table, of tests/benchmarks/cpu.py: the models of width 192, beside PyTorch."""
     saved = load(results / "cpu.json")
-    rows = [row for row in saved["rows"] if row["config"]["dim"] == 192]
+    cpus = max(row.get("cpus", 0) for row in saved["rows"])
+    rows = [row for row in saved["rows"] if row["config"]["dim"] == 192 and row["batch"] > 1
+            and row.get("cpus", 0) == cpus]
     lines = [[row["kind"]] for row in rows]
     for line, row in zip(lines, rows):
         for mode in MODES:
@@ -205,12 +208,15 @@ def speed(results):
 def cpu(results):
     """Of tests/benchmarks/cpu.py: tinytoken's times, and their ratios to the peers'."""
     saved = load(results / "cpu.json")
-    lines = [(f"{row['workload']}, {MODES[mode]}", *times_text(ms, PEERS))
+    peers = [peer for peer in PEERS if any(peer in ms for row in saved["rows"] for ms in row["ms"].values())]
+    several = len({row.get("cpus") for row in saved["rows"]}) > 1
+    name_of = lambda row: row["workload"] + (f", CPUs: {row['cpus']}" if several else "")
+    lines = [(f"{name_of(row)}, {MODES[mode]}", *times_text(ms, peers))
              for row in saved["rows"] for mode, ms in row["ms"].items()]
     memory = next(row["peak_memory_mb"]["train"] for row in saved["rows"] if row["workload"] == "A")
     about = saved["rows"][0]["about"]  # of each contender
     own, torch = about["tinytoken"], about["torch"]
-    heads = ("workload", "tinytoken, ms", *(f"/ {name}" for name in PEERS.values()))
+    heads = ("workload", "tinytoken, ms", *(f"/ {PEERS[peer]}" for peer in peers))
     versions = [f"{PEERS[peer]} {about[peer]['version']}" for peer in ("torch", "jax") if peer in about]
     return (f"{markdown_table(heads, lines)}\n\nMedians of {saved['rounds']} interleaved rounds, times "
             f"(lowest to highest), ratios [quartiles]. Peak memory of A's training: tinytoken {memory['tinytoken'][0]} MB, PyTorch "

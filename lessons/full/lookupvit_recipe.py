@@ -179,13 +179,12 @@ LONG = ({f"{name}, {LONGER:,} steps{moved}": arm(kind, settings=SOFT, steps=LONG
          for name, kind, config in KINDS
          for drop, settings in (("", SOFT), (", drop path .1", SOFT | DROP))})
 # what LookupViT is short of where it fits less: tokens, width of the light path, depth, mixing of neighbours
-SHORT_OF = {f"{alike}, smoothing .1, {change}": arm(kind, settings=SOFT, **BEST | config)
-            for change, kind, config in (
-                ("grid 8x8", LookupViT, dict(compressed=here.pick((3, 3), (8, 8), (8, 8)))),
-                ("neighbours", MixedLookupViT, {}), ("light MLP x 4", LookupViT, dict(lookup_mlp_ratio=4)),
-                ("depth 12", LookupViT, dict(depth=here.pick(3, 12, 12))),
-                ("grid 5x5", LookupViT, dict(compressed=here.pick((2, 3), (5, 5), (5, 5)))))
-            } | {f"ViT, {alike}, smoothing .1, neighbours": arm(MixedViT, settings=SOFT, **SPREAD)}
+SHORT_OF = {f"{alike}, {change}": arm(kind, **BEST | config) for change, kind, config in (
+    ("grid 8x8", LookupViT, dict(compressed=here.pick((3, 3), (8, 8), (8, 8)))),
+    ("neighbours", MixedLookupViT, {}), ("light MLP x 4", LookupViT, dict(lookup_mlp_ratio=4)),
+    ("depth 12", LookupViT, dict(depth=here.pick(3, 12, 12))),
+    ("grid 5x5", LookupViT, dict(compressed=here.pick((2, 3), (5, 5), (5, 5)))))
+} | {f"ViT, {alike}, neighbours": arm(MixedViT, **SPREAD)}
 ARMS = FIRST | SOFTER | GRID | LAST | LONG | SHORT_OF
 # of what takes longest, only what decides
 DECISIVE = ([f"{name}, {LONGER:,} steps{MOVED}" for name, *_ in KINDS] if on_scenes else
@@ -193,7 +192,8 @@ DECISIVE = ([f"{name}, {LONGER:,} steps{MOVED}" for name, *_ in KINDS] if on_sce
 chosen = here.pick(list(ARMS), ["ViT", "both, probs, qk", alike],
                    [*DECISIVE, *FIRST, *SOFTER, *GRID, *LAST] if on_scenes else
                    [*DECISIVE, f"ViT, {alike}", alike, f"{alike}, probs, qk", f"{alike}, no way back",
-                    f"{alike}, two classifiers", *SHORT_OF, "both, probs, qk"])
+                    f"{alike}, two classifiers", "compressed, probs, qk", "compressed, resoftmax, pre",
+                    *SHORT_OF, "both, probs, qk"])
 
 
 def train(name):

@@ -1,7 +1,11 @@
 """How fast tinytoken trains and infers on a CPU, beside PyTorch (stock, at its best, compiled), JAX, and
 MyGrad for scale.
 
-    python tests/benchmarks/cpu.py [--quick] [--coretype Haswell] [--out FILE.json]
+    python tests/benchmarks/cpu.py [--quick] [--coretype Haswell] [--cpus 1,2] [--out FILE.json]
+
+"plain" is tinytoken without what Numba compiles, "torch-malloc" PyTorch that keeps freed memory as tinytoken
+does. Each workload's rows are printed, and with --out written, as soon as they are measured; the same command
+goes on after them.
 
 Each contender is a process of its own and serves requests over a pipe. A round times every contender once on
 one workload, with a pause between and the order turned by one each round, so that whatever else the machine
@@ -23,28 +27,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import timeit
 
 import numpy as np
 
 import tinytoken as tt
+from contenders import Contender, Field
 from timing import high_water, quartiles, seconds, turned
 from tinytoken.backend import blas_description, cpu_count, prepare_cpu
 from tinytoken.experiments import machine
-from tinytoken.files import check_target, write_json
+from tinytoken.files import as_json, check_target, write_json
 from tinytoken.models.lookupvit import PAPER
 from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads
 from tinytoken.train.step import slice_of
 
-CONTENDERS = ("tinytoken", "torch", "torch-best", "torch-compile", "jax", "mygrad")
-ON_NUMPY = ("tinytoken", "mygrad")  # what OPENBLAS_CORETYPE reaches
+CONTENDERS = ("tinytoken", "plain", "torch", "torch-malloc", "torch-best", "torch-compile", "jax", "mygrad")
+ON_NUMPY = ("tinytoken", "plain", "mygrad")  # what OPENBLAS_CORETYPE reaches
 # nothing is to be learned
 RECIPE = {"lr": 1e-5, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip": 1.0}
 PAUSE = 0.05  # seconds: BLAS threads of the contender before go on spinning for a while
 ENOUGH = 0.25  # seconds that a timing should last; shorter steps are repeated
-LIMIT = 900  # seconds a contender may take for one answer, compiling included
 TOLERANCE = 1e-3  # relative, on logits, first loss and gradient norm
 
 
@@ -59,7 +62,8 @@ class Work:
 
 
 def workloads(quick):
-    """Three ViTs (A, B, C), then the two token methods as wide as A and as B. quick: toy sizes."""
+    """Three ViTs (A, B, C), then the two token methods as wide as A and as B; all three with one picture at a
+    time. quick: toy sizes."""
     def sizes(image, patch, dim, depth, heads, classes=10, **more):
         return dict(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads,
                     num_classes=classes, **more)
@@ -74,7 +78,9 @@ def workloads(quick):
             Work("C", "ViT", sizes(224, 16, 384, 12, 6, 1000), 8, ("infer",)),
             *(Work(f"DynamicViT {dim}", "DynamicViT", sizes(32, 4, dim, 6, 3, **stages))
               for dim in (192, 96)),
-            *(Work(f"LookupViT {dim}", "LookupViT", sizes(32, 4, dim, 6, 3, **grid)) for dim in (192, 96))]
+            *(Work(f"LookupViT {dim}", "LookupViT", sizes(32, 4, dim, 6, 3, **grid)) for dim in (192, 96)),
+            *(Work(f"{kind} 192, batch 1", kind, sizes(32, 4, 192, 6, 3, **more), 1, ("infer",))
+              for kind, more in (("ViT", {}), ("DynamicViT", stages), ("LookupViT", grid)))]
 
 
 def model_of(work):
@@ -171,7 +177,7 @@ class TinyToken:
 
 def make(name):
     """The contender of that name; what it is made of is imported here."""
-    if name == "tinytoken":
+    if name in ("tinytoken", "plain"):
         return TinyToken()
     if name.startswith("torch"):
         return importlib.import_module("peers_torch").Torch(name)
@@ -213,87 +219,24 @@ def answer(request, calls, macs):
 
 # The measuring side
 
-class Dropped(Exception):
-    """Why a contender is left out: absent, crashed, refuses, or computes something else."""
+def contender(name, path, options, preload, cpus):
+    """The process of a contender that serves the workload of `path`."""
+    special = {"OPENBLAS_CORETYPE": options.coretype if name in ON_NUMPY else None,
+               "TINYTOKEN_COMPILED": "0" if name == "plain" else None,
+               "LD_PRELOAD": preload if name == "torch-best" else None}
+    command = [sys.executable, __file__, "--serve", name, str(path)] + ["--quick"] * options.quick
+    return Contender(command, cpus, {k: v for k, v in special.items() if v})
 
 
-class Contender:
-    """A contender's process."""
-
-    def __init__(self, name, path, options, preload):
-        self.errors = tempfile.TemporaryFile()
-        special = {"OPENBLAS_CORETYPE": options.coretype if name in ON_NUMPY else None,
-                   "LD_PRELOAD": preload if name == "torch-best" else None}
-        command = [sys.executable, __file__, "--serve", name, str(path)] + ["--quick"] * options.quick
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors, text=True,
-                                        env=os.environ | {k: v for k, v in special.items() if v})
-
-    def read(self):
-        timer = threading.Timer(LIMIT, self.process.kill)
-        timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
-        if not line:
-            self.process.wait()
-            self.errors.seek(0)
-            said = self.errors.read().decode(errors="replace").strip().splitlines()
-            raise Dropped(f"ended with status {self.process.returncode}" + (f": {said[-1]}" if said else ""))
-        got = json.loads(line)
-        if "error" in got:
-            raise Dropped(got["error"])
-        return got
-
-    def ask(self, **request):
-        with contextlib.suppress(BrokenPipeError):  # it has ended: reading says why
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-        return self.read()
-
-    def close(self):
-        try:
-            self.process.communicate(timeout=10)  # closes its stdin, at which it ends
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-        self.errors.close()
-
-
-class Field:
-    """The contenders of one workload. One that is dropped stays out, with its reason."""
-
-    def __init__(self, skipped):
-        self.running, self.skipped = {}, skipped
-
-    def each(self, names, request):
-        """{name: request(contender)} of those that answer."""
-        answers = {}
-        for name in names:
-            if name in self.running:
-                try:
-                    answers[name] = request(self.running[name])
-                except Dropped as reason:
-                    self.drop(name, str(reason))
-        return answers
-
-    def drop(self, name, reason):
-        self.skipped[name] = reason
-        print(f"  {name} skipped: {reason}", flush=True)
-        self.running.pop(name).close()
-
-    def close(self):
-        for contender in self.running.values():
-            contender.close()
-
-
-def measure(work, path, options, preload, rounds):
-    """Everything about one workload."""
-    row = {"workload": work.name, "kind": work.kind, "config": work.config, "batch": work.batch,
-           "macs": write_arrays(work, path), "skipped": {}, "repeats": {}, "ms": {}}
-    print(f"{work.name}: {work.kind}, batch {work.batch}, {row['macs'] / 1e6:.2f} M MACs per image",
-          flush=True)
+def measure(work, cpus, path, options, preload, rounds):
+    """Everything about one workload on so many CPUs."""
+    row = {"workload": work.name, "cpus": cpus, "kind": work.kind, "config": work.config,
+           "batch": work.batch, "macs": write_arrays(work, path), "skipped": {}, "repeats": {}, "ms": {}}
+    print(f"{work.name}: {work.kind}, batch {work.batch}, {row['macs'] / 1e6:.2f} M MACs per image, "
+          f"CPUs: {cpus}", flush=True)
     with contextlib.closing(Field(row["skipped"])) as field:
         for name in options.contenders:
-            field.running[name] = Contender(name, path, options, preload)
+            field.running[name] = contender(name, path, options, preload, cpus)
             row.setdefault("about", {}).update(field.each([name], lambda c: c.read()["about"]))
         row["agreement"] = check(field, options.contenders, work)
         for mode in work.modes:
@@ -382,7 +325,7 @@ def table(rows, key, title, form, contenders=CONTENDERS):
     for row in rows:
         for mode, cells in row.get(key, {}).items():
             shown = [form.format(*cells[name]) if name in cells else "" for name in names]
-            lines.append(f"| {row['workload']} {mode} | {' | '.join(shown)} |")
+            lines.append(f"| {row['workload']} {mode}, CPUs: {row['cpus']} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -404,6 +347,8 @@ def parse():
                                            "Haswell")
     parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS),
                         help="some of them, a,b,c")
+    parser.add_argument("--cpus", type=lambda text: [int(n) for n in text.split(",")], default=[cpu_count()],
+                        help="on how many CPUs, for example 1,2 (default: all)")
     parser.add_argument("--workloads", type=lambda text: text.split(","), help="some of them, by name")
     parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
     parser.add_argument("--serve", nargs=2, metavar=("NAME", "ARRAYS"), help=argparse.SUPPRESS)
@@ -413,31 +358,49 @@ def parse():
     for given, names in ((options.contenders, CONTENDERS), (options.workloads, known)):
         if unknown := set(given or ()) - set(names):
             parser.error(f"{', '.join(sorted(unknown))}: expected some of {', '.join(names)}")
+    if not all(1 <= cpus <= cpu_count() for cpus in options.cpus):
+        parser.error(f"--cpus {', '.join(map(str, options.cpus))}: expected from 1 to {cpu_count()}")
     return options
+
+
+def begun(options, settings):
+    """What an interrupted run with the same settings has written to options.out, or the settings alone."""
+    if options.out and options.out.exists():
+        there = json.loads(options.out.read_text())
+        if all(there.get(key) == value for key, value in as_json(settings).items()):
+            return there
+        print(f"{options.out} is of another machine or recipe, and is written anew")
+    return settings | {"began": time.strftime("%Y-%m-%d %H:%M:%S"), "rows": []}
 
 
 def main(options):
     rounds = max(2, options.rounds or (3 if options.quick else 9))
     chosen = [work for work in workloads(options.quick) if not options.workloads
               or work.name in options.workloads]
-    result = {"machine": machine("cpu"), "coretype": options.coretype, "rounds": rounds, "recipe": RECIPE,
-              "spread": "median, lower and upper quartile", "began": time.strftime("%Y-%m-%d %H:%M:%S"),
-              "rows": []}
-    print(json.dumps(result["machine"], indent=1), f"\nOPENBLAS_CORETYPE for NumPy: "
-                                                   f"{options.coretype or 'not set'}")
+    print(json.dumps(machine("cpu"), indent=1), f"\nOPENBLAS_CORETYPE for NumPy: "
+                                                f"{options.coretype or 'not set'}")
     with tempfile.TemporaryDirectory() as folder:
-        preload, result["mkl_avx512"] = avx512_for_mkl(pathlib.Path(folder))
-        print("AVX-512 in torch-best's MKL:", result["mkl_avx512"])
-        for work in chosen:
-            path = pathlib.Path(folder) / f"{work.name}.npz"
-            result["rows"].append(measure(work, path, options, preload, rounds))
-            summarise(result["rows"][-1])
-            for name, about in result["rows"][0]["about"].items() if work is chosen[0] else ():
-                print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in about.items()
-                                                if value != ""))
+        preload, how = avx512_for_mkl(pathlib.Path(folder))
+        print("AVX-512 in torch-best's MKL:", how)
+        result = begun(options, {
+            "machine": machine("cpu"), "coretype": options.coretype, "rounds": rounds, "recipe": RECIPE,
+            "spread": "median, lower and upper quartile", "mkl_avx512": how,
+            "contenders": options.contenders, "quick": options.quick})
+        rows = {(row["workload"], row["cpus"]): row for row in result["rows"]}
+        for work, cpus in ((work, cpus) for work in chosen for cpus in options.cpus):
+            if (work.name, cpus) not in rows:
+                row = measure(work, cpus, pathlib.Path(folder) / f"{work.name}.npz", options, preload, rounds)
+                summarise(row)
+                for name, about in row["about"].items() if not rows else ():
+                    print(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in about.items()
+                                                    if value != ""))
+                rows[work.name, cpus] = row
+                result["rows"] = list(rows.values())
+                if options.out:
+                    write_json(options.out, result)
+            print(report([rows[work.name, cpus]]), flush=True)
     print(f"\n{report(result['rows'])}")
     if options.out:
-        write_json(options.out, result)
         print(f"\nwritten: {options.out}")
 
 

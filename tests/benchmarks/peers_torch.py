@@ -260,11 +260,13 @@ def arguments(work, arrays, device="cpu"):
 
 class Torch:
     """PyTorch as a contender of cpu.py: "torch" as it comes, "torch-compile" with its functions compiled,
-    "torch-best" with freed memory kept in the process and the fused AdamW (and what cpu.py preloads)."""
+    "torch-malloc" with freed memory kept in the process, "torch-best" with the fused AdamW too (and what
+    cpu.py preloads)."""
 
     def __init__(self, name):
         self.compiled, self.best = name == "torch-compile", name == "torch-best"
-        self.malloc = prepare_cpu() if self.best else "as the system has it"
+        keeps = name in ("torch-malloc", "torch-best")
+        self.malloc = prepare_cpu() if keeps else "as the system has it"
 
     def about(self):
         return {"version": torch.__version__, "threads": torch.get_num_threads(), "malloc": self.malloc,
