@@ -4,13 +4,14 @@ chose: does it keep the ViT's accuracy at half the cost?
     python lessons/full/lookupvit_headline.py --full                        # scenes, 3,000 steps, 5 seeds
     python lessons/full/lookupvit_headline.py --full --data cifar10         # 20 epochs, 3 seeds
 
-Every arm sees the same pictures in the same order, and gets the same steps of the same optimiser. Labels are
-smoothed; scenes, of which the same 16,000 are shown many times, are moved by up to 4 pixels, photographs
-moved and mirrored. All start with keys as copies of the queries, by which the ViT gains more on held-out
-pictures than LookupViT does. Of the photographs 5,000 are left out of training: the recipe was chosen by
-them. The bounds were set before the first run. The two ablations have one seed. The command goes on where it was
-stopped, and the same command in several terminals shares the arms. Writes lookupvit_headline_full.json (for
-photographs lookupvit_headline_full_cifar10.json), and pictures.
+Every arm sees the same pictures in the same order, and gets the same steps of the same optimiser. Labels
+are smoothed, but for LookupViT on photographs, which it fits less than the ViT does and where smoothing
+costs it a point of the held-out pictures. Scenes, of which the same 16,000 are shown many times, are moved
+by up to 4 pixels, photographs moved and mirrored. All start with keys as copies of the queries, by which
+the ViT gains more on held-out pictures than LookupViT does. Of the photographs 5,000 are left out of
+training: the recipe was chosen by them. The bounds were set before the first run. The ablations have one
+seed. The command goes on where it was stopped, and the same command in several terminals shares the arms.
+Writes lookupvit_headline_full.json (for photographs lookupvit_headline_full_cifar10.json), and pictures.
 
 Each arm is also asked about damaged test pictures, as in lesson 11.
 
@@ -38,9 +39,11 @@ RECIPE = Recipe(data=here.data, train_pictures=here.pick(64, 16000, 16000),
 MOVES = dict(pad=4) if on_scenes else {}
 WATCHED = [STEPS * share // 64 for share in (0, 1, 2, 4, 8, 16, 32)]
 VIT, LOOKUP, ONE_WAY, READING = "ViT", "LookupViT 3x3", "no way back", "the paper's reading"
+SMOOTHED = "labels smoothed"
 SMALLER = {"ViT, narrower": here.pick(dict(dim=8, heads=1), dict(dim=64, heads=2), dict(dim=64, heads=2)),
            "ViT, half the depth": dict(depth=here.pick(1, 3, 3))}  # of LookupViT's multiply-adds
 ABLATIONS = {ONE_WAY: dict(reuse="none"), READING: PAPER}
+SHARP = {} if on_scenes else dict(smoothing=0.0)
 
 
 class Watched(Classify):
@@ -54,16 +57,20 @@ class Watched(Classify):
         return super().noise(size, step, seed, xp)
 
 
-def arm(model="lookupvit", **config):
-    grid = dict(compressed=RECIPE.compressed) if model == "lookupvit" else {}
-    return Arm(model, grid | config, task=Watched, steps=STEPS, lr=RECIPE.lr)
+def arm(model="lookupvit", settings=SHARP, **config):
+    if model == "lookupvit":
+        config = dict(compressed=RECIPE.compressed) | config
+    else:
+        settings = {}
+    return Arm(model, config, task=Watched, settings=settings, steps=STEPS, lr=RECIPE.lr)
 
 
 ARMS = {VIT: arm("vit"), LOOKUP: arm(), **{name: arm("vit", **config) for name, config in SMALLER.items()},
-        **{name: arm(**config) for name, config in ABLATIONS.items()}}
+        **{name: arm(**config) for name, config in ABLATIONS.items()},
+        **({} if on_scenes else {SMOOTHED: arm(settings={})})}
 ARMS = {name: dataclasses.replace(arm, phase=f"headline {name}") for name, arm in ARMS.items()}
 seeds = [here.seed + i for i in range(here.pick(1, 1, 5 if on_scenes else 3))]
-seeds_of = {name: seeds[:1] if name in ABLATIONS else seeds for name in ARMS}
+seeds_of = {name: seeds[:1] if name in (*ABLATIONS, SMOOTHED) else seeds for name in ARMS}
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS} | MOVES
 
 
