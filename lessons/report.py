@@ -14,7 +14,8 @@ import sys
 from tinytoken.errors import InputError, expect
 from tinytoken.experiments import interval_text, over_chance, range_text, spread_text
 from tinytoken.experiments.stats import bounds_text
-from tinytoken.experiments.tables import compiled_text, conditions_text, family_text, markdown_table, table_text
+from tinytoken.experiments.tables import (compiled_text, conditions_text, family_text, headline_text,
+                                          markdown_table, recipe_text, table_text)
 from tinytoken.files import replacing
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -310,18 +311,13 @@ def located(results):
             f"{seeds_text(values['seeds'])}): {', '.join(shares)}.")
 
 
-@part
-def family(results):
-    """Of lessons/full/family.py, once it has been run."""
-    path = results / "family_full.json"
-    if not path.exists():
-        return "This has not been run yet."
-    saved = load(path)
+def family_arms_text(saved):
+    """Of lessons/full/family.py."""
     values = saved["results"]
     recipe = values["recipe"]
-    return (f"{family_text(values)}\n\n{recipe['steps']:,} steps of {recipe['batch']} pictures, width {recipe['dim']}, "
-            f"{recipe['depth']} blocks; {tests_text(values)}; speeds: medians, and in brackets how many times the "
-            f"first row's, median [quartiles] of the rounds. {machine_text(saved)}")
+    return (f"{family_text(values)}\n\n{recipe['steps']:,} steps of {recipe['batch']} pictures, width "
+            f"{recipe['dim']}, {recipe['depth']} blocks; {tests_text(values)}; speeds: medians, and in brackets how "
+            f"many times the first row's, median [quartiles] of the rounds. {machine_text(saved)}")
 
 
 def arms_text(saved, dense="ViT"):
@@ -368,6 +364,20 @@ def lookup_arms_text(saved):
             f"{tests_text(values)}. {machine_text(saved)}")
 
 
+def recipe_arms_text(saved):
+    """Of lessons/full/lookupvit_recipe.py."""
+    values, recipe = saved["results"], saved["results"]["recipe"]
+    return (f"{recipe_text(values['rows'])}\n\n{recipe['steps']:,} steps of {recipe['batch']} pictures unless said, "
+            f"{recipe['held_out']:,} pictures that were held out, seed {values['seed']}. {machine_text(saved)}")
+
+
+def headline_arms_text(saved):
+    """Of lessons/full/lookupvit_headline.py."""
+    values, recipe = saved["results"], saved["results"]["recipe"]
+    return (f"{headline_text(values)}\n\n{recipe['steps']:,} steps of {recipe['batch']} pictures, "
+            f"{tests_text(values)}. {machine_text(saved)}")
+
+
 def grids_text(saved):
     """Lesson 10: the table of its grids."""
     values, recipe = saved["results"], saved["results"]["recipe"]
@@ -404,9 +414,12 @@ def damage_text(saved):
 
 
 def lesson_part(result, table_of):
-    """The part of a lesson's full run: its table, and what became of its claims."""
+    """The part of a lesson's full run, once there was one: its table, and what became of its claims."""
     def text(results):
-        saved = load(results / f"{result}.json")
+        path = results / f"{result}.json"
+        if not path.exists():
+            return "This has not been run yet."
+        saved = load(path)
         table, claims = table_of(saved), saved["results"].get("claims")
         return f"{table}\n\nBounds set before the run:\n\n{claims_text(claims)}" if claims else table
     return text
@@ -416,6 +429,11 @@ parts |= {"dynamicvit": lesson_part("07_dynamicvit_full", arms_text),
           "dynamicvit_cifar10": lesson_part("07_dynamicvit_full_cifar10", arms_text),
           "lookupvit": lesson_part("09_lookupvit_full", lookup_arms_text),
           "lookupvit_cifar10": lesson_part("09_lookupvit_full_cifar10", lookup_arms_text),
+          "lookup_recipe": lesson_part("lookupvit_recipe_full", recipe_arms_text),
+          "lookup_recipe_cifar10": lesson_part("lookupvit_recipe_full_cifar10", recipe_arms_text),
+          "lookup_headline": lesson_part("lookupvit_headline_full", headline_arms_text),
+          "lookup_headline_cifar10": lesson_part("lookupvit_headline_full_cifar10", headline_arms_text),
+          "family": lesson_part("family_full", family_arms_text),
           "budgets": lesson_part("10_one_model_many_budgets_full", grids_text),
           "robustness": lesson_part("11_robustness_full", damage_text),
           "two_paths": lesson_part("14_slow_and_fast_path", lambda saved: arms_text(saved, "ConvNeXt"))}

@@ -144,6 +144,38 @@ def test_the_family_is_shown_once_it_was_run(tmp_path):
     assert lines[5].startswith("5,000 steps of 64 pictures, width 96, 6 blocks; 2,000 test pictures, seeds 0, 1;")
 
 
+def test_the_arms_of_the_headline_are_shown_with_what_damage_does(tmp_path):
+    assert report.parts["lookup_headline"](tmp_path) == "This has not been run yet."
+    row = lambda accuracy: {"accuracy": accuracy, "macs": 4e6, "parameters": 500_000}
+    errors = lambda share: {"clean": 0.0, "damaged": {"haze": [share, share], "jpeg": [share, 0.0]}}
+    values = {"rows": {"ViT": [row(0.9), row(0.8)], "ours": [row(0.7)]}, "above": {"ViT": [-10, -11, -9]},
+              "damaged": {"ViT": [errors(0.2), errors(0.4)], "ours": [errors(0.3)]}, "seeds": [0, 1],
+              "claims": [{"claim": "a", "measured": 1.5, "bound": [1, None], "holds": True}],
+              "recipe": {"steps": 5000, "batch": 64, "test_pictures": 2000}}
+    machine = {"processor": "P", "cpus": 2, "numpy": "2", "blas": "B"}
+    saved = {"machine": machine, "results": values}
+    (tmp_path / "lookupvit_headline_full.json").write_text(json.dumps(saved))
+    lines = report.parts["lookup_headline"](tmp_path).splitlines()
+    assert lines[2] == ("| ViT | 2 | 85.0 ± 7.1 % | 4.0 | 0.50 | -10.0 [-11.0, -9.0] | 22.5 ± 10.6 "
+                        "| 100.0 ± 0.0 |")
+    assert lines[3] == "| ours | 1 | 70.0 % | 4.0 | 0.50 |  | 22.5 | 150.0 |"
+    assert lines[5].startswith("5,000 steps of 64 pictures, 2,000 test pictures, seeds 0, 1.")
+    assert lines[-1] == "- holds: a: 1.5 (above 1)"
+
+
+def test_the_arms_of_the_recipe_are_shown_the_best_first(tmp_path):
+    row = lambda accuracy, cosines: {"accuracy": accuracy, "macs": 4e6, "trained": {"class": 1.0},
+                                     "cosines": cosines}
+    values = {"rows": {"ViT": row(0.7, [None, None]), "ours": row(0.8, [[0.1, 0.5], [0.2, 0.6]])}, "seed": 0,
+              "recipe": {"steps": 5000, "batch": 64, "held_out": 2000}}
+    machine = {"processor": "P", "cpus": 2, "numpy": "2", "blas": "B"}
+    saved = {"machine": machine, "results": values}
+    (tmp_path / "lookupvit_recipe_full_cifar10.json").write_text(json.dumps(saved))
+    lines = report.parts["lookup_recipe_cifar10"](tmp_path).splitlines()
+    assert lines[2:4] == ["| ours | 80.00 % | 4.0 | 1.00 | 0.60 |", "| ViT | 70.00 % | 4.0 | 1.00 |  |"]
+    assert "2,000 pictures that were held out, seed 0." in lines[5]
+
+
 def test_claims():
     claims = [{"claim": "a", "measured": 1.5, "bound": [1, None], "holds": True},
               {"claim": "b", "measured": 0.75, "bound": [None, 0.5], "holds": False}]

@@ -3,6 +3,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .damage import corruption_error, mean_error
 from .stats import interval_text, range_text, spread_text
 
 
@@ -85,6 +86,33 @@ def family_text(values: Mapping[str, Any]) -> str:
     heads = ("method", "it thins", "accuracy", "M MACs", f"of {first}'s", "M parameters",
              *(f"images/s, batch {size} (of {first}'s)" for size in values["seconds"]), "a step, MB",
              "inference, MB")
+    return markdown_table(heads, lines)
+
+
+def headline_text(values: Mapping[str, Any]) -> str:
+    """The table of lessons/full/lookupvit_headline.py as Markdown, from its results: a row per arm, with how
+    it bears damage beside the ViT."""
+    lines = []
+    for name, by_seed in values["rows"].items():
+        found, gap = values["damaged"][name], values["above"].get(name)
+        over = [corruption_error(own, vit) for own, vit in zip(found, values["damaged"]["ViT"])]
+        lines.append((name, len(by_seed), f"{spread_text([100 * row['accuracy'] for row in by_seed])} %",
+                      f"{by_seed[0]['macs'] / 1e6:.1f}", f"{by_seed[0]['parameters'] / 1e6:.2f}",
+                      interval_text(*gap) if gap else "",
+                      spread_text([100 * mean_error(own) for own in found]), spread_text(over)))
+    heads = ("arm", "seeds", "accuracy", "M MACs", "M parameters", "LookupViT above it, points [95 %]",
+             "error under damage, %", "mCE")
+    return markdown_table(heads, lines)
+
+
+def recipe_text(rows: Mapping[str, dict[str, Any]]) -> str:
+    """The table of lessons/full/lookupvit_recipe.py as Markdown, the best arm first."""
+    lines = []
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["accuracy"]):
+        alike = [step[-1] for step in row["cosines"] if step]
+        lines.append((name, f"{100 * row['accuracy']:.2f} %", f"{row['macs'] / 1e6:.1f}",
+                      f"{row['trained']['class']:.2f}", f"{alike[-1]:.2f}" if alike else ""))
+    heads = ("arm", "accuracy", "M MACs", "class loss in training", "how alike tokens read, last block")
     return markdown_table(heads, lines)
 
 
