@@ -201,6 +201,22 @@ def test_bounds_of_pictures_are_noted_and_older_checkpoints_lack_them(tmp_path, 
         train(vit, run, header=header | {"data": "other"})
 
 
+@pytest.mark.parametrize("there, goes_on", [
+    ([0.25 + 1e-9, 0.5], True), ([0.25 + 1e-5, 0.5], False), ([0.25], False), ("0.25", False), (None, False),
+    ([0.25, None], False)], ids=str)
+def test_pictures_that_another_machine_drew_are_the_same_pictures(tmp_path, there, goes_on):
+    """Their mean differs in the last digits. An option that does is another option."""
+    run, header = Run(tmp_path), {"mean": [0.25, 0.5], "rates": [0.25]}
+    train(vit, run, header=header | {"mean": there})
+    if goes_on:
+        train(vit, run, header=header)
+    else:
+        with pytest.raises(tt.InputError, match=r"another run \(mean .* there, \[0.25, 0.5\] now\)"):
+            train(vit, run, header=header)
+    with pytest.raises(tt.InputError, match="rates"):
+        train(vit, run, header=header | {"mean": there, "rates": [0.25 + 1e-9]})
+
+
 def test_another_task_or_group_is_another_run(tmp_path):
     run, (model, task) = Run(tmp_path), dynamicvit()
     fit(model, task, batches(4), steps=2, run=run, bar=False)

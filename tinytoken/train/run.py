@@ -1,6 +1,7 @@
 """Where a training run keeps its files, and how it goes on from them."""
 import contextlib
 import json
+import math
 import os
 import pathlib
 import reprlib
@@ -114,5 +115,12 @@ def _changed(there, now):
         old = there.get(name)
         if isinstance(value, dict) and isinstance(old, dict | None):
             yield from _changed(old or {}, value)
-        elif old != value:
+        elif old != value and not (name in ("mean", "std") and _nearly(old, value)):
             yield f"{name} {reprlib.repr(old)} there, {reprlib.repr(value)} now"
+
+
+def _nearly(old, now):
+    """Whether two lists of numbers are of the same pictures. Scenes that are drawn with other BLAS kernels
+    differ by a level of a pixel here and there."""
+    fits = isinstance(old, list) and len(old) == len(now) and numbers(dict(enumerate(old)))
+    return fits and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(old, now))
