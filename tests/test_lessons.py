@@ -148,14 +148,15 @@ def test_the_script_of_two_paths_speed_runs(tmp_path, monkeypatch):
         assert forms["keep 0.7"]["shows"][1] == pytest.approx((1 - taken) / saved)
 
 
-def test_the_script_of_the_family_runs(tmp_path, monkeypatch):
-    noted = run(LESSONS / "full" / "family.py", tmp_path, monkeypatch)
+@pytest.mark.parametrize("data, metric", [("scenes", "accuracy"), ("pixel_scenes", "mIoU")])
+def test_the_script_of_the_family_runs(data, metric, tmp_path, monkeypatch):
+    noted = run(LESSONS / "full" / "family.py", tmp_path, monkeypatch, "--data", data)
     names = list(noted["rows"])
     assert names == list(noted["thins"]) == list(noted["megabytes"]) and {"ViT", "STViT-R"} < set(names)
     assert {name: len(taken) for name, taken in noted["seconds"]["128"].items()} == dict.fromkeys(names, 2)
     for name, (row,) in noted["rows"].items():
-        assert 0 <= row["accuracy"] <= 1 and noted["megabytes"][name]["step"] > 0, name
-        if noted["thins"][name].startswith("rows"):
+        assert 0 <= row[metric] <= 1 and noted["megabytes"][name]["step"] > 0, name
+        if noted["thins"][name].startswith("rows") and name != "DoViT":  # which is not sure of anything yet
             assert row["macs"] < noted["rows"]["ViT"][0]["macs"], name
 
 

@@ -73,17 +73,17 @@ def family_text(values: Mapping[str, Any]) -> str:
     """The table of lessons/full/family.py as Markdown, from its results: a row per method, the first of which
     the others are compared with. Speeds: the median, and in brackets how many times as fast as the first, by
     the rounds' median and quartiles."""
-    first, lines = next(iter(values["rows"])), []
+    first, metric, lines = next(iter(values["rows"])), values["metric"], []
     for name, by_seed in values["rows"].items():
         macs, memory = by_seed[0]["macs"], values["megabytes"].get(name)
         speeds = [f"{int(size) / statistics.median(taken[name]):,.0f} "
                   f"({faster_text(taken[first], taken[name])})" for size, taken in values["seconds"].items()]
-        accuracy = spread_text([100 * row["accuracy"] for row in by_seed])
-        lines.append((name, values["thins"][name], f"{accuracy} %", f"{macs / 1e6:.1f}",
+        reached = spread_text([100 * row[metric] for row in by_seed])
+        lines.append((name, values["thins"][name], f"{reached} %", f"{macs / 1e6:.1f}",
                       f"{macs / values['rows'][first][0]['macs']:.2f}",
                       f"{by_seed[0]['parameters'] / 1e6:.2f}", *speeds,
                       *(f"{memory[call]:.0f}" if memory else "" for call in ("step", "inference"))))
-    heads = ("method", "it thins", "accuracy", "M MACs", f"of {first}'s", "M parameters",
+    heads = ("method", "it thins", metric, "M MACs", f"of {first}'s", "M parameters",
              *(f"images/s, batch {size} (of {first}'s)" for size in values["seconds"]), "a step, MB",
              "inference, MB")
     return markdown_table(heads, lines)
