@@ -148,6 +148,16 @@ def test_the_script_of_two_paths_speed_runs(tmp_path, monkeypatch):
         assert forms["keep 0.7"]["shows"][1] == pytest.approx((1 - taken) / saved)
 
 
+def test_the_script_of_passing_speed_runs(tmp_path, monkeypatch):
+    noted = run(LESSONS / "full" / "passing_speed.py", tmp_path, monkeypatch)
+    assert len(noted["rows"]) == 4
+    for name, ways in noted["rows"].items():
+        costs = [row["macs"] for row in ways.values()]  # dense, then buckets, small to large
+        assert costs[1:] == sorted(costs[1:]) and costs[-1] < costs[0], name
+        saved, (_, taken, _) = 1 - costs[1] / costs[0], ways["bucket 1"]["of_time"]
+        assert ways["bucket 1"]["shows"][1] == pytest.approx((1 - taken) / saved)
+
+
 @pytest.mark.parametrize("data, metric", [("scenes", "accuracy"), ("pixel_scenes", "mIoU")])
 def test_the_script_of_the_family_runs(data, metric, tmp_path, monkeypatch):
     noted = run(LESSONS / "full" / "family.py", tmp_path, monkeypatch, "--data", data)
