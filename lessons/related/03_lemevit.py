@@ -1,18 +1,16 @@
 # %% [markdown]
 # # Lesson 03: LeMeViT
-# After this lesson you can build the block of a LeMeViT in which a picture and a few learned tokens read
-# each other. You can say from how many tokens on it is cheaper than self-attention, and check that on the
-# clock.
+# After this lesson you can build the block of a LeMeViT in which a picture and a few learned tokens read each
+# other. You can say from how many tokens on it is cheaper than self-attention, and check that on the clock.
 #
 # ## The idea
 # In self-attention each of N tokens reads all N tokens, which costs N^2. Jiang et al. (2024, arXiv
 # 2405.09789) say that most of this is redundant. Their **LeMeViT** learns M **meta tokens**, with M much
-# smaller than N. The meta tokens read the picture, and the picture reads the meta tokens, both in one
-# block. This costs N M.
+# smaller than N. The meta tokens read the picture, and the picture reads the meta tokens, both in one block.
+# This costs N M.
 #
-# The method thins the **keys**: every position keeps its own row and its own MLP, but reads M keys.
-# LookupViT (lesson 09 of the course) has two such sets of tokens, too, and thins the work on the many
-# tokens as well.
+# The method thins the **keys**: every position keeps its own row and its own MLP, but reads M keys. LookupViT
+# (lesson 09 of the course) has two such sets of tokens, too, and thins the work on the many tokens as well.
 
 # %%
 import dataclasses
@@ -108,13 +106,13 @@ tt.gradcheck(lambda x, c, *_: block(x, c, (4, 6)), x, c, *block.parameters(), se
 #     with M meta tokens    12 (N + M) C^2 + 4 N M C
 #
 # They are equal at N = M + sqrt(M^2 + 6 M C). Fewer tokens than that make the meta tokens a loss, because
-# each of them also needs its projections and its MLP. With C = 96 this is at 52, 76 and 113 tokens for M =
-# 4, 8, 16: **with 64 tokens there is nothing to gain**.
+# each of them also needs its projections and its MLP. With C = 96 this is at 52, 76 and 113 tokens for M = 4,
+# 8, 16: **with 64 tokens there is nothing to gain**.
 #
 # Multiply-adds are not seconds. Here both blocks run on one processor, for maps of 6 x 6 to 32 x 32
 # positions. The clock is the processor time of this process, so that other programs disturb little. Fitted
-# are p + q N to the times with meta tokens, p + q N + r N^2 to those of self-attention; the curves cross
-# at the break-even. The bound, set before the run: it is within 20 % of the prediction.
+# are p + q N to the times with meta tokens, p + q N + r N^2 to those of self-attention; the curves cross at
+# the break-even. The bound, set before the run: it is within 20 % of the prediction.
 
 
 # %%
@@ -185,23 +183,22 @@ for M in METAS:
 # %% [markdown]
 # ## The experiment
 # Is what the picture reads in so few tokens as good as all of it? All arms have the same stem, width and
-# number of blocks, 64 tokens of 4 x 4 pixels, and the same steps on the same pictures. They differ in what
-# a position reads:
+# number of blocks, 64 tokens of 4 x 4 pixels, and the same steps on the same pictures. They differ in what a
+# position reads:
 #
 # - **self-attention**: all positions.
-# - **8 meta tokens**: a first block in which they read the picture (it leaves the map as it was), then
-#   blocks as above.
-# - **frozen**: the control. The meta tokens stay as they were drawn, so a position reads eight constants,
-#   and nothing passes from one position to another, except by the convolutions.
+# - **8 meta tokens**: a first block in which they read the picture (it leaves the map as it was), then blocks
+#   as above.
+# - **frozen**: the control. The meta tokens stay as they were drawn, so a position reads eight constants, and
+#   nothing passes from one position to another, except by the convolutions.
 # - **local**: no attention at all.
-# - **read at the end**: a second control, added when a first run had shown a large gain. The classifier
-#   reads the meta tokens, too. Here eight of them read the map once, after self-attention in all blocks.
-#   So what this arm reaches does not come from an exchange in every block.
-# - **pooled**, with means of 2 x 4 parts of the map for meta tokens, and **1, 4, 16 meta tokens** (full
-#   run).
+# - **read at the end**: a second control, added when a first run had shown a large gain. The classifier reads
+#   the meta tokens, too. Here eight of them read the map once, after self-attention in all blocks. So what
+#   this arm reaches does not come from an exchange in every block.
+# - **pooled**, with means of 2 x 4 parts of the map for meta tokens, and **1, 4, 16 meta tokens** (full run).
 #
-# The bounds: 8 meta tokens are at most one point below self-attention and below the second control, and
-# more than one point above frozen and local.
+# The bounds: 8 meta tokens are at most one point below self-attention and below the second control, and more
+# than one point above frozen and local.
 
 
 # %%
@@ -334,20 +331,18 @@ def draw(figure):
 here.picture("cost", draw, 8, 4.5)
 
 # %% [markdown]
-# In the default run (one seed, an idle machine, ops compiled by Numba) the break-even of 8 and 16 meta
-# tokens came at 0.89 and 0.84 of the prediction, that of 4 at 1.29: the small products of so few tokens
-# are slow. With plain ops the former came earlier, at 0.74 and 0.69. A likely reason: softmax counts zero
-# multiply-adds, and self-attention has N^2 exponentials for each head, which NumPy computes in many
-# passes. The gain is not the classifier's: tokens that read at the end bring 5 of the 28 points. `--full`
-# has nine arms with three seeds (about five hours on two idle cores; several terminals share it).
+# In the default run (one seed, an idle machine, ops compiled by Numba) the break-even of 8 and 16 meta tokens
+# came at 0.89 and 0.84 of the prediction, that of 4 at 1.29: so small products are slow. With plain ops the
+# former came at 0.74 and 0.69, since self-attention has N^2 exponentials for each head, which count zero. The
+# gain is not the classifier's: tokens that read at the end bring 5 of the 28 points. `--full` has nine arms
+# with three seeds (about five hours on two idle cores; several terminals share it).
 #
 # ## What this does not show
 # - How the arms compare once they have learned. Meta tokens may only learn faster.
-# - A gain in time at 64 tokens: it begins with larger maps, where a CPU trains too slowly for a lesson.
-#   The times are of single blocks, in NumPy, forward, on one processor. A GPU has another break-even.
+# - A gain in time at 64 tokens: it begins with larger maps, where a CPU trains too slowly for a lesson. The
+#   times are of single blocks, in NumPy, forward, on one processor. A GPU has another break-even.
 # - The published model is a pyramid, its figures are for ImageNet and pictures from above: nothing here
-#   confirms or refutes them. "D2", with one projection for both directions, is in the package, not
-#   trained.
+#   confirms or refutes them. "D2", with one projection for both directions, is in the package, not trained.
 #
 # The code: `tinytoken/models/lemevit.py`; that the package agrees with the official code is tested in
 # `tests/models/test_official_lemevit.py`.
