@@ -332,10 +332,9 @@ here.picture("cost", draw, 8, 4.5)
 
 # %% [markdown]
 # In the default run (one seed, an idle machine, ops compiled by Numba) the break-even of 8 and 16 meta tokens
-# came at 0.89 and 0.84 of the prediction, that of 4 at 1.29: so small products are slow. With plain ops the
-# former came at 0.74 and 0.69, since self-attention has N^2 exponentials for each head, which count zero. The
-# gain is not the classifier's: tokens that read at the end bring 5 of the 28 points. `--full` has nine arms
-# with three seeds (about five hours on two idle cores; several terminals share it).
+# came at 0.89 and 0.84 of the prediction, that of 4 at 1.29: so small products are slow. (Plain ops: 0.74 and
+# 0.69. Self-attention has N^2 exponentials for each head, which count zero.) The gain is not the
+# classifier's: tokens that read at the end bring 5 of the 28 points. `--full` has nine arms with three seeds.
 #
 # ## What this does not show
 # - How the arms compare once they have learned. Meta tokens may only learn faster.
