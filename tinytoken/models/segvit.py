@@ -26,9 +26,9 @@ class SegViTConfig(ShrunkConfig):
     queries, but a mask is the product of the last of them with the positions, as in Segmenter (Strudel et al.
     2021, arXiv 2105.05633); "linear" and "mlp": each position answers by itself, through one or two layers.
     width: of the decoder, None: half of dim. stages: how many of the maps it reads, the deepest first, None:
-    all. layers: of
-    each stage. A shrunk encoder's two maps are brought back to all positions by `layers` further layers each,
-    and then the decoder has one stage of which each layer makes a mask. new_classes: see MaskDecoder."""
+    all. layers: of each stage. A shrunk encoder's two maps are brought back to all positions by `layers`
+    further layers each, and then the decoder has one stage of which each layer makes a mask. new_classes: see
+    MaskDecoder."""
     num_classes: int = 11
     _: dataclasses.KW_ONLY
     decoder: str = "atm"
