@@ -37,6 +37,14 @@ def run(script, out, monkeypatch, *options):
     return runpy.run_path(str(script), run_name="__main__")["here"].results
 
 
+def losses(results):
+    """{arm: the names of its losses}, of what a lesson noted."""
+    rows = results.get("rows", {})
+    rows = {name: row[0] if isinstance(row, list) else row for name, row in
+            (rows.items() if isinstance(rows, dict) else ())}
+    return {name: row["trained"].keys() for name, row in rows.items() if "trained" in row}
+
+
 @every_lesson
 def test_the_lesson_runs(script, tmp_path, monkeypatch):
     noted = run(script, tmp_path, monkeypatch)
@@ -44,6 +52,9 @@ def test_the_lesson_runs(script, tmp_path, monkeypatch):
     assert saved["lesson"] == name_of(script) and saved["size"] == "smoke" and saved["headline"]
     assert saved["results"].keys() == noted.keys() != set()
     assert list(tmp_path.glob(f"{name_of(script)}_*.png"))
+    committed = losses(json.loads((LESSONS / "results" / f"{name_of(script)}.json").read_text())["results"])
+    for name, parts in losses(noted).items():
+        assert committed.get(name, parts) == parts, f"{name}: the committed result is of another arm"
 
 
 @every_lesson

@@ -331,9 +331,9 @@ here.picture("masks", draw, 10, 6)
 
 # %% [markdown]
 # In the default run (one seed, few steps) three stages gain on one, but as many layers on the last map gain
-# more: what helps is the layers. **All shrunk arms answered "background" everywhere**, so of them the run
-# says nothing: their up-sampler had not learned where a position is. A first run of 300 + 100 steps, in which
-# they had an MLP, ended so, too; the steps were raised after it, the bounds stayed. `--full` has three seeds,
+# more: what helps is the layers. **All shrunk arms answered "background" nearly everywhere**, so of them the
+# run says nothing: their up-sampler had not learned where a position is. Two earlier runs, in which they had
+# an MLP, ended so, too; the steps were raised after the first, the bounds stayed. `--full` has three seeds,
 # 256 tokens, and two classes learned later with all old weights kept (old queries read the new ones, though).
 #
 # ## What this does not show
