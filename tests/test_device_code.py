@@ -41,7 +41,7 @@ MAY = {
         "tasks/caption.py": {"Caption.metrics", "corpus_scores"},
         "tasks/attack.py": {"perturb", "moved", "blur"}},
     "a host branch, or what a run reads every so many steps": {
-        "models/passing.py": {"Passing.encode_kept", "Passing.groups"},  # at inference, once for each exit
+        "models/passing.py": {"Waiting.encode_kept", "Waiting.groups"},  # at inference, once for each exit
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},
         "train/inference.py": {"infer"}, "train/checkpoint.py": {"save", "_check_finite"},
         "tasks/classify.py": {"accuracy"}, "data/mix.py": {"mixed"},
