@@ -45,6 +45,7 @@ MAY = {
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},
         "train/inference.py": {"infer"}, "train/checkpoint.py": {"save", "_check_finite"},
         "tasks/classify.py": {"accuracy"}, "data/mix.py": {"mixed"},
+        "tasks/refer.py": {"Refer.labels", "Refer.metrics"},
         "tasks/segment.py": {"Segment.labels", "Segment.metrics", "mean_iou", "boundary_f1", "near"},
         "models/controls.py": {"RandomTokens.scores"}, "models/map_controls.py": {"RandomPaths.choose"}},
 }

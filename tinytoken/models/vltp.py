@@ -56,6 +56,7 @@ class VLTPConfig(PlainConfig):
     reactivate: int | None = None
     width: int | None = None
     choose: str = "sentence"
+    no_embed_class = True  # the class token has no position
     choices: ClassVar = {"choose": ("sentence", "constant", "class", "random")}
     positive = (*PlainConfig.positive, "length")
 
