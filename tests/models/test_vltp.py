@@ -1,4 +1,4 @@
-"""VLTP: nothing dropped is the plain ViT, masked is gathered, the choice, the decoder, losses and cost by hand."""
+"""VLTP: nothing dropped is the plain ViT, masked is gathered; the choice, losses and cost by hand."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ SMALL = dict(image_size=(16, 24), patch_size=4, dim=8, depth=5, heads=2, num_cla
              keep_ratios=(0.5, 0.25), width=8)
 EVERY = ("sentence", "constant", "class", "random")
 rng = np.random.default_rng(0)
-PICTURES, WORDS = rng.standard_normal((3, 3, 16, 24)) * 2, np.array([[4, 5, 0, 0, 0], [6, 1, 3, 4, 8], [7, 4, 0, 0, 0]])
+PICTURES = rng.standard_normal((3, 3, 16, 24)) * 2
+WORDS = np.array([[4, 5, 0, 0, 0], [6, 1, 3, 4, 8], [7, 4, 0, 0, 0]])
 MASKS = rng.integers(0, 2, (3, 16, 24))
 
 
@@ -124,7 +125,8 @@ def test_random_tokens_are_drawn():
     draw = model.noise(3, 2, 1)["draw"]
     assert draw.shape == (3, 2, 24)
     out, other = model(PICTURES, WORDS, draw=draw), model(PICTURES, WORDS)
-    assert [set(row) for row in np.argsort(-draw[:, 0])[:, :12]] == [set(np.flatnonzero(k)) for k in out.kept[0]]
+    best = np.argsort(-draw[:, 0])[:, :12]
+    assert [set(row) for row in best] == [set(np.flatnonzero(kept)) for kept in out.kept[0]]
     assert (out.kept[0] != other.kept[0]).any() and np.array_equal(model(PICTURES).kept[0], other.kept[0])
 
 

@@ -129,8 +129,7 @@ class VLTP(Guided):
         given, shares = hasattr(ratios, "shape"), c.keep_ratios if ratios is None else ratios
         expect(not given or ratios.shape == (len(images), places), "VLTP",
                lambda: f"{shape_of('ratios', ratios)}, expected {(len(images), places)}")
-        expect(keep is None or len(keep) == places, "VLTP",
-               lambda: f"{len(keep or ())} masks for {places} places")
+        expect(keep is None or len(keep) == places, "VLTP", f"{len(keep or ())} masks for {places} places")
         tokens = self.start(images, trace, paths, GuidedTokens, forced=keep, draw=draw,
                             shares=shares.T if given else c.shares(shares))
         tokens.guide = self.text(self.checked(words, tokens.x))
