@@ -134,10 +134,10 @@ assert max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(*slopes)) < 1e-
 # - **class**: what a class token reads most in the next block. **random**: any.
 #
 # Each learns for all budgets at once: a share r of {1, .5, .35, .25, .15} is drawn for each picture. After
-# the first place the root of r goes on, after the second r. Then each is tested at each r: mIoU, here the mean
-# over sentences of the object's intersection over union, and the **recall**, the part of the object that
-# lies in tokens that are left. The key control takes the same picture with its **other** sentence: the other
-# object's tokens should be kept, and the recall of this one should collapse.
+# the first place the root of r goes on, after the second r. Then each is tested at each r: mIoU, here the
+# mean over sentences of the object's intersection over union, and the **recall**, the part of the object
+# that lies in tokens that are left. The key control takes the same picture with its **other** sentence: the
+# other object's tokens should be kept, and the recall of this one should collapse.
 #
 # The bounds, set before the run: over r <= .35 the sentence is more than one point of mIoU above constant,
 # and above class; at r = .5 at most one point below r = 1; at r = .25 the recall falls by more than 30
@@ -255,11 +255,11 @@ here.claim("points of recall lost with the other sentence at r = .25", lost, low
 here.claim("% of the tokens at r = .25 that both sentences keep", mean(SENTENCE, 0.25, "shared"), high=80)
 above = {name: few(SENTENCE) - few(name) for name in (CONSTANT, CLASS, RANDOM)}
 here.says(f"With .35, .25 and .15 of the tokens, chosen by the sentence, mIoU is {few(SENTENCE):.1f} % on the "
-          f"mean ({mean(SENTENCE, 1.0):.1f} with all tokens), {above[CONSTANT]:+.1f} points from a learned "
-          f"constant in its place, {above[CLASS]:+.1f} from class attention, {above[RANDOM]:+.1f} from random "
-          f"tokens; at .25, {mean(SENTENCE, 0.25, 'recall'):.0f} % of the object is in what is left, "
-          f"{mean(SENTENCE, 0.25, 'other recall'):.0f} % with the picture's other sentence ({STEPS:,} + "
-          f"{FURTHER:,} steps, seeds {here.seeds}).")
+          f"mean ({mean(SENTENCE, 1.0):.1f} with all tokens), {above[CONSTANT]:+.1f} points from a "
+          f"learned constant in its place, {above[CLASS]:+.1f} from class attention, "
+          f"{above[RANDOM]:+.1f} from random tokens; at .25, {mean(SENTENCE, 0.25, 'recall'):.0f} % of the "
+          f"object is in what is left, {mean(SENTENCE, 0.25, 'other recall'):.0f} % with the picture's "
+          f"other sentence ({STEPS:,} + {FURTHER:,} steps, seeds {here.seeds}).")
 here.measured(by_seed=done, recipe=SETTINGS)
 
 

@@ -73,8 +73,8 @@ def test_the_best_go_on_and_what_was_dropped_stays_so():
         assert set(first) == set(np.flatnonzero(out.kept[0][b]))
         second = sorted(first, key=lambda i: -out.scores[1].data[b, i])[:9]
         assert set(second) == set(np.flatnonzero(out.kept[1][b]))
-    swapped = model(PICTURES, WORDS[[1, 2, 0]])
-    assert (out.kept[0] != swapped.kept[0]).any()  # other sentences, other tokens
+    swapped = model(PICTURES, WORDS[[1, 2, 0]])  # other sentences, other scores of every picture
+    assert (abs(out.scores[0].data - swapped.scores[0].data).max(axis=1) > 1e-3).all()
     assert [title for title, _ in model.show(out)] == [f"VLTP: what goes on into block {i}" for i in (1, 3)]
 
 
@@ -157,9 +157,9 @@ def test_a_constant_in_the_sentences_place():
 
 def test_names_are_the_official_ones():
     """Those of the prune decoder at HanningChen/VLTP 79d22b6, and of SAM's transformer in it."""
-    attention = [f"{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj", "out_proj") for kind in ("weight", "bias")]
-    block = {f"{name}.{each}" for name in ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
-             for each in attention}
+    attention = [f"{part}_proj.{kind}" for part in ("q", "k", "v", "out") for kind in ("weight", "bias")]
+    kinds = ("self_attn", "cross_attn_token_to_image", "cross_attn_image_to_token")
+    block = {f"{name}.{each}" for name in kinds for each in attention}
     block |= {f"{name}.{kind}" for name in ("norm1", "norm2", "norm3", "norm4", "mlp.lin1", "mlp.lin2")
               for kind in ("weight", "bias")}
     expected = {f"transformer.layers.{i}.{name}" for i in range(2) for name in block}
@@ -192,7 +192,8 @@ def test_macs_are_the_closed_form_of_what_goes_on(choose):
     T, fixed = N + first, 48 * N * C
     text = 12 * L * D ** 2 + 2 * L ** 2 * D + 2 * D ** 2
     pixels = N * D * 16 * 8 + D * D + D * 8 + 32 * 32 * 8
-    scores = {"random": 0, "class": 3 * T * C ** 2 + 2 * T * C}.get(choose, decoder_macs(N, C, D) + N * D)
+    others = {"random": 0, "class": 3 * T * C ** 2 + 2 * T * C}
+    scores = others.get(choose, decoder_macs(N, C, D) + N * D)
     blocks = 3 * block(T) + 3 * block(32 + first) + 2 * block(16 + first)
     assert tt.macs(model, images).total == fixed + text + pixels + decoder_macs(N, C, D) + blocks + 2 * scores
     unpruned = tt.macs(model, images, ratios=(1, 1)).total
@@ -236,14 +237,17 @@ def test_configuration_checkpoint_and_training(tmp_path):
     for choose in EVERY:
         model = models.create("vltp", dim=8, depth=3, heads=2, prune_before=(0, 1), choose=choose)
         assert model.config.reactivate == 2 and model.config.width == 4
-        found = fit(model, Refer(model), Batches(train.images, train.labels, 8), steps=3, log_every=1, bar=False)
+        batches = Batches(train.images, train.labels, 8)
+        found = fit(model, Refer(model), batches, steps=3, log_every=1, bar=False)
         assert np.isfinite(found["loss"]) and ("scores" in found) == (choose in ("sentence", "constant"))
         comes_back(model, tmp_path)
 
 
+RISE = "VLTP: keep_ratios (0.2, 0.5) rise; they are of the original number of tokens, so they cannot"
+
+
 @pytest.mark.parametrize("config, text", [
-    (dict(keep_ratios=(0.2, 0.5)), "VLTP: keep_ratios (0.2, 0.5) rise; they are of the original number of tokens, "
-                                   "so they cannot"),
+    (dict(keep_ratios=(0.2, 0.5)), RISE),
     (dict(keep_ratios=(1.5, 0.5)), "VLTP: keep_ratios (1.5, 0.5), expected 0 < ratio <= 1"),
     (dict(keep_ratios=(0.5, 0)), "VLTP: keep_ratios (0.5, 0), expected 0 < ratio <= 1"),
     (dict(keep_ratios=(0.5,)), "VLTP: 2 places to prune and 1 keep ratios"),
@@ -263,8 +267,7 @@ def test_what_it_refuses(config, text):
     (dict(words=WORDS[:, :4]), "VLTP: words (3, 4) int64, expected (3, 5) integers"),
     (dict(words=WORDS[:2]), "VLTP: words (2, 5) int64, expected (3, 5) integers"),
     (dict(words=WORDS / 2), "VLTP: words (3, 5) float64, expected (3, 5) integers"),
-    (dict(ratios=(0.2, 0.5)), "VLTP: keep_ratios (0.2, 0.5) rise; they are of the original number of tokens, so they "
-                              "cannot"),
+    (dict(ratios=(0.2, 0.5)), RISE),
     (dict(ratios=(0.5, -1)), "VLTP: keep_ratios (0.5, -1), expected 0 < ratio <= 1"),
     (dict(ratios=(0.5,)), "VLTP: ratios (0.5,), expected one for each of 2 places"),
     (dict(ratios=0.5), "VLTP: ratios 0.5, expected one for each of 2 places"),
