@@ -258,8 +258,8 @@ here.says(f"With .35, .25 and .15 of the tokens, chosen by the sentence, mIoU is
           f"mean ({mean(SENTENCE, 1.0):.1f} with all tokens), {above[CONSTANT]:+.1f} points from a "
           f"learned constant in its place, {above[CLASS]:+.1f} from class attention, "
           f"{above[RANDOM]:+.1f} from random tokens; at .25, {mean(SENTENCE, 0.25, 'recall'):.0f} % of the "
-          f"object is in what is left, {mean(SENTENCE, 0.25, 'other recall'):.0f} % with the picture's "
-          f"other sentence ({STEPS:,} + {FURTHER:,} steps, seeds {here.seeds}).")
+          f"object is in what is left, {mean(SENTENCE, 0.25, 'other recall'):.0f} % with the other "
+          f"sentence ({STEPS:,} + {FURTHER:,} steps, seeds {here.seeds}).")
 here.measured(by_seed=done, recipe=SETTINGS)
 
 

@@ -1,5 +1,5 @@
-"""Pictures with sentences that mean an object: each is true of one object alone, by what was drawn; the mask is
-that object's; the two sentences of a picture mean two."""
+"""Pictures with sentences that mean an object: each is true of one object alone, by what was drawn; the mask
+is that object's; the two sentences of a picture mean two."""
 import collections
 import zlib
 
@@ -83,7 +83,8 @@ def test_both_words_are_needed(some):
         looks = some.looks[i]
         if len(text_of(some.sentences[i, 0]).split()) == 2:
             for k in some.meant[i] - 1:
-                assert ((looks == looks[k]).sum(axis=0) == 2).all() and ((looks == looks[k]).all(axis=1)).sum() == 1
+                alike = looks == looks[k]
+                assert (alike.sum(axis=0) == 2).all() and alike.all(axis=1).sum() == 1
         else:
             assert (looks[0] == looks[1]).all() and (looks[0] != looks[2]).all()
             assert looks[3].tolist() == [looks[0, 0], looks[2, 1]]
