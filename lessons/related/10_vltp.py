@@ -258,7 +258,7 @@ here.says(f"With .35, .25 and .15 of the tokens, chosen by the sentence, mIoU is
           f"mean ({mean(SENTENCE, 1.0):.1f} with all tokens), {above[CONSTANT]:+.1f} points from a "
           f"learned constant in its place, {above[CLASS]:+.1f} from class attention, "
           f"{above[RANDOM]:+.1f} from random tokens; at .25, {mean(SENTENCE, 0.25, 'recall'):.0f} % of the "
-          f"object is in what is left, {mean(SENTENCE, 0.25, 'other recall'):.0f} % with the other "
+          f"object is in what is left, {mean(SENTENCE, 0.25, 'other recall'):.0f} % with the picture's other "
           f"sentence ({STEPS:,} + {FURTHER:,} steps, seeds {here.seeds}).")
 here.measured(by_seed=done, recipe=SETTINGS)
 
@@ -300,7 +300,18 @@ here.picture("curves", curves, 11, 4)
 here.picture("kept", pictures, 9, 7.5)
 
 # %% [markdown]
-# TEXT
+# In the default run (one seed, 700 + 100 steps) two of the five bounds held. The sentence does choose: at
+# r = .25 its tokens hold 90 % of the object, a learned constant's 86 %, a class token's 54 %; with .15 of the
+# tokens 76, 67 and 42 %. With the picture's other sentence it is 63 and 36 %. That is 27 points at .25, where
+# the bound asked for 30: most of what the two sentences keep is the same there, since 16 tokens have room for
+# nearly all four objects. **But the mask hardly cares which tokens went through the middle**: even 15 % at
+# random cost 2 points of mIoU, and the constant is as good as the sentence. What was dropped has been through
+# the first block, is back for the last, and the decoder of the mask reads all. A model that finds masks of
+# only 30 % has not learned much to do in between. Whether it does in `--full` (three seeds, more steps, eight
+# blocks, and without reactivation as a control), that run shows; it goes on where it was stopped.
+#
+# The bounds were written before any model had been trained to more than 60 steps. The steps were cut from 900
+# + 150 before the run, for time; nothing was tuned.
 #
 # ## What this does not show
 # - Time. Multiply-adds are counted; a prune decoder is many small ops, which cost more than they count.
