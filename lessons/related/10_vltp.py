@@ -254,8 +254,8 @@ here.claim("points of mIoU lost at r = .5 to r = 1", mean(SENTENCE, 1.0) - mean(
 here.claim("points of recall lost with the other sentence at r = .25", lost, low=30)
 here.claim("% of the tokens at r = .25 that both sentences keep", mean(SENTENCE, 0.25, "shared"), high=80)
 above = {name: few(SENTENCE) - few(name) for name in (CONSTANT, CLASS, RANDOM)}
-here.says(f"With .35, .25 and .15 of the tokens, chosen by the sentence, mIoU is {few(SENTENCE):.1f} % on the "
-          f"mean ({mean(SENTENCE, 1.0):.1f} with all tokens), {above[CONSTANT]:+.1f} points from a "
+here.says(f"With .35, .25 and .15 of the tokens, chosen by the sentence, mIoU is {few(SENTENCE):.1f} % on "
+          f"the mean ({mean(SENTENCE, 1.0):.1f} with all tokens), {above[CONSTANT]:+.1f} points from a "
           f"learned constant in its place, {above[CLASS]:+.1f} from class attention, "
           f"{above[RANDOM]:+.1f} from random tokens; at .25, {mean(SENTENCE, 0.25, 'recall'):.0f} % of the "
           f"object is in what is left, {mean(SENTENCE, 0.25, 'other recall'):.0f} % with the picture's other "
