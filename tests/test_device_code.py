@@ -41,10 +41,11 @@ MAY = {
         "tasks/caption.py": {"Caption.metrics", "corpus_scores"},
         "tasks/attack.py": {"perturb", "moved", "blur"}},
     "a host branch, or what a run reads every so many steps": {
-        "models/passing.py": {"Passing.encode_kept", "Passing.groups"},  # at inference, once for each exit
+        "models/passing.py": {"Waiting.encode_kept", "Waiting.groups"},  # at inference, once for each exit
         "train/parallel.py": {"loss_and_grads"}, "train/step.py": {"Losses.read"},
         "train/inference.py": {"infer"}, "train/checkpoint.py": {"save", "_check_finite"},
         "tasks/classify.py": {"accuracy"}, "data/mix.py": {"mixed"},
+        "tasks/refer.py": {"Refer.labels", "Refer.metrics"},
         "tasks/segment.py": {"Segment.labels", "Segment.metrics", "mean_iou", "boundary_f1", "near"},
         "models/controls.py": {"RandomTokens.scores"}, "models/map_controls.py": {"RandomPaths.choose"}},
 }

@@ -34,16 +34,16 @@ def patches(model):
 
 
 def answered(model, batch):
-    """The shape of its logits: a row for each picture, or for each pixel."""
-    sides = model.config.input_shape[-2:] if model.task == "segment" else ()
-    return (batch, *sides, 5)
+    """The shape of its logits: a row for each picture, or for each pixel; of a mask one number for each."""
+    sides = model.config.input_shape[-2:]
+    return (batch, *{"segment": (*sides, 5), "refer": sides}.get(model.task, (5,)))
 
 
 def right(model):
     """Labels of two pictures."""
-    if model.task != "segment":
+    if model.task not in ("segment", "refer"):
         return RIGHT
-    return np.random.default_rng(1).integers(0, 5, answered(model, 2)[:3])
+    return np.random.default_rng(1).integers(0, 5 if model.task == "segment" else 2, answered(model, 2)[:3])
 
 
 each_name = pytest.mark.parametrize("name", models.names())
@@ -157,7 +157,7 @@ def test_every_call_returns_an_output(name, training, trace):
     if trace:
         again = model(inputs(model), **(draws if training else {}))
         assert type(again) is type(out)
-        if name == "dovit":  # traced, it hides what otherwise it does not compute
+        if name in ("dovit", "vltp"):  # traced, it hides what otherwise it does not compute
             same(again.logits.data, out.logits.data)
         else:
             assert np.array_equal(again.logits.data, out.logits.data)
@@ -298,7 +298,7 @@ def test_the_loss_of_a_dynamicvit(weights):
 def test_every_loss_is_a_scalar_with_parts_and_reaches_the_weights(name):
     model = shaken(models.create(name, **DEEP)).train()
     out = model(inputs(model), **model.noise(2, 0, 0))
-    taught = [teachers_output()] if model.task != "segment" else []
+    taught = [teachers_output()] if model.task not in ("segment", "refer") else []
     if name == "dovit":
         taught = [Output(tt.Tensor(np.zeros(answered(model, 2))), out.tokens.detach())]
     for teacher in (None, *taught):

@@ -71,7 +71,7 @@ class DynamicStagesConfig(StagesConfig):
     def __post_init__(self, *sizes: int) -> None:
         super().__post_init__(*sizes)
         self.check(len(self.depths) > 1, "1 stage, expected at least 2: it is decided in the last but one")
-        check_stages(self, self.depths[-2], self.widths[-2])
+        check_stages(self, self.depths[-2], self.widths[-2], falling=False)
 
 
 @dataclasses.dataclass

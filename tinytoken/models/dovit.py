@@ -75,7 +75,7 @@ class DoViT(Passing):
 
     def build(self, c: Any) -> None:
         super().build(c)
-        self.head: Any = None
+        self.stops, self.head = c.exits, None  # type: Any, Any
         answers = c.patch_size ** 2 * c.num_classes
         self.auxiliary_head = [nn.Linear(c.dim, answers) for _ in c.exits]
         self.decoder = Decoder([c.dim], c.width, answers)

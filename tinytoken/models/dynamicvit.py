@@ -30,9 +30,6 @@ class DynamicViTConfig(ColumnConfig):
     def __post_init__(self):
         super().__post_init__()
         check_stages(self, self.depth, self.dim)
-        self.check(list(self.keep_ratios) == sorted(self.keep_ratios, reverse=True),
-                   f"keep_ratios {self.keep_ratios} rise; they are of the original number of tokens, so they "
-                   f"cannot")
 
 
 @dataclasses.dataclass

@@ -25,6 +25,14 @@ def one_of(value: Any, *values: Any) -> bool:
     return not isinstance(value, np.ndarray) and value in values
 
 
+def check_ratios(c: Any, ratios: tuple[float, ...], falling: bool = True) -> None:
+    """InputError for shares to keep, of a configuration or a call, that are not from 0 to 1. falling: or that
+    rise."""
+    c.check(all(0 < r <= 1 for r in ratios), f"keep_ratios {ratios}, expected 0 < ratio <= 1")
+    c.check(not falling or list(ratios) == sorted(ratios, reverse=True),
+            f"keep_ratios {ratios} rise; they are of the original number of tokens, so they cannot")
+
+
 class Options:
     """A configuration of a model, the base of its dataclass. It has image_size: H = W, or (H, W), in pixels,
     patch_size and channels.

@@ -10,6 +10,7 @@ from ..backend import Array, array_module, to_numpy
 from ..errors import expect
 from ..tensor import Tensor, tensor_like
 from .base import Loss, Model, cross_entropy_of, is_whole, one_of, weighted_sum
+from .options import check_ratios
 
 
 class Predictor(nn.Module):
@@ -64,16 +65,16 @@ def mask_at(places: Array, x: Tensor, patches: int) -> Tensor:
     return ops.put_tokens(ones, places, length=patches)[:, :, 0]
 
 
-def check_stages(c: Any, blocks: int, D: int) -> None:
-    """InputError unless the configuration's prune_before and keep_ratios are places among so many blocks, of
-    width D, and the share to keep at each."""
+def check_stages(c: Any, blocks: int, D: int = 0, falling: bool = True) -> None:
+    """InputError unless the configuration's prune_before and keep_ratios are places among so many blocks, and
+    the share to keep at each. D: the width there, of a model with predictors. falling: of `check_ratios`."""
     places, ratios = c.prune_before, c.keep_ratios
     for name, values in (("prune_before", places), ("keep_ratios", ratios)):
         c.check(isinstance(values, tuple), f"{name} {values!r}, expected one per stage: a tuple or list")
     c.check(len(places) == len(ratios) > 0, f"{len(places)} places to prune and {len(ratios)} keep ratios")
     c.check(all(is_whole(i) and 0 <= i < blocks for i in places) and list(places) == sorted(set(places)),
             f"prune_before {places}, expected rising block numbers from 0 to {blocks - 1}")
-    c.check(all(0 < r <= 1 for r in ratios), f"keep_ratios {ratios}, expected 0 < ratio <= 1")
+    check_ratios(c, ratios, falling)
     c.check(D % 4 == 0, f"dim {D}, expected a multiple of 4 (the predictor's last hidden width is dim / 4)")
 
 
