@@ -8,7 +8,7 @@ from .arithmetic import add, divide, exp, log, max, mean, multiply, negative, po
 from .attend import attention, lookup_gather, lookup_infuse, merge_heads, split_heads
 from .conv import batch_norm, conv2d, unfold
 from .dense import embedding, linear, matmul
-from .grid import patchify, resize, resize_matrix
+from .grid import patchify, resize, resize_matrix, roi_align
 from .loss import binary_cross_entropy, cross_entropy, kl_divergence, mse
 from .norm import layer_norm, log_softmax, softmax
 from .numpy_functions import numpy_function, numpy_ufunc
