@@ -23,7 +23,7 @@ SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2,
 
 # The options that a model has, of these, are what it is tried with first ...
 FIRST = {"exits": (1,), "complementary": False, "prune_before": (1,), "keep_ratios": (0.5,),
-         "compressed": (2, 2), "r": 2}
+         "compressed": (2, 2), "r": 2, "prune_in": (0,), "decoder_dim": 16, "decoder_heads": 2, "hidden": 16}
 FIRST_DECIDES = {option: FIRST[option] for option in ("prune_before", "keep_ratios")}
 CLIPS = {"frames": 4, "compressed": (1, 2, 2)}
 PYRAMIDS = {"depths": (4, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
@@ -60,6 +60,9 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"complementary": True, "depth": 3, "alpha": 0.5, "critical": "random"}, {"eta": 0.4},
            {"critical": "none"}, {"exits": (1, 2), "depth": 3, "official": True},
            {"tau": 0.2, "aggregate": 0.5},
+           {"prune_in": (0, 1), "keep_rates": (0.8, 0.6), "key_weight": 4.0, "tubelet": (1, 4, 4)},
+           *({"rule": rule} for rule in ("random", "frames", "global")),
+           {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 1, "hidden": 8}, {"decoder_depth": 0},
            {"width": 16}, {"read": (1,), "stages": 1, "decoder": "dot"}, {"new_classes": 1, "layers": 1},
            {"shrink": "strided", "decoder": "linear"}, {"shrink": "edges", "extra": 3},
            {"shrink": "average", "decoder": "mlp"}, {"shrink": "random", "extra": 2},
@@ -71,10 +74,11 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
              for name in ("dynamicconvnext", "randompaths", "fastpath"))]
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
 EVAL_CALLS = [{}, {"trace": True}, {"refined": False}, {"mean_of_heads": True}, {"compressed": (3, 3)},
-              {"keep": "half"}, {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"keep": "half", "bucket": 2}]
+              {"keep": "half"}, {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"keep": "half", "bucket": 2},
+              {"hide": True}]
 TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)},
-               {"compressed": (2, 3, 1)}, {"tau": 0.2}]
-BY_TASK = {"noise", "paths"}
+               {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"hide": True}]
+BY_TASK = {"noise", "paths", "boxes"}
 
 
 def options(kind):
@@ -167,7 +171,7 @@ def arguments(kind):
             found |= {p.name for p in parameters if p.kind != p.VAR_KEYWORD}
             if all(p.kind != p.VAR_KEYWORD for p in parameters):
                 break
-    return found - {"self", "images"}
+    return found - {"self", "images", "clips"}
 
 
 # What is tried
@@ -234,6 +238,8 @@ def refused(network, call):
     if "compressed" in call:
         grid, own = call["compressed"], network.patch_embed.grid
         return len(grid) != len(own) or not all(n <= most for n, most in zip(grid, own))
+    if "hide" in call:
+        return network.config.official
     return "mean_of_heads" in call and network.config.classifiers != "both"
 
 

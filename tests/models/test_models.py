@@ -34,9 +34,10 @@ def patches(model):
 
 
 def answered(model, batch):
-    """The shape of its logits: a row for each picture, or for each pixel."""
+    """The shape of its logits: a row for each picture, for each pixel, or for its one actor."""
     sides = model.config.input_shape[-2:] if model.task == "segment" else ()
-    return (batch, *sides, 5)
+    actors = (1,) if model.task == "actions" else ()
+    return (batch, *sides, *actors, 5)
 
 
 def right(model):
@@ -298,7 +299,7 @@ def test_the_loss_of_a_dynamicvit(weights):
 def test_every_loss_is_a_scalar_with_parts_and_reaches_the_weights(name):
     model = shaken(models.create(name, **DEEP)).train()
     out = model(inputs(model), **model.noise(2, 0, 0))
-    taught = [teachers_output()] if model.task != "segment" else []
+    taught = [teachers_output()] if model.task not in ("segment", "actions") else []
     if name == "dovit":
         taught = [Output(tt.Tensor(np.zeros(answered(model, 2))), out.tokens.detach())]
     for teacher in (None, *taught):
