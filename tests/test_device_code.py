@@ -21,7 +21,7 @@ MAY = {
         "ops/grid.py": {"resize_matrix", "_cubic"}, "ops/window.py": {"_distances", "seen_in_windows"},
         "models/pruning.py": {"Deciding.decide_by"}, "tasks/base.py": {"Task.labels"},
         "models/t2tvit.py": {"TokenPerformer.start"},
-        "models/keyframe.py": {"positions_on", "spread_out"},
+        "models/keyframe.py": {"positions_on"}, "models/keyrules.py": {"spread_out"},
         "models/controls.py": {"PooledTokens.put_back", "means_of_parts", "morton_order"},
         "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
     "weights that are read from a file": {
@@ -48,7 +48,7 @@ MAY = {
         "tasks/classify.py": {"accuracy"}, "data/mix.py": {"mixed"},
         "tasks/actions.py": {"Actions.labels", "Actions.metrics"},
         "tasks/segment.py": {"Segment.labels", "Segment.metrics", "mean_iou", "boundary_f1", "near"},
-        "models/controls.py": {"RandomTokens.scores"}, "models/keyframe.py": {"KeyFrameViT.drawn"},
+        "models/controls.py": {"RandomTokens.scores"}, "models/keyrules.py": {"KeyRules.drawn"},
         "models/map_controls.py": {"RandomPaths.choose"}},
 }
 

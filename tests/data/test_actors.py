@@ -1,5 +1,5 @@
-"""Clips with actors: who does what, that boxes and masks are exact, and that neither a frame nor the actor alone
-tells the actions that are about the other."""
+"""Clips with actors: who does what, that boxes and masks are exact, and that neither a frame nor the actor
+alone tells the actions that are about the other."""
 import zlib
 
 import numpy as np
@@ -47,7 +47,9 @@ def test_boxes_and_instances(some):
     for instances, boxes in zip(some.instances[:30].reshape(-1, 32, 32), some.boxes[:30].reshape(-1, 2, 4)):
         for number in (1, 2):
             rows, columns = np.nonzero(instances == number)
-            expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else [0] * 4
+            expected = [0] * 4
+            if len(rows):
+                expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert boxes[number - 1].tolist() == expected
 
 

@@ -11,7 +11,7 @@ from tinytoken.backend import to_numpy
 from tinytoken.checking import gradcheck
 from tinytoken.data import Batches, load_pictures
 from tinytoken.models import EVAD
-from tinytoken.models.keyframe import spread_out
+from tinytoken.models.keyrules import spread_out
 from tinytoken.tasks.actions import Actions
 from tinytoken.train import fit
 

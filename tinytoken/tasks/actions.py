@@ -1,5 +1,5 @@
-"""What each actor of a clip does, whose box in the key frame is given. Labels (B, P, 5): of each actor its box
-(left, top, right, bottom) in pixels, and its action's number, -1 for nobody."""
+"""What each actor of a clip does, whose box in the key frame is given. Labels (B, P, 5): of each actor its
+box (left, top, right, bottom) in pixels, and its action's number, -1 for nobody."""
 import numpy as np
 
 from ..backend import Array, to_numpy
