@@ -87,7 +87,7 @@ def make_actors(count: int, *, seed: int = 0, split: str = "train", size: int = 
         part = slice(start, min(start + CHUNK, count))
         draw = Draws(part.stop - start, seed, f"actors.{split}", start // CHUNK)
         actions = _actions(draw)
-        picture, instances = _paint_frames(draw, *_course(draw, actions, frames), size)
+        picture, instances = _paint_frames(draw, size, *_course(draw, actions, frames))
         clips.images[part] = np.rint(picture.clip(0, 255, out=picture), out=picture).reshape(
             -1, frames, 3, size, size)
         clips.instances[part] = instances.reshape(-1, frames, size, size)
@@ -152,7 +152,7 @@ def _on_segment(draw, sign, gone):
     return way, middle + along * sign * (HALF + GAP)
 
 
-def _paint_frames(draw, centre, radius, angle, colour, kind, size):
+def _paint_frames(draw, size, centre, radius, angle, colour, kind):
     """-> pictures (rows T, 3, size, size) float32 and instances (rows T, size, size), clip by clip. The first
     actor is before the second."""
     frames = radius.shape[2]

@@ -1,10 +1,10 @@
 """EVAD (Chen et al. 2023, arXiv 2304.08451, "Efficient Video Action Detection with Token Dropout and Context
 Refinement"): what each actor does in a clip, where boxes say where they are in one frame, the key frame.
 
-The encoder (keyframe.py) keeps the key frame's tokens and drops others. For the decoder (refining.py) the tokens that are
-left stand in their places again, and a learned token in the others. What lies in an actor's box, grown a
-little, in all slots, becomes the actor's token. It reads the tokens that are left, and the other actors, and
-answers. Names are the official ones.
+The encoder (keyframe.py) keeps the key frame's tokens and drops others. For the decoder (refining.py) the
+tokens that are left stand in their places again, and a learned token in the others. What lies in an actor's
+box, grown a little, in all slots, becomes the actor's token. It reads the tokens that are left, and the other
+actors, and answers. Names are the official ones.
 
 The paper finds the boxes, too; here they are given. The official code puts the tokens that are left into one
 another's places, since it takes them to be sorted by place and they are sorted by score: `official`.
@@ -58,6 +58,7 @@ class EVADOutput(Output):
 class EVAD(KeyFrameViT):
     """An EVAD. clips (B, frames, channels, H, W), boxes (B, P, 4) -> EVADOutput."""
     Config: Any = EVADConfig
+    norm: Any
     task = "actions"
     loss_weights = (1, 1)  # of class, aux
 

@@ -78,7 +78,8 @@ class KeyFrameViT(ClipModel, KeyRules):
 
     def prune(self, stage: int, tokens: KeyTokens, weights: Array) -> None:
         """Go on with counts[stage] tokens. weights (B, H, T, T): of the block's attention."""
-        xp, extra, keep = array_module(weights), tokens.extra, tokens.keep
+        xp, extra = array_module(weights), tokens.extra
+        keep: Any = tokens.keep
         scores = self.scores(stage, tokens, weights)
         tokens.scores.append(scores)
         if keep is not None:

@@ -108,7 +108,8 @@ def spread_out(grid: tuple[int, ...]) -> np.ndarray:
     """(N - S,): the order in which "frames" takes the tokens of the other slots: slot by slot, each as far as
     possible from those that are there, of equally far ones the later; in a slot evenly over the picture."""
     slots, slot, key = grid[0], math.prod(grid[1:]), grid[0] // 2
-    there, left, rank = [key], [i for i in range(slots) if i != key], {}
+    there, left = [key], [i for i in range(slots) if i != key]
+    rank: dict[int, int] = {}
     while left:
         chosen = max(left, key=lambda i: (min(abs(i - other) for other in there), i))
         rank[chosen] = len(rank)

@@ -1,5 +1,5 @@
-"""The decoder of EVAD (Chen et al. 2023, arXiv 2304.08451, section 3.3, "context refinement"): actors read the
-tokens that are left of a clip, and answer. Names of parameters are the official ones.
+"""The decoder of EVAD (Chen et al. 2023, arXiv 2304.08451, section 3.3, "context refinement"): actors read
+the tokens that are left of a clip, and answer. Names of parameters are the official ones.
 """
 import math
 from typing import Any

@@ -18,8 +18,8 @@ def roi_align(x, boxes: Index, *, grid, size=7, samples=2):
     expect(x.ndim == boxes.ndim == 3 and x.shape[1] == h * w and len(boxes) == len(x) and boxes.shape[2] == 4,
            "roi_align", lambda: f"{shape_of('x', x)}, {shape_of('boxes', boxes)}: expected (B, {h * w}, D) "
                                 f"for the grid {tuple(grid)}, and (B, P, 4)")
-    (B, _, D), P, boxes = x.shape, boxes.shape[1], boxes.astype(x.dtype)
-    across, down = (_roi_weights(xp, boxes[:, :, k], boxes[:, :, k + 2], side, size, samples)
+    (B, _, D), P, edges = x.shape, boxes.shape[1], boxes.astype(x.dtype)
+    across, down = (_roi_weights(xp, edges[:, :, k], edges[:, :, k + 2], side, size, samples)
                     for k, side in ((0, w), (1, h)))
     down, across = down.reshape(B, P * size, h), across[:, :, None]  # (B, P size, h), (B, P, 1, size, w)
 
