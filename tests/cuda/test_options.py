@@ -258,7 +258,8 @@ LARGEST = {"fp32": 1e-4, "tf32": 0.02, "bf16": 0.05}  # of the largest gradient 
 # Layers before a ReLU: rounding to bf16 moves a value by about 0.4 % of the values' spread, so that about as
 # many are switched on or off. Single elements of a gradient jump; the gap's length is about the root of that
 # share, 6 % of the gradient's.
-SWITCH, SWITCHED = {"segvit", "atvit"}, 0.1
+# EVAD's largest values of a box, besides: where another of 49 is the largest, the slope goes to other tokens.
+SWITCHED = {"segvit": 0.1, "atvit": 0.1, "evad": 0.2}
 
 
 @functools.cache
@@ -278,8 +279,8 @@ def test_a_step_is_near_the_plain_one(name, number, precision, there):
     assert any(kernel.startswith("bf16_") for kernel, *_ in there) == (precision == "bf16")
     expected, plain_gradients = plain(trained, name, number)
     assert loss == pytest.approx(expected, rel=LOSS[precision]) and gradients.keys() == plain_gradients.keys()
-    switched = name in SWITCH and precision == "bf16"
-    size, share = ((np.linalg.norm, SWITCHED) if switched else
+    switched = name in SWITCHED and precision == "bf16"
+    size, share = ((np.linalg.norm, SWITCHED[name]) if switched else
                    (lambda g: np.abs(g).max(), LARGEST[precision]))
     layer, largest = lambda parameter: parameter.rpartition(".")[0], {}
     for n, g in plain_gradients.items():  # a bias of keys has none: no softmax sees what they have in common
