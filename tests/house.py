@@ -37,6 +37,7 @@ NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experi
             "dynamicconvnext": {"models/map_controls.py"}, "stvitr": {"models/segmenter.py"},
             "segment": {"models/dovit.py", "models/segmenter.py", "models/segvit.py"},
             "segment_taught": {"models/segmenter.py"},
+            "actions": {"models/evad.py"},
             "classify": {"models/base.py", "tasks/combine.py", "tasks/distil.py", "tasks/segment.py"},
             "distil": {"models/pruning.py", "tasks/segment.py"},
             "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py"},
