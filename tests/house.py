@@ -12,7 +12,7 @@ PACKAGE = ROOT / "tinytoken"
 # in one sitting.
 SITTING = ("graph.py", "tensor.py", "ops/", "nn/layers.py", "models/vit.py", "models/dynamicvit.py",
            "models/pruning.py", "models/lookupvit.py", "train/loop.py")
-BESIDE = ("ops/conv.py", "ops/window.py")  # what neither of the two papers' models has
+BESIDE = ("ops/conv.py", "ops/roi.py", "ops/window.py")  # what neither of the two papers' models has
 PYRAMIDS = ("models/convnext.py", "models/lemevit.py", "models/shunted.py", "models/stvitr.py", "models/swin.py")
 BUDGETS = {"the sitting path": 1800, "a model": 120, "a pyramid": 180, "a task": 60, "an op": 40, "a model's tests": 150,
            "columns": 110}
@@ -37,6 +37,7 @@ NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experi
             "dynamicconvnext": {"models/map_controls.py"}, "stvitr": {"models/segmenter.py"},
             "segment": {"models/dovit.py", "models/segmenter.py", "models/segvit.py"},
             "segment_taught": {"models/segmenter.py"}, "refer": {"models/vltp.py"},
+            "actions": {"models/evad.py"},
             "classify": {"models/base.py", "tasks/combine.py", "tasks/distil.py", "tasks/segment.py"},
             "distil": {"models/pruning.py", "tasks/segment.py"},
             "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py"},

@@ -17,10 +17,11 @@ FILES += [house.File(path) for folder in ("nn", "ops", "models", "tasks", "train
 OF_MODELS = ("__init__", "__post_init__", "build", "show")  # a model is made on the host, and shown there
 MAY = {
     "made once, on the host": {
-        "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions"},
+        "nn/module.py": {"zeros", "check_room"}, "nn/init.py": {"sincos_positions", "sinusoids"},
         "ops/grid.py": {"resize_matrix", "_cubic"}, "ops/window.py": {"_distances", "seen_in_windows"},
         "models/pruning.py": {"Deciding.decide_by"}, "tasks/base.py": {"Task.labels"},
-        "models/t2tvit.py": {"TokenPerformer.start", "sinusoids"},
+        "models/t2tvit.py": {"TokenPerformer.start"},
+        "models/keyframe.py": {"positions_on"}, "models/keyrules.py": {"spread_out"},
         "models/controls.py": {"PooledTokens.put_back", "means_of_parts", "morton_order"},
         "data/batches.py": {"Batches.__init__", "channel_statistics"}, "data/mix.py": {"beta_quantiles"}},
     "weights that are read from a file": {
@@ -46,8 +47,10 @@ MAY = {
         "train/inference.py": {"infer"}, "train/checkpoint.py": {"save", "_check_finite"},
         "tasks/classify.py": {"accuracy"}, "data/mix.py": {"mixed"},
         "tasks/refer.py": {"Refer.labels", "Refer.metrics"},
+        "tasks/actions.py": {"Actions.labels", "Actions.metrics"},
         "tasks/segment.py": {"Segment.labels", "Segment.metrics", "mean_iou", "boundary_f1", "near"},
-        "models/controls.py": {"RandomTokens.scores"}, "models/map_controls.py": {"RandomPaths.choose"}},
+        "models/controls.py": {"RandomTokens.scores"}, "models/keyrules.py": {"KeyRules.drawn"},
+        "models/map_controls.py": {"RandomPaths.choose"}},
 }
 
 

@@ -20,7 +20,7 @@ FREE = frozenset("""
     reshape transpose concat index pad broadcast_to split_heads merge_heads
     softmax log_softmax layer_norm batch_norm gelu relu sigmoid log_sigmoid tanh cross_entropy
     binary_cross_entropy kl_divergence mse embedding gumbel_softmax take_tokens put_tokens patchify resize
-    cut_windows join_windows relative_bias unfold cut_overlapping max_in_windows
+    cut_windows join_windows relative_bias unfold cut_overlapping max_in_windows roi_align
 """.split())
 
 

@@ -23,7 +23,7 @@ SIZES = dict(image_size=16, patch_size=4, dim=32, depth=2, heads=2, mlp_ratio=2,
 
 # The options that a model has, of these, are what it is tried with first ...
 FIRST = {"exits": (1,), "complementary": False, "prune_before": (1,), "keep_ratios": (0.5,),
-         "compressed": (2, 2), "r": 2}
+         "compressed": (2, 2), "r": 2, "prune_in": (0,), "decoder_dim": 16, "decoder_heads": 2, "hidden": 16}
 FIRST_DECIDES = {option: FIRST[option] for option in ("prune_before", "keep_ratios")}
 CLIPS = {"frames": 4, "compressed": (1, 2, 2)}
 PYRAMIDS = {"depths": (4, 1), "layer_scale": 0.25}  # of 1e-6, their default, nothing would be seen
@@ -61,6 +61,9 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            {"critical": "none"}, {"exits": (1, 2), "depth": 3, "official": True},
            {"tau": 0.2, "aggregate": 0.5}, {"choose": "constant", "length": 3}, {"choose": "random"},
            {"choose": "class", "depth": 3, "reactivate": 3},
+           {"prune_in": (0, 1), "keep_rates": (0.8, 0.6), "key_weight": 4.0, "tubelet": (1, 4, 4)},
+           *({"rule": rule} for rule in ("random", "frames", "global")),
+           {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 1, "hidden": 8}, {"decoder_depth": 0},
            {"width": 16}, {"read": (1,), "stages": 1, "decoder": "dot"}, {"new_classes": 1, "layers": 1},
            {"shrink": "strided", "decoder": "linear"}, {"shrink": "edges", "extra": 3},
            {"shrink": "average", "decoder": "mlp"}, {"shrink": "random", "extra": 2},
@@ -73,10 +76,10 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
 # Arguments of a model's call, by the modes in which they are tried; the task gives the others.
 EVAL_CALLS = [{}, {"trace": True}, {"refined": False}, {"mean_of_heads": True}, {"compressed": (3, 3)},
               {"keep": "half"}, {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"keep": "half", "bucket": 2},
-              {"ratios": (0.75,)}]
+              {"ratios": (0.75,)}, {"hide": True}]
 TRAIN_CALLS = [{"trace": True}, {"hard": False}, {"keep": "half"}, {"compressed": (3, 3)},
-               {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"ratios": (0.75,)}]
-BY_TASK = {"noise", "paths", "words", "draw"}
+               {"compressed": (2, 3, 1)}, {"tau": 0.2}, {"ratios": (0.75,)}, {"hide": True}]
+BY_TASK = {"noise", "paths", "words", "draw", "boxes"}
 
 
 def options(kind):
@@ -169,7 +172,7 @@ def arguments(kind):
             found |= {p.name for p in parameters if p.kind != p.VAR_KEYWORD}
             if all(p.kind != p.VAR_KEYWORD for p in parameters):
                 break
-    return found - {"self", "images"}
+    return found - {"self", "images", "clips"}
 
 
 # What is tried
@@ -241,6 +244,8 @@ def refused(network, call):
     if "compressed" in call:
         grid, own = call["compressed"], network.patch_embed.grid
         return len(grid) != len(own) or not all(n <= most for n, most in zip(grid, own))
+    if "hide" in call:
+        return network.config.official
     return "mean_of_heads" in call and network.config.classifiers != "both"
 
 
@@ -260,8 +265,9 @@ LARGEST = {"fp32": 1e-4, "tf32": 0.02, "bf16": 0.05}  # of the largest gradient 
 # Layers before a ReLU: rounding to bf16 moves a value by about 0.4 % of the values' spread, so that about as
 # many are switched on or off. Single elements of a gradient jump; the gap's length is about the root of that
 # share, 6 % of the gradient's.
-# VLTP has such layers in three transformers, one after another, of which the last reads few tokens.
-SWITCHED = {"segvit": 0.1, "atvit": 0.1, "vltp": 0.2}
+# VLTP has such layers in three transformers, one after another, of which the last reads few tokens. EVAD's
+# largest values of a box, besides: where another of 49 is the largest, the slope goes to other tokens.
+SWITCHED = {"segvit": 0.1, "atvit": 0.1, "evad": 0.2, "vltp": 0.2}
 
 
 @functools.cache

@@ -223,13 +223,13 @@ def test_in_every_frame_every_quantity_is_distributed_alike_for_all_actions():
 @pytest.mark.parametrize("mistake", ["no cycle", "even distance", "key frame first", "a colour of its own"])
 def test_a_frame_that_tells_is_seen(mistake, monkeypatch):
     if mistake == "no cycle":  # what comes to the end stays there
-        monkeypatch.setattr(clips, "_on_cycle", lambda phase: phase.clip(0, 1))
+        monkeypatch.setattr(clips, "on_cycle", lambda phase: phase.clip(0, 1))
     elif mistake == "even distance":  # the step is of the distance, not of its square
         monkeypatch.setattr(clips, "_on_ray", lambda place, disc, gone, real=clips._on_ray: (
             disc + (real(place, disc, 0 * gone) - disc) * (1 + gone[:, :, None]).clip(0)))
     elif mistake == "a colour of its own":
-        monkeypatch.setattr(clips, "_two_colours", lambda draw, real=clips._two_colours: (
-            real(draw)[0], 0 * real(draw)[1] + 100))
+        monkeypatch.setattr(clips, "two_colours", lambda draw, whose, real=clips.two_colours: (
+            real(draw, whose)[0], 0 * real(draw, whose)[1] + 100))
     labels, course = courses(20_000)
     if mistake == "key frame first":
         course.key[of(labels, "grow")] //= 2

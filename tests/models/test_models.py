@@ -34,9 +34,10 @@ def patches(model):
 
 
 def answered(model, batch):
-    """The shape of its logits: a row for each picture, or for each pixel; of a mask one number for each."""
+    """The shape of its logits: a row for each picture, for each pixel, or for its one actor; of a mask one
+    number for each pixel."""
     sides = model.config.input_shape[-2:]
-    return (batch, *{"segment": (*sides, 5), "refer": sides}.get(model.task, (5,)))
+    return (batch, *{"segment": (*sides, 5), "refer": sides, "actions": (1, 5)}.get(model.task, (5,)))
 
 
 def right(model):
@@ -298,7 +299,7 @@ def test_the_loss_of_a_dynamicvit(weights):
 def test_every_loss_is_a_scalar_with_parts_and_reaches_the_weights(name):
     model = shaken(models.create(name, **DEEP)).train()
     out = model(inputs(model), **model.noise(2, 0, 0))
-    taught = [teachers_output()] if model.task not in ("segment", "refer") else []
+    taught = [teachers_output()] if model.task not in ("segment", "refer", "actions") else []
     if name == "dovit":
         taught = [Output(tt.Tensor(np.zeros(answered(model, 2))), out.tokens.detach())]
     for teacher in (None, *taught):

@@ -127,6 +127,8 @@ def case(name, note, *inputs, fixed=(), smooth=True, **settings):
     return Case(name, note, inputs, settings, fixed, smooth)
 
 
+BOXES = given([[[0.3, 0.2, 2.9, 2.1], [-2, 1, 1.4, 2.6], [3.1, -1.5, 4.9, 0.4]],
+               [[1.2, 1.1, 1.9, 1.7], [0, 0, 4, 3], [2.2, 0.4, 2.2, 1.9]]])
 HARD = given([[1, 0, 1, 1]])               # one image
 HARD3 = given([[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]])  # three: some kept, one kept, none kept
 ONE, THREE = (1, 2, 4, 3), (3, 1, 4, 2)    # (B, H, T, d)
@@ -271,6 +273,8 @@ grid = [
     case("resize", "smaller", normal(2, 12, 3), grid=(3, 4), size=(2, 3)),
     case("resize", "larger", normal(1, 6, 2), grid=(2, 3), size=(3, 5)),
     case("resize", "not antialiased", normal(2, 20, 3), grid=(4, 5), size=(2, 3), antialias=False),
+    case("roi_align", "", normal(2, 12, 3), BOXES, fixed=("boxes",), grid=(3, 4), size=2),
+    case("roi_align", "one sample", normal(2, 20, 2), BOXES, fixed=("boxes",), grid=(4, 5), size=3, samples=1),
 ]
 window = [
     *[case(name, note, normal(*shape), **dict(grid=(4, 6), window=(2, 3)) | settings)

@@ -132,7 +132,7 @@ def _course(draw, labels, frames):
     does = {name: (labels == i)[:, None].astype("float32") for i, name in enumerate(ACTIONS)}
     start = draw.uniform("start", (4, 1))  # on the cycles of column, row, size and angle
     steps = (does["right"] - does["left"], does["down"] - does["up"], does["grow"] - does["shrink"])
-    across, down, size = (_on_cycle(start[:, k] + step * gone) for k, step in enumerate(steps))
+    across, down, size = (on_cycle(start[:, k] + step * gone) for k, step in enumerate(steps))
     way = does["flee"] - does["approach"]
     place, disc = _on_ways(np.stack([across, down], axis=2)), _on_ways(draw.uniform("disc.centre", (2,)))
     centre = np.where(way[:, :, None], _on_ray(place, disc[:, None], way * gone), place)
@@ -140,12 +140,12 @@ def _course(draw, labels, frames):
     kinds = np.array([NAMES.index(name) for name in ACTORS])[draw.integers("actor", (), len(ACTORS))]
     held = 1 + draw.integers("blink.held", (1,), HELD)
     other = (does["blink"] > 0) & (time // held % 2 == 1)
-    colour = np.where(other[:, :, None], *(c[:, None] for c in _two_colours(draw)[::-1]))
+    colour = np.where(other[:, :, None], *(c[:, None] for c in two_colours(draw, "actor")[::-1]))
     return Course(key, centre, RADIUS[0] + (RADIUS[1] - RADIUS[0]) * size, 2 * math.pi * start[:, 3] + spins,
                   colour, kinds, disc)
 
 
-def _on_cycle(phase):
+def on_cycle(phase: np.ndarray) -> np.ndarray:
     """What has gone beyond the end of its cycle, 1, goes on at the beginning, 0."""
     return phase - np.floor(phase)
 
@@ -166,16 +166,15 @@ def _on_ray(place, disc, gone):
     apart = np.where(apart == 0, np.float32(1e-6), apart)
     end = _on_ways((apart > 0).astype("float32"))
     longer = ((end - disc) / apart).min(axis=2, keepdims=True)  # the whole ray, in lengths of `apart`
-    share = _on_cycle(1 / longer ** 2 + gone[:, :, None])
+    share = on_cycle(1 / longer ** 2 + gone[:, :, None])
     return disc + apart * longer * np.sqrt(share)
 
 
-def _two_colours(draw):
+def two_colours(draw: Draws, whose: str) -> tuple[np.ndarray, np.ndarray]:
     """Two colours (rows, 3) of each actor, each of the palette by the rule of scenes, and not alike."""
-    from .scenes import JITTER, PALETTE
-    first = draw.integers("actor.palette", (), len(PALETTE))
-    second = first + 1 + draw.integers("actor.other", (), len(PALETTE) - 1)
-    jitter = draw.uniform("actor.jitter", (2, 3), -JITTER, JITTER)
+    first = draw.integers(f"{whose}.palette", (), len(PALETTE))
+    second = first + 1 + draw.integers(f"{whose}.other", (), len(PALETTE) - 1)
+    jitter = draw.uniform(f"{whose}.jitter", (2, 3), -JITTER, JITTER)
     return PALETTE[first] + jitter[:, 0], PALETTE[second % len(PALETTE)] + jitter[:, 1]
 
 

@@ -162,7 +162,7 @@ class T2TViT(ViT):
 
     def build(self, c: Any) -> None:
         super().build(c)
-        self.pos_embed = nn.Buffer(sinusoids(self.pos_embed.shape[1], c.dim)[None])
+        self.pos_embed = nn.Buffer(nn.sinusoids(self.pos_embed.shape[1], c.dim)[None])
         for name, module in self.named_modules():
             if isinstance(module, TokenPerformer):
                 module.start(name)
@@ -178,10 +178,3 @@ class T2TViT(ViT):
     @pos_embed.setter
     def pos_embed(self, table: Any) -> None:
         vars(self)["pos_embed"] = nn.Buffer(table.data)
-
-
-def sinusoids(places: int, dim: int) -> np.ndarray:
-    """The table of Vaswani et al. 2017, section 3.5, (places, dim) float32: place p has sin(p f) in even
-    channels and cos(p f) in odd ones, f falling from 1 to nearly 1 / 10,000."""
-    angles = np.arange(places)[:, None] * 10000.0 ** (-(np.arange(dim) // 2 * 2) / dim)
-    return np.where(np.arange(dim) % 2, np.cos(angles), np.sin(angles)).astype("float32")

@@ -3,7 +3,7 @@ from .conv import BatchNorm2d, Conv2d, Sequential
 from .cross import CrossAttention
 from .flat import Flat, flatten
 from .images import both_sides, checked_images
-from .init import he, initialise, normal, sincos_positions, start_positions, xavier
+from .init import he, initialise, normal, sincos_positions, sinusoids, start_positions, xavier
 from .layers import (GELU, MLP, Attention, Block, LayerNorm, LayerScale, Linear, PatchEmbed, Projection,
                      attention_branch, column, mlp_branch, scaled)
 from .module import Buffer, Module, Parameter, at_most, follow_all, noted, zeros
@@ -14,4 +14,4 @@ __all__ = ["Attention", "BatchNorm2d", "Block", "Buffer", "Conv2d", "CrossAttent
            "Sequential", "TubeletEmbed",
            "at_most", "attention_branch", "both_sides", "checked_images", "column", "flatten", "follow_all",
            "he", "initialise", "mlp_branch", "normal", "noted", "scaled", "sincos_positions",
-           "start_positions", "xavier", "zeros"]
+           "sinusoids", "start_positions", "xavier", "zeros"]

@@ -77,3 +77,10 @@ def start_positions(grid: tuple[int, ...], dim: int) -> np.ndarray:
     """The position table that models start from, (h w, dim) or (t h w, dim): the sine-cosine table x 0.7,
     then learned."""
     return sincos_positions(grid, dim) * 0.7
+
+
+def sinusoids(places: int, dim: int) -> np.ndarray:
+    """The table of Vaswani et al. 2017, section 3.5, (places, dim) float32: place p has sin(p f) in even
+    channels and cos(p f) in odd ones, f falling from 1 to nearly 1 / 10,000."""
+    angles = np.arange(places)[:, None] * 10000.0 ** (-(np.arange(dim) // 2 * 2) / dim)
+    return np.where(np.arange(dim) % 2, np.cos(angles), np.sin(angles)).astype("float32")

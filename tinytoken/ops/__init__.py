@@ -12,6 +12,7 @@ from .grid import patchify, resize, resize_matrix
 from .loss import binary_cross_entropy, cross_entropy, kl_divergence, mse
 from .norm import layer_norm, log_softmax, softmax
 from .numpy_functions import numpy_function, numpy_ufunc
+from .roi import roi_align
 from .select import gumbel_softmax, put_tokens, take_tokens, top_k
 from .shape import broadcast_to, concat, getitem, index, pad, reshape, swapaxes, transpose
 from .window import (cut_overlapping, cut_windows, join_windows, max_in_windows, relative_bias,
