@@ -310,8 +310,8 @@ here.picture("kept", pictures, 9, 7.5)
 # only 30 % has not learned much to do in between. Whether it does in `--full` (three seeds, more steps, eight
 # blocks, and without reactivation as a control), that run shows; it goes on where it was stopped.
 #
-# The bounds were written before any model had been trained to more than 60 steps. The steps were cut from 900
-# + 150 before the run, for time; nothing was tuned.
+# The bounds were written before any model had been trained to more than 60 steps. A trial of 600 steps was
+# seen after that, and the steps were cut from 900 + 150, for time; nothing was tuned.
 #
 # ## What this does not show
 # - Time. Multiply-adds are counted; a prune decoder is many small ops, which cost more than they count.
