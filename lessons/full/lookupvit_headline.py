@@ -1,7 +1,7 @@
 """LookupViT beside the ViT and beside ViTs of its own multiply-adds, in the recipe that lookupvit_recipe.py
 chose: does it keep the ViT's accuracy at half the cost?
 
-    python lessons/full/lookupvit_headline.py --full                        # scenes, 3,000 steps, 3 seeds
+    python lessons/full/lookupvit_headline.py --full                        # scenes, 3,000 steps, 5 seeds
     python lessons/full/lookupvit_headline.py --full --data cifar10         # 20 epochs, 3 seeds
 
 Every arm sees the same pictures in the same order, and gets the same steps of the same optimiser. Labels
@@ -69,7 +69,7 @@ ARMS = {VIT: arm("vit"), LOOKUP: arm(), **{name: arm("vit", **config) for name, 
         **{name: arm(**config) for name, config in ABLATIONS.items()},
         **({} if on_scenes else {SMOOTHED: arm(settings={})})}
 ARMS = {name: dataclasses.replace(arm, phase=f"headline {name}") for name, arm in ARMS.items()}
-seeds = [here.seed + i for i in range(here.pick(1, 1, 3))]
+seeds = [here.seed + i for i in range(here.pick(1, 1, 5 if on_scenes else 3))]
 seeds_of = {name: seeds[:1] if name in (*ABLATIONS, SMOOTHED) else seeds for name in ARMS}
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS} | MOVES
 
