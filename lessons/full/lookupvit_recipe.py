@@ -10,8 +10,7 @@ the same command in several terminals shares the arms. Writes lookupvit_recipe_f
 lookupvit_recipe_full_cifar10.json).
 
 On photographs LookupViT fits less than the ViT. What it is short of is asked by arms that give it more
-compressed tokens, a wider light path, more blocks, or a mixing of neighbours by convolutions (the ViT gets
-them too).
+compressed tokens, a wider light path, more blocks, or a mixing of neighbours by convolutions.
 
 It also notes whether the compressed tokens do different things: the mean cosine between the rows of the
 gather's attention, by block, in the course of training (1: all compressed tokens read the same patches).
@@ -21,7 +20,7 @@ import functools
 
 import numpy as np
 
-from tinytoken import nn, ops
+from tinytoken import nn
 from tinytoken.experiments import Arm, Recipe, lesson, read_alike
 from tinytoken.models import LookupViT, ViT
 from tinytoken.models.maps import LocalConv
@@ -73,18 +72,6 @@ def no_mixing_yet(dim):
     conv = LocalConv(dim)
     conv.weight.data[...] = 0
     return conv
-
-
-class MixedViT(ViT):
-    """Before each block, a weighted sum of its neighbours is added to each patch token."""
-
-    def build(self, config):
-        super().build(config)
-        self.local = [no_mixing_yet(config.dim) for _ in self.blocks]
-
-    def before_block(self, i, tokens):
-        mixed = tokens.patches + self.local[i](tokens.patches, self.patch_embed.grid)
-        tokens.x = ops.concat(tokens.x[:, :tokens.extra], mixed, axis=1) if tokens.extra else mixed
 
 
 class MixedBlock(nn.Module):
@@ -184,7 +171,7 @@ SHORT_OF = {f"{alike}, {change}": arm(kind, **BEST | config) for change, kind, c
     ("neighbours", MixedLookupViT, {}), ("light MLP x 4", LookupViT, dict(lookup_mlp_ratio=4)),
     ("depth 12", LookupViT, dict(depth=here.pick(3, 12, 12))),
     ("grid 5x5", LookupViT, dict(compressed=here.pick((2, 3), (5, 5), (5, 5)))))
-} | {f"ViT, {alike}, neighbours": arm(MixedViT, **SPREAD)}
+}
 ARMS = FIRST | SOFTER | GRID | LAST | LONG | SHORT_OF
 # of what takes longest, only what decides
 DECISIVE = ([f"{name}, {LONGER:,} steps{MOVED}" for name, *_ in KINDS] if on_scenes else
@@ -193,7 +180,7 @@ chosen = here.pick(list(ARMS), ["ViT", "both, probs, qk", alike],
                    [*DECISIVE, *FIRST, *SOFTER, *GRID, *LAST] if on_scenes else
                    [*DECISIVE, f"ViT, {alike}", alike, f"{alike}, probs, qk", f"{alike}, no way back",
                     f"{alike}, two classifiers", "compressed, probs, qk", "compressed, resoftmax, pre",
-                    *SHORT_OF, "both, probs, qk"])
+                    *SHORT_OF])
 
 
 def train(name):
