@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from .. import nn
 from ..errors import InputError, expect
 from ..files import as_json, claimed, plain_number, replacing
+from ..group import current, digest
 from ..reading import field, finite, numbers, open_regular, read_bytes, read_rows, whole
 from . import checkpoint
 
@@ -41,6 +42,8 @@ class Run:
 
     def log(self, **row: Any) -> None:
         """Append one line to the history."""
+        if current().rank:
+            return
         line = json.dumps(row, default=plain_number) + "\n"
         with claimed(self.history, wait=True):  # of another phase, in another process
             try:
@@ -63,6 +66,13 @@ class Run:
                 with replacing(self.history) as file:
                     file.write(kept)
 
+    def save(self, phase: str, model: nn.Module, optimizer: Any, **header: Any) -> None:
+        """Write the checkpoint of a phase, as checkpoint.save. InputError where the ranks of a group have come
+        to other weights."""
+        if current().size > 1:
+            current().same(f"the weights of {phase}", weights=digest(*(p.data for p in model.parameters())))
+        checkpoint.save(self.checkpoint(phase), model, optimizer, phase=phase, **header)
+
     def resume(self, phase: str, model: nn.Module, optimizer: Any, header: dict[str, Any]) -> State:
         """Load the checkpoint of a phase, if there is one -> (step to go on from, the report so far, losses
         since the last logged step).
@@ -79,6 +89,30 @@ class Run:
             checkpoint.fill(path, there, groups, model, optimizer if state[0] < steps else None)
         self.forget(phase, state[0])
         return state
+
+
+@contextlib.contextmanager
+def begun(run: Run | None, phase: str, model: nn.Module, optimizer: Any, batches: Any,
+          header: dict[str, Any]) -> Iterator[State]:
+    """Context: the training of a phase -> where it goes on from, as `Run.resume`. In a group of processes rank
+    0 reads that, and the others have the weights and moments from it; they go on when rank 0 has written all.
+    InputError where a rank has another recipe, other pictures or another model."""
+    group = current()
+    if group.size > 1:
+        shapes = [(name, p.shape, str(p.dtype)) for name, p in model.named_parameters()]
+        arrays = [getattr(batches, name) for name in ("images", "labels") if hasattr(batches, name)]
+        group.same(f"training of {phase}", header=as_json(header), model=shapes,
+                   pictures=digest(*arrays, *batches(header["recipe"]["offset"])))
+    context = run.claimed(phase, model, optimizer, header) if run else contextlib.nullcontext(fresh())
+    with group.leading(f"the beginning of {phase}", context) as state:
+        if group.size > 1:
+            moments, steps = optimizer.state()
+            [optimizer.steps] = group.exchange("the optimiser", steps)[:1]
+            held = [*model.parameters(), *(buffer for _, buffer in model.named_buffers())]
+            for array in (*moments.values(), *(each.data for each in held)):
+                group.broadcast(array)
+        yield state
+        group.exchange(f"the end of {phase}")
 
 
 def fresh() -> State:
