@@ -179,8 +179,9 @@ def _drift():
 
 
 FAULTS = {"input": _fails(tt.InputError("this picture cannot be used")), "bug": _fails(KeyError("a mistake")),
-          "memory": lambda: setattr(Narrow, "most", 2), "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
-          "exit": lambda: sys.exit(0), "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT), "drift": _drift}
+          "memory": lambda: setattr(Narrow, "most", 2), "exit": lambda: sys.exit(0), "drift": _drift,
+          "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+          "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT)}
 
 
 def inference(folder, kind, count, batch_size=""):

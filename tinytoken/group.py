@@ -111,7 +111,7 @@ class Group:
         slices = -(-images // micro)
         if slices < self.size:
             return slice(0, images), 1 / self.size
-        first, last = (min(images, micro * (slices * rank // self.size)) for rank in (self.rank, self.rank + 1))
+        first, last = (min(images, micro * (slices * n // self.size)) for n in (self.rank, self.rank + 1))
         return slice(first, last), (last - first) / images
 
 
@@ -133,8 +133,8 @@ class Ranks(Group):
         places = [place for place, _ in found]
         for rank, place in enumerate(places):
             if place != places[0]:
-                raise _agreed(InputError(f"rank {rank} is at {place!r}, and rank 0 at {places[0]!r}: all ranks "
-                                         f"have to do the same, in the same order"))
+                raise _agreed(InputError(f"rank {rank} is at {place!r}, and rank 0 at {places[0]!r}: all "
+                                         f"ranks have to do the same, in the same order"))
         return [value for _, value in found]
 
     def all_reduce(self, array):
@@ -160,7 +160,7 @@ class Ranks(Group):
         self.comm.Abort(code)
 
     def leave(self) -> None:
-        """At the end of the program: wait for the others. One that is elsewhere hears that this one is here."""
+        """At the end of the program: wait for the others. One that is elsewhere hears of it."""
         while True:
             try:
                 self.exchange("the end of the program")
@@ -217,8 +217,8 @@ def _begun():
                          f"{' '.join(str(error).split())} ({install(*PACKAGES)})") from error
     library = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip()
     expect(MPI.COMM_WORLD.size == size, "MPI",
-           f"{size} processes were started, and {library} knows of {MPI.COMM_WORLD.size}: expected the mpiexec "
-           f"of the same library ({install(*PACKAGES)})")
+           f"{size} processes were started, and {library} knows of {MPI.COMM_WORLD.size}: expected the "
+           f"mpiexec of the same library ({install(*PACKAGES)})")
     _state.group = group = Ranks(MPI.COMM_WORLD)
     for name in [name for name in os.environ if name.startswith(LAUNCHED)]:
         del os.environ[name]  # processes that this one starts belong to no group
@@ -267,7 +267,8 @@ def crashed(kind: type[BaseException], error: BaseException, trace: Any) -> None
     """The last of a rank that raised what nobody expects: its traceback, and the end of all ranks."""
     begins, stream = last_words(error)
     if stream is not None:
-        print(begins + "".join(traceback.format_exception(kind, error, trace)), end="", file=stream, flush=True)
+        text = begins + "".join(traceback.format_exception(kind, error, trace))
+        print(text, end="", file=stream, flush=True)
     end(1)
 
 
@@ -305,5 +306,5 @@ def digest(*arrays: Array) -> str:
     for array in arrays:
         host = np.ascontiguousarray(to_numpy(array))
         found.update(f"{host.dtype}{host.shape}".encode())
-        found.update(host.reshape(-1).view("uint8"))
+        found.update(host.reshape(-1).view("uint8").data)
     return found.hexdigest()

@@ -1,8 +1,7 @@
-"""Several processes that train one model, started by mpiexec: the same weights as one process, one writer, and
-every way in which a rank can end."""
+"""Several processes that train one model, started by mpiexec: the same weights as one process, one writer,
+and every way in which a rank can end."""
 import json
 import os
-import pathlib
 import re
 import signal
 import time
@@ -16,6 +15,8 @@ from tinytoken.group import Group, Ranks
 from tinytoken.train import checkpoint
 
 needs_mpi = pytest.mark.skipif(bool(ranked.missing()), reason=ranked.missing() or "MPI is here")
+SAME = "expected the same on all ranks"
+TOO_MANY = "fit: a batch of 4 images does not fit into memory, one of 2 does (no room)"
 BIAS_OF_KEYS = ("qkv.bias", "gather_k.bias")
 
 
@@ -32,8 +33,8 @@ def arrays(folder, name):
 # The same weights
 
 def without_biases_of_keys(weights):
-    """A key's bias adds the same to all scores of a query, so its gradient is 0 but for rounding; AdamW divides
-    that by its own size, and moves the bias by chance. It changes no answer."""
+    """A key's bias adds the same to all scores of a query, so its gradient is 0 but for rounding; AdamW
+    divides that by its own size, and moves the bias by chance. It changes no answer."""
     def cut(name, array):
         if name.endswith("qkv.bias"):
             q, k, v = np.split(array, 3)
@@ -55,7 +56,8 @@ def test_ranks_come_to_the_weights_of_one_process(kind, micro, count, dtype, tol
     expected = without_biases_of_keys(alone)
     for name, array in without_biases_of_keys(first).items():
         np.testing.assert_allclose(array, expected[name], rtol=0, atol=tolerance, err_msg=name)
-    for other in [arrays(tmp_path, f"ranks-{rank}") for rank in range(1, count)] + [arrays(tmp_path, "again-0")]:
+    for name in ("again-0", *(f"ranks-{rank}" for rank in range(1, count))):
+        other = arrays(tmp_path, name)
         assert all(other[name].tobytes() == array.tobytes() for name, array in first.items())
 
 
@@ -134,7 +136,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(before, after, tmp_path):
     assert code == 0, err
     assert [row["step"] for row in rows(tmp_path)] == [2, 5, 8, 11, 14, 17, 19]
     assert ranked.ranks(0, "run", tmp_path / "alone")[0] == 0
-    mixed, alone = (checkpoint.load(folder / "train.npz")[1]["model"] for folder in (tmp_path, tmp_path / "alone"))
+    mixed, alone = (checkpoint.load(folder / "train.npz")[1]["model"]
+                    for folder in (tmp_path, tmp_path / "alone"))
     alone = without_biases_of_keys(alone)
     for name, array in without_biases_of_keys(mixed).items():
         np.testing.assert_allclose(array, alone[name], rtol=0, atol=1e-5, err_msg=name)
@@ -143,15 +146,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(before, after, tmp_path):
 # Every way to end
 
 ENDS = {"input": ("1:6:input", 2, ["error: rank 1 of 2: this picture cannot be used"]),
-        "memory": ("1:6:memory", 2, ["error: rank 1: fit: a batch of 4 images does not fit into memory, one of "
-                                     "2 does (no room)"]),
-        "memory of rank 0": ("0:6:memory", 2, ["error: rank 0: fit: a batch of 4 images does not fit into memory, "
-                                               "one of 2 does (no room)"]),
-        "elsewhere": ("1:6:exit", 2, ["error: rank 1 is at 'the end of the program', and rank 0 at 'a step': all "
-                                      "ranks have to do the same, in the same order"]),
+        "memory": ("1:6:memory", 2, [f"error: rank 1: {TOO_MANY}"]),
+        "memory of rank 0": ("0:6:memory", 2, [f"error: rank 0: {TOO_MANY}"]),
+        "elsewhere": ("1:6:exit", 2, ["error: rank 1 is at 'the end of the program', and rank 0 at 'a step': "
+                                      "all ranks have to do the same, in the same order"]),
         "Ctrl-C": ("1:6:interrupt", 130, ["stopped: train stopped after step 7 of 20"]),
-        "other weights": ("1:6:drift", 2, ["error: the weights of train: rank 1 has other weights than rank 0, "
-                                           "expected the same on all ranks"])}
+        "other weights": ("1:6:drift", 2, [f"error: the weights of train: rank 1 has other weights than rank "
+                                           f"0, {SAME}"])}
 
 
 @needs_mpi
@@ -217,14 +218,14 @@ def test_ctrl_c_at_the_launcher_ends_all_ranks_after_one_step(tmp_path):
 def test_ranks_with_something_else_are_refused(what, name, tmp_path):
     code, _, err = ranked.ranks(2, "other", tmp_path, what)
     assert code == 2
-    assert lines(err) == [f"error: training of train: rank 1 has other {name} than rank 0, expected the same on "
-                          f"all ranks"]
+    assert lines(err) == [f"error: training of train: rank 1 has other {name} than rank 0, {SAME}"]
 
 
 OTHER_CODE = """
 import sys
 from tinytoken import group, program
-group._digest_of_code = lambda: str(group.launched()) if {code} else "same"
+mine = str(group.launched()) if {code} else "same"
+group._digest_of_code = lambda: mine
 try:
     program.prepare_streams()
 except program.ENDS as error:
@@ -243,14 +244,14 @@ def test_other_code_and_other_arguments_are_refused_at_the_start(tmp_path):
                                 *words, ":", "-n", "1", *words, *second, start_new_session=True)
         code, out, err = ranked.ended(process)
         assert (code, out) == (2, "")
-        assert lines(err) == [f"error: start: rank 1 has other {said} than rank 0, expected the same on all ranks"]
+        assert lines(err) == [f"error: start: rank 1 has other {said} than rank 0, {SAME}"]
 
 
 # Without mpiexec, and without MPI
 
 def test_a_process_alone_imports_no_mpi():
-    code = ("import sys, numpy as np, tinytoken as tt; from tinytoken import group; assert group.current().size == 1; "
-            "tt.train.infer(tt.models.ViT(8, 4, 8, 1, 2), np.zeros((1, 3, 8, 8), 'float32')); "
+    code = ("import sys, numpy as np, tinytoken as tt; from tinytoken import group; "
+            "assert group.current().size == 1; tt.train.infer(tt.models.ViT(8, 4, 8, 1, 2), np.zeros((1, 3, 8, 8), 'float32')); "
             "assert not [name for name in sys.modules if name.startswith('mpi4py')]")
     process = ranked.python("-c", code)
     assert ranked.ended(process)[0] == 0
@@ -273,9 +274,10 @@ def test_one_line_says_what_to_install():
 
 
 @pytest.mark.parametrize("names, expected", [
-    ({"PMI_SIZE": "4", "PMI_RANK": "3"}, (4, 3)), ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, (2, 0)),
-    ({"SLURM_NTASKS": "8", "PMIX_RANK": "5"}, (8, 5)), ({"SLURM_NTASKS": "8"}, (1, 0)), ({"PMI_SIZE": "4"}, (1, 0)),
-    ({}, (1, 0))])
+    ({"PMI_SIZE": "4", "PMI_RANK": "3"}, (4, 3)),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, (2, 0)),
+    ({"SLURM_NTASKS": "8", "PMIX_RANK": "5"}, (8, 5)), ({"SLURM_NTASKS": "8"}, (1, 0)),
+    ({"PMI_SIZE": "4"}, (1, 0)), ({}, (1, 0))])
 def test_launchers_are_known_by_what_they_set(names, expected, monkeypatch):
     for name in [name for name in os.environ if name.startswith(group.LAUNCHED)]:
         monkeypatch.delenv(name)
@@ -289,7 +291,8 @@ def test_a_group_of_one_does_nothing():
     alone.all_reduce(x)
     alone.broadcast(x)
     alone.same("here", x=1)
-    assert x.tolist() == [0, 1, 2] and alone.exchange("here", 5) == [5] and alone.rows(7) == (slice(0, 7), 1.0)
+    assert x.tolist() == [0, 1, 2] and alone.exchange("here", 5) == [5]
+    assert alone.rows(7) == (slice(0, 7), 1.0)
     with pytest.raises(InputError, match="^as it is$"):
         alone.together("here", lambda: (_ for _ in ()).throw(InputError("as it is")))
 
@@ -320,7 +323,3 @@ def test_what_a_rank_raises_all_raise_with_its_number():
         group_of_two.together("work", lambda: 1)
     with pytest.raises(InputError, match="^value: rank 1 has other a than rank 0"):
         group_of_two.same("value", a=2)
-
-
-def test_the_rank_program_is_a_file_that_is_there():
-    assert pathlib.Path(ranked.__file__).exists()

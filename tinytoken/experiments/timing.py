@@ -22,7 +22,7 @@ def images_per_second(ways: dict[str, tuple[Any, dict[str, Any]]], images: Array
     """{name: [median, lowest, highest]}. ways: {name: (model, further arguments of its call)}.
 
     The rounds are interleaved, so that whatever else the machine does slows all models alike. In a group of
-    processes each measures itself, while the others do the same; rank 0's figures are those that are written."""
+    processes each measures itself, while the others do the same; rank 0's figures are written."""
     runs = {name: functools.partial(infer, model, images, threads=threads, **call)
             for name, (model, call) in ways.items()}
     with alone():

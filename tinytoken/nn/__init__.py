@@ -10,8 +10,8 @@ from .module import Buffer, Module, Note, Parameter, at_most, follow_all, noted,
 from .tubelet import TubeletEmbed
 
 __all__ = ["Attention", "BatchNorm2d", "Block", "Buffer", "Conv2d", "CrossAttention", "Flat", "GELU",
-           "LayerNorm", "LayerScale", "Linear", "MLP", "Module", "Note", "Parameter", "PatchEmbed", "Projection",
-           "Sequential", "TubeletEmbed",
+           "LayerNorm", "LayerScale", "Linear", "MLP", "Module", "Note", "Parameter", "PatchEmbed",
+           "Projection", "Sequential", "TubeletEmbed",
            "at_most", "attention_branch", "both_sides", "checked_images", "column", "flatten", "follow_all",
            "he", "initialise", "mlp_branch", "normal", "noted", "scaled", "sincos_positions",
            "start_positions", "xavier", "zeros"]

@@ -1,5 +1,6 @@
 """Loss and gradients of a batch, cut into slices that the CPU's cores share; and what several processes have
 of a batch, added up."""
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -70,18 +71,18 @@ def loss_and_grads(loss_fn: Callable[..., Any], params: Iterable[nn.Parameter], 
 
 def add_ranks(group: Group, flat: nn.Flat, share: float, loss: Any, parts: dict[str, Any],
               notes: Sequence[nn.Note]) -> tuple[Any, dict[str, Any]]:
-    """What `loss_and_grads` returned and left in flat.grad on each rank, of the rows that it had, added up over
-    the ranks: -> (loss, parts) of the batch, whose gradient is in flat.grad. The sums are in the same order on
-    all ranks, so their weights stay the same to the bit.
+    """What `loss_and_grads` returned and left in flat.grad on each rank, of its rows, added up over the ranks
+    -> (loss, parts) of the batch, whose gradient is then in flat.grad. All ranks get the same bits, so their
+    weights stay the same.
 
-    share: this rank's part of the batch. notes: what buffers are to follow (nn.noted); they follow it here."""
+    share: this rank's part of the batch. notes: what buffers are to follow (nn.noted), which happens here."""
     flat.grad *= share
     group.all_reduce(flat.grad)
     xp = array_module(flat.grad)
     values = [xp.asarray(value) for value in (loss, *parts.values(), *(value for _, value, _ in notes))]
     packed = xp.concatenate([value.reshape(-1) for value in values]) * share
     group.all_reduce(packed)
-    ends = np.cumsum([value.size for value in values]).tolist()
+    ends = itertools.accumulate(value.size for value in values)
     summed = [packed[end - value.size:end].reshape(value.shape).astype(value.dtype)
               for end, value in zip(ends, values)]
     for (buffer, _, momentum), value in zip(notes, summed[1 + len(parts):]):

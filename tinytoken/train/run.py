@@ -67,8 +67,8 @@ class Run:
                     file.write(kept)
 
     def save(self, phase: str, model: nn.Module, optimizer: Any, **header: Any) -> None:
-        """Write the checkpoint of a phase, as checkpoint.save. InputError where the ranks of a group have come
-        to other weights."""
+        """Write the checkpoint of a phase, as checkpoint.save. InputError where the ranks of a group have
+        come to other weights."""
         if current().size > 1:
             current().same(f"the weights of {phase}", weights=digest(*(p.data for p in model.parameters())))
         checkpoint.save(self.checkpoint(phase), model, optimizer, phase=phase, **header)
@@ -94,9 +94,9 @@ class Run:
 @contextlib.contextmanager
 def begun(run: Run | None, phase: str, model: nn.Module, optimizer: Any, batches: Any,
           header: dict[str, Any]) -> Iterator[State]:
-    """Context: the training of a phase -> where it goes on from, as `Run.resume`. In a group of processes rank
-    0 reads that, and the others have the weights and moments from it; they go on when rank 0 has written all.
-    InputError where a rank has another recipe, other pictures or another model."""
+    """Context: the training of a phase -> where it goes on from, as `Run.resume`. In a group of processes
+    rank 0 reads that, and the others have the weights and moments from it; all go on when it has written the
+    last checkpoint. InputError where a rank has another recipe, other pictures or another model."""
     group = current()
     if group.size > 1:
         shapes = [(name, p.shape, str(p.dtype)) for name, p in model.named_parameters()]
@@ -108,8 +108,8 @@ def begun(run: Run | None, phase: str, model: nn.Module, optimizer: Any, batches
         if group.size > 1:
             moments, steps = optimizer.state()
             [optimizer.steps] = group.exchange("the optimiser", steps)[:1]
-            held = [*model.parameters(), *(buffer for _, buffer in model.named_buffers())]
-            for array in (*moments.values(), *(each.data for each in held)):
+            held = [p.data for p in model.parameters()] + [b.data for _, b in model.named_buffers()]
+            for array in (*moments.values(), *held):
                 group.broadcast(array)
         yield state
         group.exchange(f"the end of {phase}")

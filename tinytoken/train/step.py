@@ -56,7 +56,8 @@ class Work:
         rows, share = current().rows(images, images if self.task.whole else self.micro or 1)
         if share == 1:
             return arrays, draws, share
-        return tuple(array[rows] for array in arrays), {name: draw[rows] for name, draw in draws.items()}, share
+        draws = {name: draw[rows] for name, draw in draws.items()}
+        return tuple(array[rows] for array in arrays), draws, share
 
     def gradients(self, arrays: tuple[Array, ...], draws: dict[str, Array], micro: int,
                   threads: int | None = None, share: float = 1.0) -> tuple[Any, dict[str, Any]]:
