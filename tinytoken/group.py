@@ -157,7 +157,9 @@ class Ranks(Group):
                 stream.flush()
         # MPI's own line about it would be a second one
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        atexit.unregister(self.leave)  # MPICH's Abort returns, and Python would go on to its end
         self.comm.Abort(code)
+        os._exit(code)
 
     def leave(self) -> None:
         """At the end of the program: wait for the others. One that is elsewhere hears of it."""

@@ -52,6 +52,10 @@ class Run:
             except OSError as error:
                 raise InputError(f"cannot write {self.history}: {error.strerror}") from error
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The history: a dictionary per line."""
+        return current().agreed("the history", lambda: [row for *_, row in read_rows(self.history, "Run")])
+
     def forget(self, phase: str, step: int) -> None:
         """Drop the history of `phase` from `step` on: what an interrupted run logged after its last
         checkpoint, and a last line that a crash cut off. InputError for other lines that cannot be read."""
