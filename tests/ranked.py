@@ -15,10 +15,12 @@ import numpy as np
 import tinytoken as tt
 from tiny import SIZES, batches, python
 from tinytoken import group, nn, program
+from tinytoken.backend import to_device
 from tinytoken.files import write_json
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil, Run, fit, infer
 
+BIAS_OF_KEYS = ("qkv.bias", "gather_k.bias")
 MPIEXEC = pathlib.Path(sys.executable).parent / "mpiexec"
 
 
@@ -56,6 +58,22 @@ def ended(process, seconds=120):
 
 def ranks(count, *arguments, seconds=120):
     return ended(started(count, *arguments), seconds)
+
+
+def arrays(folder, name):
+    with np.load(folder / f"{name}.npz") as file:
+        return dict(file)
+
+
+def without_biases_of_keys(weights):
+    """A key's bias adds the same to all scores of a query, so its gradient is 0 but for rounding; AdamW
+    divides that by its own size, and moves the bias by chance. It changes no answer."""
+    def cut(name, array):
+        if name.endswith("qkv.bias"):
+            q, k, v = np.split(array, 3)
+            return np.concatenate([q, v])
+        return array[:0] if name.endswith(BIAS_OF_KEYS) else array
+    return {name: cut(name, array) for name, array in weights.items()}
 
 
 def vit(dtype):
@@ -145,6 +163,18 @@ class Narrow(Classify):
 def narrow(dtype):
     model = ViT(**SIZES)
     return model, Narrow(model, smoothing=0.1, drop_path=0.2)
+
+
+def on_gpu(folder, kind, name):
+    """`weights` on the GPUs."""
+    tt.manual_seed(3)
+    model, task = globals()[kind]("float32")
+    given = batches(8)
+    given.images, given.labels = (to_device(array, "cuda") for array in (given.images, given.labels))
+    for each in (model, getattr(task, "teacher", model)):
+        each.to("cuda")
+    report = fit(model, task, given, steps=20, lr=0.01, seed=5, bar=False)
+    np.savez(f"{folder}/{name}-{group.current().rank}.npz", loss=report["loss"], **model.state_dict())
 
 
 def run(folder, *faults, every="4", phase="train"):

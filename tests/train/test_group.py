@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ranked
+from ranked import arrays, without_biases_of_keys
 from tinytoken import InputError, backend, group
 from tinytoken.group import Group, Ranks
 from tinytoken.train import checkpoint
@@ -17,7 +18,6 @@ from tinytoken.train import checkpoint
 needs_mpi = pytest.mark.skipif(bool(ranked.missing()), reason=ranked.missing() or "MPI is here")
 SAME = "expected the same on all ranks"
 TOO_MANY = "fit: a batch of 4 images does not fit into memory, one of 2 does (no room)"
-BIAS_OF_KEYS = ("qkv.bias", "gather_k.bias")
 
 
 def lines(text):
@@ -25,23 +25,7 @@ def lines(text):
     return [line for line in text.splitlines() if not re.match(r"\d+ processes: rank 0 is process", line)]
 
 
-def arrays(folder, name):
-    with np.load(folder / f"{name}.npz") as file:
-        return dict(file)
-
-
 # The same weights
-
-def without_biases_of_keys(weights):
-    """A key's bias adds the same to all scores of a query, so its gradient is 0 but for rounding; AdamW
-    divides that by its own size, and moves the bias by chance. It changes no answer."""
-    def cut(name, array):
-        if name.endswith("qkv.bias"):
-            q, k, v = np.split(array, 3)
-            return np.concatenate([q, v])
-        return array[:0] if name.endswith(BIAS_OF_KEYS) else array
-    return {name: cut(name, array) for name, array in weights.items()}
-
 
 @needs_mpi
 @pytest.mark.parametrize("kind, micro", [("vit", ""), ("dynamicvit", ""), ("lookupvit", ""), ("normed", "2")])
