@@ -37,10 +37,11 @@ def missing():
     return ""
 
 
-def started(ranks, *arguments):
-    """mpiexec with so many ranks of this file -> Popen. Ranks=0: this file alone, without mpiexec."""
+def started(ranks, *arguments, program=__file__):
+    """mpiexec with so many ranks of this file, or another one -> Popen. Ranks=0: that alone, without
+    mpiexec."""
     path = str(MPIEXEC) if MPIEXEC.exists() else "mpiexec"
-    words = [sys.executable, __file__, *map(str, arguments)]
+    words = [sys.executable, program, *map(str, arguments)]
     code = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
     return python("-c", code, *([path, "-n", str(ranks)] if ranks else []), *words, start_new_session=True)
 

@@ -34,6 +34,7 @@ LAUNCHERS = (("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD
 LAUNCHED = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")  # how the names of all that they tell begin
 PACKAGES = ("mpi4py>=4.1", "mpich>=5")
 MOMENT = 1.0  # seconds that rank 0 has to say first what all ranks are about to say
+PATIENCE = 1e-4  # seconds that a rank looks for the others without a pause, and then sleeps at a time
 Value = TypeVar("Value")
 
 
@@ -128,6 +129,7 @@ class Ranks(Group):
         self.on_my_cpus = sum(bool(self.places[rank][2] & _cpus()) for rank in neighbours)
 
     def exchange(self, where, value=None):
+        self._wait(self.comm.Ibarrier())
         # mpi4py pickles: the ranks are processes of one user, who run the same code
         found = self.comm.allgather((where, value))
         places = [place for place, _ in found]
@@ -137,13 +139,21 @@ class Ranks(Group):
                                          f"ranks have to do the same, in the same order"))
         return [value for _, value in found]
 
+    def _wait(self, request):
+        """MPI's own calls keep a CPU busy while they wait, which another process may want, perhaps the one
+        that is waited for; so this rank sleeps in between."""
+        until = time.perf_counter() + PATIENCE
+        while not request.Test():
+            if time.perf_counter() > until:
+                time.sleep(PATIENCE)
+
     def all_reduce(self, array):
         fast = faster(Ranks.all_reduce, array_module(array), self, array)
         if fast:
             return fast(self, array)
         host = to_numpy(array)
         total = np.empty_like(host, order="C")
-        self.comm.Allreduce(np.ascontiguousarray(host), total)
+        self._wait(self.comm.Iallreduce(np.ascontiguousarray(host), total))
         array[...] = array_module(array).asarray(total)
 
     def broadcast(self, array):
