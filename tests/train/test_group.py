@@ -235,7 +235,8 @@ def test_other_code_and_other_arguments_are_refused_at_the_start(tmp_path):
 
 def test_a_process_alone_imports_no_mpi():
     code = ("import sys, numpy as np, tinytoken as tt; from tinytoken import group; "
-            "assert group.current().size == 1; tt.train.infer(tt.models.ViT(8, 4, 8, 1, 2), np.zeros((1, 3, 8, 8), 'float32')); "
+            "assert group.current().size == 1; "
+            "tt.train.infer(tt.models.ViT(8, 4, 8, 1, 2), np.zeros((1, 3, 8, 8), 'float32')); "
             "assert not [name for name in sys.modules if name.startswith('mpi4py')]")
     process = ranked.python("-c", code)
     assert ranked.ended(process)[0] == 0

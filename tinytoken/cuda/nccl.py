@@ -1,7 +1,8 @@
 """What several processes add up on their GPUs, by NCCL as CuPy offers it: one process a device, and nothing
 through the host, so that the sum is a part of a captured step. Not run on GPUs yet.
 
-NCCL adds up in an order of its own, the same on all ranks. NVIDIA's user guide: "Using NCCL with CUDA Graphs".
+NCCL adds up in an order of its own, the same on all ranks. NVIDIA's user guide: "Using NCCL with CUDA
+Graphs".
 """
 import sys
 from typing import Any
@@ -15,8 +16,8 @@ _made: dict[Ranks, Any] = {}  # the communicator of a group; None where sums go 
 
 
 def one_device_each() -> None:
-    """Give each rank of this machine a device of its own. InputError where there are too few: NCCL refuses two
-    ranks on one."""
+    """Give each rank of this machine a device of its own. InputError where there are too few: NCCL refuses
+    two ranks on one."""
     group = current()
     if group.size > 1:
         import cupy
@@ -54,7 +55,8 @@ def _library():
 
 def covers(group: Ranks, array: Any) -> bool:
     """Arrays that lie in one piece, of a type that NCCL adds up."""
-    return array.dtype in ("float32", "float64") and array.flags.c_contiguous and communicator(group) is not None
+    fits = array.dtype in ("float32", "float64") and array.flags.c_contiguous
+    return fits and communicator(group) is not None
 
 
 @implementation(Ranks.all_reduce, "cupy", covers)
