@@ -304,14 +304,14 @@ def modules():
                                                                                  values.host), target.host)
     cupy.cuda = types.SimpleNamespace(Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None),
                                       get_current_stream=Stream,
-                                      Device=lambda: types.SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024},
+                                      Device=lambda number=0: types.SimpleNamespace(use=lambda: None, attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024},
                                                                            synchronize=lambda: None),
                                       using_allocator=lambda malloc: contextlib.nullcontext(), Event=Event,
                                       get_elapsed_time=lambda start, stop: 1e3 * (stop.moment - start.moment))
     nccl = types.ModuleType("cupy.cuda.nccl")
     nccl.NcclCommunicator, nccl.get_unique_id, nccl.NcclError = Communicator, lambda: b"a number", RuntimeError
     nccl.NCCL_FLOAT32, nccl.NCCL_FLOAT64, nccl.NCCL_SUM = ctypes.c_float, ctypes.c_double, "sum"
-    cupy.cuda.nccl = nccl
+    cupy.cuda.nccl, cupy.cuda.runtime = nccl, types.SimpleNamespace(getDeviceCount=lambda: 1)
     cupy.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(
         as_strided=lambda x, shape,
         strides: ndarray(np.lib.stride_tricks.as_strided(x.host, shape, strides))))

@@ -26,6 +26,16 @@ class Mirror:
     def Bcast(self, array):
         pass
 
+    def Ibarrier(self):
+        return self
+
+    def Test(self):
+        return True
+
+    def Iallreduce(self, mine, total):
+        np.copyto(total, 2 * mine)
+        return self
+
 
 def ranks(size, monkeypatch):
     """This process takes itself for rank 0 of so many."""
@@ -83,7 +93,6 @@ def test_two_ranks_with_the_same_rows_are_one_process_with_these_rows(mirrored, 
 
 def test_where_a_rank_has_no_nccl_sums_go_through_the_host(mirrored, monkeypatch, capsys):
     monkeypatch.setattr(nccl, "_library", lambda: (None, "no NCCL here"))
-    monkeypatch.setattr(Mirror, "Allreduce", lambda self, mine, total: np.copyto(total, 2 * mine), raising=False)
     x = module_for("cuda").asarray(np.arange(3, dtype="float32"))
     for _ in range(2):
         group.current().all_reduce(x)
