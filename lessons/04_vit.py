@@ -8,7 +8,6 @@
 # Everything that it needs besides attention is short, and this lesson has all of it.
 
 # %%
-import json
 import math
 import tempfile
 
@@ -363,7 +362,7 @@ def train_one(seed):
         result = tt.train.fit(model, tt.train.Classify(model), batches, steps=steps, lr=1e-3, seed=seed,
                               run=run, log_every=EVERY,
                               phase="vit")
-        history = [json.loads(line) for line in run.history.read_text(encoding="utf-8").splitlines()]
+        history = run.rows()
     return before, model, history, result["seconds"]
 
 

@@ -10,6 +10,7 @@ It computes with NumPy, so it says nothing of CuPy's own kernels: those are for 
 `python -m pytest -m gpu --standin` runs the bodies of those tests on it.
 """
 import contextlib
+import ctypes
 import sys
 import time
 import types
@@ -107,6 +108,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
                                         for name in (
         "nbytes", "flags", "strides", "itemsize"))
     T = property(lambda self: ndarray(self.host.T))
+    data = property(lambda self: types.SimpleNamespace(ptr=self.host.ctypes.data))
 
     def __array__(self, *_, **__):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Use `.get()`")
@@ -231,8 +233,26 @@ class Module(types.ModuleType):
         return Ufunc(function) if isinstance(function, np.ufunc) else lambda *args, **options: compute(function, args, options)
 
 
+class Communicator:
+    """cupy.cuda.nccl.NcclCommunicator, of ranks that all have the same."""
+
+    def __init__(self, size, number, rank):
+        assert number == b"a number" and 0 <= rank < size
+        self.size = size
+
+    def allReduce(self, source, target, count, kind, operation, stream):
+        assert (source, operation, stream) == (target, "sum", Stream.ptr)
+        memory = np.ctypeslib.as_array((kind * count).from_address(target))
+        in_place(lambda: np.multiply(memory, self.size, out=memory), memory)
+        sums.append(count)
+
+
+sums = []  # how many values each call of allReduce had
+
+
 class Stream:
     """cupy.cuda.Stream, of which there is one."""
+    ptr = 1
 
     def __init__(self, non_blocking=False):
         pass
@@ -284,15 +304,22 @@ def modules():
                                                                                  values.host), target.host)
     cupy.cuda = types.SimpleNamespace(Stream=Stream, MemoryPool=lambda: types.SimpleNamespace(malloc=None),
                                       get_current_stream=Stream,
-                                      Device=lambda: types.SimpleNamespace(attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024},
+                                      Device=lambda number=0: types.SimpleNamespace(use=lambda: None, attributes={"MaxSharedMemoryPerBlockOptin": 227 * 1024},
                                                                            synchronize=lambda: None),
                                       using_allocator=lambda malloc: contextlib.nullcontext(), Event=Event,
                                       get_elapsed_time=lambda start, stop: 1e3 * (stop.moment - start.moment))
+    nccl = types.ModuleType("cupy.cuda.nccl")
+    nccl.NcclCommunicator, nccl.get_unique_id, nccl.NcclError = Communicator, lambda: b"a number", RuntimeError
+    nccl.NCCL_FLOAT32, nccl.NCCL_FLOAT64, nccl.NCCL_SUM = ctypes.c_float, ctypes.c_double, "sum"
+    cupy.cuda.nccl, cupy.cuda.runtime = nccl, types.SimpleNamespace(getDeviceCount=lambda: 1)
     cupy.lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(
         as_strided=lambda x, shape,
         strides: ndarray(np.lib.stride_tricks.as_strided(x.host, shape, strides))))
     special.erf = lambda x: ndarray(np.asarray(backend.erf(x.host)))
-    return {"cupy": cupy, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
+    cuda = types.ModuleType("cupy.cuda")
+    vars(cuda).update(vars(cupy.cuda))
+    cupy.cuda = cuda
+    return {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nccl": nccl, "cupyx": cupyx, "cupyx.scipy": scipy, "cupyx.scipy.special": special}
 
 
 def in_place_of_cupy():

@@ -183,7 +183,7 @@ def test_a_broken_cupy_is_one_line(tmp_path, monkeypatch, capsys):
     assert refused(capsys, "compare", "--device", "cuda") == (
         "device: cuda asked for, but CuPy cannot be imported (libcuda.so.1: cannot open shared object file); "
         f"`{this_python()} -m tinytoken doctor` says how to fix it")
-    assert len(doctor.report().splitlines()) == 9
+    assert len(doctor.report().splitlines()) == 10
 
 
 # Where results are written

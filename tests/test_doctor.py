@@ -22,20 +22,29 @@ NO_DRIVER = ("No nvidia-smi here, so probably no NVIDIA driver; with one: "
 def test_doctor_prints_what_it_found(capsys, monkeypatch):
     no_gpu = False, "CuPy cannot be imported (No module named 'cupy')"
     monkeypatch.setattr(backend, "cuda_ready", lambda: no_gpu)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: None)
     monkeypatch.setattr(doctor, "_version", lambda name: {"matplotlib": "9.8", "pillow": "7.6"}.get(name))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert main(["doctor"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert list(rows) == ["Python", "NumPy", "BLAS", "settings", "CPUs", "compiled", "allocator", "GPU",
-                          "pictures"]
+                          "MPI", "pictures"]
     assert rows["Python"].startswith(sys.version.split()[0])
     assert rows["NumPy"] == np.__version__ and rows["BLAS"] == backend.blas_description()
     assert "OMP_NUM_THREADS=3" in rows["settings"] and rows["CPUs"] == f"{backend.cpu_count()} may be used"
     assert rows["compiled"] == doctor.compiled()
     assert rows["allocator"] == f"for training and inference: {backend.prepare_cpu()}"
     assert rows["pictures"] == "matplotlib 9.8 and pillow 7.6"
+    assert rows["MPI"] == f"none: to train with several processes, {install('mpi4py>=4.1', 'mpich>=5')}"
     assert rows["GPU"] == f"none in use: CuPy cannot be imported (No module named 'cupy'). {NO_DRIVER}"
+
+
+def test_doctor_says_how_several_processes_are_started(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", {"mpi4py": "4.9", "mpich": "5.8"}.get)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    assert doctor.mpi() == f"mpi4py 4.9, mpich 5.8: /bin/mpiexec -n 2 {this_python()} -m tinytoken ..."
+    monkeypatch.setattr(doctor, "_version", {"mpi4py": "4.9"}.get)
+    assert doctor.mpi().startswith("mpi4py 4.9, a library of the system: ")
 
 
 def test_doctor_names_the_extra_that_is_missing(monkeypatch):

@@ -18,7 +18,8 @@ def _kernels():
     Where the folder cuda/ was deleted, the plain ops run.
     """
     if importlib.util.find_spec(f"{__name__}.cuda"):
-        from . import cuda  # noqa: F401: importing it registers the kernels
+        from . import cuda  # importing it registers the kernels
+        cuda.nccl.one_device_each()
 
 
 backend.at_first_cuda.append(_kernels)

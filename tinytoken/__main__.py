@@ -10,7 +10,7 @@ from typing import Any
 
 from . import __version__, backend, models, predict, program
 from .data import dataset
-from .errors import expect
+from .errors import InputError, expect
 from .program import path
 
 MOST = 65_536  # of a size on the command line
@@ -18,13 +18,13 @@ MOST = 65_536  # of a size on the command line
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line -> exit code: 0, or as program.ended says."""
-    program.prepare_streams()
     try:
+        program.prepare_streams()
         try:
             return run(parser().parse_args(argv))
         finally:
             sys.stdout.flush()  # here and not at exit, where nothing could be said about it
-    except OSError as error:
+    except (InputError, OSError) as error:
         return program.ended(error)
 
 

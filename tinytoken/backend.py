@@ -362,6 +362,15 @@ def quick_switches(seconds: float = 5e-4) -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
+class Sharing:
+    """How many processes of one group (group.py) share this process's CPUs."""
+    processes = 1
+
+
+sharing = Sharing()
+
+
 def cpu_count() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The CPUs that this process may use; its share of them, where processes of one group share them."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // sharing.processes)

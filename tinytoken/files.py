@@ -5,6 +5,7 @@ rename over a device, a pipe or a folder would destroy it.
 """
 import contextlib
 import errno
+import io
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, TypeAlias
 
 from .errors import Busy, InputError, expect
+from .group import current
 
 fcntl: Any
 msvcrt: Any
@@ -75,8 +77,12 @@ def replacing(path: FilePath, mode: str = "wb") -> Iterator[IO[Any]]:
 
     Text is UTF-8. A crash at any moment leaves the old file or the new one; what a killed process left
     half-written is removed by the next one, after LEFT seconds or at once under a claim. What is not a
-    regular file, a full disk or an unwritable folder raises InputError naming the path.
+    regular file, a full disk or an unwritable folder raises InputError naming the path. In a group of
+    processes rank 0 alone writes: the others get a file that nobody keeps.
     """
+    if current().rank:
+        yield io.BytesIO() if "b" in mode else io.StringIO()
+        return
     path = pathlib.Path(path)
     _check_replaceable(path)
     temporary = None
@@ -104,7 +110,10 @@ def claimed(path: FilePath, wait: bool = False) -> Iterator[None]:
 
     The claim is a lock on path.lock, so it ends with the process, however that ends. What a killed process
     left half-written of `path` is removed at the beginning, and at the end folders that the claim has made
-    and that are empty."""
+    and that are empty. In a group of processes rank 0 claims for all."""
+    if current().rank:
+        yield
+        return
     path = pathlib.Path(path)
     lock = path.parent / f"{path.name}.lock"
     with contextlib.ExitStack() as stack:
@@ -207,7 +216,8 @@ def check_writable(folder: pathlib.Path) -> None:
     with claimed(probe, wait=True):
         with replacing(probe) as file:
             file.write(b"\0" * 65536)
-        probe.unlink()
+        if not current().rank:
+            probe.unlink()
 
 
 def write_json(path: FilePath, value: Any) -> None:

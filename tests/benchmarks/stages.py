@@ -67,7 +67,9 @@ STAGES = {
     "g": ("lessons that have a GPU's part", {
         name: Part(f"lessons/{name}.py --device cuda --out {{out}}", 4)
         for name in ("12_gpu", "13_one_step")}),
-    "h": ("NCCL with one process", {"a sum of gradients": Part(f"{TESTS} tests/train/test_nccl.py", 2)}),
+    "h": ("NCCL: one process; two, where there are two devices", {
+        "a sum of gradients": Part(f"{TESTS} tests/train/test_nccl.py", 2),
+        "a group of processes": Part(f"{TESTS} tests/cuda/test_ranks.py", 4)}),
 }
 
 

@@ -4,6 +4,6 @@ implements (backend.implementation).
 
 sources/ holds the kernels, a family per file; launcher.py checks and runs them.
 """
-from . import capture, data, gemm, mixed, mixed_lookup, registered
+from . import capture, data, gemm, mixed, mixed_lookup, nccl, registered
 
-__all__ = ["capture", "data", "gemm", "mixed", "mixed_lookup", "registered"]
+__all__ = ["capture", "data", "gemm", "mixed", "mixed_lookup", "nccl", "registered"]

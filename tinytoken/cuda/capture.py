@@ -148,8 +148,9 @@ class CapturedSteps:
             arrays = work.batches.make(*arrays, self.clock)
         if self.draws_inside:
             draws = work.noise(len(arrays[0]), self.clock)
+        arrays, draws, share = work.mine(arrays, draws)
         with self.weights.in_use():
-            loss, parts = work.gradients(arrays, draws, len(arrays[0]))
+            loss, parts = work.gradients(arrays, draws, len(arrays[0]), share=share)
         launcher.launch("count_step", 1, 32, self.clock)
         # last, so that a step that fails has moved no weight
         norm = registered.update(work.optimizer, self.rates, self.clock, work.offset + self.done + 1)

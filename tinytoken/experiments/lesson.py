@@ -13,6 +13,7 @@ from .. import backend, program, random
 from ..data import dataset, load_pictures
 from ..errors import Busy, InputError, expect, install, one_line_of_warnings
 from ..files import as_json, check_target, claimed, replacing, write_json
+from ..group import current
 from ..reading import field, read_json
 from ..train import Run
 from .arm import Arm, Recipe
@@ -70,9 +71,9 @@ class Lesson:
         changes: as Trial takes them."""
         run, folder = None, self.checkpoints
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             # wherever it is, weights stay out of version control
-            (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+            with replacing(folder / ".gitignore", "w") as file:
+                file.write("*\n")
             run = Run(folder / f"seed{seed}", every=100)
         recipe = dataclasses.replace(recipe, seed=seed)
         return Trial(recipe, arms, device=self.device, run=run, bar=self.size != "smoke", **changes)
@@ -104,11 +105,16 @@ class Lesson:
             return as_json(job())
         path = self.out / f"{self.stem}_parts" / f"{name.replace(' ', '-')}.json"
         began = time.perf_counter()
-        with claimed(path) if not path.exists() else contextlib.nullcontext():
-            if not path.exists():  # nor has another process written it meanwhile
+        ranks = current()
+        with contextlib.ExitStack() as claims:
+            def there():
+                if not path.exists():
+                    claims.enter_context(claimed(path))
+                return path.exists()  # or has another process written it meanwhile?
+            if not ranks.agreed(f"is {name} there?", there):
                 write_json(path, {"value": job(), "recipe": recipe, "machine": machine(self.device),
                                   "seconds": round(time.perf_counter() - began, 1)})
-        part = read_json(path, "lesson")
+        part = ranks.agreed(f"part {name}", lambda: read_json(path, "lesson"))
         expect("value" in part, "lesson", f"{path} has no value: delete it")
         for key in ("recipe", "machine"):
             field("lesson", path, part, key, lambda value: isinstance(value, dict), "an object: delete it")
@@ -181,7 +187,10 @@ def begin(name: str, argv: Sequence[str] | None = None, data: str = "scenes") ->
 
     data: the default of --data. Options that cannot be used end the program with one line and exit code 2,
     and so does later what cannot be read or written, or a folder in which another process is at work."""
-    program.prepare_streams()
+    try:
+        program.prepare_streams()
+    except InputError as error:
+        sys.exit(program.ended(error))
     program.end_in_one_line(name)
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=f"Lesson {name}.")
     size = parser.add_mutually_exclusive_group()

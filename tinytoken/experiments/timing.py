@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import backend
 from ..backend import Array
+from ..group import alone, current
 from ..train import infer
 
 
@@ -20,11 +21,13 @@ def images_per_second(ways: dict[str, tuple[Any, dict[str, Any]]], images: Array
                       rounds: int = 9) -> dict[str, list[float]]:
     """{name: [median, lowest, highest]}. ways: {name: (model, further arguments of its call)}.
 
-    The rounds are interleaved, so that whatever else the machine does slows all models alike."""
+    The rounds are interleaved, so that whatever else the machine does slows all models alike. In a group of
+    processes each measures itself, while the others do the same; rank 0's figures are written."""
     runs = {name: functools.partial(infer, model, images, threads=threads, **call)
             for name, (model, call) in ways.items()}
-    rates = {name: [len(images) / taken for taken in times]
-             for name, times in interleaved(runs, rounds).items()}
+    with alone():
+        taken = interleaved(runs, rounds)
+    rates = {name: [len(images) / each for each in times] for name, times in taken.items()}
     return {name: [round(f(r), 1) for f in (statistics.median, min, max)] for name, r in rates.items()}
 
 
@@ -68,7 +71,7 @@ def machine(device: str) -> dict[str, Any]:
             "environment": backend.blas_environment(),
             "compiled": "tinytoken.compiled.kernels" in sys.modules,
             "python": platform.python_version(), "numpy": np.__version__, "system": platform.platform(),
-            "device": device}
+            "device": device, **({"processes": current().size} if current().size > 1 else {})}
 
 
 def peak_memory() -> int | None:

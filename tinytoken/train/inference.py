@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import nn
 from ..backend import Array, array_module, cpu_count, faster, products_in, to_numpy
+from ..group import alone, current
 from ..tensor import no_grad
 from ..threads import share_out
 
@@ -40,7 +41,17 @@ def infer(model: nn.Module, images: Array, prepare: Callable[[Array], Array] = l
     """Answers of a model in eval mode, in host memory: logits (B, K), or what `read` takes from its Output.
 
     prepare: raw images -> model input. batch_size: images of a slice (None: `slice_size`, on a GPU 128).
-    precision: as in `products_in`. call: further arguments of the model."""
+    precision: as in `products_in`. call: further arguments of the model.
+
+    In a group of processes each answers a part of the images, and all get all answers. A call without a
+    batch_size then cuts other slices than one process would, which may change the last bits."""
+    group = current()
+    if group.size > 1:
+        rows, _ = group.rows(len(images), batch_size or 1)
+        with alone():
+            mine = lambda: infer(model, images[rows], prepare, batch_size, threads, precision, read, **call)
+            found = group.together("inference", mine)
+        return np.concatenate(found) if rows != slice(0, len(images)) else found[group.rank]
     training, first = model.training, model.parameters()[0]
     xp = array_module(first.data)
     batch_size = batch_size or (slice_size(len(images), threads) if xp is np else 128)

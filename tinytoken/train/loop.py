@@ -1,5 +1,4 @@
 """The training loop."""
-import contextlib
 import time
 from typing import Any
 
@@ -9,11 +8,11 @@ import tqdm
 from .. import nn
 from ..backend import products_in
 from ..errors import expect
+from ..group import current
 from ..tasks import Task
-from . import checkpoint
 from .interrupt import Interrupt
 from .optim import AdamW, warmup_cosine
-from .run import Run, fresh
+from .run import Run, begun
 from .step import Losses, Work, stepper
 
 
@@ -46,10 +45,10 @@ def fit(model: nn.Module, task: Task, batches: Any, *, steps: int, lr: float = 1
     advice += ". The last checkpoint is unharmed." if run else ""
     rates = [lr * warmup_cosine(step, steps, warmup) for step in range(steps)]
     work = Work(task, batches, optimizer, rates, seed, offset, micro, threads, advice)
-    beginning = run.claimed(phase, model, optimizer, header) if run else contextlib.nullcontext(fresh())
+    ranks, beginning = current(), begun(run, phase, model, optimizer, batches, header)
     with (beginning as (start, report, recent), products_in(precision, optimizer.params[0].device),
           Interrupt() as interrupt,
-          tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar) as progress):
+          tqdm.tqdm(total=steps, initial=start, desc=phase, disable=not bar or ranks.rank > 0) as progress):
         model.train()
         losses, take = Losses(recent, advice), stepper(work)
         began, on_cpu = time.perf_counter() - report["seconds"], work.xp is np
@@ -57,7 +56,7 @@ def fit(model: nn.Module, task: Task, batches: Any, *, steps: int, lr: float = 1
             losses.add(step, *take(step))
             progress.update()
             done, last = step + 1, step + 1 == steps
-            asked = interrupt.asked
+            asked = any(ranks.exchange("Ctrl-C", interrupt.asked))  # all ranks stop after the same step
             log, save = done % log_every == 0 or last, run and (done % run.every == 0 or last or asked)
             if on_cpu or log or save:
                 losses.read()
@@ -71,8 +70,8 @@ def fit(model: nn.Module, task: Task, batches: Any, *, steps: int, lr: float = 1
             if last and average is not None:
                 optimizer.use_average()
             if run and save:
-                checkpoint.save(run.checkpoint(phase), model, None if last else optimizer, phase=phase,
-                                step=done, result=report, recent=losses.recent, **header)
+                run.save(phase, model, None if last else optimizer, step=done, result=report,
+                         recent=losses.recent, **header)
             if asked:
                 raise KeyboardInterrupt(f"{phase} stopped after step {done} of {steps}")
     model.eval()

@@ -1,5 +1,7 @@
-"""Loss and gradients of a batch, cut into slices that the CPU's cores share."""
-from collections.abc import Callable, Iterable
+"""Loss and gradients of a batch, cut into slices that the CPU's cores share; and what several processes have
+of a batch, added up."""
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from .. import nn
 from ..backend import Array, array_module, cpu_count
 from ..errors import expect
+from ..group import Group
 from ..tensor import Tensor, checked, grad
 from ..threads import share_out
 
@@ -64,6 +67,28 @@ def loss_and_grads(loss_fn: Callable[..., Any], params: Iterable[nn.Parameter], 
     totals = [sum(values) for values in zip(*(row for _, results, *_ in done for row in results))]
     loss, *parts = totals if array_module(flat.data) is not np else map(float, totals)
     return loss, dict(zip(done[0][2], parts))
+
+
+def add_ranks(group: Group, flat: nn.Flat, share: float, loss: Any, parts: dict[str, Any],
+              notes: Sequence[nn.Note]) -> tuple[Any, dict[str, Any]]:
+    """What `loss_and_grads` returned and left in flat.grad on each rank, of its rows, added up over the ranks
+    -> (loss, parts) of the batch, whose gradient is then in flat.grad. All ranks get the same bits, so their
+    weights stay the same.
+
+    share: this rank's part of the batch. notes: what buffers are to follow (nn.noted), which happens here."""
+    flat.grad *= share
+    group.all_reduce(flat.grad)
+    xp = array_module(flat.grad)
+    values = [xp.asarray(value) for value in (loss, *parts.values(), *(value for _, value, _ in notes))]
+    packed = xp.concatenate([value.reshape(-1) for value in values]) * share
+    group.all_reduce(packed)
+    ends = itertools.accumulate(value.size for value in values)
+    summed = [packed[end - value.size:end].reshape(value.shape).astype(value.dtype)
+              for end, value in zip(ends, values)]
+    for (buffer, _, momentum), value in zip(notes, summed[1 + len(parts):]):
+        buffer.follow(value, momentum)
+    loss, *rest = summed[:1 + len(parts)] if xp is not np else map(float, summed[:1 + len(parts)])
+    return loss, dict(zip(parts, rest))
 
 
 def _raw(value):

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from .. import nn
 from ..errors import InputError, expect
 from ..files import as_json, claimed, plain_number, replacing
+from ..group import current, digest
 from ..reading import field, finite, numbers, open_regular, read_bytes, read_rows, whole
 from . import checkpoint
 
@@ -41,6 +42,8 @@ class Run:
 
     def log(self, **row: Any) -> None:
         """Append one line to the history."""
+        if current().rank:
+            return
         line = json.dumps(row, default=plain_number) + "\n"
         with claimed(self.history, wait=True):  # of another phase, in another process
             try:
@@ -48,6 +51,10 @@ class Run:
                     file.write(line.encode())
             except OSError as error:
                 raise InputError(f"cannot write {self.history}: {error.strerror}") from error
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history: a dictionary per line."""
+        return current().agreed("the history", lambda: [row for *_, row in read_rows(self.history, "Run")])
 
     def forget(self, phase: str, step: int) -> None:
         """Drop the history of `phase` from `step` on: what an interrupted run logged after its last
@@ -62,6 +69,13 @@ class Run:
             if kept != read_bytes(self.history, "Run"):
                 with replacing(self.history) as file:
                     file.write(kept)
+
+    def save(self, phase: str, model: nn.Module, optimizer: Any, **header: Any) -> None:
+        """Write the checkpoint of a phase, as checkpoint.save. InputError where the ranks of a group have
+        come to other weights."""
+        if current().size > 1:
+            current().same(f"the weights of {phase}", weights=digest(*(p.data for p in model.parameters())))
+        checkpoint.save(self.checkpoint(phase), model, optimizer, phase=phase, **header)
 
     def resume(self, phase: str, model: nn.Module, optimizer: Any, header: dict[str, Any]) -> State:
         """Load the checkpoint of a phase, if there is one -> (step to go on from, the report so far, losses
@@ -79,6 +93,30 @@ class Run:
             checkpoint.fill(path, there, groups, model, optimizer if state[0] < steps else None)
         self.forget(phase, state[0])
         return state
+
+
+@contextlib.contextmanager
+def begun(run: Run | None, phase: str, model: nn.Module, optimizer: Any, batches: Any,
+          header: dict[str, Any]) -> Iterator[State]:
+    """Context: the training of a phase -> where it goes on from, as `Run.resume`. In a group of processes
+    rank 0 reads that, and the others have the weights and moments from it; all go on when it has written the
+    last checkpoint. InputError where a rank has another recipe, other pictures or another model."""
+    group = current()
+    if group.size > 1:
+        shapes = [(name, p.shape, str(p.dtype)) for name, p in model.named_parameters()]
+        arrays = [getattr(batches, name) for name in ("images", "labels") if hasattr(batches, name)]
+        group.same(f"training of {phase}", header=as_json(header), model=shapes,
+                   pictures=digest(*arrays, *batches(header["recipe"]["offset"])))
+    context = run.claimed(phase, model, optimizer, header) if run else contextlib.nullcontext(fresh())
+    with group.leading(f"the beginning of {phase}", context) as state:
+        if group.size > 1:
+            moments, steps = optimizer.state()
+            [optimizer.steps] = group.exchange("the optimiser", steps)[:1]
+            held = [p.data for p in model.parameters()] + [b.data for _, b in model.named_buffers()]
+            for array in (*moments.values(), *held):
+                group.broadcast(array)
+        yield state
+        group.exchange(f"the end of {phase}")
 
 
 def fresh() -> State:

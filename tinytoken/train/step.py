@@ -10,10 +10,11 @@ from .. import nn
 from ..backend import Array, array_module, faster, out_of_memory, to_numpy
 from ..cost import recorded_macs
 from ..errors import InputError, expect
+from ..group import current
 from ..tasks import Task
 from .inference import slice_size
 from .optim import AdamW
-from .parallel import loss_and_grads
+from .parallel import add_ranks, loss_and_grads
 
 
 @dataclasses.dataclass
@@ -45,8 +46,36 @@ class Work:
         """What the task draws for a batch of `size` images at `step`, counted from the offset."""
         return self.task.noise(size, step, self.seed, self.xp)
 
+    def mine(self, arrays: tuple[Array, ...], draws: dict[str, Array]
+             ) -> tuple[tuple[Array, ...], dict[str, Array], float]:
+        """Of a batch and what was drawn for it, the rows of this rank; and its share of the gradient.
+
+        All is drawn for the whole batch, on every rank, so it does not depend on how many ranks there are. A
+        batch that may not be cut is every rank's."""
+        images = len(arrays[0])
+        rows, share = current().rows(images, images if self.task.whole else self.micro or 1)
+        if share == 1:
+            return arrays, draws, share
+        draws = {name: draw[rows] for name, draw in draws.items()}
+        return tuple(array[rows] for array in arrays), draws, share
+
     def gradients(self, arrays: tuple[Array, ...], draws: dict[str, Array], micro: int,
-                  threads: int | None = None) -> tuple[Any, dict[str, Any]]:
+                  threads: int | None = None, share: float = 1.0) -> tuple[Any, dict[str, Any]]:
+        """`loss_and_grads` of the rows that `mine` gave; in a group of processes, of those of all ranks."""
+        group = current()
+        if group.size == 1:
+            return self._gradients(arrays, draws, micro, threads)
+
+        def own():
+            with nn.noted() as notes:
+                return *self._gradients(arrays, draws, micro, threads), notes
+        if self.xp is not np:  # in a captured step nothing goes through the host
+            return add_ranks(group, self.optimizer.flat, share, *own())
+        found: list[Any] = []
+        group.together("a step", lambda: found.extend(own()))
+        return add_ranks(group, self.optimizer.flat, share, *found)
+
+    def _gradients(self, arrays, draws, micro, threads):
         """`loss_and_grads` of a batch. For a batch that does not fit into memory, InputError with a size that
         does: it is halved until one fits."""
         params, whole = self.optimizer.params, len(arrays[0])
@@ -90,10 +119,10 @@ def stepper(work: Work) -> Callable[[int], tuple[Any, dict[str, Any], Array]]:
         nonlocal micro
         at = work.offset + step  # the step that the batch and the draws belong to
         arrays = work.batches(at)
-        draws = work.noise(len(arrays[0]), at)
+        arrays, draws, share = work.mine(arrays, work.noise(len(arrays[0]), at))
         if micro is None:
             micro = slice_of(work.task, arrays, draws, work.threads) if work.xp is np else len(arrays[0])
-        loss, parts = work.gradients(arrays, draws, micro, work.threads)
+        loss, parts = work.gradients(arrays, draws, micro, work.threads, share)
         on_host = isinstance(loss, float)  # on a GPU, Losses reads it when it is needed
         expect(not on_host or math.isfinite(loss), "fit",
                lambda: f"the loss is {loss} at step {step} {work.advice}")

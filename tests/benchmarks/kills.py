@@ -1,0 +1,116 @@
+"""Kill ranks of a training at random moments: does everything end, and does the run go on to the same bits?
+
+    python tests/benchmarks/kills.py [--kills N] [--ranks N] [--seed N] [--out FILE.json]
+
+A kill: a training of 20 steps with a checkpoint every 4 is started under mpiexec, one of its ranks, drawn at
+random, gets SIGKILL at a moment drawn from the time that an undisturbed run takes, its beginning included, and
+all its processes have LIMIT seconds to end. Then the same command goes on, and its weights are compared with
+the undisturbed run's, bit by bit.
+"""
+import argparse
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+import time
+
+import numpy as np
+import tqdm
+
+import ranked
+from tinytoken.course.processes import descendants
+from tinytoken.experiments.timing import machine
+from tinytoken.files import check_target, write_json
+from tinytoken.reading import read_json
+
+LIMIT = 10  # seconds in which all processes of a run have to end
+PAUSE = "0.05"  # seconds before each step: a step of so small a model would be over before it is hit
+
+
+def rank_of(pid):
+    """Which rank a process is, or None: what the launcher has told it."""
+    try:
+        words = pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        told = dict(word.split(b"=", 1) for word in words if b"=" in word)
+        return int(told[b"PMI_RANK"]) if b"python" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() else None
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def kill(process, rank, moment):
+    """Kill that rank so many seconds from now -> the seconds until all was ended; None where the run was over
+    before."""
+    time.sleep(moment)
+    until = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < until:
+        below = descendants(process.pid)
+        victims = [pid for pid in below if rank_of(pid) == rank]
+        if victims:
+            os.kill(victims[0], signal.SIGKILL)
+            began = time.monotonic()
+            while process.poll() is None or any(map(alive, below)):
+                if time.monotonic() - began > LIMIT:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    return float("inf")
+                time.sleep(0.01)
+            return time.monotonic() - began
+        time.sleep(0.01)
+    return None
+
+
+def alive(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def trial(count, rank, moment, folder, expected):
+    """One kill, and the run that goes on after it."""
+    folder.mkdir()
+    process = ranked.started(count, "slow", folder, PAUSE)
+    seconds = kill(process, rank, moment)
+    ranked.ended(process)
+    steps = (folder / "history.jsonl").exists() and (folder / "history.jsonl").read_text().count("\n")
+    code, _, err = ranked.ranks(count, "slow", folder, PAUSE)
+    same = code == 0 and (folder / "end.json").read_bytes() == expected
+    return {"rank": rank, "moment": round(moment, 3), "logged": int(steps), "same_bits": same,
+            "seconds_to_end": seconds and round(seconds, 2), **({} if same else {"said": err[-500:]})}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    if ranked.missing():
+        sys.exit(ranked.missing())
+    if options.out:
+        check_target(options.out, ".json")
+    rng, rows = np.random.default_rng(options.seed), []
+    with tempfile.TemporaryDirectory() as name:
+        whole = pathlib.Path(name, "whole")
+        whole.mkdir()
+        began = time.monotonic()
+        ranked.ranks(options.ranks, "slow", whole, PAUSE)
+        span = time.monotonic() - began
+        for i in tqdm.tqdm(range(options.kills)):
+            rows.append(trial(options.ranks, int(rng.integers(options.ranks)), float(rng.uniform(0, span)),
+                              pathlib.Path(name, str(i)), (whole / "end.json").read_bytes()))
+    hit = [row for row in rows if row["seconds_to_end"] is not None]
+    found = {"kills": len(hit), "over_before": len(rows) - len(hit), "ranks": options.ranks, "seed": options.seed,
+             "hung": sum(row["seconds_to_end"] > LIMIT for row in hit),
+             "other_bits": sum(not row["same_bits"] for row in rows),
+             "longest_to_end": max((row["seconds_to_end"] for row in hit), default=None),
+             "before_the_first_logged_step": sum(not row["logged"] for row in hit)}
+    print(found)
+    if options.out:
+        write_json(options.out, found | {"machine": machine("cpu"), "rows": rows})
+    return int(found["hung"] or found["other_bits"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
