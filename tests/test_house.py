@@ -21,6 +21,7 @@ IN_FUNCTIONS = {"matplotlib", "PIL", "IPython",      # the `plot` extra; IPython
                 "safetensors",                       # the extra of its name
                 "av",                                # the `video` extra
                 "pycocoevalcap", "sacrebleu",        # the extra `captions`
+                "jupytext", "nbformat", "docutils",  # the extra `site`, which starts Sphinx
                 "pytest"}                           # the course's grader
 IN_BACKEND_AND_CUDA = {"cuda", "cupy", "cupyx"}
 NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}

@@ -46,13 +46,16 @@ article img { background: #fff; }  /* pictures are drawn on white */
 """
 SETTINGS = {  # of Sphinx
     "project": "tinytoken", "release": __version__, "html_title": "tinytoken", "html_theme": "furo",
-    "extensions": ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "tinytoken.site"],
+    "extensions": ["myst_parser", "sphinx.ext.autodoc", "tinytoken.site"],
+    "html_domain_indices": False, "html_use_index": False,
+    "suppress_warnings": ["myst.header"],  # an assignment goes from its title to its exercises
     "html_static_path": ["_static"], "html_css_files": ["tinytoken.css"], "html_extra_path": ["extra"],
     "exclude_patterns": ["extra"], "html_copy_source": False, "html_math_renderer": "mathml",
     "html_theme_options": {"navigation_with_keys": True}, "pygments_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark", "highlight_language": "text",
     "myst_enable_extensions": ["dollarmath"], "myst_heading_anchors": 3, "myst_dmath_double_inline": True,
-    "autodoc_typehints_format": "short", "autodoc_member_order": "bysource", "python_maximum_signature_line_length": 100,
+    "autodoc_typehints_format": "short", "autodoc_member_order": "bysource",
+    "python_maximum_signature_line_length": 100,
     "autodoc_default_options": {"members": True, "show-inheritance": True}}
 
 
@@ -117,6 +120,7 @@ class Source:
 
     def write(self) -> None:
         """Write all pages, and what there is to download."""
+        self.api()  # first: others lead to its pages
         shutil.copytree(self.results, self.folder / "lessons" / "results", ignore=lambda _, names: [
             name for name in names if not name.endswith(".png")])
         self.put("_static/tinytoken.css", STYLE)
@@ -125,7 +129,6 @@ class Source:
             self.lesson(script, name)
         for given in self.assignments:
             self.assignment(given)
-        self.api()
         for name in (*TEXTS, *PAGES):
             self.put(PAGES.get(name, name), self.linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name))
         if (ROOT / EXPLORER / "index.html").exists():
@@ -168,16 +171,18 @@ class Source:
         self.put(f"extra/notebooks/{name}.py", text)
         links = {"Notebook": f"notebooks/{name}.ipynb", "Script": f"notebooks/{name}.py"}
         if self.address:
-            links["Open in Colab"] = (self.address.replace("https://github.com", "https://colab.research.google.com/github")
-                                      + f"/blob/gh-pages/notebooks/{name}.ipynb")
+            repository = self.address.removeprefix("https://github.com/")
+            links["Open in Colab"] = ("https://colab.research.google.com/github/"
+                                      f"{repository}/blob/gh-pages/notebooks/{name}.ipynb")
         measured = [text for path in [self.results / f"{name}{more}.json" for more in ("", "_full", "_full_cifar10")]
                     if path.exists() for text in self.measured(script, name, path, shown)]
         self.put(page_of(script), "\n\n".join([with_links(body, links, page_of(script)), "## What was measured",
                                                *measured]) + "\n")
 
-    def measured(self, script: pathlib.Path, name: str, path: pathlib.Path, shown: list[pathlib.Path]) -> Iterator[str]:
-        """What one run of a lesson has measured: its headline, its table if it has one, its claims, and its pictures
-        that the page does not show yet."""
+    def measured(self, script: pathlib.Path, name: str, path: pathlib.Path,
+                 shown: list[pathlib.Path]) -> Iterator[str]:
+        """What one run of a lesson has measured: its headline, its table if it has one, its claims, and its
+        pictures that the page does not show yet."""
         saved, run = self.report.load(path), path.stem.removeprefix(name)
         yield (f"### {'The full run' if '_full' in run else 'The default run'}"
                f"{' on CIFAR-10' * run.endswith('_cifar10')}\n\n{saved.get('headline', '')}\n\n"
@@ -255,10 +260,12 @@ class Source:
             return page_of(path)
         if path.suffix == ".png" or name in TEXTS:
             return name
-        if path.suffix in ("", ".py") and name.startswith("tinytoken") and name.split("/")[1:2] not in ([n] for n in NO_API):
-            return f"api/{name.removesuffix('.py').replace('/', '.')}.rst"
-        return {"lessons/related": page_of(max(self.scripts)), "lessons/assignments": PAGES["lessons/assignments/README.md"],
-                **PAGES}.get(name)
+        module = f"api/{name.removesuffix('.py').replace('/', '.')}.rst"
+        if (self.folder / module).exists():
+            return module
+        first = next(script for script in self.scripts if script.parent.name == "related")
+        return {"lessons/related": page_of(first),
+                "lessons/assignments": PAGES["lessons/assignments/README.md"], **PAGES}.get(name)
 
 
 def report() -> ModuleType:
@@ -284,7 +291,8 @@ def with_links(body: str, links: dict[str, str], page: str) -> str:
     """The body with a line of links under its title. They lead to files beside the pages, or elsewhere."""
     title, _, rest = body.lstrip().partition("\n")
     up = "../" * page.count("/")
-    made = "".join(f'<a href="{"" if where.startswith("https") else up}{where}">{name}</a>' for name, where in links.items())
+    made = "".join(f'<a href="{where if where.startswith("https") else up + where}">{name}</a>'
+                   for name, where in links.items())
     return f'{title}\n\n<p class="downloads">{made}</p>\n\n{rest}'
 
 
@@ -332,7 +340,8 @@ def setup(app: Any) -> dict[str, Any]:
         self.body.append(str(tex2mathml(node.astext(), as_block=block)))
         raise nodes.SkipNode
     from docutils import nodes
-    app.add_html_math_renderer("mathml", (functools.partial(show, False), None), (functools.partial(show, True), None))
+    app.add_html_math_renderer("mathml", (functools.partial(show, False), None),
+                               (functools.partial(show, True), None))
     app.connect("autodoc-process-docstring", plain_docstring)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
