@@ -116,3 +116,106 @@ def test_nothing_is_written_where_something_leaks(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(site, "leaks", lambda *_: [])
     assert site.build(tmp_path / "site").parent == site.build(tmp_path / "site").parent  # the second replaces the first
     assert everything(tmp_path) == ["site", "site/.tinytoken-site", "site/lessons", "site/lessons/a.html"]
+
+
+# The whole site, and a browser
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The whole site; TINYTOKEN_SITE names one that is built already."""
+    there = os.environ.get("TINYTOKEN_SITE")
+    return pathlib.Path(there) if there else site.build(tmp_path_factory.mktemp("site") / "site", ADDRESS).parent
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_leads_somewhere_and_nothing_is_loaded_from_elsewhere(built):
+    pages = sorted(built.rglob("*.html"))
+    assert len(pages) > 100 and len(list(built.glob("notebooks/*.ipynb"))) == 29
+    ids = {page: set(re.findall(r' id="([^"]+)"', page.read_text())) for page in pages}
+    for page in pages:
+        text = page.read_text()
+        for tag, link in re.findall(r'<(\w+)\b[^>]*? (?:href|src)="([^"]+)"', text):
+            path, _, anchor = link.partition("#")
+            if re.match(r"https?:|mailto:", link):
+                assert tag == "a", f"{page} loads {link}"
+                continue
+            target = (page.parent / path.partition("?")[0]).resolve() if path else page
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or target.suffix != ".html" or anchor in ids[target], f"{page}: {link}"
+    assert site.leaks(built, site.Source(built, None).assignments) == []
+
+
+@pytest.fixture(scope="module")
+def browser(built, tmp_path_factory):
+    """(Chromium, the address of the site on a local server)."""
+    options = pytest.importorskip("selenium.webdriver.chrome.options", reason="no selenium").Options()
+    from selenium import webdriver
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(paths):
+        pytest.skip("no chromium with its driver: apt-get install chromium chromium-driver")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(f"--{flag}")
+    options.binary_location = paths[0]
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
+    driver.set_page_load_timeout(300)
+    yield driver, f"http://127.0.0.1:{server.server_port}"
+    driver.quit()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_every_page_loads_without_an_error_and_first_paint_is_light(built, browser):
+    """Light: what the browser has when it first paints, that is style, scripts in the head, and the page itself as
+    a server compresses it."""
+    import gzip
+    driver, address = browser
+    for page in sorted(built.rglob("*.html")):
+        name = page.relative_to(built).as_posix()
+        driver.get(f"{address}/{name}")
+        errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+        assert errors == [], name
+        loaded = driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+        parts = [page] + [built / url.split("?")[0].removeprefix(f"{address}/") for url in loaded
+                          if re.search(r"\.(css|js)(\?|$)", url) and "searchindex" not in url]
+        assert sum(len(gzip.compress(part.read_bytes())) for part in parts) < 100_000, name
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_search_finds_gumbel(browser):
+    from selenium.webdriver.support.wait import WebDriverWait
+    driver, address = browser
+    driver.get(f"{address}/search.html?q=Gumbel")
+    found = WebDriverWait(driver, 120).until(lambda d: d.find_elements("css selector", "#search-results li a"))
+    WebDriverWait(driver, 120).until(lambda d: "06_gumbel_softmax" in " ".join(
+        link.get_attribute("href") for link in d.find_elements("css selector", "#search-results li a")))
+    assert found
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", "lessons/07_dynamicvit", "lessons/RESULTS", "api/tinytoken.ops.attend",
+                                  "lessons/assignments/a1_autograd"])
+def test_contrast_and_a_phones_width(name, theme, browser):
+    axe_selenium = pytest.importorskip("axe_selenium_python", reason="no axe-selenium-python")
+    driver, address = browser
+    driver.set_window_size(390, 844)
+    driver.get(f"{address}/{name}.html")
+    driver.execute_script(f"document.body.dataset.theme = '{theme}'")
+    wide = driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    axe = axe_selenium.Axe(driver)
+    axe.inject()
+    found = axe.run(options={"runOnly": ["color-contrast", "image-alt", "link-name", "document-title", "html-has-lang"]})
+    assert [(v["id"], v["nodes"][0]["html"], v["nodes"][0]["any"]) for v in found["violations"]] == []
+    assert wide <= 0, "the page is wider than the screen"

@@ -86,8 +86,9 @@ def parser() -> argparse.ArgumentParser:
     pages = commands.add_parser(
         "site", help="the lessons, the results and the API as static pages (in a checkout; the extra `site`)")
     pages.add_argument("--out", type=path, required=True, help="a new folder, or an earlier site")
-    pages.add_argument("--address", help="https://github.com/OWNER/NAME, whose branch gh-pages has the site: for links to "
-                                         "files without a page, and to each notebook in Colab")
+    pages.add_argument("--address",
+                       help="https://github.com/OWNER/NAME, whose branch gh-pages has the site: for links to "
+                            "files without a page, and to each notebook in Colab")
     pages.set_defaults(run=run_site)
 
     doctor = commands.add_parser(

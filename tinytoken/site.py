@@ -1,8 +1,8 @@
 """The lessons, what they measured, the assignments and the API as static pages: `python -m tinytoken site`.
 
-Sphinx makes the pages (theme Furo, Markdown by MyST, the API by autodoc); jupytext reads the lessons. This file
-says what goes where. No lesson is run: pictures and figures are those of lessons/results. Formulas become MathML
-and a page loads nothing from another address, so the site works without a network.
+Sphinx makes the pages (theme Furo, Markdown by MyST, the API by autodoc); jupytext reads the lessons. This
+file says what goes where. No lesson is run: pictures and figures are those of lessons/results. Formulas
+in TeX become MathML, and a page loads nothing from another address, so the site works without a network.
 """
 import ast
 import functools
@@ -62,11 +62,11 @@ SETTINGS = {  # of Sphinx
 def build(out: FilePath, address: str | None = None) -> pathlib.Path:
     """Build this checkout's site into the folder `out` -> its first page.
 
-    address: the project's on GitHub, https://github.com/OWNER/NAME, whose branch gh-pages has this site. With it,
-    files that have no page are links to it, and each lesson has a link that opens its notebook in Colab. `out`
-    is new, empty, or an earlier site, which is replaced once the new one is complete. InputError, before the work,
-    for what cannot be used or is not installed; and afterwards, in place of a site that gives a solution away
-    or in which Sphinx finds a mistake, such as a broken link.
+    address: the project's on GitHub, https://github.com/OWNER/NAME, whose branch gh-pages has this site. With
+        it, files that have no page are links to it, and each lesson has a link to its notebook in Colab.
+    out: new, empty, or an earlier site, which is replaced once the new one is complete.
+    InputError, before the work, for what cannot be used or is not installed; and after it, in place of a site
+    that gives a solution away, or of which Sphinx warns, as it does of a broken link.
     """
     out = pathlib.Path(out)
     check(out, address)
@@ -86,10 +86,12 @@ def build(out: FilePath, address: str | None = None) -> pathlib.Path:
 
 def check(out: pathlib.Path, address: str | None) -> None:
     """InputError for what `build` cannot use."""
-    expect((ROOT / "lessons" / "report.py").exists(), "site", f"no lessons in {ROOT}: it builds a checkout's site")
+    expect((ROOT / "lessons" / "report.py").exists(), "site",
+           f"no lessons in {ROOT}: it builds a checkout's site")
     expect(address is None or ADDRESS.fullmatch(address), "site",
            f"address {address}, expected https://github.com/OWNER/NAME")
-    expect(kind_of(out) in ("nothing", "a folder"), f"cannot write {out}", f"it is {kind_of(out)}, expected a folder")
+    expect(kind_of(out) in ("nothing", "a folder"), f"cannot write {out}",
+           f"it is {kind_of(out)}, expected a folder")
     there = sorted(path.name for path in out.iterdir()) if out.exists() else []
     expect(not there or MARK in there, f"cannot write {out}",
            f"it holds other files ({some_of(there)}): give a new folder, or an earlier site")
@@ -99,10 +101,12 @@ def check(out: pathlib.Path, address: str | None) -> None:
 
 
 def run_sphinx(source: pathlib.Path, made: pathlib.Path) -> None:
-    """Pages of `source` -> HTML in `made`. InputError with what Sphinx warns of: it never does of a sound page."""
-    done = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-E", "-d", source.parent / "doctrees", source, made],
-                          capture_output=True, encoding="utf-8", errors="replace", check=False,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"})
+    """Pages of `source` -> HTML in `made`. InputError with what Sphinx warns of: it has nothing to."""
+    doctrees = str(source.parent / "doctrees")
+    command = [sys.executable, "-m", "sphinx", "-q", "-E", "-d", doctrees, str(source), str(made)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False,
+                          env=environment)
     said = done.stderr.replace(f"{source}{os.sep}", "").strip().splitlines()
     expect(done.returncode == 0 and not said, "site", lambda: f"Sphinx refuses: {some_of(said, 5)}")
 
@@ -130,7 +134,8 @@ class Source:
         for given in self.assignments:
             self.assignment(given)
         for name in (*TEXTS, *PAGES):
-            self.put(PAGES.get(name, name), self.linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name))
+            text = (ROOT / name).read_text(encoding="utf-8")
+            self.put(PAGES.get(name, name), self.linked(text, ROOT / name))
         if (ROOT / EXPLORER / "index.html").exists():
             shutil.copytree(ROOT / EXPLORER, self.folder / "extra" / "explorer")
             self.put("explorer.md", "# Explorer\n\n[Tokens in your browser](path:explorer/index.html)\n")
@@ -174,10 +179,11 @@ class Source:
             repository = self.address.removeprefix("https://github.com/")
             links["Open in Colab"] = ("https://colab.research.google.com/github/"
                                       f"{repository}/blob/gh-pages/notebooks/{name}.ipynb")
-        measured = [text for path in [self.results / f"{name}{more}.json" for more in ("", "_full", "_full_cifar10")]
-                    if path.exists() for text in self.measured(script, name, path, shown)]
-        self.put(page_of(script), "\n\n".join([with_links(body, links, page_of(script)), "## What was measured",
-                                               *measured]) + "\n")
+        runs = [self.results / f"{name}{more}.json" for more in ("", "_full", "_full_cifar10")]
+        measured = [part for path in runs if path.exists()
+                    for part in self.measured(script, name, path, shown)]
+        body = with_links(body, links, page_of(script))
+        self.put(page_of(script), "\n\n".join([body, "## What was measured", *measured]) + "\n")
 
     def measured(self, script: pathlib.Path, name: str, path: pathlib.Path,
                  shown: list[pathlib.Path]) -> Iterator[str]:
@@ -193,7 +199,7 @@ class Source:
             yield f"Bounds set before the run:\n\n{self.report.claims_text(claims)}"
         for drawn in sorted(path.parent.glob(f"{path.stem}_*.png")):
             what = drawn.stem.removeprefix(f"{path.stem}_")
-            if drawn not in shown and (run or not what.startswith("full_")) and not what.startswith("cifar10_"):
+            if drawn not in shown and not what.startswith(("full_", "cifar10_")):  # of another run
                 yield picture(script, drawn, what.replace("_", " "))
 
     def page(self, script: pathlib.Path, text: str, drawn: Any = lambda code: ()) -> str:
@@ -226,8 +232,8 @@ class Source:
         self.put(f"{place}.md", with_links(body, links, f"{place}.md"))
 
     def api(self) -> None:
-        """A page for each module, and one that lists them. They are no part of the contents: a hundred lines more at
-        the side of every page."""
+        """A page for each module, and one that lists them. They are no part of the contents: a hundred lines
+        more at the side of every page."""
         rows = []
         for path in sorted((ROOT / "tinytoken").rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -235,13 +241,14 @@ class Source:
             if parts[1] not in NO_API and name != "tinytoken.__main__":
                 says = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
                 rows.append(f"- [`{name}`](/api/{name}.rst): {' '.join(says.split())}")
-                self.put(f"api/{name}.rst", f":orphan:\n\n{name}\n{'=' * len(name)}\n\n.. automodule:: {name}\n\n"
-                                            "All modules: :doc:`/api/index`\n")
-        self.put("api/index.md", "# API\n\nEach module, and what it says of itself.\n\n" + "\n".join(rows) + "\n")
+                head = f":orphan:\n\n{name}\n{'=' * len(name)}\n\n"
+                self.put(f"api/{name}.rst",
+                         f"{head}.. automodule:: {name}\n\nAll modules: :doc:`/api/index`\n")
+        self.put("api/index.md", "\n".join(["# API\n\nThe modules, and what each says of itself.\n", *rows]))
 
     def linked(self, text: str, file: pathlib.Path) -> str:
-        """The text with links to files of the checkout turned into links to their pages; what has no page becomes
-        a link to the project's address, or, without one, plain text."""
+        """The text with links to files of the checkout turned into links to their pages. What has no page
+        becomes a link to the project's address, or, without one, plain text."""
         def one(match):
             image, words, path, anchor = match.groups()
             target = pathlib.Path(os.path.normpath(file.parent / path))
