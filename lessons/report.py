@@ -282,12 +282,16 @@ def grading(results):
 
 # Lessons
 
+def scripts(results):
+    """{a lesson's file: what it calls itself, with which the names of its results begin}."""
+    course, related = (sorted(results.parent.glob(f"{folder}[0-9][0-9]*_*.py")) for folder in ("", "related/"))
+    return ({script: script.stem for script in course}
+            | {script: f"related_{script.stem.partition('_')[2]}" for script in related})
+
+
 def headlines(results):
     """{a lesson's file: the headline of its default run, or None if the committed run has none}."""
-    course, related = (sorted(results.parent.glob(f"{folder}[0-9][0-9]*_*.py")) for folder in ("", "related/"))
-    names = {script: script.stem for script in course}
-    names |= {script: f"related_{script.stem.partition('_')[2]}" for script in related}
-    return {script: load(results / f"{name}.json").get("headline") for script, name in names.items()}
+    return {script: load(results / f"{name}.json").get("headline") for script, name in scripts(results).items()}
 
 
 @part
@@ -413,6 +417,12 @@ def damage_text(saved):
             f"{tests_text(values)}. {machine_text(saved)}")
 
 
+# {lesson: the function from one of its runs to its table}
+lesson_tables = {"07_dynamicvit": arms_text, "09_lookupvit": lookup_arms_text,
+                 "10_one_model_many_budgets": grids_text, "11_robustness": damage_text,
+                 "14_slow_and_fast_path": lambda saved: arms_text(saved, "ConvNeXt")}
+
+
 def lesson_part(result, table_of):
     """The part of a lesson's full run, once there was one: its table, and what became of its claims."""
     def text(results):
@@ -437,7 +447,7 @@ parts |= {"dynamicvit": lesson_part("07_dynamicvit_full", arms_text),
           "family_pixels": lesson_part("family_full_pixel_scenes", family_arms_text),
           "budgets": lesson_part("10_one_model_many_budgets_full", grids_text),
           "robustness": lesson_part("11_robustness_full", damage_text),
-          "two_paths": lesson_part("14_slow_and_fast_path", lambda saved: arms_text(saved, "ConvNeXt"))}
+          "two_paths": lesson_part("14_slow_and_fast_path", lesson_tables["14_slow_and_fast_path"])}
 
 
 def main(root=ROOT):

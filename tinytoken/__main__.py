@@ -1,4 +1,4 @@
-"""tinytoken compare | predict | doctor | bench | stub | grade | nbgrader | autograder-zip
+"""tinytoken compare | predict | doctor | bench | site | stub | grade | nbgrader | autograder-zip
 
 or python -m tinytoken ...
 """
@@ -83,6 +83,14 @@ def parser() -> argparse.ArgumentParser:
     clock.add_argument("--profile", action="store_true", help="a training step on one thread, op by op")
     clock.set_defaults(run=run_bench)
 
+    pages = commands.add_parser(
+        "site", help="the lessons, the results and the API as static pages (in a checkout; the extra `site`)")
+    pages.add_argument("--out", type=path, required=True, help="a new folder, or an earlier site")
+    pages.add_argument("--address",
+                       help="https://github.com/OWNER/NAME, whose branch gh-pages has the site: for links to "
+                            "files without a page, and to each notebook in Colab")
+    pages.set_defaults(run=run_site)
+
     doctor = commands.add_parser(
         "doctor", help="what this machine has for tinytoken, and what would fix what is missing")
     doctor.set_defaults(run=run_doctor)
@@ -163,6 +171,11 @@ def run_bench(args: argparse.Namespace) -> None:
 def run_doctor(args: argparse.Namespace) -> None:
     from .doctor import report
     print(report())
+
+
+def run_site(args: argparse.Namespace) -> None:
+    from . import site
+    print(site.build(args.out, args.address))
 
 
 def find_assignment(args: argparse.Namespace) -> Any:

@@ -1,0 +1,221 @@
+"""The site: what is refused before work, what becomes of links and docstrings, that a planted leak is found; and,
+slow, the whole of it, in a browser where there is one."""
+import functools
+import http.server
+import json
+import os
+import pathlib
+import re
+import shutil
+import threading
+import zipfile
+
+import pytest
+
+import tinytoken as tt
+from tiny import ROOT, everything, refused
+from tinytoken import site
+from tinytoken.course import assignment
+
+ADDRESS = "https://github.com/owner/name"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return site.Source(tmp_path / "source", ADDRESS)
+
+
+def test_what_cannot_be_used_is_refused_before_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(site, "run_sphinx", lambda *_: pytest.fail("it has begun"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for arguments, text in ((["--out", tmp_path / "mine"], "it holds other files (thesis.txt)"),
+                            (["--out", tmp_path / "mine" / "thesis.txt"], "it is a file, expected a folder"),
+                            (["--out", tmp_path / "new", "--address", "example.org"],
+                             "address example.org, expected https://github.com/OWNER/NAME")):
+        assert text in refused(capsys, "site", *arguments)
+    monkeypatch.setitem(site.NEEDS, "no_such_package", "no-such-package>=2")
+    assert "pip install 'no-such-package>=2'" in refused(capsys, "site", "--out", tmp_path / "new")
+    monkeypatch.setattr(site, "ROOT", tmp_path)
+    assert "it builds a checkout's site" in refused(capsys, "site", "--out", tmp_path / "new")
+    assert everything(tmp_path) == ["mine", "mine/thesis.txt"]
+
+
+def test_the_extra_brings_what_is_needed():
+    import tomllib
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert list(site.NEEDS.values()) == extras["site"] and set(extras["site"]) <= set(extras["test"])
+
+
+def test_links_lead_to_pages_or_to_the_address_or_nowhere(source):
+    source.api()
+    text = ("[tape](lessons/01_tape.py) [engine](tinytoken/tensor.py) [ops](tinytoken/ops) [more](lessons/RESULTS.md#how-fast) "
+            "[tests](tests/tiny.py) [x](https://example.org) f[i](x)")
+    pages = ("[tape](/lessons/01_tape.md) [engine](/api/tinytoken.tensor.rst) [ops](/api/tinytoken.ops.rst) "
+             "[more](/lessons/RESULTS.md#how-fast) ")
+    rest = " [x](https://example.org) f[i](x)"
+    assert source.linked(text, ROOT / "README.md") == f"{pages}[tests]({ADDRESS}/blob/main/tests/tiny.py){rest}"
+    source.address = None
+    assert source.linked(text, ROOT / "README.md") == f"{pages}tests{rest}"
+
+
+def test_a_lesson_has_its_pictures_what_it_measured_and_downloads(source):
+    script = ROOT / "lessons" / "07_dynamicvit.py"
+    source.lesson(script, "07_dynamicvit")
+    page = (source.folder / "lessons" / "07_dynamicvit.md").read_text()
+    saved = json.loads((ROOT / "lessons" / "results" / "07_dynamicvit.json").read_text())
+    assert saved["headline"] in page and "Bounds set before the run" in page and "| random tokens .5 |" in page
+    pictures = re.findall(r"!\[[^\]]+\]\(/(.*?)\)", page)
+    assert len(pictures) == len(set(pictures)) and all((ROOT / name).exists() for name in pictures)
+    assert {f"lessons/results/07_dynamicvit{run}_kept.png" for run in ("", "_full", "_full_cifar10")} <= set(pictures)
+    assert f"colab.research.google.com/github/owner/name/blob/gh-pages/notebooks/07_dynamicvit.ipynb" in page
+    book = json.loads((source.folder / "extra" / "notebooks" / "07_dynamicvit.ipynb").read_text())
+    assert "".join(book["cells"][0]["source"]) == f'%pip install -q "tinytoken-vit[plot,fast]=={tt.__version__}"'
+    source.address = None
+    source.lesson(script, "07_dynamicvit")
+    assert "colab" not in (source.folder / "lessons" / "07_dynamicvit.md").read_text()
+
+
+def test_docstrings_are_plain_text():
+    lines = ["*xs and a_ |b| `c`.", "", "keep (B, Tk): 1 keeps", "    more", "weights: two", "", "    a  *  b"]
+    site.plain_docstring(None, "function", "f", None, None, lines)
+    assert lines == [r"\*xs and a\_ \|b\| ``c``.", "", "- keep (B, Tk): 1 keeps", "  more", "- weights: two", "", "::", "",
+                     "      a  *  b", ""]
+
+
+PLANTS = {  # file: how a line of a solution may stand in it
+    "lessons/a.html": "<pre><span>    {}</span></pre>",
+    "notebooks/a1_autograd.ipynb": '{{"cells": [{{"source": ["    {}"]}}]}}',
+    "a.js": "{}"}
+
+
+@pytest.mark.parametrize("name, form", PLANTS.items(), ids=PLANTS)
+def test_a_planted_leak_is_found(name, form, tmp_path):
+    given = assignment.load(ROOT / "lessons" / "assignments" / "a1_autograd")
+    secret = "return [unbroadcast(g * b.value, a.value.shape), unbroadcast(g * a.value, b.value.shape)]"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(form.format("x = 1"))
+    assert site.leaks(tmp_path, [given]) == []
+    (tmp_path / name).write_text(form.format(secret))
+    assert [leak for leak in site.leaks(tmp_path, [given]) if name in leak and secret in leak]
+    (tmp_path / name).unlink()
+    with zipfile.ZipFile(tmp_path / "a1_autograd.zip", "w") as box:
+        box.writestr("a.py", f"    {secret}\n### BEGIN SOLUTION\n")
+    assert len(site.leaks(tmp_path, [given])) == 2
+
+
+def test_nothing_is_written_where_something_leaks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(site.Source, "write", lambda self: None)
+
+    def run(source, made):
+        (made / "lessons").mkdir(parents=True)
+        (made / "lessons" / "a.html").write_text("### BEGIN SOLUTION")
+    monkeypatch.setattr(site, "run_sphinx", run)
+    assert "not published: lessons/a.html holds the marker" in refused(capsys, "site", "--out", tmp_path / "site")
+    assert everything(tmp_path) == []
+    monkeypatch.setattr(site, "leaks", lambda *_: [])
+    assert site.build(tmp_path / "site").parent == site.build(tmp_path / "site").parent  # the second replaces the first
+    assert everything(tmp_path) == ["site", "site/.tinytoken-site", "site/lessons", "site/lessons/a.html"]
+
+
+# The whole site, and a browser
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The whole site; TINYTOKEN_SITE names one that is built already."""
+    there = os.environ.get("TINYTOKEN_SITE")
+    return pathlib.Path(there) if there else site.build(tmp_path_factory.mktemp("site") / "site", ADDRESS).parent
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_leads_somewhere_and_nothing_is_loaded_from_elsewhere(built):
+    pages = sorted(built.rglob("*.html"))
+    assert len(pages) > 100 and len(list(built.glob("notebooks/*.ipynb"))) == 29
+    ids = {page: set(re.findall(r' id="([^"]+)"', page.read_text())) for page in pages}
+    for page in pages:
+        text = page.read_text()
+        for tag, link in re.findall(r'<(\w+)\b[^>]*? (?:href|src)="([^"]+)"', text):
+            path, _, anchor = link.partition("#")
+            if re.match(r"https?:|mailto:", link):
+                assert tag == "a", f"{page} loads {link}"
+                continue
+            target = (page.parent / path.partition("?")[0]).resolve() if path else page
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or target.suffix != ".html" or anchor in ids[target], f"{page}: {link}"
+    assert site.leaks(built, site.Source(built, None).assignments) == []
+
+
+@pytest.fixture(scope="module")
+def browser(built, tmp_path_factory):
+    """(Chromium, the address of the site on a local server)."""
+    options = pytest.importorskip("selenium.webdriver.chrome.options", reason="no selenium").Options()
+    from selenium import webdriver
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(paths):
+        pytest.skip("no chromium with its driver: apt-get install chromium chromium-driver")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(f"--{flag}")
+    options.binary_location = paths[0]
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
+    driver.set_page_load_timeout(300)
+    yield driver, f"http://127.0.0.1:{server.server_port}"
+    driver.quit()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_every_page_loads_without_an_error_and_first_paint_is_light(built, browser):
+    """Light: what the browser has when it first paints, that is style, scripts in the head, and the page itself as
+    a server compresses it."""
+    import gzip
+    driver, address = browser
+    for page in sorted(built.rglob("*.html")):
+        name = page.relative_to(built).as_posix()
+        driver.get(f"{address}/{name}")
+        errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+        assert errors == [], name
+        loaded = driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+        parts = [page] + [built / url.split("?")[0].removeprefix(f"{address}/") for url in loaded
+                          if re.search(r"\.(css|js)(\?|$)", url) and "searchindex" not in url]
+        assert sum(len(gzip.compress(part.read_bytes())) for part in parts) < 100_000, name
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_search_finds_gumbel(browser):
+    from selenium.webdriver.support.wait import WebDriverWait
+    driver, address = browser
+    driver.get(f"{address}/search.html?q=Gumbel")
+    found = WebDriverWait(driver, 120).until(lambda d: d.find_elements("css selector", "#search-results li a"))
+    WebDriverWait(driver, 120).until(lambda d: "06_gumbel_softmax" in " ".join(
+        link.get_attribute("href") for link in d.find_elements("css selector", "#search-results li a")))
+    assert found
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", "lessons/07_dynamicvit", "lessons/RESULTS", "api/tinytoken.ops.attend",
+                                  "lessons/assignments/a1_autograd"])
+def test_contrast_and_a_phones_width(name, theme, browser):
+    axe_selenium = pytest.importorskip("axe_selenium_python", reason="no axe-selenium-python")
+    driver, address = browser
+    driver.set_window_size(390, 844)
+    driver.get(f"{address}/{name}.html")
+    driver.execute_script(f"document.body.dataset.theme = '{theme}'")
+    wide = driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+    axe = axe_selenium.Axe(driver)
+    axe.inject()
+    found = axe.run(options={"runOnly": ["color-contrast", "image-alt", "link-name", "document-title", "html-has-lang"]})
+    assert [(v["id"], v["nodes"][0]["html"], v["nodes"][0]["any"]) for v in found["violations"]] == []
+    assert wide <= 0, "the page is wider than the screen"
