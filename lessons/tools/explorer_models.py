@@ -3,10 +3,10 @@
     python lessons/tools/explorer_models.py                    # about 10 minutes on one core
     python lessons/tools/explorer_models.py --steps 8 --out somewhere
 
-They are trained as `compare` trains its own, at half the width: three quarters of the steps, then the rest with
-a smaller learning rate, in which DynamicViT starts from the ViT. LookupViT draws its grid of compressed tokens
-anew in each step (lesson 10), since the page asks it at all of them. What is written is what was measured: the
-accuracies are those of the rounded weights. An interrupted training goes on where it stopped (--run).
+They are trained as `compare` trains its own, at half the width: three quarters of the steps, then the rest
+with a smaller learning rate, in which DynamicViT starts from the ViT. LookupViT draws its grid of compressed
+tokens anew in each step (lesson 10), since the page asks it at all of them. What is written is what was
+measured: the accuracies are those of the rounded weights. An interrupted training goes on where it stopped (--run).
 """
 import argparse
 import dataclasses
@@ -66,7 +66,8 @@ def measured(trial, models):
         with explorer.keeping(models["dynamicvit"], share):
             by_share[f"{share:.2f}"] = at(models["dynamicvit"])
     by_grid = {f"{m}x{n}": at(models["lookupvit"], compressed=(m, n)) for m, n in ALL_GRIDS}
-    return {"vit": {"at": {"": at(models["vit"])}}, "dynamicvit": {"at": by_share}, "lookupvit": {"at": by_grid}}
+    return {"vit": {"at": {"": at(models["vit"])}}, "dynamicvit": {"at": by_share},
+            "lookupvit": {"at": by_grid}}
 
 
 def main():
@@ -78,10 +79,10 @@ def main():
     args = parser.parse_args()
     recipe = dataclasses.replace(RECIPE, steps=args.steps, test_pictures=args.test_pictures)
     trial = Trial(recipe, arms(recipe), run=Run(args.run), threads=1, bar=sys.stderr.isatty(), **MOVES)
-    about = {"data": recipe.data, "classes": list(trial.test.names), "mean": list(map(float, trial.batches.mean)),
-             "std": list(map(float, trial.batches.std)), "bounds": likeness.bounds(trial.train_set.images),
-             "test_pictures": len(trial.test.images), "seed": recipe.seed, "recipe": dataclasses.asdict(recipe) | MOVES
-             | {"grids": GRIDS}, "models": {}}
+    about = {"data": recipe.data, "classes": list(trial.test.names),
+             "mean": list(map(float, trial.batches.mean)), "std": list(map(float, trial.batches.std)),
+             "bounds": likeness.bounds(trial.train_set.images), "test_pictures": len(trial.test.images),
+             "seed": recipe.seed, "recipe": dataclasses.asdict(recipe) | MOVES | {"grids": GRIDS}, "models": {}}
     trained = {name: trial.train(name)[0] for name in explorer.NAMES}
     explorer.save(args.out, trained, about)
     rounded, _ = explorer.load(args.out)

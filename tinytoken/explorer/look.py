@@ -56,14 +56,15 @@ class Explorer:
                 "depth": self.depth, "keeps": KEEPS, "scenes": self.scenes.labels.tolist(), "models": known,
                 "test_pictures": self.about["test_pictures"]}
 
-    def look(self, /, scene: Any = None, pixels: Any = None, keep: Any = 0.7, grid: Any = 3, block: Any = None,
-             token: Any = None, **unknown: Any) -> dict[str, Any]:
+    def look(self, /, scene: Any = None, pixels: Any = None, keep: Any = 0.7, grid: Any = 3,
+             block: Any = None, token: Any = None, **unknown: Any) -> dict[str, Any]:
         """One picture through the three models.
 
-        scene: the number of a scene that is made here; or pixels: base64 of the bytes of a picture, red, green
-        and blue of each pixel, row by row. keep: one of KEEPS, the share of tokens that each stage of DynamicViT
-        leaves. grid: the side of LookupViT's compressed grid. block: whose attention is shown, counted from 1;
-        None: the last. token: the compressed token whose attention is shown; None: the most peaked one."""
+        scene: the number of a scene that is made here; or pixels: base64 of the bytes of a picture, red,
+        green and blue of each pixel, row by row. keep: one of KEEPS, the share of tokens that each stage of
+        DynamicViT leaves. grid: the side of LookupViT's compressed grid. block: whose attention is shown,
+        counted from 1; None: the last. token: the compressed token whose attention is shown; None: the most
+        peaked one. InputError for other values."""
         expect(not unknown, WHERE, f"asked with {', '.join(unknown)}, which is not known")
         block = self.depth if block is None else block
         side = self.grid[0]
@@ -157,8 +158,7 @@ class Explorer:
                        "token_attention": listed(weights[token])}
 
     def on_object(self, seen: dict[str, Any], scene: int) -> None:
-        """Note how much of the patches that DynamicViT keeps is object, and of all of them. Of a scene that is
-        known."""
+        """Note how much of the patches that DynamicViT keeps is object, and of all of them, in a scene."""
         shares = self.scenes.object_share(self.patch)[scene]
         seen["object"] = round(float(shares.mean()), 4)
         for stage in seen["stages"]:

@@ -1,6 +1,5 @@
 """The three small models of the explorer, in two files: float16 weights, and JSON that says what they are."""
 import contextlib
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,16 +15,17 @@ from ..train import checkpoint
 HERE = pathlib.Path(__file__).parent
 WEIGHTS, ABOUT = "models.npz", "models.json"
 NAMES = ("vit", "dynamicvit", "lookupvit")
-KEEPS = tuple(n / 20 for n in range(6, 21))  # of the slider: the share that each stage keeps of the one before
+KEEPS = tuple(n / 20 for n in range(6, 21))  # of the slider: what each stage keeps of the one before
 
 
 def save(folder: FilePath, models: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Write {name: model} as float16 into `folder`, and what the page says of them. about: {"models": {name:
     what was measured}, and what holds for all}."""
     folder = pathlib.Path(folder)
+    arrays: dict[str, Any] = {f"{name}/{key}": array.astype("float16") for name, model in models.items()
+                              for key, array in model.state_dict().items()}
     with replacing(folder / WEIGHTS) as file:
-        np.savez_compressed(file, **{f"{name}/{key}": array.astype("float16") for name, model in models.items()
-                                     for key, array in model.state_dict().items()})
+        np.savez_compressed(file, **arrays)
     described = {name: checkpoint.description(model) | about["models"].get(name, {})
                  for name, model in models.items()}
     write_json(folder / ABOUT, {**about, "models": described})
@@ -46,15 +46,11 @@ def load(folder: FilePath = HERE) -> tuple[dict[str, Any], dict[str, Any]]:
     return models, about
 
 
-def read_about(folder: FilePath = HERE) -> dict[str, Any]:
-    """What the JSON says, without the models."""
-    return json.loads((pathlib.Path(folder) / ABOUT).read_text(encoding="utf-8"))
-
-
 @contextlib.contextmanager
 def keeping(model: Any, share: float) -> Iterator[None]:
     """Context: each stage of a DynamicViT keeps `share` of what the one before has left, at inference. The
     predictors only rank the tokens, so that any number of the best can be taken."""
-    counts = [max(1, int(model.num_patches * share ** (stage + 1) + 1e-9)) for stage in range(len(model.counts))]
+    shares = (share ** (stage + 1) + 1e-9 for stage in range(len(model.counts)))  # 0.7 ** 2 is below 0.49
+    counts = [max(1, int(model.num_patches * part)) for part in shares]
     with swapped(model, "counts", counts):
         yield

@@ -1,8 +1,8 @@
 "use strict";
-// The page asks an engine, ask(request) -> reply, as tinytoken/explorer/look.py says. Which one, `form` tells:
+// The page asks an engine, ask(request) -> reply, as tinytoken/explorer/look.py says. `form` tells which:
 //   {"form": "native"}   this page's server
-//   {"form": "pyodide", "pyodide": address, "archive": file, "examples": file}   Python in this browser; until it
-//   is there, or where it cannot be had, the recorded examples
+//   {"form": "pyodide", "pyodide": address, "archive": file, "examples": file}   Python in this browser;
+//   until it is there, or where it cannot be had, the recorded examples
 const form = JSON.parse(document.getElementById("form").textContent);
 const at = id => document.getElementById(id);
 const NAMES = {vit: "ViT", dynamicvit: "DynamicViT", lookupvit: "LookupViT"};
@@ -41,6 +41,7 @@ async function start({pyodide, archive}) {
   if (!answer.ok) throw new Error(archive + ": " + answer.status);
   python.unpackArchive(await answer.arrayBuffer(), "zip", {extractDir: "/tinytoken"});
   explorer = python.runPython("import sys; sys.path.insert(0, '/tinytoken')\\n"
+    + "import tqdm; tqdm.tqdm.monitor_interval = 0  # a thread, which a browser lacks\\n"
     + "from tinytoken.explorer.look import Explorer\\nExplorer()");
 }
 onmessage = async ({data: {number, start: places, request}}) => {
@@ -49,12 +50,14 @@ onmessage = async ({data: {number, start: places, request}}) => {
     else postMessage({number, reply: explorer.answer(request)});
   } catch (error) {
     const lines = String(error.message || error).trim().split("\\n");
-    postMessage({number, error: lines[lines.length - 1]});
+    const named = lines.findLast(line => /^[\\w.]*(Error|Exception)\\b/.test(line));
+    postMessage({number, error: named || lines[0]});
   }
 };`;
 
 async function pyodide() {
-  const worker = new Worker(URL.createObjectURL(new Blob([WORKER], {type: "text/javascript"})), {type: "module"});
+  const code = URL.createObjectURL(new Blob([WORKER], {type: "text/javascript"}));
+  const worker = new Worker(code, {type: "module"});
   const waiting = new Map();
   worker.onmessage = ({data}) => {
     const {resolve, reject} = waiting.get(data.number);
@@ -130,7 +133,8 @@ function draw() {
   for (const [name, model] of Object.entries(seen)) {
     const best = model.probabilities.indexOf(Math.max(...model.probabilities)), put = facts(name);
     put("answer", `${names[best]}, ${percent(model.probabilities[best])}`);
-    put("macs", `${(model.macs / 1e6).toFixed(2)} M (${(model.macs / seen.vit.macs).toFixed(2)} of the ViT's)`);
+    const part = (model.macs / seen.vit.macs).toFixed(2);
+    put("macs", `${(model.macs / 1e6).toFixed(2)} M (${part} of the ViT's)`);
     put("time", recorded ? "not recorded" : `${(1000 * model.seconds).toFixed(1)} ms`);
     put("accuracy", model.accuracy === null ? "not measured" : percent(model.accuracy));
   }
@@ -146,9 +150,11 @@ function tell(name, text) {
 }
 
 function caption() {
-  const label = reply && reply.label !== null ? `Scene ${source.scene}: ${setup.classes[reply.label]}.` : "Your picture.";
-  const unlike = reply && reply.unlike.length ? ` Unlike the pictures that the models know (${reply.unlike[0]}): `
-    + "the classes may mean nothing." : "";
+  if (!reply) return;
+  const label = reply.label === null ? "Your picture."
+    : `Scene ${source.scene}: ${setup.classes[reply.label]}.`;
+  const unlike = reply.unlike.length ? ` Unlike the pictures that the models know (${reply.unlike[0]}): the `
+    + "classes may mean nothing." : "";
   const step = recorded ? "" : ` Answered in ${Math.round(document.body.dataset.milliseconds)} ms.`;
   at("caption").textContent = label + unlike + step;
 }
@@ -171,7 +177,8 @@ function showPicture() {
   context.lineWidth = 2;
   for (const [style, inset] of [["#000", 0], ["#fff", 2]]) {
     context.strokeStyle = style;
-    context.strokeRect(cursor.x * cell - 2 + inset, cursor.y * cell - 2 + inset, cell + 4 - 2 * inset, cell + 4 - 2 * inset);
+    const [x, y] = [cursor.x, cursor.y].map(along => along * cell - 2 + inset), side = cell + 4 - 2 * inset;
+    context.strokeRect(x, y, side, side);
   }
 }
 
@@ -232,7 +239,8 @@ function make(kind, more = {}, ...inside) {
 }
 
 function build() {
-  const views = {vit: ["attention"], dynamicvit: ["stage0", "stage1", "stage2", "attention"], lookupvit: ["all", "one"]};
+  const views = {vit: ["attention"], dynamicvit: ["stage0", "stage1", "stage2", "attention"],
+    lookupvit: ["all", "one"]};
   for (const [name, title] of Object.entries(NAMES)) {
     const shown = make("div", {className: "views"});
     for (const view of views[name]) {
@@ -260,7 +268,7 @@ function build() {
     button.setAttribute("aria-pressed", String(value === colour));
     button.onclick = () => {
       colour = value;
-      for (const other of at("colours").children) other.setAttribute("aria-pressed", String(other === button));
+      for (const one of at("colours").children) one.setAttribute("aria-pressed", String(one === button));
     };
     at("colours").append(button);
   }

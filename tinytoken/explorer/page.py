@@ -15,16 +15,17 @@ def html(**form: Any) -> str:
     text = (HERE / "page.html").read_text(encoding="utf-8")
     setup = json.dumps(form).replace("<", "\\u003c")
     parts = {"styles": (HERE / "page.css").read_text(encoding="utf-8"),
-             "script": "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS), "form": setup}
+             "script": "".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
+             "form": setup}
     for name, part in parts.items():
         text = text.replace(f"/*{name}*/", part)
     return text
 
 
 def policy(page: str) -> str:
-    """The Content-Security-Policy of a page that a server of its own answers: its one script, its own address."""
+    """The Content-Security-Policy of a page with a server of its own: its one script, its own address."""
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
     assert script is not None, "the page has a script"
     digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
-    return (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")

@@ -1,12 +1,13 @@
 // What the user does
 
 function painted(x, y) {
-  const size = setup.size, width = Number(at("brush").value), bytes = colour.match(/\w\w/g).map(part => parseInt(part, 16));
+  const size = setup.size, width = Number(at("brush").value);
+  const bytes = colour.match(/\w\w/g).map(part => parseInt(part, 16));
   const first = -Math.floor((width - 1) / 2);
   for (let i = first; i < first + width; i++) {
     for (let j = first; j < first + width; j++) {
-      const across = x + i, down = y + j;
-      if (across >= 0 && down >= 0 && across < size && down < size) pixels.set(bytes, 3 * (down * size + across));
+      const across = x + i, down = y + j, inside = value => value >= 0 && value < size;
+      if (inside(across) && inside(down)) pixels.set(bytes, 3 * (down * size + across));
     }
   }
   mine(pixels);
@@ -29,17 +30,18 @@ function darkGround() {
   mine(bytes);
 }
 
+const inPicture = value => Math.max(0, Math.min(setup.size - 1, value));
+
 function place(event) {
-  const box = at("picture").getBoundingClientRect();
-  const along = (value, start, length) => Math.max(0, Math.min(setup.size - 1, Math.floor((value - start) / length * setup.size)));
+  const box = at("picture").getBoundingClientRect(), size = setup.size;
+  const along = (value, start, length) => inPicture(Math.floor((value - start) / length * size));
   return [along(event.clientX, box.left, box.width), along(event.clientY, box.top, box.height)];
 }
 
 function onKey(event) {
   const move = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
   if (move) {
-    cursor.x = Math.max(0, Math.min(setup.size - 1, cursor.x + move[0]));
-    cursor.y = Math.max(0, Math.min(setup.size - 1, cursor.y + move[1]));
+    cursor = {x: inPicture(cursor.x + move[0]), y: inPicture(cursor.y + move[1])};
     showPicture();
   } else if (event.key === " " && !recorded) painted(cursor.x, cursor.y);
   else return;
@@ -59,29 +61,31 @@ async function onFile(file) {
 }
 
 async function decoded(file) {
-  const bitmap = await createImageBitmap(file), side = Math.min(bitmap.width, bitmap.height), size = setup.size;
+  const bitmap = await createImageBitmap(file), side = Math.min(bitmap.width, bitmap.height);
+  const size = setup.size;
   const context = new OffscreenCanvas(size, size).getContext("2d");
   context.fillStyle = "white";  // behind what is transparent
   context.fillRect(0, 0, size, size);
   context.imageSmoothingQuality = "high";
-  context.drawImage(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side, side, 0, 0, size, size);
+  const left = (bitmap.width - side) / 2, top = (bitmap.height - side) / 2;
+  context.drawImage(bitmap, left, top, side, side, 0, 0, size, size);
   const {data} = context.getImageData(0, 0, size, size), bytes = new Uint8Array(3 * size * size);
   for (let i = 0; i < size * size; i++) bytes.set(data.subarray(4 * i, 4 * i + 3), 3 * i);
   return bytes;
 }
 
+const known = () => recorded ? Object.keys(recorded.scenes).map(Number) : [...setup.scenes.keys()];
+
 function goTo(number) {
-  const known = recorded ? Object.keys(recorded.scenes).map(Number) : setup.scenes.map((_, n) => n);
-  const nearest = known.reduce((best, n) => Math.abs(n - number) < Math.abs(best - number) ? n : best);
+  const nearest = known().reduce((best, n) => Math.abs(n - number) < Math.abs(best - number) ? n : best);
   at("scene").value = nearest;
   source = {scene: nearest};
   refresh();
 }
 
 function step(by) {
-  const known = recorded ? Object.keys(recorded.scenes).map(Number) : setup.scenes.map((_, n) => n);
-  const here = Math.max(0, known.indexOf(Number(at("scene").value)));
-  goTo(known[(here + by + known.length) % known.length]);
+  const all = known(), here = Math.max(0, all.indexOf(Number(at("scene").value)));
+  goTo(all[(here + by + all.length) % all.length]);
 }
 
 function listen() {
@@ -95,7 +99,11 @@ function listen() {
   at("file").onchange = () => at("file").files.length && onFile(at("file").files[0]);
   picture.onkeydown = onKey;
   picture.onfocus = picture.onblur = showPicture;
-  picture.onpointerdown = event => { if (!recorded) { picture.setPointerCapture(event.pointerId); painted(...place(event)); } };
+  picture.onpointerdown = event => {
+    if (recorded) return;
+    picture.setPointerCapture(event.pointerId);
+    painted(...place(event));
+  };
   picture.onpointermove = event => { if (!recorded && event.buttons) painted(...place(event)); };
   picture.ondragover = event => { event.preventDefault(); picture.classList.add("over"); };
   picture.ondragleave = () => picture.classList.remove("over");
@@ -127,17 +135,20 @@ async function show(engine, words) {
 }
 
 async function begin() {
-  if (form.form === "native") return show(native, "The models run on this machine, by the installed package.");
+  if (form.form === "native") {
+    return show(native, "The models run on this machine, by the installed package.");
+  }
   recorded = await reading(await fetch(form.examples));
   const count = Object.keys(recorded.scenes).length;
-  await show(fromRecorded, `Python is being loaded into this browser, about 15 MB. Until then: ${count} recorded scenes.`);
+  await show(fromRecorded, `Python is being loaded into this browser, about 19 MB. Until then: ${count} `
+    + "recorded scenes.");
   try {
     const engine = await pyodide();
     recorded = null;
     await show(engine, "The models run in this browser, by Pyodide and this package.");
   } catch (error) {
-    at("state").textContent = `Pyodide cannot be loaded here (${error.message}). What you see are ${count} recorded `
-      + "scenes: their sliders work, drawing does not.";
+    at("state").textContent = `Pyodide cannot be loaded here (${error.message}). What you see are ${count} `
+      + "recorded scenes: their first two sliders work, drawing does not.";
     document.body.dataset.form = "without";
   }
 }

@@ -1,4 +1,4 @@
-"""The explorer in a browser on this machine: a server that only this machine reaches, and only by its address.
+"""The explorer in a browser on this machine: a server that only this machine reaches, by a secret address.
 
 The address has a secret in it, so that no other page or user of this machine can ask; the Host header has to
 name this machine, so that no other site's name can be led here (DNS rebinding); what is sent is bounded.
@@ -20,7 +20,7 @@ MACHINE = "127.0.0.1"
 HOSTS = [MACHINE, "localhost"]
 QUESTION, PICTURE = 1 << 16, 1 << 24  # bytes that are read of a question, and of a picture's file
 PIXELS = 50_000_000  # of a picture's file
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # none of those for which pillow starts programs
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # none for which pillow starts a program
 
 
 def app(explorer: Explorer, secret: str) -> Any:
@@ -33,8 +33,8 @@ def app(explorer: Explorer, secret: str) -> Any:
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
     text = page.html(form="native")
-    headers = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
-               "Content-Security-Policy": page.policy(text)}
+    headers = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+               "X-Content-Type-Options": "nosniff", "Content-Security-Policy": page.policy(text)}
 
     def known(request: Request) -> bool:
         return hmac.compare_digest(request.path_params["secret"].encode(), secret.encode())
@@ -85,7 +85,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(port: int = 0, browser: bool = True) -> None:
-    """Answer until Ctrl-C, which raises KeyboardInterrupt. Prints the address, and opens it in a `browser`."""
+    """Answer until Ctrl-C, which raises KeyboardInterrupt. Prints the address; opens it in a `browser`."""
     try:
         import starlette  # noqa: F401
         import uvicorn

@@ -1,7 +1,8 @@
 """The explorer as a folder for any web server: the page, this package, and recorded examples.
 
-In the browser Pyodide runs the package, the models too; NumPy comes from Pyodide's distribution. What else the
-package imports is pure Python, and is put beside it. Where Pyodide cannot be loaded, the page shows the examples.
+In the browser Pyodide runs the package, the models too; NumPy comes from Pyodide's distribution. What else
+the package imports is pure Python, and is put beside it. Where Pyodide cannot be loaded, the page shows the
+examples.
 """
 import hashlib
 import importlib.metadata
@@ -29,10 +30,10 @@ ARCHIVE, EXAMPLES = "tinytoken.zip", "examples.json"
 
 
 def write(out: FilePath, pyodide: FilePath | None = None, explorer: Explorer | None = None) -> list[str]:
-    """Write the folder `out`, new or empty or one that this has written before -> lines that say what is there.
+    """Write the folder `out`, a new one or one that this has written before -> lines that say what is there.
 
-    pyodide: a folder with Pyodide and its NumPy, which is copied; None: the page loads version VERSION from its
-    own distribution. InputError for a folder that lacks a file, or has one of another checksum."""
+    pyodide: a folder with Pyodide and its NumPy, which is copied; None: the page loads version VERSION from
+    Pyodide's own distribution. InputError for a folder that lacks a file, or has one of another checksum."""
     out = pathlib.Path(out)
     expect(kind_of(out) in ("nothing", "a folder"), WHERE, f"{out} is {kind_of(out)}, expected a folder")
     ours = {"index.html", ARCHIVE, EXAMPLES, "pyodide"}
@@ -44,7 +45,8 @@ def write(out: FilePath, pyodide: FilePath | None = None, explorer: Explorer | N
     out.mkdir(parents=True, exist_ok=True)
     text = page.html(form="pyodide", pyodide=DISTRIBUTION if files is None else "pyodide/", archive=ARCHIVE,
                      examples=EXAMPLES)
-    for name, content in (("index.html", text), (EXAMPLES, json.dumps(examples(explorer), separators=(",", ":")))):
+    recorded = json.dumps(examples(explorer), separators=(",", ":"))
+    for name, content in (("index.html", text), (EXAMPLES, recorded)):
         with replacing(out / name, "w") as file:
             file.write(content)
     with replacing(out / ARCHIVE) as file:
@@ -100,7 +102,8 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
         wheels = {packages[name]["file_name"]: packages[name]["sha256"] for name in wanted}
         plain = all(pathlib.PurePath(name).name == name for name in wheels)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{WHERE}: {folder / 'pyodide-lock.json'} does not list NumPy ({error!r})") from error
+        raise InputError(f"{WHERE}: {folder / 'pyodide-lock.json'} does not list NumPy "
+                         f"({error!r})") from error
     expect(plain, WHERE, f"{folder / 'pyodide-lock.json'} names a file outside of its folder")
     for name, digest in wheels.items():
         data = read_bytes(folder / name, WHERE)

@@ -48,7 +48,8 @@ def settled(browser, form=None, seconds=120):
 
 def errors(browser):
     """What the console says that is no more than a word."""
-    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    return [entry["message"] for entry in browser.get_log("browser")
+            if entry["level"] in ("SEVERE", "WARNING")]
 
 
 needs_browser = pytest.mark.skipif(bool(missing()), reason=missing() or "there is one")
