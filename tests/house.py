@@ -23,7 +23,7 @@ FLOORS = (("errors",), ("registry", "files", "program", "reading", "backend", "t
           ("tensor",), ("ops",), ("cost", "checking"), ("nn",),
           ("models", "data"), ("tasks",), ("train",), ("cuda", "compiled"), ("plot",),
           ("experiments", "predict", "doctor", "bench"),
-          ("course",), ("site", "__init__", "__main__"))
+          ("course", "explorer"), ("site", "__init__", "__main__"))
 
 # Files that name a model, task or data set, beside its own: whatever lists them reads the registries, so a
 # new one needs no line here, and adding it touches its own file and its test.

@@ -1,4 +1,4 @@
-"""tinytoken compare | predict | doctor | bench | site | stub | grade | nbgrader | autograder-zip
+"""tinytoken compare | predict | explore | doctor | bench | site | stub | grade | nbgrader | autograder-zip
 
 or python -m tinytoken ...
 """
@@ -72,6 +72,18 @@ def parser() -> argparse.ArgumentParser:
                        help="where to write the picture with its tokens: .png, .jpg, .pdf or .svg "
                             "(default: PICTURE.tokens.png, of a sample in the current folder)")
     guess.set_defaults(run=run_predict)
+
+    explorer = commands.add_parser(
+        "explore", help="a page on which a picture goes through three small models, live")
+    explorer.add_argument("--port", type=int, default=0, help="of this machine (default: one that is free)")
+    explorer.add_argument("--no-browser", action="store_true", help="print the address, and open nothing")
+    explorer.add_argument("--static", type=path, metavar="OUT",
+                          help="write the page into a folder for a web server instead: there Python runs in the "
+                               "visitor's browser")
+    explorer.add_argument("--pyodide", type=path, metavar="FOLDER",
+                          help="with --static: a folder with Pyodide and its NumPy, to copy (default: the page "
+                               "loads them from Pyodide's own distribution)")
+    explorer.set_defaults(run=run_explore)
 
     clock = commands.add_parser(
         "bench", help="how fast this machine trains and runs a model; where the time of a step goes")
@@ -158,6 +170,16 @@ def run_compare(args: argparse.Namespace) -> None:
 
 def run_predict(args: argparse.Namespace) -> None:
     print(predict.classify(args.checkpoint, args.picture, args.out or predict.default_out(args.picture)))
+
+
+def run_explore(args: argparse.Namespace) -> None:
+    expect(args.static or not args.pyodide, "explore", "--pyodide is for --static")
+    if args.static:
+        from .explorer import static
+        print("\n".join(static.write(args.static, args.pyodide)))
+    else:
+        from .explorer import server
+        server.serve(args.port, not args.no_browser)
 
 
 def run_bench(args: argparse.Namespace) -> None:

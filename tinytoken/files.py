@@ -25,9 +25,12 @@ fcntl: Any
 msvcrt: Any
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:
     fcntl = None
-    import msvcrt
+    try:
+        import msvcrt
+    except ImportError:  # Pyodide: in a browser there is no other process
+        msvcrt = None
 
 FilePath: TypeAlias = str | os.PathLike[str]
 HALF_WRITTEN = r"\.{}\.[a-z0-9_]{{8}}\.part"  # the name of a file that is to become another: see `replacing`
@@ -163,7 +166,7 @@ def _lock(handle, wait):
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
+            elif msvcrt is not None:
                 msvcrt.locking(_beyond(handle), msvcrt.LK_NBLCK, 1)
             return True
         except (BlockingIOError, PermissionError):  # of the two systems
@@ -180,7 +183,7 @@ def _lock(handle, wait):
 
 def _unlock(handle, lock):
     try:
-        if fcntl is not None:
+        if fcntl is not None or msvcrt is None:
             lock.unlink(missing_ok=True)  # while it is locked: who waits for it then finds another file there
         else:
             msvcrt.locking(_beyond(handle), msvcrt.LK_UNLCK, 1)

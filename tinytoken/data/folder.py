@@ -1,6 +1,7 @@
 """A folder of images by class: byclass.py says how it may look."""
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,22 @@ def read_image(path: str | os.PathLike, size: tuple[int, int], where: str = "ima
     model, the central square), and scaled with bilinear weights, which average where it shrinks. Of an
     animation, this is the first picture. InputError for what pillow cannot read, for grey of which nobody can
     know the value of white (32 bits, floats), and for pipes and devices."""
-    Image, ImageOps = pillow(where)
+    pillow(where)
     kind = kind_of(path)
     expect(kind in ("a file", "a folder", "nothing"), where, f"{path} is {kind}, expected a file")
+    return decoded(path, size, where, path)
+
+
+def decoded(file: Any, size: tuple[int, int], where: str, name: Any, formats: Sequence[str] | None = None,
+            most: int | None = None) -> np.ndarray:
+    """`read_image` of a path or of an open binary file. name: what messages call it. formats: those of pillow
+    that are tried; None: all. most: pixels of the picture at most, checked before they are decoded."""
+    Image, ImageOps = pillow(where)
     try:
-        with Image.open(path) as image:
+        with Image.open(file, formats=formats) as image:
+            pixels = image.width * image.height
+            if most is not None and pixels > most:
+                raise ValueError(f"it has {pixels:,} pixels, expected at most {most:,}")
             ends = _black_and_white(image) if image.mode[0] in "IF" else None
             _transparent_in_8_bits(image)
             image = _rgb(ImageOps.exif_transpose(image), ends, Image)
@@ -40,9 +52,11 @@ def read_image(path: str | os.PathLike, size: tuple[int, int], where: str = "ima
     except MemoryError:
         raise
     except FileNotFoundError as error:
-        raise InputError(f"{where}: {path} does not exist") from error
+        raise InputError(f"{where}: {name} does not exist") from error
     except Exception as error:  # of a damaged file: OSError, SyntaxError, ValueError, struct.error, ...
-        raise InputError(f"{where}: {path} is not a picture that pillow can read ({error})") from error
+        unknown = formats and type(error).__name__ == "UnidentifiedImageError"  # it says the stream's address
+        reason = f"none of {', '.join(formats or ())}" if unknown else error
+        raise InputError(f"{where}: {name} is not a picture that pillow can read ({reason})") from error
 
 
 def pillow(where: str) -> tuple[Any, Any]:
