@@ -30,7 +30,6 @@ def pytest_configure(config):
             entered.__enter__()
             config.add_cleanup(functools.partial(entered.__exit__, None, None, None))
     config.addinivalue_line("markers", "gpu: needs CuPy and a CUDA device")
-    config.addinivalue_line("markers", "browser: needs Chromium with its driver, and selenium")
     config.addinivalue_line("markers", "slow: more than a few seconds; .ci/run runs these too")
 
 

@@ -6,12 +6,12 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import threading
 import zipfile
 
 import pytest
 
+import chromium
 import tinytoken as tt
 from tiny import ROOT, everything, refused
 from tinytoken import site
@@ -148,23 +148,12 @@ def test_every_link_of_the_site_leads_somewhere_and_nothing_is_loaded_from_elsew
 @pytest.fixture(scope="module")
 def browser(built, tmp_path_factory):
     """(Chromium, the address of the site on a local server)."""
-    options = pytest.importorskip("selenium.webdriver.chrome.options", reason="no selenium").Options()
-    from selenium import webdriver
-    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(paths):
-        pytest.skip("no chromium with its driver: apt-get install chromium chromium-driver")
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(f"--{flag}")
-    options.binary_location = paths[0]
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(built)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
+    driver = chromium.started(tmp_path_factory.mktemp("profile"))
     driver.set_page_load_timeout(300)
     yield driver, f"http://127.0.0.1:{server.server_port}"
     driver.quit()
@@ -173,7 +162,7 @@ def browser(built, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.browser
+@chromium.needs_browser
 def test_every_page_loads_without_an_error_and_first_paint_is_light(built, browser):
     """Light: what the browser has when it first paints, that is style, scripts in the head, and the page itself as
     a server compresses it."""
@@ -182,8 +171,7 @@ def test_every_page_loads_without_an_error_and_first_paint_is_light(built, brows
     for page in sorted(built.rglob("*.html")):
         name = page.relative_to(built).as_posix()
         driver.get(f"{address}/{name}")
-        errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-        assert errors == [], name
+        assert chromium.errors(driver) == [], name
         loaded = driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
         parts = [page] + [built / url.split("?")[0].removeprefix(f"{address}/") for url in loaded
                           if re.search(r"\.(css|js)(\?|$)", url) and "searchindex" not in url]
@@ -191,7 +179,7 @@ def test_every_page_loads_without_an_error_and_first_paint_is_light(built, brows
 
 
 @pytest.mark.slow
-@pytest.mark.browser
+@chromium.needs_browser
 def test_search_finds_gumbel(browser):
     from selenium.webdriver.support.wait import WebDriverWait
     driver, address = browser
@@ -203,18 +191,18 @@ def test_search_finds_gumbel(browser):
 
 
 @pytest.mark.slow
-@pytest.mark.browser
+@chromium.needs_browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["index", "lessons/07_dynamicvit", "lessons/RESULTS", "api/tinytoken.ops.attend",
                                   "lessons/assignments/a1_autograd"])
 def test_contrast_and_a_phones_width(name, theme, browser):
-    axe_selenium = pytest.importorskip("axe_selenium_python", reason="no axe-selenium-python")
+    from selenium_axe_python import Axe
     driver, address = browser
     driver.set_window_size(390, 844)
     driver.get(f"{address}/{name}.html")
     driver.execute_script(f"document.body.dataset.theme = '{theme}'")
     wide = driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-    axe = axe_selenium.Axe(driver)
+    axe = Axe(driver)
     axe.inject()
     found = axe.run(options={"runOnly": ["color-contrast", "image-alt", "link-name", "document-title", "html-has-lang"]})
     assert [(v["id"], v["nodes"][0]["html"], v["nodes"][0]["any"]) for v in found["violations"]] == []
