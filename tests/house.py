@@ -27,12 +27,13 @@ FLOORS = (("errors",), ("registry", "files", "program", "reading", "backend", "t
 
 # Files that name a model, task or data set, beside its own: whatever lists them reads the registries, so a
 # new one needs no line here, and adding it touches its own file and its test.
+EXPLORER = ("explorer/look.py", "explorer/models.py", "explorer/static.py")  # whose page shows these three
 NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experiments/tables.py",
-                    "models/segmenter.py"},
+                    "models/segmenter.py", *EXPLORER},
             "dynamicvit": {"models/controls.py", "models/lvvit.py", "models/segmenter.py",
-                           "experiments/compare.py", "experiments/tables.py"},
+                           "experiments/compare.py", "experiments/tables.py", *EXPLORER},
             "lookupvit": {"cuda/mixed_lookup.py", "models/segmenter.py", "models/videolookupvit.py",
-                          "experiments/compare.py", "experiments/tables.py"},
+                          "experiments/compare.py", "experiments/tables.py", *EXPLORER},
             "convnext": {"models/segmenter.py"}, "swin": {"models/segmenter.py", "models/stvitr.py"},
             "dynamicconvnext": {"models/map_controls.py"}, "stvitr": {"models/segmenter.py"},
             "segment": {"models/dovit.py", "models/segmenter.py", "models/segvit.py"},
@@ -40,7 +41,8 @@ NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experi
             "actions": {"models/evad.py"},
             "classify": {"models/base.py", "tasks/combine.py", "tasks/distil.py", "tasks/segment.py"},
             "distil": {"models/pruning.py", "tasks/segment.py"},
-            "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py"},
+            "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py", "explorer/look.py",
+                       "explorer/static.py"},
             "cifar10": {"experiments/lesson.py"}}
 EXPORTS = ("models/__init__.py", "tasks/__init__.py", "train/__init__.py", "data/__init__.py")
 

@@ -22,6 +22,7 @@ IN_FUNCTIONS = {"matplotlib", "PIL", "IPython",      # the `plot` extra; IPython
                 "av",                                # the `video` extra
                 "pycocoevalcap", "sacrebleu",        # the extra `captions`
                 "mpi4py",                            # the extra `mpi`
+                "starlette", "uvicorn",              # the extra `explore`
                 "jupytext", "nbformat", "docutils",  # the extra `site`, which starts Sphinx
                 "pytest"}                           # the course's grader
 IN_BACKEND_AND_CUDA = {"cuda", "cupy", "cupyx"}

@@ -73,18 +73,6 @@ def parser() -> argparse.ArgumentParser:
                             "(default: PICTURE.tokens.png, of a sample in the current folder)")
     guess.set_defaults(run=run_predict)
 
-    explorer = commands.add_parser(
-        "explore", help="a page on which a picture goes through three small models, live")
-    explorer.add_argument("--port", type=int, default=0, help="of this machine (default: one that is free)")
-    explorer.add_argument("--no-browser", action="store_true", help="print the address, and open nothing")
-    explorer.add_argument("--static", type=path, metavar="OUT",
-                          help="write the page into a folder for a web server instead: there Python runs in the "
-                               "visitor's browser")
-    explorer.add_argument("--pyodide", type=path, metavar="FOLDER",
-                          help="with --static: a folder with Pyodide and its NumPy, to copy (default: the page "
-                               "loads them from Pyodide's own distribution)")
-    explorer.set_defaults(run=run_explore)
-
     clock = commands.add_parser(
         "bench", help="how fast this machine trains and runs a model; where the time of a step goes")
     clock.add_argument("--model", default="vit", choices=models.names())
@@ -95,20 +83,36 @@ def parser() -> argparse.ArgumentParser:
     clock.add_argument("--profile", action="store_true", help="a training step on one thread, op by op")
     clock.set_defaults(run=run_bench)
 
-    pages = commands.add_parser(
-        "site", help="the lessons, the results and the API as static pages (in a checkout; the extra `site`)")
-    pages.add_argument("--out", type=path, required=True, help="a new folder, or an earlier site")
-    pages.add_argument("--address",
-                       help="https://github.com/OWNER/NAME, whose branch gh-pages has the site: for links to "
-                            "files without a page, and to each notebook in Colab")
-    pages.set_defaults(run=run_site)
-
     doctor = commands.add_parser(
         "doctor", help="what this machine has for tinytoken, and what would fix what is missing")
     doctor.set_defaults(run=run_doctor)
 
+    pages(commands)
     course(commands)
     return top
+
+
+def pages(commands: Any) -> None:
+    """The commands that make pages for a browser."""
+    explorer = commands.add_parser(
+        "explore", help="a page on which a picture goes through three small models, live")
+    explorer.add_argument("--port", type=int, default=0, help="of this machine (default: one that is free)")
+    explorer.add_argument("--no-browser", action="store_true", help="print the address, and open nothing")
+    explorer.add_argument("--static", type=path, metavar="OUT",
+                          help="write the page into a folder for a web server instead: there Python runs in "
+                               "the visitor's browser")
+    explorer.add_argument("--pyodide", type=path, metavar="FOLDER",
+                          help="with --static: a folder with Pyodide and its NumPy, to copy (default: the "
+                               "page loads them from Pyodide's own distribution)")
+    explorer.set_defaults(run=run_explore)
+
+    made = commands.add_parser(
+        "site", help="the lessons, the results and the API as static pages (in a checkout; the extra `site`)")
+    made.add_argument("--out", type=path, required=True, help="a new folder, or an earlier site")
+    made.add_argument("--address",
+                      help="https://github.com/OWNER/NAME, whose branch gh-pages has the site: for links to "
+                           "files without a page, and to each notebook in Colab")
+    made.set_defaults(run=run_site)
 
 
 def course(commands: Any) -> None:

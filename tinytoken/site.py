@@ -35,7 +35,7 @@ MARK = ".tinytoken-site"  # says that a folder is an earlier site, which may be 
 PAGES = {"README.md": "index.md", "lessons/assignments/README.md": "lessons/assignments/index.md"}
 TEXTS = ("lessons/RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "tinytoken/cuda/README.md")
 NO_API = ("cuda", "compiled")  # not needed to understand the rest, and not to be imported everywhere
-INSTALL = f'%pip install -q "tinytoken-vit[plot,fast]=={__version__}"'
+INSTALL = '%pip install -q "tinytoken-vit[plot,fast]{}"'
 PICTURE = re.compile(r'here\.picture\(\s*"(\w+)"')
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 STYLE = """\
@@ -171,8 +171,9 @@ class Source:
                     shown.append(path)
                     yield picture(script, path, f"{title}: {what.replace('_', ' ')}")
         body = self.page(script, text, drawn)
+        install = INSTALL.format(f" @ git+{self.address}" if self.address else f"=={__version__}")
         self.put(f"extra/notebooks/{name}.ipynb", notebook.text_of(
-            [notebook.cell(*each) for each in (("code", INSTALL), *notebook.cells(text))]))
+            [notebook.cell(*each) for each in (("code", install), *notebook.cells(text))]))
         self.put(f"extra/notebooks/{name}.py", text)
         links = {"Notebook": f"notebooks/{name}.ipynb", "Script": f"notebooks/{name}.py"}
         if self.address:
