@@ -42,6 +42,9 @@ NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experi
             "distil": {"models/pruning.py", "tasks/segment.py"},
             "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py"},
             "cifar10": {"experiments/lesson.py"}}
+for _name in ("vit", "dynamicvit", "lookupvit"):  # the three that the explorer shows
+    NAMED_IN[_name] |= {"explorer/models.py", "explorer/look.py", "explorer/static.py"}
+NAMED_IN["scenes"] |= {"explorer/look.py", "explorer/static.py"}
 EXPORTS = ("models/__init__.py", "tasks/__init__.py", "train/__init__.py", "data/__init__.py")
 
 

@@ -23,6 +23,7 @@ IN_FUNCTIONS = {"matplotlib", "PIL", "IPython",      # the `plot` extra; IPython
                 "pycocoevalcap", "sacrebleu",        # the extra `captions`
                 "mpi4py",                            # the extra `mpi`
                 "jupytext", "nbformat", "docutils",  # the extra `site`, which starts Sphinx
+                "starlette", "uvicorn",              # the extra `explore`
                 "pytest"}                           # the course's grader
 IN_BACKEND_AND_CUDA = {"cuda", "cupy", "cupyx"}
 NEVER = {"pickle", "shelve", "marshal", "torch", "jax"}

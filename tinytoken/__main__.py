@@ -78,11 +78,11 @@ def parser() -> argparse.ArgumentParser:
     explorer.add_argument("--port", type=int, default=0, help="of this machine (default: one that is free)")
     explorer.add_argument("--no-browser", action="store_true", help="print the address, and open nothing")
     explorer.add_argument("--static", type=path, metavar="OUT",
-                          help="write the page into a folder for a web server instead: there Python runs in the "
-                               "visitor's browser")
+                          help="write the page into a folder for a web server instead: there Python runs in "
+                               "the visitor's browser")
     explorer.add_argument("--pyodide", type=path, metavar="FOLDER",
-                          help="with --static: a folder with Pyodide and its NumPy, to copy (default: the page "
-                               "loads them from Pyodide's own distribution)")
+                          help="with --static: a folder with Pyodide and its NumPy, to copy (default: the "
+                               "page loads them from Pyodide's own distribution)")
     explorer.set_defaults(run=run_explore)
 
     clock = commands.add_parser(
