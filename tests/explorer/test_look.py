@@ -98,12 +98,12 @@ def test_the_models_are_small_and_say_how_good_they_are(explorer):
 def test_the_accuracies_are_those_of_the_models(explorer):
     """On a quarter of the test pictures."""
     test = make_scenes(500, split="test")
-    images = prepared(explorer, test.images[0])
     for name, setting, call in (("vit", "", {}), ("lookupvit", "3x3", {"compressed": (3, 3)})):
         images = normalise(test.images, tuple(explorer.about["mean"]), tuple(explorer.about["std"]))
         with tt.no_grad():
             right = explorer.models[name](images, **call).logits.data.argmax(axis=1) == test.labels
-        assert right.mean() == pytest.approx(explorer.about["models"][name]["at"][setting]["accuracy"], abs=0.05)
+        known = explorer.about["models"][name]["at"][setting]["accuracy"]
+        assert right.mean() == pytest.approx(known, abs=0.05)
 
 
 BAD = {
@@ -113,7 +113,8 @@ BAD = {
     "both": ('{"scene": 1, "pixels": ""}', "expected either a scene or pixels"),
     "scene": (f'{{"scene": {SCENES}}}', "scene 100, expected a whole number from 0 to 99"),
     "no number": ('{"scene": true}', "scene True, expected"),
-    "base64": ('{"pixels": "###"}', "pixels are not base64"), "pixels": ('{"pixels": 3}', "pixels are not base64"),
+    "base64": ('{"pixels": "###"}', "pixels are not base64"),
+    "pixels": ('{"pixels": 3}', "pixels are not base64"),
     "few": ('{"pixels": "aaaa"}', "pixels of 3 bytes, expected 3,072"),
     "keep": ('{"scene": 1, "keep": 0.72}', "keep 0.72, expected one of 0.3, 0.35,"),
     "huge": ('{"scene": 1, "keep": 1' + 400 * "0" + "}", "expected one of"),

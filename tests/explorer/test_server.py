@@ -16,7 +16,7 @@ from tinytoken.data.folder import fitted
 from tinytoken.explorer import page
 from tinytoken.explorer.look import Explorer
 
-testclient = pytest.importorskip("starlette.testclient", reason="the explorer's server needs starlette, httpx")
+testclient = pytest.importorskip("starlette.testclient", reason="the explorer's server needs starlette")
 Image = pytest.importorskip("PIL.Image", reason="the explorer reads pictures with pillow")
 from tinytoken.explorer import server  # noqa: E402
 
@@ -45,7 +45,8 @@ def test_it_answers_a_question(client):
     answer = client.post("/secret/ask", content='{"scene": 4, "keep": 0.5}')
     assert answer.json()["models"]["dynamicvit"]["stages"][0]["kept"]
     wrong = client.post("/secret/ask", content='{"scene": -1}')
-    assert wrong.status_code == 400 and wrong.text == "explore: scene -1, expected a whole number from 0 to 99"
+    assert wrong.status_code == 400
+    assert wrong.text == "explore: scene -1, expected a whole number from 0 to 99"
 
 
 @pytest.mark.parametrize("method, path", [("get", "/"), ("get", "/secre/"), ("get", "/%C3%A9/"),
@@ -111,6 +112,7 @@ def test_the_command_answers_and_ends_in_one_line(tmp_path):
 def test_the_command_refuses(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert refused(capsys, "explore", "--no-browser", "--port", port).startswith(f"explore: port {port}: ")
+        line = refused(capsys, "explore", "--no-browser", "--port", port)
+    assert line.startswith(f"explore: port {port}: ")
     assert refused(capsys, "explore", "--port", "65536") == "explore: port 65536, expected 0 to 65535"
     assert refused(capsys, "explore", "--pyodide", ROOT) == "explore: --pyodide is for --static"

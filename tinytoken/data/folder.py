@@ -41,7 +41,7 @@ def decoded(file: Any, size: tuple[int, int], where: str, name: Any, formats: Se
     that are tried; None: all. most: pixels of the picture at most, checked before they are decoded."""
     Image, ImageOps = pillow(where)
     try:
-        with Image.open(file, formats=formats) as image:
+        with (Image.open(file) if formats is None else Image.open(file, formats=formats)) as image:
             pixels = image.width * image.height
             if most is not None and pixels > most:
                 raise ValueError(f"it has {pixels:,} pixels, expected at most {most:,}")

@@ -16,7 +16,7 @@ import numpy as np
 from .. import cost
 from ..backend import blas_threads
 from ..data import likeness, make_scenes, normalise
-from ..errors import expect
+from ..errors import InputError, expect
 from ..files import FilePath, as_json
 from ..ops import softmax
 from ..reading import finite
@@ -74,7 +74,8 @@ class Explorer:
         expect(token is None or type(token) is int and 0 <= token < grid * grid, WHERE,
                f"token {token!r}, expected null, or a whole number from 0 to {grid * grid - 1}")
         share = next((k for k in KEEPS if finite(keep) and abs(k - keep) < 1e-6), None)
-        expect(share is not None, WHERE, f"keep {keep!r}, expected one of {', '.join(map(str, KEEPS))}")
+        if share is None:
+            raise InputError(f"{WHERE}: keep {keep!r}, expected one of {', '.join(map(str, KEEPS))}")
         image = self.picture(scene, pixels)
         with self.turn, no_grad(), plain(), blas_threads(1):
             seen = {"vit": self.vit(image, block), "dynamicvit": self.dynamicvit(image, block, share),
