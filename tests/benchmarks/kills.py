@@ -25,7 +25,7 @@ from tinytoken.files import check_target, write_json
 from tinytoken.reading import read_json
 
 LIMIT = 10  # seconds in which all processes of a run have to end
-PAUSE = "0.05"  # seconds before each step: a step of so small a model would be over before it is hit
+PAUSE = "0.2"  # seconds before each step: a step of so small a model would be over before it is hit
 
 
 def rank_of(pid):
