@@ -76,7 +76,9 @@ import tqdm
 tqdm.tqdm.monitor_interval = 0
 import tinytoken
 from tinytoken.explorer.look import Explorer
-assert tinytoken.__file__.startswith(sys.argv[1]) and tqdm.__file__.startswith(sys.argv[1])
+import threadpoolctl
+for module in (tinytoken, tqdm, threadpoolctl):
+    assert module.__file__.startswith(sys.argv[1]), module
 print(Explorer().answer('{"scene": 5}'))
 """
 

@@ -95,7 +95,9 @@ def serve(port: int = 0, browser: bool = True) -> None:
     with listen(port) as place:
         secret = secrets.token_urlsafe(16)
         address = f"http://{MACHINE}:{place.getsockname()[1]}/{secret}/"
-        config = uvicorn.Config(app(Explorer(), secret), log_config=None, access_log=False, lifespan="off",
+        explorer = Explorer()
+        explorer.look(scene=0)  # the first pass takes longer than all others
+        config = uvicorn.Config(app(explorer, secret), log_config=None, access_log=False, lifespan="off",
                                 ws="none", http="h11", timeout_graceful_shutdown=1)
         print(f"{address}\n(for this machine only; Ctrl-C ends it)", flush=True)
         if browser:  # in a thread of its own: a browser of the terminal does not return
