@@ -199,7 +199,7 @@ def started(ranks, program, *words):
     """Run a program on so many ranks -> what it printed."""
     launcher = [MPIEXEC, "-n", str(ranks)] if ranks > 1 else []
     done = subprocess.run([*launcher, sys.executable, "-c", program, *map(str, words)], capture_output=True,
-                          text=True, check=False)
+                          encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
