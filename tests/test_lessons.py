@@ -124,7 +124,7 @@ def test_the_script_of_clips_runs(tmp_path, monkeypatch):
         run(LESSONS / "full" / "clips.py", tmp_path, monkeypatch, "--data", "elsewhere")
 
 
-@pytest.mark.parametrize("name, arms", [("lookupvit_headline", 6), ("lookupvit_recipe", 45),
+@pytest.mark.parametrize("name, arms", [("lookupvit_headline", 6), ("lookupvit_recipe", 50),
                                         ("dynamicvit_headline", 9), ("dynamicvit_recipe", 19)])
 def test_the_recipes_of_the_two_papers_run(name, arms, tmp_path, monkeypatch):
     noted = run(LESSONS / "full" / f"{name}.py", tmp_path, monkeypatch, "--data", "scenes")

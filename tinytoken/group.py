@@ -34,6 +34,7 @@ LAUNCHERS = (("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD
 LAUNCHED = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")  # how the names of all that they tell begin
 PACKAGES = ("mpi4py>=4.1", "mpich>=5")
 MOMENT = 1.0  # seconds that rank 0 has to say first what all ranks are about to say
+DRAIN = 0.5  # seconds that the launcher has to pass on what was said last; the end cuts off the rest
 PATIENCE = 1e-4  # seconds that a rank looks for the others without a pause, and then sleeps at a time
 Value = TypeVar("Value")
 
@@ -165,6 +166,7 @@ class Ranks(Group):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+        time.sleep(DRAIN)
         # MPI's own line about it would be a second one
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         atexit.unregister(self.leave)  # MPICH's Abort returns, and Python would go on to its end

@@ -325,7 +325,8 @@ def table(rows, key, title, form, contenders=CONTENDERS):
     for row in rows:
         for mode, cells in row.get(key, {}).items():
             shown = [form.format(*cells[name]) if name in cells else "" for name in names]
-            lines.append(f"| {row['workload']} {mode}, CPUs: {row['cpus']} | {' | '.join(shown)} |")
+            on = f", CPUs: {row['cpus']}" if "cpus" in row else ""
+            lines.append(f"| {row['workload']} {mode}{on} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
