@@ -196,6 +196,17 @@ def test_what_leaves_its_group_does_not_hold_the_grader_and_is_ended(anything, t
     assert f'"RLIMIT_CPU": {int(anything.seconds)}' not in alive
 
 
+def test_a_process_that_one_look_missed_is_ended(monkeypatch):
+    looks = iter([[], ["late"], [], []])
+    with subprocess.Popen(["sleep", "1000"]) as late, subprocess.Popen(["true"], start_new_session=True) as top:
+        monkeypatch.setattr(processes, "descendants", lambda _: [late.pid for _ in next(looks, [])])
+        processes.end_tree(top, os.getpid())
+        try:
+            assert late.wait(10) == -9
+        finally:
+            late.kill()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs resource limits")
 def test_the_judge_has_a_limit_too_and_ends_nothing_that_is_not_the_submissions(anything):
     tests = anything.folder / "tests" / "test_a1.py"
