@@ -34,7 +34,7 @@ LAUNCHERS = (("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD
 LAUNCHED = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")  # how the names of all that they tell begin
 PACKAGES = ("mpi4py>=4.1", "mpich>=5")
 MOMENT = 1.0  # seconds that rank 0 has to say first what all ranks are about to say
-DRAIN = 0.5  # seconds that the launcher has to pass on what was said last; the end cuts off the rest
+DRAIN = 0.5  # seconds that the launcher has to pass on what was said last; the end cuts it off
 PATIENCE = 1e-4  # seconds that a rank looks for the others without a pause, and then sleeps at a time
 Value = TypeVar("Value")
 

@@ -41,8 +41,8 @@ def end_tree(process: subprocess.Popen, root: int, seconds: float = 5.0) -> None
     While they start others faster than these are ended, it tries for so many seconds.
     """
     until, empty = time.monotonic() + seconds, 0
-    # One look at /proc may miss a process: its parent was gone already, and itself not yet there. The next one
-    # sees it.
+    # One look at /proc may miss a process: its parent was gone already, and itself not yet there. The next
+    # one sees it.
     while empty < 2 and time.monotonic() < until:
         below = descendants(root)
         empty = 0 if below else empty + 1
