@@ -14,8 +14,6 @@
 # %%
 import json
 import math
-import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
@@ -51,10 +49,10 @@ def pictures_and_labels(count):
     return rng.standard_normal((count, 3, 16, 16)), rng.integers(0, 10, count)
 
 
-def gradient(task, batch, rows=slice(None)):
-    """The gradient of the loss of some rows of a batch, all parameters in one array."""
+def gradient(task, batch, rows=slice(None), draws=None):
+    """The gradient of the loss of some rows of a batch, all parameters in one array. draws: for these rows."""
     params = task.model.parameters()
-    loss_and_grads(task, params, tuple(array[rows] for array in batch), threads=1)
+    loss_and_grads(task, params, tuple(array[rows] for array in batch), threads=1, draws=draws)
     return tt.nn.flatten(params).grad.copy()
 
 
@@ -137,20 +135,13 @@ task = Distil(pruned.train(), ViT(**TINY).astype("float64"))
 draws = task.noise(16, 3, here.seed)
 
 
-def with_draws(rows, draws):
-    params = pruned.parameters()
-    loss_and_grads(task, params, tuple(a[rows] for a in batch), threads=1,
-                   draws={name: np.asarray(d, "float64") for name, d in draws.items()})
-    return tt.nn.flatten(params).grad.copy()
-
-
 def three_ranks(draws_of):
     """Three ranks' gradients, added up. draws_of(rows, rank): what the rank draws for its rows."""
-    return sum(share * with_draws(rows, draws_of(rows, rank))
+    return sum(share * gradient(task, batch, rows, draws_of(rows, rank))
                for rank, (rows, share) in enumerate(zip(cuts, shares)))
 
 
-whole = with_draws(slice(None), draws)
+whole = gradient(task, batch, draws=draws)
 rows_of_all = three_ranks(lambda rows, rank: {name: d[rows] for name, d in draws.items()})
 by_rank = three_ranks(lambda rows, rank: task.noise(rows.stop - rows.start, 3, here.seed + rank))
 print(f"DynamicViT's gradient from three ranks, rows of what is drawn for all: off by "
@@ -184,8 +175,7 @@ PROGRAM = textwrap.dedent("""
     if tt.group.current().rank == 0:
         np.savez(path, **{name: p.data for name, p in model.named_parameters()})
 """)
-BESIDE = pathlib.Path(sys.executable).parent / "mpiexec"  # where pip puts it
-MPIEXEC = str(BESIDE) if BESIDE.exists() else shutil.which("mpiexec")
+MPIEXEC = group.launcher()
 try:
     import mpi4py  # noqa: F401
     LACKING = "" if MPIEXEC else "no mpiexec is found"

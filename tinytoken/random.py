@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .backend import Array, faster, is_array
+from .backend import Array, array_module, faster, is_array, to_numpy
 from .errors import expect
 
 MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -102,6 +102,13 @@ def integers(shape: Shape, high: int, *, site: str | int, step: Any = None, seed
     expect(0 < high <= 2**32, "random.integers", f"high is {high}, expected 1 to 2**32")
     draw = bits(shape, site=site, step=step, seed=seed, xp=xp).astype("uint64")
     return ((draw * high) >> 32).astype("int64")
+
+
+def uniform_of(array: Array, shape: Shape, *, site: str | int) -> Array:
+    """`uniform` draws, on the array's device, that are a function of its contents: the same array, the same
+    draws. On a GPU this waits for the array."""
+    checksum = zlib.crc32(to_numpy(array).tobytes())
+    return uniform(shape, site=site, step=checksum, seed=0, xp=array_module(array))
 
 
 def permutation(n: int, *, site: str | int, step: Any = None, seed: int | None = None,

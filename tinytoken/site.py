@@ -73,9 +73,10 @@ def build(out: FilePath, address: str | None = None) -> pathlib.Path:
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tinytoken-site.", dir=out.absolute().parent) as folder:
         source, made = pathlib.Path(folder, "source"), pathlib.Path(folder, "site")
-        Source(source, address).write()
+        pages = Source(source, address)
+        pages.write()
         run_sphinx(source, made)
-        problems = leaks(made, Source(source, address).assignments)
+        problems = leaks(made, pages.assignments)
         expect(not problems, "site", lambda: f"not published: {some_of(problems)}")
         (made / MARK).write_text(f"tinytoken {__version__}\n", encoding="utf-8")
         if out.exists():

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinytoken import macs, models, no_grad
 from tinytoken.experiments import lesson
-from tinytoken.experiments.timing import interleaved
+from tinytoken.experiments.timing import interleaved, shown_on_the_clock, shown_text
 from tinytoken.threads import share_out
 from tinytoken.train import slice_size
 
@@ -49,8 +49,7 @@ def answer(model, images, keep=None, **call):
 
 
 def measure(shares, batch):
-    """{way: its MACs for a picture; beside the dense one, quartiles of its time, of dense, and of the share
-    that shows}."""
+    """As shown_on_the_clock, of the dense model and of DoViT with each bucket."""
     images, keep = rng.standard_normal((batch, 3, 32, 32)).astype("float32"), masks(shares, batch)
     ways: dict = {"dense": (dense, {})}
     ways |= {f"bucket {n}": (dovit, dict(keep=keep, bucket=n)) for n in BUCKETS[batch]}
@@ -58,22 +57,13 @@ def measure(shares, batch):
     cost = {name: macs(model, images, **call).total for name, (model, call) in ways.items()}
     times = interleaved({name: functools.partial(answer, model, images, **call)
                          for name, (model, call) in ways.items()}, ROUNDS)
-    found = {"dense": {"macs": cost["dense"], "milliseconds": 1e3 * float(np.median(times["dense"]))}}
-    for name in list(ways)[1:]:
-        ratio = np.array(times[name]) / np.array(times["dense"])
-        shows = (1 - ratio) / (1 - cost[name] / cost["dense"])
-        quartiles = lambda values: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
-        found[name] = {"macs": cost[name], "of_time": quartiles(ratio), "shows": quartiles(shows)}
-    return found
+    return shown_on_the_clock(cost, times)
 
 
 rows = {f"{name}, batch {batch}": measure(shares, batch)
         for batch in BATCHES for name, shares in SHARES.items()}
 for name, ways in rows.items():
-    print(f"{name}: dense {ways['dense']['macs'] / 1e6:.1f} M MACs, {ways['dense']['milliseconds']:.1f} ms")
-    for way, row in list(ways.items())[1:]:
-        print(f"  {way}: {row['macs'] / ways['dense']['macs']:.3f} of the MACs, {row['of_time'][1]:.3f} of "
-              "the time; of what is saved {1:.2f} [{0:.2f}, {2:.2f}] shows".format(*row["shows"]))
+    print(f"{name}: {shown_text(ways)}")
 for batch, least in zip(BATCHES, (0, 0.5)):
     here.claim(f"batch {batch}, half and then a third go on: share of the saved MACs that shows, best bucket",
                max(row["shows"][1] for way, row in rows[f"{next(iter(SHARES))}, batch {batch}"].items()

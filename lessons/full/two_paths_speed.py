@@ -14,7 +14,7 @@ import numpy as np
 import tinytoken as tt
 from tinytoken import models
 from tinytoken.experiments import lesson
-from tinytoken.experiments.timing import interleaved
+from tinytoken.experiments.timing import interleaved, shown_on_the_clock, shown_text
 from tinytoken.train import infer
 
 here = lesson.begin("two_paths_speed")
@@ -28,7 +28,7 @@ chosen = here.pick(["ConvNeXt, narrow"], list(SIZES), list(SIZES))
 
 
 def measure(kind, options, batch):
-    """{form: its MACs; beside the dense one, quartiles of its time, of dense, and of the share that shows}."""
+    """As shown_on_the_clock, of the dense form and of the others."""
     options = options | dict(image_size=32, patch_size=2, depths=(1, 6, 1))
     forms = {"dense": models.create(kind, **options)}
     for ratio in (0.7, 0.5):
@@ -37,24 +37,13 @@ def measure(kind, options, batch):
     images = np.random.default_rng(here.seed).standard_normal((batch, 3, 32, 32)).astype("float32")
     macs = {form: tt.macs(model, images[:1]).total for form, model in forms.items()}
     runs = {form: functools.partial(infer, model, images) for form, model in forms.items()}
-    times = interleaved(runs, ROUNDS)
-    found = {"dense": {"macs": macs["dense"], "milliseconds": 1e3 * float(np.median(times["dense"]))}}
-    for form in list(forms)[1:]:
-        ratio = np.array(times[form]) / np.array(times["dense"])
-        shows = (1 - ratio) / (1 - macs[form] / macs["dense"])
-        quartiles = lambda values: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
-        found[form] = {"macs": macs[form], "of_time": quartiles(ratio), "shows": quartiles(shows)}
-    return found
+    return shown_on_the_clock(macs, interleaved(runs, ROUNDS))
 
 
 rows = here.each({f"{name}, batch {batch}": functools.partial(measure, *SIZES[name], batch)
                   for name in chosen for batch in BATCHES}, {"rounds": ROUNDS})
 for name, forms in rows.items():
-    print(f"{name}: dense {forms['dense']['macs'] / 1e6:.1f} M MACs, {forms['dense']['milliseconds']:.1f} ms")
-    for form, row in list(forms.items())[1:]:
-        low, middle, high = row["shows"]
-        print(f"  {form}: {row['macs'] / forms['dense']['macs']:.3f} of the MACs, {row['of_time'][1]:.3f} "
-              f"of the time; of what is saved {middle:.2f} [{low:.2f}, {high:.2f}] shows")
+    print(f"{name}: {shown_text(forms)}")
 for name in chosen:
     here.claim(f"{name}, batch {BATCHES[-1]}, keep 0.7: share of the saved MACs that shows",
                rows[f"{name}, batch {BATCHES[-1]}"]["keep 0.7"]["shows"][1], low=0.8)

@@ -22,7 +22,6 @@ import ranked
 from tinytoken.course.processes import descendants
 from tinytoken.experiments.timing import machine
 from tinytoken.files import check_target, write_json
-from tinytoken.reading import read_json
 
 LIMIT = 10  # seconds in which all processes of a run have to end
 PAUSE = "0.2"  # seconds before each step: a step of so small a model would be over before it is hit

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tiny import ROOT, everything, refused
+from tiny import everything, refused
 from tinytoken.explorer import models, static
 from tinytoken.explorer.look import Explorer
 

@@ -220,12 +220,11 @@ print("began")
 
 @needs_mpi
 def test_other_code_and_other_arguments_are_refused_at_the_start(tmp_path):
-    path = str(ranked.MPIEXEC)
     for code, second, said in ((True, [], "code"), (False, ["more"], "arguments")):
         (tmp_path / "program.py").write_text(OTHER_CODE.format(code=code))
         words = [ranked.sys.executable, tmp_path / "program.py"]
-        process = ranked.python("-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", path, "-n", "1",
-                                *words, ":", "-n", "1", *words, *second, start_new_session=True)
+        process = ranked.python("-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", ranked.MPIEXEC,
+                                "-n", "1", *words, ":", "-n", "1", *words, *second, start_new_session=True)
         code, out, err = ranked.ended(process)
         assert (code, out) == (2, "")
         assert lines(err) == [f"error: start: rank 1 has other {said} than rank 0, {SAME}"]

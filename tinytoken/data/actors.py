@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import expect
-from .clips import (ACTIONS, ACTORS, CLUTTER, FRAMES, HELD, LIT, SPEED, SPUN, on_cycle, two_colours)
-from .scenes import (NAMES, Draws, background, boxes_of, check_request, clutter, paint, paint_object)
+from .clips import ACTIONS, ACTORS, FRAMES, HELD, SPEED, SPUN, flickering, on_cycle, two_colours
+from .scenes import NAMES, Draws, boxes_of, check_request, paint_object
 from .sets import dataset
 
 CONTEXT = ("approach", "flee")
@@ -158,12 +158,7 @@ def _paint_frames(draw, size, centre, radius, angle, colour, kind):
     frames = radius.shape[2]
     each = lambda array: np.repeat(array, frames, axis=0)
     flat = lambda array: array.reshape(-1, *array.shape[2:])
-    picture = each(background(draw, size))
-    lit = draw.uniform("clutter.lit", (frames, CLUTTER[1])) < LIT
-    for k, (distance, of_piece) in enumerate(clutter(draw, size, *CLUTTER)):
-        distance = each(distance)
-        distance[~flat(lit)[:, k]] = 1
-        paint(picture, distance, each(of_piece))
+    picture = flickering(draw, size, frames)
     instances = np.zeros((len(picture), size, size), "uint8")
     for k in (1, 0):
         coverage = paint_object(picture, each(kind[:, k]), *(flat(of[:, k]) for of in (centre, radius, angle,

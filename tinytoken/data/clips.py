@@ -178,17 +178,25 @@ def two_colours(draw: Draws, whose: str) -> tuple[np.ndarray, np.ndarray]:
     return PALETTE[first] + jitter[:, 0], PALETTE[second % len(PALETTE)] + jitter[:, 1]
 
 
+def flickering(draw: Draws, size: int, frames: int) -> np.ndarray:
+    """Background and clutter of clips (rows T, 3, size, size) float32, clip by clip: the background stays, of
+    the clutter each piece is there in some of the frames."""
+    each = lambda array: np.repeat(array, frames, axis=0)
+    picture = each(background(draw, size))
+    lit = draw.uniform("clutter.lit", (frames, CLUTTER[1])) < LIT
+    for k, (distance, colour) in enumerate(clutter(draw, size, *CLUTTER)):
+        distance = each(distance)
+        distance[~lit[:, :, k].reshape(-1)] = 1
+        paint(picture, distance, each(colour))
+    return picture
+
+
 def _paint_frames(draw, course, size):
     """-> pictures (rows T, 3, size, size) float32 and instances (rows T, size, size), clip by clip."""
     frames = course.centre.shape[1]
     each = lambda array: np.repeat(array, frames, axis=0)
     flat = lambda array: array.reshape(-1, *array.shape[2:])
-    picture = each(background(draw, size))
-    lit = draw.uniform("clutter.lit", (frames, CLUTTER[1])) < LIT
-    for k, (distance, colour) in enumerate(clutter(draw, size, *CLUTTER)):
-        distance = each(distance)
-        distance[~flat(lit)[:, k]] = 1
-        paint(picture, distance, each(colour))
+    picture = flickering(draw, size, frames)
     instances = np.zeros((len(picture), size, size), "uint8")
     disc = np.full(len(picture), NAMES.index("disc"))
     still = each(np.zeros(draw.rows, "float32"))

@@ -42,6 +42,36 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int = 9) -> dict[
     return times
 
 
+def shown_on_the_clock(cost: Mapping[str, int],
+                       times: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """What of the multiply-adds that other ways save beside the first one shows in their times. cost: {way:
+    its multiply-adds}; times: as `interleaved` returns them.
+
+    -> {way: "macs"; of the first one "milliseconds", a median; of the others quartiles over the rounds, in
+    which ratios are taken, of the time beside the first one's, "of_time", and of the share of what is saved
+    that shows, "shows": (1 - time / first time) / (1 - multiply-adds / first multiply-adds)}."""
+    first, *others = cost
+    quartiles = lambda values: [float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))]
+    found: dict[str, dict[str, Any]] = {first: {"macs": cost[first],
+                                                "milliseconds": 1e3 * float(np.median(times[first]))}}
+    for way in others:
+        ratio = np.array(times[way]) / np.array(times[first])
+        shows = (1 - ratio) / (1 - cost[way] / cost[first])
+        found[way] = {"macs": cost[way], "of_time": quartiles(ratio), "shows": quartiles(shows)}
+    return found
+
+
+def shown_text(ways: Mapping[str, dict[str, Any]]) -> str:
+    """What `shown_on_the_clock` found, for the terminal: a line for the first way, and one for each other."""
+    (first, its), *others = ways.items()
+    lines = [f"{first} {its['macs'] / 1e6:.1f} M MACs, {its['milliseconds']:.1f} ms"]
+    for way, row in others:
+        low, middle, high = row["shows"]
+        lines.append(f"  {way}: {row['macs'] / its['macs']:.3f} of the MACs, {row['of_time'][1]:.3f} of the "
+                     f"time; of what is saved {middle:.2f} [{low:.2f}, {high:.2f}] shows")
+    return "\n".join(lines)
+
+
 def seconds(run: Callable[[], Any]) -> float:
     """How long it takes."""
     began = time.perf_counter()

@@ -11,13 +11,12 @@ All are called as DynamicViT is, and tasks.Distil trains them. LearnedTokens dec
 all four losses. The others keep exact counts in training, too, so that there is no ratio to learn:
 weights=(1, 0, 0.5, 0.5).
 """
-import zlib
 from typing import Any
 
 import numpy as np
 
 from .. import nn, ops, random
-from ..backend import Array, array_module, to_numpy
+from ..backend import Array, array_module
 from ..errors import expect
 from ..tensor import Tensor
 from .base import model
@@ -81,11 +80,10 @@ class RandomTokens(Control):
     Without noise the draw is a function of the batch's pictures, so inference gives the same twice."""
 
     def scores(self, stage: int, tokens: DynamicTokens) -> Array:
-        xp = array_module(tokens.x.data)
         if tokens.noise is not None:
+            xp = array_module(tokens.x.data)
             return xp.take_along_axis(tokens.noise[stage][:, :, 0], tokens.index, axis=1)
-        checksum = zlib.crc32(to_numpy(tokens.x.data).tobytes())
-        return random.uniform(tokens.index.shape, site=f"random_tokens.{stage}", step=checksum, seed=0, xp=xp)
+        return random.uniform_of(tokens.x.data, tokens.index.shape, site=f"random_tokens.{stage}")
 
 
 @model("classattention")

@@ -4,13 +4,12 @@ et al. 2023, arXiv 2304.08451, section 3.2) and three to compare with, which dro
 import dataclasses
 import functools
 import math
-import zlib
 from typing import Any
 
 import numpy as np
 
 from .. import random
-from ..backend import Array, array_module, to_numpy
+from ..backend import Array, array_module
 from .base import is_number, is_whole
 from .column import PlainConfig
 from .videovit import ClipSizes
@@ -91,9 +90,8 @@ class KeyRules(ViT):
         tokens of the key slot, which are there, hidden or dropped the others."""
         if tokens.noise is not None:
             return tokens.noise[:, stage]
-        shape, xp = (len(tokens.x), self.num_patches - self.slot), array_module(tokens.x.data)
-        checksum = zlib.crc32(to_numpy(tokens.x.data[:, :self.slot]).tobytes())
-        return random.uniform(shape, site=f"key_frame.{stage}", step=checksum, seed=0, xp=xp)
+        shape = (len(tokens.x), self.num_patches - self.slot)
+        return random.uniform_of(tokens.x.data[:, :self.slot], shape, site=f"key_frame.{stage}")
 
     def noise(self, size: int, step: int | None, seed: int | None, xp: Any = np) -> dict[str, Array]:
         if self.config.rule != "random" or not self.counts:

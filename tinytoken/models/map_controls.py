@@ -5,11 +5,10 @@ RandomPaths: anywhere. FastPath: nowhere, so that every position takes the fast 
 on. Both are called as DynamicConvNeXt is, and tasks.Distil trains them; they have no ratio to learn:
 weights=(1, 0, 0.5, 0.5).
 """
-import zlib
 from typing import Any
 
 from .. import ops, random
-from ..backend import Array, array_module, to_numpy
+from ..backend import Array, array_module
 from ..tensor import Tensor
 from .adaptive import Streams
 from .base import model
@@ -45,9 +44,8 @@ class RandomPaths(DynamicConvNeXt):
             return super().choose(stage, state)
         if state.noise is not None:
             return ops.top_k(state.noise[stage][:, :, 0], self.counts[stage])
-        checksum = zlib.crc32(to_numpy(state.x.data).tobytes())
-        drawn = random.uniform((len(state.x), self.num_patches), site=f"random_paths.{stage}", step=checksum,
-                               seed=0, xp=array_module(state.x.data))
+        drawn = random.uniform_of(state.x.data, (len(state.x), self.num_patches),
+                                  site=f"random_paths.{stage}")
         return ops.top_k(drawn, self.counts[stage])
 
 
