@@ -56,11 +56,16 @@ def test_costs_are_those_beside_the_base():
     methods = {"ViT": family.Method("nothing", "vit"), "Swin": family.Method("keys: few", "swin"),
                "DynamicSwin": family.Method("rows of the MLP: few", "dynamicswin", dense="Swin")}
     cost = {"macs": {"ViT": 100, "Swin": 80, "DynamicSwin": 40},
-            "seconds": {"1": {"ViT": [2.0, 4.0, 3.0], "Swin": [1.0, 1.0, 1.0], "DynamicSwin": [2.0, 2.0, 0.5]}},
+            "seconds": {"1": {"ViT": [2.0, 4.0, 3.0], "Swin": [1.0, 1.0, 1.0],
+                              "DynamicSwin": [2.0, 2.0, 0.5]}},
             "megabytes": {"ViT": {"step": 10.0}, "Swin": {"step": 5.0}, "DynamicSwin": {"step": 4.0}}}
     assert family.beside_base(cost, methods) == {
         "ViT": {"macs": 1, "1": 1, "memory": 1}, "Swin": {"macs": 0.8, "1": 3, "memory": 0.5},
         "DynamicSwin": {"macs": 0.5, "1": 0.5, "memory": 0.8}}
     assert "memory" not in family.beside_base(cost | {"megabytes": {}}, methods)["ViT"]
     rows = {"ViT": [{"mIoU": 0.5}], "Swin": [{"mIoU": 0.25}], "DynamicSwin": [{"mIoU": 0.5}]}
-    assert family.above_base({"metric": "mIoU", "rows": rows}, methods) == {"Swin": [-25], "DynamicSwin": [25]}
+    results = {"metric": "mIoU", "rows": rows}
+    assert family.above_base(results, methods) == {"Swin": [-25], "DynamicSwin": [25]}
+    assert family.reached(results, "rows/Swin", "mIoU") == 25
+    assert family.reached({"arms": {"a": {"mIoU": 30.5, "M macs": 2}}}, "arms/a", "mIoU") == 30.5
+    assert np.isnan(family.reached(results, "rows/Swin", "accuracy"))

@@ -7,6 +7,7 @@ last stage but one, have two, the last of one block. Another method is another l
 """
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, array_module, to_device
+from ..cost import macs
 from ..data.referring import LENGTH
 from ..train import infer, loss_and_grads
 from .arm import Arm, Recipe
-from .timing import peak_of_arrays
+from .timing import interleaved, peak_of_arrays
 from .trial import Trial
 
 ALL = "ViT"  # the first row of each table: the dense model
@@ -169,6 +171,18 @@ def megabytes(trial: Trial, method: Method, model: Any, dense: Any) -> dict[str,
     return {"step": peak_of_arrays(step), "inference": peak_of_arrays(run)}
 
 
+def costs(trial: Trial, methods: Mapping[str, Method], rounds: Mapping[str, int]) -> dict[str, Any]:
+    """What untrained models of the methods cost, {what: {method: figure}}, as `beside_base` reads it. rounds:
+    how many, by the pictures at a time."""
+    made = {name: trial.new(each.model, **each.config) for name, each in methods.items()}
+    picture = trial.prepare(trial.test.images[:1])
+    return {"macs": {name: macs(model, picture).total for name, model in made.items()},
+            "seconds": {size: interleaved(inference(trial, made, int(size)), count)
+                        for size, count in rounds.items()},
+            "megabytes": {name: megabytes(trial, each, made[name], made[each.base])
+                          for name, each in methods.items()}}
+
+
 def beside_base(cost: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[str, dict[str, float]]:
     """{method: what it costs over what its base costs}. cost: "macs" {method: how many}; "seconds" {pictures
     at a time: {method: by round}}, of which the ratio is how many times as fast it is, the median of the
@@ -181,6 +195,16 @@ def beside_base(cost: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[
         if cost["megabytes"].get(name):
             row["memory"] = cost["megabytes"][name]["step"] / cost["megabytes"][each.base]["step"]
     return found
+
+
+def reached(results: Mapping[str, Any], path: str, metric: str) -> float:
+    """What an arm of a lesson's results reached, in percent, the mean over its seeds. path: where its rows
+    are, "rows/ViT". NaN where they note another metric. Rows with "M macs" are in percent already."""
+    found: Any = results
+    for step in path.split("/"):
+        found = found[step]
+    rows = found if isinstance(found, list) else [found]
+    return statistics.mean(row.get(metric, math.nan) * (1 if "M macs" in row else 100) for row in rows)
 
 
 def above_base(results: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[str, list[float]]:
