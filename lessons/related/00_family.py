@@ -317,16 +317,16 @@ here.picture("tokens", draw_tokens, 6, 4)
 # The figures are those of the default run (two CPUs, `lessons/results/related_family.json`).
 #
 # - **Many pictures, 64 tokens**: rows. STViT and EVAD at .6 halve the work and are 1.8 and 1.6 times as fast,
-#   LookupViT and DynamicViT 1.2 times. One bound failed: ToMe saves 39 % and is slower (0.85), since finding
-#   pairs costs no multiply-adds, but time; VLTP's gain goes to its decoders.
+#   LookupViT and DynamicViT 1.2 times. One bound failed: ToMe saves 39 % and is slower (0.85), since sorting
+#   pairs and moving tokens costs time, but no multiply-adds; VLTP's gain goes to its decoders.
 # - **One picture**: the ViT. A saving hardly shows where ops are small, and a method adds ops. Only STViT is
 #   as fast, for it adds few.
 # - **More than some hundred tokens**: keys save, too. LeMeViT is faster than the ViT at 256, Shunted at
-#   1,024. At 64 both are slower, and Swin is about as fast (in three runs 0.90, 1.14 and, committed, 0.99 times: its
-#   bound is not decided). LookupViT stays in front: with nine tokens for any picture it is 8.5 times as fast
-#   at 1,024 tokens. Whether nine are enough there was not asked.
-# - **Memory in training**: STViT, EVAD at .6 and LookupViT need .5 to .6 of it. DynamicViT needs more than the ViT: it masks
-#   tokens in training and has a teacher.
+#   1,024. At 64 both are slower, and Swin is about as fast (in three runs 0.90, 1.14 and, committed, 0.99
+#   times: its bound is not decided). LookupViT stays in front: with nine tokens for any picture it is 8.5
+#   times as fast at 1,024 tokens. Whether nine are enough there was not asked.
+# - **Memory in training**: STViT, EVAD at .6 and LookupViT need .5 to .6 of it. DynamicViT needs more than
+#   the ViT: it masks tokens in training and has a teacher.
 # - **A map of every position is wanted**: rows that come back (STViT-R, DoViT, LookupViT), or two paths.
 #
 # What each reaches by one recipe the table has from `lessons/full/family.py` as soon as that was run. The
