@@ -445,6 +445,8 @@ parts |= {"dynamicvit": lesson_part("07_dynamicvit_full", arms_text),
           "lookup_headline_cifar10": lesson_part("lookupvit_headline_full_cifar10", headline_arms_text),
           "family": lesson_part("family_full", family_arms_text),
           "family_pixels": lesson_part("family_full_pixel_scenes", family_arms_text),
+          "family_clips": lesson_part("family_full_actor_clips", family_arms_text),
+          "family_sentences": lesson_part("family_full_referring", family_arms_text),
           "budgets": lesson_part("10_one_model_many_budgets_full", grids_text),
           "robustness": lesson_part("11_robustness_full", damage_text),
           "two_paths": lesson_part("14_slow_and_fast_path", lesson_tables["14_slow_and_fast_path"])}

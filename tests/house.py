@@ -44,6 +44,7 @@ NAMED_IN = {"vit": {"bench.py", "__main__.py", "experiments/compare.py", "experi
             "scenes": {"__main__.py", "experiments/arm.py", "experiments/lesson.py", "explorer/look.py",
                        "explorer/static.py"},
             "cifar10": {"experiments/lesson.py"}}
+FAMILY = "experiments/family.py"  # the table of all methods: tests/experiments/test_family.py asks for each
 EXPORTS = ("models/__init__.py", "tasks/__init__.py", "train/__init__.py", "data/__init__.py")
 
 

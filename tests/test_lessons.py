@@ -169,11 +169,12 @@ def test_the_script_of_passing_speed_runs(tmp_path, monkeypatch):
         assert ways["bucket 1"]["shows"][1] == pytest.approx((1 - taken) / saved)
 
 
-@pytest.mark.parametrize("data, metric", [("scenes", "accuracy"), ("pixel_scenes", "mIoU")])
+@pytest.mark.parametrize("data, metric", [("scenes", "accuracy"), ("pixel_scenes", "mIoU"),
+                                          ("actor_clips", "accuracy"), ("referring", "mIoU")])
 def test_the_script_of_the_family_runs(data, metric, tmp_path, monkeypatch):
     noted = run(LESSONS / "full" / "family.py", tmp_path, monkeypatch, "--data", data)
     names = list(noted["rows"])
-    assert names == list(noted["thins"]) == list(noted["megabytes"]) and {"ViT", "STViT-R"} < set(names)
+    assert names == list(noted["thins"]) == list(noted["megabytes"]) and len(names) > 2
     assert {name: len(taken) for name, taken in noted["seconds"]["128"].items()} == dict.fromkeys(names, 2)
     for name, (row,) in noted["rows"].items():
         assert 0 <= row[metric] <= 1 and noted["megabytes"][name]["step"] > 0, name

@@ -47,6 +47,17 @@ def test_infer_passes_the_call_on_and_makes_no_graph():
     np.testing.assert_array_equal(logits, model.eval()(images, mean_of_heads=True).logits.numpy())
 
 
+def test_infer_cuts_what_stands_beside_the_images_as_it_cuts_them():
+    class Shifted(ViT):
+        def forward(self, images, shift, times=1):
+            return super().forward(images + times * shift[:, None, None, None])
+
+    model, shift = Shifted(**SIZES).eval(), np.arange(5, dtype="float32")
+    images = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype("float32")
+    logits = infer(model, images, batch_size=2, threads=1, beside={"shift": shift}, times=2)
+    np.testing.assert_allclose(logits, model(images, shift, times=2).logits.numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_infer_reads_what_it_is_asked_for():
     model = dynamicvit()[0].eval()
     images = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype("float32")

@@ -1,5 +1,5 @@
 """Inference, slice by slice on all cores; and the size of a slice."""
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,19 +37,23 @@ def repeated(function: Callable[..., Array], xp: Any, what: str) -> Callable[...
 
 def infer(model: nn.Module, images: Array, prepare: Callable[[Array], Array] = lambda images: images,
           batch_size: int | None = None, threads: int | None = None, precision: str = "fp32",
-          read: Callable[[Any], Any] = lambda out: out.logits, **call: Any) -> np.ndarray:
+          read: Callable[[Any], Any] = lambda out: out.logits, beside: Mapping[str, Array] | None = None,
+          **call: Any) -> np.ndarray:
     """Answers of a model in eval mode, in host memory: logits (B, K), or what `read` takes from its Output.
 
     prepare: raw images -> model input. batch_size: images of a slice (None: `slice_size`, on a GPU 128).
-    precision: as in `products_in`. call: further arguments of the model.
+    precision: as in `products_in`. beside: arguments of the model with a row for each image, as the boxes of
+    actors; call: further ones, the same for all images.
 
     In a group of processes each answers a part of the images, and all get all answers. A call without a
     batch_size then cuts other slices than one process would, which may change the last bits."""
-    group = current()
+    group, beside = current(), beside or {}
     if group.size > 1:
         rows, _ = group.rows(len(images), batch_size or 1)
         with alone():
-            mine = lambda: infer(model, images[rows], prepare, batch_size, threads, precision, read, **call)
+            part = {name: values[rows] for name, values in beside.items()}
+            mine = lambda: infer(model, images[rows], prepare, batch_size, threads, precision, read, part,
+                                 **call)
             found = group.together("inference", mine)
         return np.concatenate(found) if rows != slice(0, len(images)) else found[group.rank]
     training, first = model.training, model.parameters()[0]
@@ -57,13 +61,13 @@ def infer(model: nn.Module, images: Array, prepare: Callable[[Array], Array] = l
     batch_size = batch_size or (slice_size(len(images), threads) if xp is np else 128)
     cuts = [slice(a, a + batch_size) for a in range(0, len(images), batch_size)]
     model.eval()
-    forward = lambda arrays: read(model(*arrays, **call)).data
+    forward = lambda arrays: read(model(arrays[0], **dict(zip(beside, arrays[1:])), **call)).data
     if len(cuts) >= WORTH_CAPTURING:
         forward = repeated(forward, xp, "a forward pass")
 
     def answers(cut):
         with no_grad():
-            return to_numpy(forward((prepare(images[cut]),)))
+            return to_numpy(forward((prepare(images[cut]), *(values[cut] for values in beside.values()))))
     try:
         with products_in(precision, first.device):
             return np.concatenate(share_out(answers, cuts, threads if xp is np else 1))
