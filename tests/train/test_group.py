@@ -21,7 +21,9 @@ TOO_MANY = "fit: a batch of 4 images does not fit into memory, one of 2 does (no
 
 
 def lines(text):
-    """What a user sees, without the line that says which processes there are."""
+    """What a user sees, without the line that says which processes there are, and without what Open MPI's
+    launcher says between dashes."""
+    text = re.sub(r"^(-{60,}\n).*?\n\1|^\0*\n", "", text.replace("\0", ""), flags=re.MULTILINE | re.DOTALL)
     return [line for line in text.splitlines() if not re.match(r"\d+ processes: rank 0 is process", line)]
 
 
@@ -127,6 +129,63 @@ def test_a_run_goes_on_with_another_number_of_ranks(before, after, tmp_path):
         np.testing.assert_allclose(array, alone[name], rtol=0, atol=1e-5, err_msg=name)
 
 
+# Jobs of a full lesson, shared out
+
+def did(folder):
+    """{job: which ranks did it}."""
+    found = {}
+    for path in sorted(folder.glob("* by *")):
+        name, _, rank = path.name.partition(" by ")
+        found.setdefault(name, []).append(int(rank))
+    return found
+
+
+@needs_mpi
+def test_enough_jobs_are_done_by_one_rank_each_as_if_alone(tmp_path):
+    for count, folder in ((0, "alone"), (2, "ranks")):
+        code, _, err = ranked.ranks(count, "jobs", tmp_path / folder, 5, 0.1)
+        assert code == 0, err
+    ranks = did(tmp_path / "ranks")
+    assert len(ranks) == 5 and sorted(set(sum(ranks.values(), []))) == [0, 1] and max(map(len, ranks.values())) == 1
+    alone = json.loads((tmp_path / "alone" / "end.json").read_text())
+    assert json.loads((tmp_path / "ranks" / "end.json").read_text()) == alone and len(set(alone.values())) == 5
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_few_jobs_are_done_by_all_ranks(tmp_path):
+    assert ranked.ranks(2, "jobs", tmp_path, 3, 0)[0] == 0
+    assert did(tmp_path) == {f"arm {i}": [0, 1] for i in range(3)}
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("what, code, said", [
+    ("input", 2, ["error: rank 1 of 2: this picture cannot be used"]),
+    ("interrupt", 130, ["stopped: by Ctrl-C"]), ("killed", 9, None)])
+def test_what_ends_one_rank_ends_all_and_one_process_goes_on_to_the_same_bits(what, code, said, tmp_path):
+    """Rank 0 is meanwhile in a job of 30 seconds."""
+    began = time.monotonic()
+    found, _, err = ranked.ranks(2, "jobs", tmp_path, 5, 0, "0:long", f"1:{what}")
+    assert time.monotonic() - began < 25 and found == code, err
+    assert said is None or lines(err) == said
+    for folder in (tmp_path, tmp_path / "alone"):
+        assert ranked.ranks(0, "jobs", folder, 5, 0)[0] == 0
+    assert (tmp_path / "end.json").read_bytes() == (tmp_path / "alone" / "end.json").read_bytes()
+
+
+@needs_mpi
+def test_ctrl_c_lets_each_rank_end_its_step_and_save_it(tmp_path):
+    process, folder = ranked.started(2, "jobs", tmp_path, 5, 0.3), tmp_path / "checkpoints" / "scenes" / "seed0"
+    while len(list(folder.glob("arm-*.npz.lock"))) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    code, _, err = ranked.ended(process, 60)
+    assert code == 130 and re.fullmatch(r"stopped: arm-\d stopped after step [123] of 4", *lines(err)), err
+    assert [checkpoint.load(path)[0]["step"] in (1, 2, 3) for path in folder.glob("arm-*.npz")] == [True, True]
+
+
 # Every way to end
 
 ENDS = {"input": ("1:6:input", 2, ["error: rank 1 of 2: this picture cannot be used"]),
@@ -223,8 +282,7 @@ def test_other_code_and_other_arguments_are_refused_at_the_start(tmp_path):
     for code, second, said in ((True, [], "code"), (False, ["more"], "arguments")):
         (tmp_path / "program.py").write_text(OTHER_CODE.format(code=code))
         words = [ranked.sys.executable, tmp_path / "program.py"]
-        process = ranked.python("-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", ranked.MPIEXEC,
-                                "-n", "1", *words, ":", "-n", "1", *words, *second, start_new_session=True)
+        process = ranked.session(ranked.MPIEXEC, "-n", "1", *words, ":", "-n", "1", *words, *second)
         code, out, err = ranked.ended(process)
         assert (code, out) == (2, "")
         assert lines(err) == [f"error: start: rank 1 has other {said} than rank 0, {SAME}"]
