@@ -244,9 +244,8 @@ class Paused:
 
 
 def jobs(folder, count, pause, *faults):
-    """A full lesson of so many jobs, each of which trains an arm, all from the same start; then all ranks want
-    the last arm. pause: seconds before each step. faults: RANK:WHAT, what
-    happens on a rank in its jobs."""
+    """A full lesson of so many jobs, each of which trains an arm, all from the same start; then all ranks
+    want the last arm. pause: seconds before each step. faults: RANK:WHAT, what happens on a rank in its jobs."""
     ranks, here = group.current(), lesson.begin("00", ["--full", "--device", "cpu", "--out", folder])
     recipe = Recipe(batch=6, patch=4, dim=8, depth=1, heads=2)
     arms = {f"arm {i}": Arm("vit", start="start", steps=4, lr=0.01 * (i + 1)) for i in range(int(count))}

@@ -143,19 +143,20 @@ def did(folder):
 @needs_mpi
 def test_enough_jobs_are_done_by_one_rank_each_as_if_alone(tmp_path):
     for count, folder in ((0, "alone"), (2, "ranks")):
-        code, _, err = ranked.ranks(count, "jobs", tmp_path / folder, 5, 0.1)
+        code, _, err = ranked.ranks(count, "jobs", tmp_path / folder, 6, 0.1)
         assert code == 0, err
     ranks = did(tmp_path / "ranks")
-    assert len(ranks) == 5 and sorted(set(sum(ranks.values(), []))) == [0, 1] and max(map(len, ranks.values())) == 1
-    alone = json.loads((tmp_path / "alone" / "end.json").read_text())
-    assert json.loads((tmp_path / "ranks" / "end.json").read_text()) == alone and len(set(alone.values())) == 5
+    assert len(ranks) == 6 and sorted(set(sum(ranks.values(), []))) == [0, 1]
+    assert max(map(len, ranks.values())) == 1
+    alone, shared = (json.loads((tmp_path / folder / "end.json").read_text()) for folder in ("alone", "ranks"))
+    assert shared == alone and len(set(alone.values())) == 6
 
 
 @needs_mpi
 @pytest.mark.slow
 def test_few_jobs_are_done_by_all_ranks(tmp_path):
-    assert ranked.ranks(2, "jobs", tmp_path, 3, 0)[0] == 0
-    assert did(tmp_path) == {f"arm {i}": [0, 1] for i in range(3)}
+    assert ranked.ranks(2, "jobs", tmp_path, 5, 0)[0] == 0
+    assert did(tmp_path) == {f"arm {i}": [0, 1] for i in range(5)}
 
 
 @needs_mpi
@@ -166,24 +167,26 @@ def test_few_jobs_are_done_by_all_ranks(tmp_path):
 def test_what_ends_one_rank_ends_all_and_one_process_goes_on_to_the_same_bits(what, code, said, tmp_path):
     """Rank 0 is meanwhile in a job of 30 seconds."""
     began = time.monotonic()
-    found, _, err = ranked.ranks(2, "jobs", tmp_path, 5, 0, "0:long", f"1:{what}")
+    found, _, err = ranked.ranks(2, "jobs", tmp_path, 6, 0, "0:long", f"1:{what}")
     assert time.monotonic() - began < 25 and found == code, err
     assert said is None or lines(err) == said
     for folder in (tmp_path, tmp_path / "alone"):
-        assert ranked.ranks(0, "jobs", folder, 5, 0)[0] == 0
+        assert ranked.ranks(0, "jobs", folder, 6, 0)[0] == 0
     assert (tmp_path / "end.json").read_bytes() == (tmp_path / "alone" / "end.json").read_bytes()
 
 
 @needs_mpi
 def test_ctrl_c_lets_each_rank_end_its_step_and_save_it(tmp_path):
-    process, folder = ranked.started(2, "jobs", tmp_path, 5, 0.3), tmp_path / "checkpoints" / "scenes" / "seed0"
+    folder = tmp_path / "checkpoints" / "scenes" / "seed0"
+    process = ranked.started(2, "jobs", tmp_path, 6, 1.5)
     while len(list(folder.glob("arm-*.npz.lock"))) < 2 and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     code, _, err = ranked.ended(process, 60)
     assert code == 130 and re.fullmatch(r"stopped: arm-\d stopped after step [123] of 4", *lines(err)), err
-    assert [checkpoint.load(path)[0]["step"] in (1, 2, 3) for path in folder.glob("arm-*.npz")] == [True, True]
+    steps = [checkpoint.load(path)[0]["step"] for path in folder.glob("arm-*.npz")]
+    assert len(steps) == 2 and max(steps) < 4
 
 
 # Every way to end

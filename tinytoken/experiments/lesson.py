@@ -22,7 +22,10 @@ from .timing import machine
 from .trial import Trial
 
 SIZES = ("smoke", "default", "full")
-JOBS_OF_A_RANK = 2  # from so many on
+# Where there are so many jobs for each rank, a rank does whole ones. What ranks add up and wait for costs 4 to
+# 10 % of a training (lesson 17), and much more where other programs slow one of them. Whole jobs leave a rank
+# idle for half a job in the end. Times: tests/benchmarks/ranks.py --arms
+JOBS_OF_A_RANK = 3
 DEFAULTS = as_json(dataclasses.asdict(Recipe()))
 
 
@@ -85,10 +88,11 @@ class Lesson:
         A full run writes each value to OUT/STEM_parts/NAME.json, and one with the same --out does not compute
         it again. So it goes on where it was stopped, also on another machine; and the same command in several
         terminals (each on a CPU of its own: taskset) shares the jobs. So do the ranks of a group where there
-        are enough jobs; fewer are done one after the other, each by all ranks. recipe: JSON that a part must
-        agree with; InputError says which does not."""
+        are enough jobs (JOBS_OF_A_RANK) and all see the same OUT; else all ranks do each job together.
+        recipe: JSON that a part must agree with; InputError says which does not."""
         recipe, ranks = as_json(recipe), current().size
-        if self.size == "full" and len(jobs) >= JOBS_OF_A_RANK * ranks > JOBS_OF_A_RANK and self._one_folder():
+        enough = self.size == "full" and len(jobs) >= JOBS_OF_A_RANK * ranks
+        if enough and ranks > 1 and self._one_folder():
             print(f"{len(jobs)} jobs, each of one of {ranks} ranks")
             with apart("the end of the jobs"):
                 self._values(jobs, recipe)
