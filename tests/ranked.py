@@ -23,6 +23,7 @@ from tinytoken.train import Classify, Distil, Run, fit, infer
 
 BIAS_OF_KEYS = ("qkv.bias", "gather_k.bias")
 MPIEXEC = group.launcher()
+MPICH = os.path.exists(f"{MPIEXEC}.hydra")  # its launcher passes Ctrl-C on; Open MPI's kills the ranks
 OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # what its launcher refuses otherwise
 
@@ -245,7 +246,7 @@ class Paused:
 
 def jobs(folder, count, pause, *faults):
     """A full lesson of so many jobs, each of which trains an arm, all from the same start; then all ranks
-    want the last arm. pause: seconds before each step. faults: RANK:WHAT, what happens on a rank in its jobs."""
+    want the last arm. pause: seconds before each step. faults: RANK:WHAT, what happens on a rank in a job."""
     ranks, here = group.current(), lesson.begin("00", ["--full", "--device", "cpu", "--out", folder])
     recipe = Recipe(batch=6, patch=4, dim=8, depth=1, heads=2)
     arms = {f"arm {i}": Arm("vit", start="start", steps=4, lr=0.01 * (i + 1)) for i in range(int(count))}

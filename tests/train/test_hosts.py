@@ -37,7 +37,7 @@ def hosts(tmp_path_factory):
     """The words before a program that start it once on each host."""
     if ranked.missing():
         pytest.skip(ranked.missing())
-    if not os.path.exists(f"{ranked.MPIEXEC}.hydra"):
+    if not ranked.MPICH:
         pytest.skip("MPICH's launcher is wanted, which takes a script in place of ssh")
     if not (hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") and shutil.which("unshare")):
         pytest.skip("network namespaces want root, iproute2 and unshare")

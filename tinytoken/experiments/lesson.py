@@ -22,9 +22,9 @@ from .timing import machine
 from .trial import Trial
 
 SIZES = ("smoke", "default", "full")
-# Where there are so many jobs for each rank, a rank does whole ones. What ranks add up and wait for costs 4 to
-# 10 % of a training (lesson 17), and much more where other programs slow one of them. Whole jobs leave a rank
-# idle for half a job in the end. Times: tests/benchmarks/ranks.py --arms
+# Where there are so many jobs for each rank, a rank does whole ones. What ranks add up and wait for costs 4
+# to 10 % of a training (lesson 17), and much more where other programs slow one of them. Whole jobs leave a
+# rank idle for half a job in the end. Times: tests/benchmarks/ranks.py --arms
 JOBS_OF_A_RANK = 3
 DEFAULTS = as_json(dataclasses.asdict(Recipe()))
 
@@ -101,7 +101,7 @@ class Lesson:
     def _one_folder(self):
         """Whether all ranks see the same files: they may be on several machines."""
         path = self.out / f"{self.stem}_parts" / "all"
-        with current().leading("a file for all", claimed(path)):
+        with current().leading("a file for all", claimed(path, wait=True)):
             return all(current().exchange("a file for all", path.with_name("all.lock").exists()))
 
     def _values(self, jobs, recipe):
