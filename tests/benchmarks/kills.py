@@ -1,11 +1,13 @@
 """Kill ranks of a training at random moments: does everything end, and does the run go on to the same bits?
 
-    python tests/benchmarks/kills.py [--kills N] [--ranks N] [--jobs N] [--seed N] [--out FILE.json]
+    python tests/benchmarks/kills.py [--kills N] [--ranks N] [--jobs N] [--minutes N] [--seed N]
+                                     [--out FILE.json]
 
 A kill: a training of 20 steps with a checkpoint every 4 is started under mpiexec, one of its ranks, drawn at
 random, gets SIGKILL at a moment drawn from the time that an undisturbed run takes, its beginning included, and
 all its processes have LIMIT seconds to end. Then the same command goes on, and its weights are compared with
-the undisturbed run's, bit by bit. So many jobs go on at once; Ctrl-C ends it with what was seen by then.
+the undisturbed run's, bit by bit. So many jobs go on at once; after so many minutes, or
+on Ctrl-C, what was seen by then is counted.
 """
 import argparse
 import concurrent.futures
@@ -49,13 +51,15 @@ def kill(process, rank, moment):
         below = descendants(process.pid)
         victims = [pid for pid in below if rank_of(pid) == rank]
         if victims:
-            os.kill(victims[0], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(victims[0], signal.SIGKILL)
             began = time.monotonic()
             for _ in range(int(LIMIT / 0.01)):  # turns, not a clock, which goes on while a machine is stopped
                 if process.poll() is not None and not any(map(alive, below)):
                     return time.monotonic() - began
                 time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             return float("inf")
         time.sleep(0.01)
     return None
@@ -96,6 +100,7 @@ def main():
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=24 * 60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
@@ -103,6 +108,7 @@ def main():
         sys.exit(ranked.missing())
     if options.out:
         check_target(options.out, ".json")
+    until = time.monotonic() + 60 * options.minutes
     rng, rows = np.random.default_rng(options.seed), []
     draws = [(int(rng.integers(options.ranks)), float(rng.uniform())) for _ in range(options.kills)]
     with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
@@ -114,6 +120,8 @@ def main():
         with contextlib.suppress(KeyboardInterrupt):
             for job in tqdm.tqdm(concurrent.futures.as_completed(jobs), total=len(jobs)):
                 rows.append(job.result())
+                if time.monotonic() > until:
+                    break
         pool.shutdown(cancel_futures=True)
     hit = [row for row in rows if row["seconds_to_end"] is not None]
     found = {"kills": len(hit), "over_before": len(rows) - len(hit), "ranks": options.ranks,
