@@ -219,7 +219,7 @@ def _drift():
 
 FAULTS = {"input": _fails(tt.InputError("this picture cannot be used")), "bug": _fails(KeyError("a mistake")),
           "memory": lambda: setattr(Narrow, "most", 2), "exit": lambda: sys.exit(0), "drift": _drift,
-          "long": lambda: time.sleep(30),
+          "long": lambda: time.sleep(100),
           "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
           "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT)}
 

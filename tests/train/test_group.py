@@ -166,10 +166,10 @@ def test_few_jobs_are_done_by_all_ranks(tmp_path):
     ("input", 2, ["error: rank 1 of 2: this picture cannot be used"]),
     ("interrupt", 130, ["stopped: by Ctrl-C"]), ("killed", 9, None)])
 def test_what_ends_one_rank_ends_all_and_one_process_goes_on_to_the_same_bits(what, code, said, tmp_path):
-    """Rank 0 is meanwhile in a job of 30 seconds."""
+    """Rank 0 is meanwhile in a job of 100 seconds."""
     began = time.monotonic()
     found, _, err = ranked.ranks(2, "jobs", tmp_path, 6, 0, "0:long", f"1:{what}")
-    assert time.monotonic() - began < 25 and found == code, err
+    assert time.monotonic() - began < 60 and found == code, err
     assert said is None or lines(err) == said
     for folder in (tmp_path, tmp_path / "alone"):
         assert ranked.ranks(0, "jobs", folder, 6, 0)[0] == 0
