@@ -234,7 +234,7 @@ class Paused:
     """Batches with a pause before each."""
 
     def __init__(self, of, seconds):
-        self.of, self.seconds = of, float(seconds)
+        self.of, self.seconds = of, seconds
 
     def __getattr__(self, name):
         return getattr(self.of, name)
@@ -246,13 +246,14 @@ class Paused:
 
 def jobs(folder, count, pause, *faults):
     """A full lesson of so many jobs, each of which trains an arm, all from the same start; then all ranks
-    want the last arm. pause: seconds before each step. faults: RANK:WHAT, what happens on a rank in a job."""
+    want the last arm. pause: seconds before a step, on rank 1 three times as many. faults: RANK:WHAT, what
+    happens on a rank in a job."""
     ranks, here = group.current(), lesson.begin("00", ["--full", "--device", "cpu", "--out", folder])
     recipe = Recipe(batch=6, patch=4, dim=8, depth=1, heads=2)
     arms = {f"arm {i}": Arm("vit", start="start", steps=4, lr=0.01 * (i + 1)) for i in range(int(count))}
     trial = here.trial(recipe, 0, {"start": Arm("vit", steps=2), **arms}, pictures=(Pictures, Pictures),
                        threads=1)
-    trial.bar, trial.batches = False, Paused(trial.batches, pause)
+    trial.bar, trial.batches = False, Paused(trial.batches, float(pause) * (1 + 2 * ranks.rank))
 
     def job(name):
         for fault in faults:

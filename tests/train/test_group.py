@@ -180,7 +180,7 @@ def test_what_ends_one_rank_ends_all_and_one_process_goes_on_to_the_same_bits(wh
 @passes_ctrl_c
 def test_ctrl_c_lets_each_rank_end_its_step_and_save_it(tmp_path):
     folder = tmp_path / "checkpoints" / "scenes" / "seed0"
-    process = ranked.started(2, "jobs", tmp_path, 6, 1.5)
+    process = ranked.started(2, "jobs", tmp_path, 6, 1)
     while len(list(folder.glob("arm-*.npz.lock"))) < 2 and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)
