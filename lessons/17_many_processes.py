@@ -10,6 +10,13 @@
 # they add up their gradients, and each updates its own copy of the weights. This is **data parallel**
 # training. MPI carries the messages. `tinytoken/group.py` is our side of it, and `train/step.py` has the
 # one place where it matters.
+#
+# Where there are many models to train, as in a full lesson, one rank can train a whole model by itself, and
+# there is nothing to add up. `Lesson.each` does so from three models a rank on.
+#
+# `mpiexec -hosts a,b -n 2` starts the ranks on two machines, which need the same code and the same Python at
+# the same place. We tried it on two network namespaces of one machine, each with a host name and an address
+# of its own (`tests/train/test_hosts.py`), and not on two machines.
 
 # %%
 import json

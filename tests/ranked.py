@@ -2,6 +2,7 @@
 
     mpiexec -n 2 python tests/ranked.py JOB FOLDER [WORD ...]
 """
+import functools
 import os
 import pathlib
 import signal
@@ -15,12 +16,16 @@ import tinytoken as tt
 from tiny import SIZES, batches, python
 from tinytoken import group, nn, program
 from tinytoken.backend import to_device
+from tinytoken.experiments import Arm, Recipe, lesson
 from tinytoken.files import write_json
 from tinytoken.models import DynamicViT, LookupViT, ViT
 from tinytoken.train import Classify, Distil, Run, fit, infer
 
 BIAS_OF_KEYS = ("qkv.bias", "gather_k.bias")
 MPIEXEC = group.launcher()
+MPICH = os.path.exists(f"{MPIEXEC}.hydra")  # its launcher passes Ctrl-C on; Open MPI's kills the ranks
+OPEN_MPI = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}  # what its launcher refuses otherwise
 
 
 def missing():
@@ -40,8 +45,13 @@ def started(ranks, *arguments, program=__file__):
     """mpiexec with so many ranks of this file, or another one -> Popen. Ranks=0: that alone, without
     mpiexec."""
     words = [sys.executable, program, *map(str, arguments)]
-    code = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
-    return python("-c", code, *([MPIEXEC, "-n", str(ranks)] if ranks else []), *words, start_new_session=True)
+    return session(*([MPIEXEC, "-n", str(ranks)] if ranks else []), *words)
+
+
+def session(*words):
+    """A command in a session of its own, with what Open MPI wants of root and for many ranks -> Popen."""
+    code = f"import os, sys; os.environ.update({OPEN_MPI}); os.execvp(sys.argv[1], sys.argv[1:])"
+    return python("-c", code, *words, start_new_session=True)
 
 
 def ended(process, seconds=120):
@@ -209,8 +219,54 @@ def _drift():
 
 FAULTS = {"input": _fails(tt.InputError("this picture cannot be used")), "bug": _fails(KeyError("a mistake")),
           "memory": lambda: setattr(Narrow, "most", 2), "exit": lambda: sys.exit(0), "drift": _drift,
+          "long": lambda: time.sleep(100),
           "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
           "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT)}
+
+
+class Pictures:
+    """Those of `batches`, for a trial."""
+    names, moves = ("red", "green", "blue"), {"pad": 1, "flip": True}
+    images, labels = batches().images, batches().labels
+
+
+class Paused:
+    """Batches with a pause before each."""
+
+    def __init__(self, of, seconds):
+        self.of, self.seconds = of, seconds
+
+    def __getattr__(self, name):
+        return getattr(self.of, name)
+
+    def __call__(self, step):
+        time.sleep(self.seconds)
+        return self.of(step)
+
+
+def jobs(folder, count, pause, *faults):
+    """A full lesson of so many jobs, each of which trains an arm, all from the same start; then all ranks
+    want the last arm. pause: seconds before a step, on rank 1 three times as many. faults: RANK:WHAT, what
+    happens on a rank in a job."""
+    ranks, here = group.current(), lesson.begin("00", ["--full", "--device", "cpu", "--out", folder])
+    recipe = Recipe(batch=6, patch=4, dim=8, depth=1, heads=2)
+    arms = {f"arm {i}": Arm("vit", start="start", steps=4, lr=0.01 * (i + 1)) for i in range(int(count))}
+    trial = here.trial(recipe, 0, {"start": Arm("vit", steps=2), **arms}, pictures=(Pictures, Pictures),
+                       threads=1)
+    trial.bar, trial.batches = False, Paused(trial.batches, float(pause) * (1 + 2 * ranks.rank))
+
+    def job(name):
+        for fault in faults:
+            rank, what = fault.split(":")
+            if ranks.rank == int(rank):
+                FAULTS[what]()
+        weights = group.digest(*trial.train(name)[0].state_dict().values())
+        pathlib.Path(folder, f"{name} by {ranks.rank}").touch()
+        return weights
+    found = here.each({name: functools.partial(job, name) for name in arms}, {})
+    model, _ = trial.train([*arms][-1])
+    ranks.same("the last arm", weights=group.digest(*model.state_dict().values()))
+    write_json(pathlib.Path(folder) / "end.json", found)
 
 
 def inference(folder, kind, count, batch_size=""):

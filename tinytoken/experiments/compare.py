@@ -63,6 +63,9 @@ def run(recipe: Recipe, out: str | os.PathLike, device: str = "auto", every: int
         expect(trial.train_set.labels.ndim == 1, "compare",
                lambda: f"{recipe.data} has labels {trial.train_set.labels.shape}, expected a class of each "
                        f"picture")
+        # All ranks of a group train each arm together. Whole arms would take two ranks 55 to 57 % of the time
+        # that one takes, in the best order (by `training` in lessons/results/compare_scenes_seed*.json, since
+        # arms wait for their start), and together they take 52 to 55 % (lesson 17).
         training = {phase: trial.train(phase)[1] for phase in trial.arms}
         trained = {name: trial.train(phase)[0] for name, phase in SHOWN.items()}
         table = measure(trial, trained)

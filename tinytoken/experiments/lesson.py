@@ -13,7 +13,7 @@ from .. import backend, program, random
 from ..data import dataset, load_pictures
 from ..errors import Busy, InputError, expect, install, one_line_of_warnings
 from ..files import as_json, check_target, claimed, replacing, write_json
-from ..group import current
+from ..group import apart, current
 from ..reading import field, read_json
 from ..train import Run
 from .arm import Arm, Recipe
@@ -22,6 +22,10 @@ from .timing import machine
 from .trial import Trial
 
 SIZES = ("smoke", "default", "full")
+# Where there are so many jobs for each rank, a rank does whole ones. What ranks add up and wait for costs 4
+# to 10 % of a training (lesson 17), and much more where other programs slow one of them. Whole jobs leave a
+# rank idle for half a job in the end. Times: tests/benchmarks/ranks.py --arms
+JOBS_OF_A_RANK = 3
 DEFAULTS = as_json(dataclasses.asdict(Recipe()))
 
 
@@ -83,11 +87,26 @@ class Lesson:
 
         A full run writes each value to OUT/STEM_parts/NAME.json, and one with the same --out does not compute
         it again. So it goes on where it was stopped, also on another machine; and the same command in several
-        terminals (each on a CPU of its own: taskset) shares the jobs. recipe: JSON that a part must agree
-        with; InputError says which does not."""
+        terminals (each on a CPU of its own: taskset) shares the jobs. So do the ranks of a group where there
+        are enough jobs (JOBS_OF_A_RANK) and all see the same OUT; else all ranks do each job together.
+        recipe: JSON that a part must agree with; InputError says which does not."""
+        recipe, ranks = as_json(recipe), current().size
+        enough = self.size == "full" and len(jobs) >= JOBS_OF_A_RANK * ranks
+        if enough and ranks > 1 and self._one_folder():
+            print(f"{len(jobs)} jobs, each of one of {ranks} ranks")
+            with apart("the end of the jobs"):
+                self._values(jobs, recipe)
+        return self._values(jobs, recipe)
+
+    def _one_folder(self):
+        """Whether all ranks see the same files: they may be on several machines."""
+        path = self.out / f"{self.stem}_parts" / "all"
+        with current().leading("a file for all", claimed(path, wait=True)):
+            return all(current().exchange("a file for all", path.with_name("all.lock").exists()))
+
+    def _values(self, jobs, recipe):
         values: dict[str, Any] = {}
         busy: set[str] = set()
-        recipe = as_json(recipe)
         while missing := [name for name in jobs if name not in values]:
             for name in missing:
                 try:
@@ -97,7 +116,7 @@ class Lesson:
                         print(f"left for later: {error}")
                     busy.add(name)
             if not values.keys() & set(missing):
-                time.sleep(5)  # others have all that is left
+                time.sleep(1)  # others have all that is left
         return {name: values[name] for name in jobs}
 
     def _part(self, name, job, recipe):

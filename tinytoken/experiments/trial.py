@@ -10,6 +10,7 @@ from ..backend import Array, array_module, to_device, to_numpy
 from ..cost import macs
 from ..data import Batches, hold_out, likeness, load_pictures, normalise
 from ..errors import expect
+from ..group import current
 from ..models import model as models
 from ..tasks import Task
 from ..tasks import task as tasks
@@ -70,10 +71,11 @@ class Trial:
     def train(self, name: str) -> tuple[Any, dict[str, Any]]:
         """Train an arm, and before it what it starts from -> (model, what fit reported).
 
-        It is trained once; then the two are remembered."""
+        It is trained once; then the two are remembered. In a group of processes all ranks call this: what one
+        has trained apart, all have from its checkpoint."""
         expect(name in self.arms, "trial", lambda: f"no arm {name!r}, expected one of {', '.join(self.arms)}")
         expect(name not in self.training, "trial", f"arm {name!r} starts from, or is taught by, itself")
-        if name not in self.done:
+        if any(current().exchange(f"arm {name}", name not in self.done)):
             self.training.append(name)
             try:
                 self.done[name] = self._trained(name, self.arms[name])
