@@ -31,7 +31,7 @@ rng = np.random.default_rng(here.seed)
 # take the category with the largest l_c + G_c. This **Gumbel-max trick** draws category c with probability
 # exactly p_c. Here is why. The distribution function of G is
 #
-# $$F(x) = P(-\ln(-\ln U) \le x) = P(U \le e^{-e^{-x}}) = e^{-e^{-x}}, \qquad F'(x) = e^{-x} F(x)$$
+# $$F(x) = P(-\ln(-\ln \, U) \le x) = P(U \le e^{-e^{-x}}) = e^{-e^{-x}}, \qquad F'(x) = e^{-x} F(x)$$
 #
 # Category 1 wins if l_1 + G_1 takes some value x and all others stay below it. With S = sum_c e^(l_c),
 #

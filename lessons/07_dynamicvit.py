@@ -38,7 +38,7 @@ rng = np.random.default_rng(here.seed)
 # $$\begin{aligned}
 # [z^{\mathrm{local}}, z^{\mathrm{rest}}] &= \mathrm{GELU}(\mathrm{norm}(x) \, W^T + b) && (B, N, D/2) \text{ each} \\
 # z^{\mathrm{shared}} &= \frac{\sum_n \mathrm{keep}_n \, z^{\mathrm{rest}}_n}{\sum_n \mathrm{keep}_n} && (B, 1, D/2) \\
-# \mathrm{output} &= \log \mathrm{softmax}(\mathrm{MLP}([z^{\mathrm{local}}, z^{\mathrm{shared}}])) && (B, N, 2)
+# \mathrm{output} &= \log \, \mathrm{softmax}(\mathrm{MLP}([z^{\mathrm{local}}, z^{\mathrm{shared}}])) && (B, N, 2)
 # \end{aligned}$$
 #
 # The local half is the patch itself, the shared one the mean over the patches that are left. The MLP's widths
@@ -95,9 +95,9 @@ tt.gradcheck(lambda x, keep: predictor(x, keep), x, rng.random((2, 6)))
 # labels y, and patch tokens f (B, N, D) after the last norm. z' and f' are those of the teacher:
 #
 # $$\begin{aligned}
-# L_{\mathrm{class}} &= - \frac{1}{B} \sum_b \log p_{b y_b}, \quad p = \mathrm{softmax}(z)
+# L_{\mathrm{class}} &= - \frac{1}{B} \sum_b \log \, p_{b y_b}, \quad p = \mathrm{softmax}(z)
 #     && \text{right answers} \\
-# L_{\mathrm{KL}} &= \frac{1}{B} \sum_{b k} p'_{bk} \, (\log p'_{bk} - \log p_{bk})
+# L_{\mathrm{KL}} &= \frac{1}{B} \sum_{b k} p'_{bk} \, (\log \, p'_{bk} - \log \, p_{bk})
 #     && \text{the teacher's answers} \\
 # L_{\mathrm{token}} &= \frac{\sum_{b n} \mathrm{keep}_{bn} \, \lVert f_{bn} - f'_{bn} \rVert^2 / D}
 #                            {\sum_{b n} \mathrm{keep}_{bn}}

@@ -33,8 +33,8 @@ BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 # s = a / b inputs. Input i lies at position i. The centre of output o is at c_o = (o + 1/2) s - 1/2, so the
 # outputs are spread evenly over the inputs. There are three usual weights for input i:
 #
-# - plain bilinear: $\max(0, 1 - |i - c_o|)$, the line between the two inputs around the centre;
-# - antialiased: $\max(0, 1 - |i - c_o| / s)$, the same triangle, s times as wide;
+# - plain bilinear: $\max(0, 1 - \lvert i - c_o \rvert)$, the line between the two inputs around the centre;
+# - antialiased: $\max(0, 1 - \lvert i - c_o \rvert / s)$, the same triangle, s times as wide;
 # - area: how much of [i - 1/2, i + 1/2] lies in [c_o - s/2, c_o + s/2].
 #
 # The weights of each output are divided by their sum. They are row o of a matrix (b, a). A grid of h x w

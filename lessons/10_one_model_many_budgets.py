@@ -84,7 +84,7 @@ for m in range(1, 9):
 # We want the mean of the losses over the grids of a set G to be small. If we computed all of them, each step
 # would cost as much as all grids together. A **random grid per step** has the right gradient on average,
 #
-# $$E_m \left[ \frac{dL_m}{dw} \right] = \frac{1}{|G|} \sum_{m \in G} \frac{dL_m}{dw},$$
+# $$E_m \left[ \frac{dL_m}{dw} \right] = \frac{1}{\lvert G \rvert} \sum_{m \in G} \frac{dL_m}{dw},$$
 #
 # and costs only one grid. The whole batch gets the same grid, so that it stays one array. (We do not know the
 # details of the paper. The set, the probabilities, and one draw per batch instead of one per picture are our

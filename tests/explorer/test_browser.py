@@ -141,6 +141,20 @@ def test_a_file_of_the_users(page, explorer):
     assert all("400" in line for line in chromium.errors(page))
 
 
+def test_a_picture_is_dropped(page, explorer):
+    page.execute_script("""
+        const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt(0));
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([bytes], "star.png", {type: "image/png"}));
+        document.getElementById("picture").dispatchEvent(new DragEvent("drop", {dataTransfer, cancelable: true}));
+        """, base64.b64encode((ROOT / "tinytoken" / "data" / "samples" / "star.png").read_bytes()).decode())
+    time.sleep(0.5)
+    chromium.settled(page)
+    assert text(page, "vit-answer").startswith("star") and text(page, "caption").startswith("Your picture.")
+    agree(page, explorer, pixels=page.execute_script("return source.pixels"))
+    assert chromium.errors(page) == []
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_is_accessible_and_fits(page, width, dark):

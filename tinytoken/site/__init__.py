@@ -37,7 +37,7 @@ EXPLORER_PAGE = """\
 # Explorer
 
 A ViT, a DynamicViT and a LookupViT run in your browser, by this package: pick a scene, draw, or drop a
-picture, move the sliders, and see which tokens are kept, where attention goes, what it costs, how long it takes.
+picture, move the sliders, and see which tokens are kept, where attention goes, what it costs, and the time.
 
 ![The explorer](/lessons/results/explorer.png)
 
@@ -60,8 +60,8 @@ def build(out: FilePath, address: str | None = None,
     address: the project's on GitHub, https://github.com/OWNER/NAME, whose branch gh-pages has this site. With
         it, files that have no page are links to it, and each lesson has a link to its notebook in Colab.
     out: new, empty, or an earlier site, which is replaced once the new one is complete.
-    pyodide: a folder with Pyodide and its NumPy, which the site gets a copy of, for networks that do not reach
-        Pyodide's own distribution.
+    pyodide: a folder with Pyodide and its NumPy, which the site gets a copy of, for networks that do not
+        reach Pyodide's own distribution.
     InputError, before the work, for what cannot be used or is not installed; and after it, in place of a site
     that gives a solution away, or of which Sphinx warns, as it does of a broken link.
     """
@@ -322,11 +322,14 @@ def leaks(made: pathlib.Path, assignments: list[assignment.Assignment]) -> list[
 
 
 def texts_of(path: pathlib.Path, name: str) -> Iterator[tuple[str, str]]:
-    """(name, text as it is read) of a file of the site, or of each file of an archive."""
+    """(name, text as it is read) of a file of the site, or of each file of an archive but for those of the
+    package, which is public."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as box:
             for member in box.namelist():
-                yield f"{name}/{member}", readable(member, box.read(member).decode(errors="replace"))
+                data, own = box.read(member), ROOT / member
+                if not (member.startswith("tinytoken/") and own.is_file() and own.read_bytes() == data):
+                    yield f"{name}/{member}", readable(member, data.decode(errors="replace"))
     elif path.suffix in (".html", ".ipynb", ".py", ".js", ".txt"):
         yield name, readable(name, path.read_text(encoding="utf-8"))
 

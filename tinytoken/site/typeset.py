@@ -12,7 +12,8 @@ article img { background: #fff; }  /* pictures are drawn on white */
   border-radius: .3rem; }
 .formula { overflow-x: auto; overflow-y: hidden; padding: .2rem 0; }
 mtable.cases mtd { text-align: left; }
-mtable.ams-align mtd { padding-left: 0; padding-right: 0; text-align: right; }
+mtable.ams-align { math-style: normal; }
+mtable.ams-align mtd { padding: .2em 0; text-align: right; text-align: -webkit-right; }  /* Chromium's */
 mtable.ams-align mtd:nth-child(even) { text-align: left; }
 mtable.ams-align mtd:nth-child(odd):not(:first-child) { padding-left: 2em; }
 """
@@ -22,7 +23,8 @@ SETTINGS: dict[str, Any] = {  # of Sphinx
     "html_domain_indices": False, "html_use_index": False,
     "suppress_warnings": ["myst.header"],  # an assignment goes from its title to its exercises
     "html_static_path": ["_static"], "html_css_files": ["tinytoken.css"], "html_extra_path": ["extra"],
-    "exclude_patterns": ["extra"], "html_copy_source": False, "html_math_renderer": "mathml",
+    "exclude_patterns": ["extra"], "html_copy_source": False,
+    "html_show_copyright": False, "html_math_renderer": "mathml",
     "html_theme_options": {"navigation_with_keys": True}, "pygments_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark", "highlight_language": "text",
     "myst_enable_extensions": ["dollarmath"], "myst_heading_anchors": 3, "myst_dmath_double_inline": True,
