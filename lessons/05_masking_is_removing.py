@@ -41,7 +41,8 @@ rng = np.random.default_rng(here.seed)
 #
 # Then the attention weights A and the output are
 #
-# $$A_{ij} = \frac{K_{ij} \, e^{a_{ij}}}{\sum_l K_{il} \, e^{a_{il}}}, \qquad \mathrm{out}_i = \sum_j A_{ij} v_j$$
+# $$A_{ij} = \frac{K_{ij} \, e^{a_{ij}}}{\sum_l K_{il} \, e^{a_{il}}},
+#   \qquad \mathrm{out}_i = \sum_j A_{ij} v_j$$
 #
 # Why is this the same as removing? Take a row i that is kept. In this row, K_ij is 1 for all kept columns and
 # 0 for all dropped ones. So the sum in the denominator runs over the kept columns only, and what is left is
@@ -261,7 +262,8 @@ assert worst_model < 1e-12
 # The official code of DynamicViT masks with another formula. With n keys and eps = 10^-6,
 #
 # $$A^{\mathrm{off}}_{ij} = \frac{K_{ij} \, e^{a_{ij} - m'_i} + \mathrm{eps} / n}
-#                                {\sum_l K_{il} \, e^{a_{il} - m'_i} + \mathrm{eps}}, \qquad m'_i = \max_l a_{il}$$
+#                                {\sum_l K_{il} \, e^{a_{il} - m'_i} + \mathrm{eps}},
+#   \qquad m'_i = \max_l a_{il}$$
 #
 # The maximum runs over **all** keys, also the dropped ones. What does that do? We need three names:
 #

@@ -36,15 +36,18 @@ rng = np.random.default_rng(here.seed)
 # on the rest of the picture, so the predictor looks at both:
 #
 # $$\begin{aligned}
-# [z^{\mathrm{local}}, z^{\mathrm{rest}}] &= \mathrm{GELU}(\mathrm{norm}(x) \, W^T + b) && (B, N, D/2) \text{ each} \\
-# z^{\mathrm{shared}} &= \frac{\sum_n \mathrm{keep}_n \, z^{\mathrm{rest}}_n}{\sum_n \mathrm{keep}_n} && (B, 1, D/2) \\
-# \mathrm{output} &= \log \, \mathrm{softmax}(\mathrm{MLP}([z^{\mathrm{local}}, z^{\mathrm{shared}}])) && (B, N, 2)
+# [z^{\mathrm{local}}, z^{\mathrm{rest}}] &= \mathrm{GELU}(\mathrm{norm}(x) \, W^T + b)
+#     && (B, N, D/2) \text{ each} \\
+# z^{\mathrm{shared}} &= \frac{\sum_n \mathrm{keep}_n \, z^{\mathrm{rest}}_n}{\sum_n \mathrm{keep}_n}
+#     && (B, 1, D/2) \\
+# \mathrm{output} &= \log \, \mathrm{softmax}(\mathrm{MLP}([z^{\mathrm{local}}, z^{\mathrm{shared}}]))
+#     && (B, N, 2)
 # \end{aligned}$$
 #
 # The local half is the patch itself, the shared one the mean over the patches that are left. The MLP's widths
-# are D -> D/2 -> D/4 -> 2. Column 0 is log p(keep), column 1 is log p(drop). In training, the dropped tokens stay in the array. Because
-# of the mask in the mean, the predictor sees the same in training as at inference, where those tokens are
-# removed.
+# are D -> D/2 -> D/4 -> 2. Column 0 is log p(keep), column 1 is log p(drop). In training, the dropped tokens
+# stay in the array. Because of the mask in the mean, the predictor sees the same in training as at inference,
+# where those tokens are removed.
 
 
 # %%
@@ -99,8 +102,8 @@ tt.gradcheck(lambda x, keep: predictor(x, keep), x, rng.random((2, 6)))
 #     && \text{right answers} \\
 # L_{\mathrm{KL}} &= \frac{1}{B} \sum_{b k} p'_{bk} \, (\log \, p'_{bk} - \log \, p_{bk})
 #     && \text{the teacher's answers} \\
-# L_{\mathrm{token}} &= \frac{\sum_{b n} \mathrm{keep}_{bn} \, \lVert f_{bn} - f'_{bn} \rVert^2 / D}
-#                            {\sum_{b n} \mathrm{keep}_{bn}}
+# L_{\mathrm{token}} &= \frac{1}{B} \sum_b \frac{\sum_n D_{S b n} \, \lVert f_{bn} - f'_{bn} \rVert^2 / D}
+#                                            {\sum_n D_{S b n}}
 #     && \text{the teacher's tokens, where kept} \\
 # L_{\mathrm{ratio}} &= \sum_s \frac{1}{B} \sum_b \left( \frac{1}{N} \sum_n D_{s b n} - r_s \right)^2
 #     && \text{as many tokens as asked for} \\
@@ -146,8 +149,8 @@ assert abs(loss.item() - by_hand["class"] - 2 * by_hand["ratio"] / 3 - 0.5 * by_
 assert all((later <= earlier).all() for earlier, later in zip(decisions, decisions[1:]))
 
 # %% [markdown]
-# (`token_norm="image"` first takes the mean within each picture, so that a batch can be cut into slices for
-# several cores. The official code takes one mean over the kept tokens of the whole batch.)
+# (`token_norm="image"` first takes the mean within each picture, as L_token above does, so that a batch can be
+# cut into slices for several cores. The official code takes one mean over the kept tokens of the whole batch.)
 #
 # Which loss teaches the predictors? Only L_ratio contains the decisions directly. The other losses reach the
 # predictors through the attention masks. Lesson 05b gave these masks a gradient, even where a token is

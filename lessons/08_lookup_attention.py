@@ -171,14 +171,15 @@ assert np.abs(O - ops.attention(q, k, v).data).max() < 1e-13
 #
 # $$Y = R^T V' \qquad (N, M)(M, d) \to (N, d)$$
 #
-# Y is what is written to each lookup token. V' (M, d) are values computed from the compressed tokens after they were processed. All three programs
-# make R from the scores of the gather: a compressed token that reads a lookup token also writes to it. But
-# they do this in two different ways. A third way is close to these, and a fourth, which reuses nothing, is
-# here for comparison:
+# Y is what is written to each lookup token. V' (M, d) are values computed from the compressed tokens after
+# they were processed. All three programs make R from the scores of the gather: a compressed token that reads
+# a lookup token also writes to it. But they do this in two different ways. A third way is close to these, and
+# a fourth, which reuses nothing, is here for comparison:
 #
 # $$\begin{aligned}
 # \text{probs:} && R_{mn} &= A_{mn} && \text{the probabilities as they are} \\
-# \text{renorm:} && R_{mn} &= \frac{A_{mn}}{c_n}, \quad c_n = \sum_m A_{mn} && \text{each lookup token gets 1 in all} \\
+# \text{renorm:} && R_{mn} &= \frac{A_{mn}}{c_n}, \quad c_n = \sum_m A_{mn}
+#     && \text{each lookup token gets 1 in all} \\
 # \text{resoftmax:} && R_{mn} &= \frac{\exp(S_{mn})}{\sum_{m'} \exp(S_{m'n})} && \text{a softmax over the } M
 # \end{aligned}$$
 #
@@ -311,7 +312,8 @@ for reuse in REUSE:
 # \frac{dL}{dV'} &= R G && (M, N)(N, d) \to (M, d) && (1) \\
 # U = \frac{dL}{dR} &= V' G^T && (M, d)(d, N) \to (M, N) && (2) \\
 # \frac{dL}{dA_2} &= U && \text{probs} && (3a) \\
-# \frac{dL}{dA_2} &= \frac{1}{c_n} \left( U_{mn} - \sum_{m'} U_{m'n} R_{m'n} \right) && \text{renorm} && (3b) \\
+# \frac{dL}{dA_2} &= \frac{1}{c_n} \left( U_{mn} - \sum_{m'} U_{m'n} R_{m'n} \right)
+#     && \text{renorm} && (3b) \\
 # \frac{dL}{dS_2} &= R_{mn} \left( U_{mn} - \sum_{m'} U_{m'n} R_{m'n} \right)
 #     && \text{resoftmax: the softmax's, over } m && (3c)
 # \end{aligned}$$

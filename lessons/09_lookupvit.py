@@ -50,8 +50,8 @@ rng = np.random.default_rng(here.seed)
 # \end{aligned}$$
 #
 # The softmax is over the N lookup tokens, (c) reads the same A backward, and [ ] puts the heads side by side.
-# The hidden width of (d) is D / 2, that of the MLP in (b) 4 D. All matrices have biases, which are left out above. The norms of (a) come after the projection and before
-# the split into heads.
+# The hidden width of (d) is D / 2, that of the MLP in (b) 4 D. All matrices have biases, which are left out
+# above. The norms of (a) come after the projection and before the split into heads.
 #
 # Most public programs read the paper in this way, so the package calls this reading `PAPER`. Its LookupViT
 # differs by default: the norms of (a) come before the projections, (c) takes a new softmax of the scores, and

@@ -291,10 +291,11 @@ def explorer(results):
              for form, found in saved["forms"].items() if found for name in sliders for at in (found[name],)]
     there = saved["forms"]["pyodide"]
     start = (f"Pyodide {there['version']}, from a folder beside the page, answered "
-             f"{there['seconds_to_start']:.0f} s after the page was opened." if there else "Pyodide: not measured.")
+             f"{there['seconds_to_start']:.0f} s after the page was opened." if there
+             else "Pyodide: not measured.")
     holds = "holds" if saved["slowest_native"] < saved["limit"] else "**fails**"
-    return (markdown_table(("form", "slider", "steps", "ms, median [quartiles]", "ms, lowest to highest"), lines)
-            + f"\n\nThe bound of {saved['limit']} ms for the models on this machine {holds}. {start} Chromium "
+    heads = ("form", "slider", "steps", "ms, median [quartiles]", "ms, lowest to highest")
+    return (markdown_table(heads, lines) + f"\n\nThe bound of {saved['limit']} ms for the models on this machine {holds}. {start} Chromium "
             f"{saved['chromium'].split('.')[0]}. Machine: {processor_text(saved['machine'])}.")
 
 
