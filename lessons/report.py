@@ -295,8 +295,9 @@ def explorer(results):
              else "Pyodide: not measured.")
     holds = "holds" if saved["slowest_native"] < saved["limit"] else "**fails**"
     heads = ("form", "slider", "steps", "ms, median [quartiles]", "ms, lowest to highest")
-    return (markdown_table(heads, lines) + f"\n\nThe bound of {saved['limit']} ms for the models on this machine {holds}. {start} Chromium "
-            f"{saved['chromium'].split('.')[0]}. Machine: {processor_text(saved['machine'])}.")
+    return (f"{markdown_table(heads, lines)}\n\nThe bound of {saved['limit']} ms for the models on this machine "
+            f"{holds}. {start} Chromium {saved['chromium'].split('.')[0]}. Machine: "
+            f"{processor_text(saved['machine'])}.")
 
 
 # Lessons
