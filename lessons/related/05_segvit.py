@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 05: SegViT
-# After this lesson you can build a decoder in which the scores of an attention are masks, and test it against
-# simpler decoders on the same ViT. You can also let the encoder go on with fewer tokens.
+# After this lesson you can build a decoder in which the scores of an attention are masks, test it against
+# simpler ones on the same ViT, and let the encoder go on with fewer tokens.
 #
 # ## The idea
 # Segmentation asks for a class of each pixel. Zhang et al. (2022, arXiv 2210.05844, "SegViT", and 2023, arXiv
@@ -11,8 +11,8 @@
 #
 # The decoder has stages. Each reads a map of another depth, the deepest first, and their masks are added. In
 # the encoder, **Shrunk** saves tokens: from a third of the depth on, only every second one in both directions
-# goes on. **Shrunk++** lets some at edges go on, too. Classes that come later get queries of their own, while
-# all old weights stay.
+# goes on. **Shrunk++** lets some at edges go on, too. Later classes get queries of their own; all old weights
+# stay.
 
 # %%
 import dataclasses
@@ -115,8 +115,8 @@ print(f"three stages by hand and the package's: at most {gap:.0e} apart")
 assert gap < 1e-11
 
 # %% [markdown]
-# A mask is resized to the pixels, and the answer for class c is the sum over the queries k of softmax(class
-# logits)_kc sigmoid(mask_k). The loss has three parts. Query k belongs to class k, so nothing is matched:
+# A mask is resized to the pixels; the answer for class c is the sum over queries k of softmax(class logits)
+# times sigmoid(mask_k). The loss has three parts. Query k belongs to class k, so nothing is matched:
 #
 #     presence   cross-entropy: query k says k where class k is in the picture, else "absent" (weight 0.1)
 #     focal      -alpha_t (1 - p_t)^2 log p_t, mean over pixels, times 20; only of classes that are there
@@ -150,7 +150,6 @@ assert abs(ours - theirs) < 1e-10 * ours
 # %% [markdown]
 # In the block that shrinks only M of the N tokens ask, and all N are read. So what is left has seen all.
 
-
 # %%
 def shrinking_block(x, places, w, heads):
     n = norm(x, w, "norm1", 1e-6)
@@ -177,14 +176,16 @@ assert gap < 1e-11
 #
 # - **linear**, **mlp**: each position answers by itself, through one or two layers.
 # - **dot**: queries as in ATM, one stage; the mask is the product of what comes out with the map (Segmenter).
-# - **atm, 1 stage**, **atm, 3 stages**: of one layer each. The control **atm, 3 layers** has as many layers
-#   in one stage: all read the last map, and one mask counts.
+# - **atm, 1 stage**, **3 stages**: of one layer each. The control **3 layers** has them in one stage: all
+#   read the last map, and one mask counts.
 # - **mlp, per pixel**: answers for each pixel of its patch. All other masks have one value for a patch, and
 #   are resized bilinearly: they cannot draw what is thinner than a patch, as parts of many of our shapes are.
 #
 # With fewer tokens from a third of the depth on, for three times as many steps, as more is new: an up-sampler
 # brings all positions back, and one layer of ATM reads them. **average** of 2 x 2 tokens (full run) and
 # **strided** leave 16 tokens; **edges** and **random** the strided ones and 8 more, at edges or anywhere.
+# In a full run **strided, as many steps** (as the whole encoders) and **strided, placed**, which is also told
+# where each position is, ask what the up-sampler lacks.
 #
 # The bounds, set before the run: ATM is above dot, of one layer each; three stages are more than half a point
 # above one; edges are more than half a point of boundary F1 above random places.
@@ -193,7 +194,6 @@ assert gap < 1e-11
 # %%
 class PerPixel(tt.models.SegViT):
     """One whose decoder, an MLP, answers for each pixel of a patch."""
-
     def build(self, c):
         super().build(c)
         self.decoder = nn.Sequential(nn.Linear(c.dim, c.width), nn.GELU(),
@@ -210,26 +210,28 @@ OLD_CLASSES = 9  # the background and eight shapes; the other two come later
 
 class OldClasses(Segment):
     """Segmentation where pixels of the classes that come later count nowhere."""
-
     def __call__(self, images, labels, **draws):
         xp = array_module(labels)
         return super().__call__(images, xp.where(labels < OLD_CLASSES, labels, IGNORE), **draws)
 
 
-STEPS, FURTHER, DIM, PATCH, EXTRA = here.pick((2, 1, 12, 4, 2), (900, 120, 48, 4, 8), (3000, 1500, 96, 2, 32))
+STEPS, FURTHER, DIM, PATCH, EXTRA = here.pick((2, 1, 12, 4, 2), (900, 120, 48, 4, 8), (2000, 500, 48, 4, 8))
 RECIPE = Recipe(data="pixel_scenes", smoothing=0.0, dim=DIM, depth=here.pick(3, 4, 6), heads=2, patch=PATCH,
                 batch=here.pick(8, 32, 32), lr=2e-3, further_lr=1e-3,
                 train_pictures=here.pick(64, 8000, 16000), test_pictures=here.pick(16, 500, 2000))
 DOT, ATM, THREE, LAYERS, PIXEL = "dot", "atm, 1 stage", "atm, 3 stages", "atm, 3 layers", "mlp, per pixel"
-AT_EDGES, RANDOM, START, OLD, NEW = "edges", "random", "start", "old classes", "new classes"
+AT_EDGES, RANDOM, SHORT, PLACED = "edges", "random", "strided, as many steps", "strided, placed"
+START, OLD, NEW = "start", "old classes", "new classes"
 arm = lambda model="segvit", times=1, **config: Arm(model, config, steps=times * FURTHER, start=START,
                                                     lr=RECIPE.further_lr, new_lr_scale=3.0)
 ARMS = {"linear": arm(decoder="linear"), "mlp": arm(decoder="mlp"),
         DOT: arm(decoder="dot", stages=1, layers=1), ATM: arm(stages=1, layers=1), THREE: arm(layers=1),
         LAYERS: arm(stages=1, layers=3), PIXEL: arm(PerPixel, decoder="mlp"),
         **{name: arm(shrink=name, extra=extra, layers=1, times=3) for name, extra in
-           ((AT_EDGES, EXTRA), (RANDOM, EXTRA), ("strided", 0), ("average", 0))}}
-NAMES = list(ARMS)[:here.pick(11, 10, 11)]
+           ((AT_EDGES, EXTRA), (RANDOM, EXTRA), ("strided", 0), ("average", 0))},
+        SHORT: arm(shrink="strided", layers=1), PLACED: arm(shrink="strided", placed=True, layers=1)}
+NAMES = list(ARMS)[:here.pick(13, 10, 13)]
+ONCE = ("linear", "mlp", "strided", "average", SHORT, PLACED)  # with one seed
 ARMS |= {START: Arm("segmenter", dict(options=dict(pool="mean")), steps=STEPS, lr=RECIPE.lr),
          OLD: Arm("segvit", dict(num_classes=OLD_CLASSES, layers=1), OldClasses, steps=STEPS, lr=RECIPE.lr),
          NEW: Arm("segvit", dict(new_classes=11 - OLD_CLASSES, layers=1), steps=FURTHER, lr=RECIPE.lr,
@@ -268,8 +270,8 @@ def continued(seed):
 N, C, D, K, L = (32 // PATCH)**2, DIM, DIM // 2, 11, RECIPE.depth
 layer = 14 * K * D**2 + 2 * N * D**2 + 2 * K * D * (K + N)
 block = lambda M, N: 10 * M * C**2 + 2 * N * C**2 + 2 * M * N * C
-trial, first = trial_of(here.seed), max(1, L // 3)
-picture, M, patches = trial.prepare(trial.test.images[:1]), N // 4, 3 * N * PATCH**2 * C
+trial, first, M, patches = trial_of(here.seed), max(1, L // 3), N // 4, 3 * N * PATCH**2 * C
+picture = trial.prepare(trial.test.images[:1])
 for name, stages in ((ATM, 1), (THREE, 3)):
     model = trial.new("segvit", **ARMS[name].config)
     encoder, whole = tt.macs(model.backbone, picture).total, tt.macs(model, picture).total
@@ -282,18 +284,20 @@ assert shrunk == patches + first * block(N, N) + block(M, N) + (L - first - 1) *
 # ## What came out
 
 # %%
-jobs = {f"seed{seed} {name}": functools.partial(train, name, seed) for seed in here.seeds for name in NAMES}
+seeds_of = {name: here.seeds[:1] if name in ONCE else here.seeds for name in NAMES}
+jobs = {f"seed{seed} {name}": functools.partial(train, name, seed)
+        for name in NAMES for seed in seeds_of[name]}
 if here.size != "default":
     jobs |= {f"seed{seed} {NEW}": functools.partial(continued, seed) for seed in here.seeds}
 done = here.each(jobs, SETTINGS)
-rows = {name: [done[f"seed{seed} {name}"] for seed in here.seeds] for name in NAMES}
+rows = {name: [done[f"seed{seed} {name}"] for seed in seeds_of[name]] for name in NAMES}
 later = [done[f"seed{seed} {NEW}"] for seed in here.seeds if f"seed{seed} {NEW}" in done]
 points = lambda name, metric="mIoU": [100 * row[metric] for row in rows[name]]
 gap = lambda name, than, metric="mIoU": float(np.mean(points(name, metric)) - np.mean(points(than, metric)))
 
-print(f"{'':<16}{'mIoU, %':>12}{'boundary F1, %':>16}{'M MACs: encoder':>17}{'decoder':>9}")
+print(f"{'':<24}{'mIoU, %':>12}{'boundary F1, %':>16}{'M MACs: encoder':>17}{'decoder':>9}")
 for name, (row, *_) in rows.items():
-    print(f"{name:<16}{spread_text(points(name)):>12}{spread_text(points(name, 'boundary_f1')):>16}"
+    print(f"{name:<24}{spread_text(points(name)):>12}{spread_text(points(name, 'boundary_f1')):>16}"
           f"{row['encoder'] / 1e6:>17.2f}{(row['macs'] - row['encoder']) / 1e6:>9.2f}")
 for row in later:
     print("two classes more: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in row.items()))
@@ -330,21 +334,18 @@ def draw(figure, count=4):
 here.picture("masks", draw, 10, 6)
 
 # %% [markdown]
-# In the default run (one seed, few steps) three stages gain on one, but as many layers on the last map gain
-# more: what helps is the layers. **All shrunk arms answered "background" nearly everywhere**, so of them the
-# run says nothing: their up-sampler had not learned where a position is. Two earlier runs, in which they had
-# an MLP, ended so, too; the steps were raised after the first, the bounds stayed. `--full` has three seeds,
-# 256 tokens, and two classes learned later with all old weights kept (old queries read the new ones, though).
+# In the default run (one seed, few steps) as many layers on the last map gain more than three stages. **All shrunk arms answered "background" nearly everywhere**, so of them the
+# run says nothing: their up-sampler had not learned where a position is. `--full` has more steps, three seeds
+# for what the bounds name, and two classes learned later with all old weights kept (old queries read them).
 #
 # ## What this does not show
-# - The paper's figures (ADE20K, 512 pixels, large pretrained ViTs), and what finer maps would do: at 4 x 4
-#   pixels for a token, bilinear masks are the limit here.
+# - The paper's figures (ADE20K, 512 pixels, large pretrained ViTs), or finer maps: at 4 x 4 pixels for a
+#   token, bilinear masks are the limit here.
 # - Masks without their loss: linear and both mlp learn from cross-entropy, which leans to the background.
 # - Shrunk++ as its authors have it: how they find edges is not public. Here a linear layer scores the tokens.
-#   And the up-sampler starts from nothing: it, not the encoder, may be what the shrunk arms lack.
 #
-# The code: `tinytoken/models/segvit.py`, `masks.py`, `mask_losses.py` and `shrunk.py`; that they agree with
-# the official code is tested in `tests/models/test_segvit.py`.
+# The code: `tinytoken/models/segvit.py`, `masks.py`, `mask_losses.py` and `shrunk.py`, which
+# `tests/models/test_segvit.py` holds against the official code.
 
 # %%
 here.end()

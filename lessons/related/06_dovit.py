@@ -132,9 +132,9 @@ assert abs(found - expected) < 1e-9 * expected
 # above 0.1.
 
 # %%
-STEPS, FURTHER, DEPTH, EXITS = here.pick((3, 1, 3, (1, 2)), (900, 150, 6, (1, 3)), (3000, 1500, 8, (1, 4)))
+STEPS, FURTHER, DEPTH, EXITS = here.pick((3, 1, 3, (1, 2)), (900, 150, 6, (1, 3)), (1500, 400, 8, (1, 4)))
 TAUS = (0.15, 0.2, 1.0) if here.size == "smoke" else (0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.985, 0.995, 1.0)
-RECIPE = Recipe(data="pixel_scenes", smoothing=0.0, dim=here.pick(12, 48, 96), depth=DEPTH, heads=2,
+RECIPE = Recipe(data="pixel_scenes", smoothing=0.0, dim=here.pick(12, 48, 64), depth=DEPTH, heads=2,
                 batch=here.pick(8, 32, 32), lr=2e-3, further_lr=1e-3,
                 train_pictures=here.pick(64, 8000, 16000), test_pictures=here.pick(24, 600, 4000))
 DENSE, DOVIT, ALONE, START = "dense", "DoViT", "no aggregation", "start"

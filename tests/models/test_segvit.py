@@ -95,6 +95,26 @@ def test_the_decoder_of_a_shrunk_encoder_is_the_official_one(official, xp):
     check(official, "shrunk/", [dict(up.named_parameters()), named], maps, decoder([read]), xp)
 
 
+def test_a_placed_up_sampler_first_reads_what_is_near():
+    """By tokens that are nothing but position embeddings: its scores fall with the distance in the grid."""
+    config = dict(image_size=32, patch_size=4, dim=48, depth=3, heads=2, shrink="strided")
+    models, found = [SegViT(**config, placed=placed) for placed in (True, False)], []
+    grid = np.stack(np.divmod(np.arange(64), 8), axis=1)
+    distances = np.linalg.norm(grid[:, None] - grid, axis=2)
+    for model in models:
+        up = model.up
+        memory, queries = up.memory(1, model.backbone.pos_embed).data[0], up.q.weight.data
+        queries = queries + memory if up.placed else queries
+        q, k, _ = np.split(up.layers(1)[0].multihead_attn.in_proj_weight.data, 3)
+        scores = (queries @ q.T) @ (memory @ k.T).T
+        found.append(np.mean([np.corrcoef(scores[i], distances[i])[0, 1] for i in range(64)]))
+    assert found[0] < -0.4 < -0.2 < found[1]
+    maps = [tt.Tensor(np.random.default_rng(0).standard_normal((2, n, 48)).astype("float32"))
+            for n in (64, 16)]
+    placed, positions = models[0].up, models[0].backbone.pos_embed
+    assert np.abs(placed(maps, positions).data - placed(maps, positions * 2 + 1).data).max() > 1e-3
+
+
 # The losses, by their formulas
 
 def test_losses_by_hand():
@@ -224,7 +244,8 @@ def test_answers_masks_and_what_is_shown():
 
 @pytest.mark.parametrize("more", [dict(decoder="dot", stages=2), dict(decoder="linear"), dict(decoder="mlp"),
                                   dict(new_classes=1), dict(shrink="strided", decoder="dot"),
-                                  dict(shrink="edges", extra=3), dict(shrink="average", decoder="mlp")],
+                                  dict(shrink="edges", extra=3), dict(shrink="average", decoder="mlp"),
+                                  dict(shrink="strided", placed=True)],
                          ids=str)
 def test_gradients_of_the_whole_model(more):
     model = shaken(SegViT(**SMALL | dict(layers=1) | more)).train()
@@ -273,6 +294,8 @@ def test_configuration_checkpoint_and_training(tmp_path):
     (dict(read=(2,), stages=2), "SegViT: stages 2 of the maps after the blocks (2,), expected 1 to 1"),
     (dict(width=5), "SegViT: width 5, expected a multiple of the 2 heads"),
     (dict(new_classes=1, decoder="mlp"), "SegViT: new_classes 1 of 3 with decoder 'mlp', expected 0 to 0"),
+    (dict(placed=True), "SegViT: placed True with shrink 'none', expected True or False, and True only of an "
+                        "encoder that shrinks"),
     (dict(decoder="deep"), "SegViT: decoder 'deep', expected one of atm, dot, linear, mlp")])
 def test_what_it_refuses(config, text):
     with refuses(text):

@@ -170,13 +170,31 @@ class MaskDecoder(Reader):
 class UpSampler(Reader):
     """A query for each position reads maps, of which the last has fewer, in the order of the encoder (Shrunk,
     Zhang et al. 2022, section 3.3; the official TPNATMHead). maps: list of (B, n, width) -> (B, count,
-    dim)."""
+    dim).
 
-    def __init__(self, count: int, width: int, dim: int, heads: int, stages: int, layers: int) -> None:
+    placed (ours): the queries begin as what the first stage makes of the encoder's position embeddings
+    (1, count, width), and the keys' weights as those of the queries, so that a position first reads what is
+    near it. The official one has to learn where each is from nothing."""
+
+    def __init__(self, count: int, width: int, dim: int, heads: int, stages: int, layers: int,
+                 placed: bool = False) -> None:
         super().__init__(count, width, dim, heads, stages, layers, TorchAttention)
+        self.placed = placed
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def start(self, name: str) -> None:
+        super().start(name)
+        if self.placed:
+            self.q.weight.data *= 0.1
+            for s in range(1, self.stages + 1):
+                for layer in self.layers(s):
+                    q, k, _ = layer.multihead_attn.in_proj_weight.data.reshape(3, -1)
+                    k[:] = q
+
+    def forward(self, maps: list[Tensor], positions: Any = None) -> Tensor:
+        """positions: of a placed one, (1, count, width)."""
         queries = self.q.rows(len(maps[0]))
+        if self.placed:
+            queries = queries + self.memory(1, positions)
         for s, x in enumerate(maps, start=1):
             memory = self.memory(s, x)
             for layer in self.layers(s):

@@ -27,14 +27,15 @@ class SegViTConfig(ShrunkConfig):
     2021, arXiv 2105.05633); "linear" and "mlp": each position answers by itself, through one or two layers.
     width: of the decoder, None: half of dim. stages: how many of the maps it reads, the deepest first, None:
     all. layers: of each stage. A shrunk encoder's two maps are brought back to all positions by `layers`
-    further layers each, and then the decoder has one stage of which each layer makes a mask. new_classes: see
-    MaskDecoder."""
+    further layers each, and then the decoder has one stage of which each layer makes a mask. placed (ours):
+    what brings them back is told where each position is, see UpSampler. new_classes: see MaskDecoder."""
     num_classes: int = 11
     _: dataclasses.KW_ONLY
     decoder: str = "atm"
     width: int | None = None
     stages: int | None = None
     layers: int = 3
+    placed: bool = False
     new_classes: int = 0
     choices = ShrunkConfig.choices | {"decoder": ("atm", "dot", "linear", "mlp")}
     positive = (*ShrunkConfig.positive, "layers")
@@ -50,6 +51,9 @@ class SegViTConfig(ShrunkConfig):
         self.check(is_whole(self.stages) and 0 < self.stages <= len(self.read),
                    f"stages {self.stages!r} of the maps after the blocks {self.read}, expected 1 to "
                    f"{len(self.read)}")
+        self.check(isinstance(self.placed, bool) and (self.shrink != "none" or not self.placed),
+                   f"placed {self.placed!r} with shrink {self.shrink!r}, expected True or False, and True only "
+                   f"of an encoder that shrinks")
         most = self.num_classes - 1 if self.decoder in ("atm", "dot") else 0
         self.check(is_whole(self.new_classes) and 0 <= self.new_classes <= most,
                    f"new_classes {self.new_classes!r} of {self.num_classes} with decoder {self.decoder!r}, "
@@ -77,7 +81,7 @@ class SegViT(Model):
         self.backbone = ShrunkViT(**{name: getattr(c, name) for name in kept})
         self.grid, shrunk = self.backbone.patch_embed.grid, c.shrink != "none"
         places, width = self.backbone.num_patches, c.width if shrunk else c.dim
-        self.up = UpSampler(places, c.dim, c.width, c.heads, 2, c.layers) if shrunk else None
+        self.up = UpSampler(places, c.dim, c.width, c.heads, 2, c.layers, c.placed) if shrunk else None
         if c.decoder == "linear":
             self.decoder: Any = nn.Linear(width, c.num_classes)
         elif c.decoder == "mlp":
@@ -108,7 +112,9 @@ class SegViT(Model):
                 paths: Array | None = None) -> SegViTOutput:
         """trace: keep the weights of the encoder's attention. paths: factors of its residual branches."""
         state = self.backbone(images, trace, paths)
-        maps, steps = (state.shown[-self.config.stages:] if self.up is None else [self.up(state.shown)]), []
+        maps, steps = state.shown[-self.config.stages:], []
+        if self.up is not None:
+            maps = [self.up(state.shown, self.backbone.pos_embed)]
         if isinstance(self.decoder, MaskDecoder):
             steps = self.decoder(maps)
             presence, masks = steps[-1]
