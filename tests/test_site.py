@@ -237,7 +237,8 @@ return [...document.querySelectorAll(".ams-align mtd:first-child")].filter(cell 
 
 @pytest.mark.slow
 @chromium.needs_browser
-@pytest.mark.parametrize("name, least", [("03_attention", 5), ("06_gumbel_softmax", 8), ("08_lookup_attention", 6)])
+@pytest.mark.parametrize("name, least", [("03_attention", 5), ("06_gumbel_softmax", 8), ("07_dynamicvit", 6),
+                                         ("08_lookup_attention", 6)])
 def test_formulas_are_typeset(name, least, browser):
     """Each fraction has its upper part above its lower one, lines are aligned, and no formula is there as it is
     written."""
