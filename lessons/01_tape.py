@@ -35,16 +35,19 @@ rng = np.random.default_rng(here.seed)
 # Suppose we know g = dL/dy already, one number per number of y. It is called the *upstream gradient* of the
 # op. The chain rule gives the gradient one step further down:
 #
-#     dL/dx_j = sum_i (dL/dy_i) (dy_i/dx_j) = sum_i g_i J_ij
+# $$\frac{dL}{dx_j} = \sum_i \frac{dL}{dy_i} \frac{dy_i}{dx_j} = \sum_i g_i J_{ij}$$
 #
 # A vector times a Jacobian: a *vector-Jacobian product*, in short *vjp*. We never need J itself, only this
 # product, and that is what makes gradients cheap. Take the matrix product C = A B with A (N, K), B (K, M), so
 # C (N, M):
 #
-#     C_ij = sum_k A_ik B_kj
-#     dC_ij / dA_kl = B_lj if i = k, else 0                              the Jacobian: N M x N K numbers
-#     dL/dA_kl = sum_ij g_ij dC_ij/dA_kl = sum_j g_kj B_lj               only i = k is left
-#     dL/dA = g B^T                                                      (N, M) (M, K) -> (N, K)
+# $$\begin{aligned}
+# C_{ij} &= \sum_k A_{ik} B_{kj} \\
+# \frac{dC_{ij}}{dA_{kl}} &= [i = k] \, B_{lj} && \text{the Jacobian: } N M \times N K \text{ numbers} \\
+# \frac{dL}{dA_{kl}} &= \sum_{ij} g_{ij} \frac{dC_{ij}}{dA_{kl}} = \sum_j g_{kj} B_{lj}
+#     && [i = k] \text{ is 1 for } i = k \text{, else 0} \\
+# \frac{dL}{dA} &= g B^T && (N, M) (M, K) \to (N, K)
+# \end{aligned}$$
 #
 # and in the same way dL/dB = A^T g. Here is both, the table and the short way:
 

@@ -105,8 +105,12 @@ here.picture("training", draw, width=8)
 #
 # *Truncation.* By Taylor, f(x + h) = f + h f' + (h^2 / 2) f'' + (h^3 / 6) f''' + ... at x, so
 #
-#     forward:  (f(x + h) - f(x)) / h        = f' + (h / 2) f'' + ...
-#     central:  (f(x + h) - f(x - h)) / 2h   = f' + (h^2 / 6) f''' + ...        the terms with f and f'' cancel
+# $$\begin{aligned}
+# \text{forward:} && \frac{f(x + h) - f(x)}{h} &= f' + \frac{h}{2} f'' + \ldots \\
+# \text{central:} && \frac{f(x + h) - f(x - h)}{2h} &= f' + \frac{h^2}{6} f''' + \ldots
+# \end{aligned}$$
+#
+# In the central difference the terms with f and f'' cancel.
 #
 # *Rounding.* Each value of f is stored with a relative error of up to u: 2^-53 in float64, 2^-24 in float32.
 # Both values can be wrong by u |f|. After the division this is an error of 2 u |f| / h (forward) or u |f| / h
@@ -235,9 +239,11 @@ print(f"error: {differences_first:.0e} with the differences first, {sums_first:.
 # Now an op to check. *Softmax* turns a row of numbers x into positive numbers p that sum to 1 (attention is
 # made of it, lesson 03):
 #
-#     p_i = e^{x_i} / sum_k e^{x_k}
-#     J_ij = dp_i/dx_j = p_i (1 - p_j) if i = j, else -p_i p_j         which is p_i ([i = j] - p_j)
-#     vjp: sum_i g_i J_ij = g_j p_j - p_j sum_i g_i p_i = p_j (g_j - sum_i g_i p_i)
+# $$\begin{aligned}
+# p_i &= \frac{e^{x_i}}{\sum_k e^{x_k}} \\
+# J_{ij} = \frac{dp_i}{dx_j} &= p_i \, ([i = j] - p_j) \\
+# \text{vjp:} \quad \sum_i g_i J_{ij} &= p_j \, \left( g_j - \sum_i g_i p_i \right)
+# \end{aligned}$$
 
 
 # %%

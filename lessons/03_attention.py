@@ -25,7 +25,7 @@ BLUE, SKY, ORANGE, GREEN, RED, GREY = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 # Attention gives every token a *score*, which says how much the token matters. A score can be any real
 # number. The softmax turns the n scores x of one row into shares p, which are positive and sum to 1:
 #
-#     p_i = exp(x_i) / sum_j exp(x_j)
+# $$p_i = \frac{\exp(x_i)}{\sum_j \exp(x_j)}$$
 #
 # Written like this, it fails for large scores: exp(1000) is larger than any float, and infinity / infinity is
 # not a number. But adding a constant c to all scores changes nothing, since exp(x_i + c) = exp(c) exp(x_i),
@@ -48,12 +48,12 @@ assert np.isnan(naive).all() and np.allclose(softmax(large), softmax(large - 100
 # %% [markdown]
 # **Its gradient.** By the quotient rule, with [i = j] for 1 if i = j and 0 otherwise,
 #
-#     dp_i / dx_j = p_i ([i = j] - p_j)
+# $$\frac{dp_i}{dx_j} = p_i \, ([i = j] - p_j)$$
 #
 # Let L be the loss and g_i = dL / dp_i the upstream gradient. The chain rule sums over all p_i, since each of
 # them depends on x_j:
 #
-#     dL / dx_j = sum_i g_i p_i ([i = j] - p_j) = p_j (g_j - sum_i g_i p_i)
+# $$\frac{dL}{dx_j} = \sum_i g_i p_i \, ([i = j] - p_j) = p_j \, \left( g_j - \sum_i g_i p_i \right)$$
 #
 # The last form needs no n x n matrix. What does it say? sum_i g_i p_i is the mean of g with the shares as
 # weights. A score gets a gradient only if its g differs from that mean. The entries of the result sum to 0,
@@ -84,10 +84,13 @@ print("with the full matrix", g @ jacobian, " without", softmax_vjp(p, g))
 # With Tq queries, Tk keys and Tk values, all with d numbers, this is two matrix products with a softmax
 # between them:
 #
-#     Q (Tq, d)   K (Tk, d)   V (Tk, d)
-#     S = Q K^T / sqrt(d)     (Tq, d)(d, Tk) -> (Tq, Tk)     the scores, and why they are divided is the next part
-#     A = softmax(S)          (Tq, Tk)                       the weights; each row, that is each query, by itself
-#     O = A V                 (Tq, Tk)(Tk, d) -> (Tq, d)     the answers
+# $$\begin{aligned}
+# S &= \frac{Q K^T}{\sqrt{d}} && (T_q, d)(d, T_k) \to (T_q, T_k) && \text{the scores} \\
+# A &= \mathrm{softmax}(S) && (T_q, T_k) && \text{the weights} \\
+# O &= A V && (T_q, T_k)(T_k, d) \to (T_q, d) && \text{the answers}
+# \end{aligned}$$
+#
+# The softmax takes each row, that is each query, by itself. Why the scores are divided is the next part.
 
 # %%
 def attention_by_hand(q, k, v):
@@ -194,17 +197,25 @@ here.picture("scale", draw_scale, width=11)
 #
 # **O = A V**, so δO = A δV + δA V.
 #
-#     <G, A δV> = <A^T G, δV>       dL/dV = A^T G       (Tk, Tq)(Tq, d) -> (Tk, d)                  (1)
-#     <G, δA V> = <G V^T, δA>       U = dL/dA = G V^T   (Tq, d)(d, Tk) -> (Tq, Tk)                  (2)
+# $$\begin{aligned}
+# \langle G, A \, \delta V \rangle &= \langle A^T G, \delta V \rangle
+#     && \frac{dL}{dV} = A^T G && (T_k, T_q)(T_q, d) \to (T_k, d) && (1) \\
+# \langle G, \delta A \, V \rangle &= \langle G V^T, \delta A \rangle
+#     && U = \frac{dL}{dA} = G V^T && (T_q, d)(d, T_k) \to (T_q, T_k) && (2)
+# \end{aligned}$$
 #
 # **A = softmax(S)**, row by row, from the part on the softmax:
 #
-#     E_ij = dL/dS_ij = A_ij (U_ij - r_i),   r_i = sum_j U_ij A_ij      E (Tq, Tk), r (Tq, 1)       (3)
+# $$E_{ij} = \frac{dL}{dS_{ij}} = A_{ij} (U_{ij} - r_i), \quad r_i = \sum_j U_{ij} A_{ij} \qquad (3)$$
 #
 # **S = c Q K^T**, so δS = c δQ K^T + c Q δK^T.
 #
-#     <E, c δQ K^T> = <c E K, δQ>                          dL/dQ = c E K      (Tq, Tk)(Tk, d) -> (Tq, d)      (4)
-#     <E, c Q δK^T> = <c Q^T E, δK^T> = <c E^T Q, δK>      dL/dK = c E^T Q    (Tk, Tq)(Tq, d) -> (Tk, d)      (5)
+# $$\begin{aligned}
+# \langle E, c \, \delta Q \, K^T \rangle &= \langle c E K, \delta Q \rangle
+#     && \frac{dL}{dQ} = c E K && (T_q, T_k)(T_k, d) \to (T_q, d) && (4) \\
+# \langle E, c \, Q \, \delta K^T \rangle &= \langle c E^T Q, \delta K \rangle
+#     && \frac{dL}{dK} = c E^T Q && (T_k, T_q)(T_q, d) \to (T_k, d) && (5)
+# \end{aligned}$$
 #
 # U_ij = G_i . V_j says how fast the loss grows if token i takes more of value j. r_i is the mean of this with
 # the present weights. So (3) says: gradient descent raises the scores of those values that are better than

@@ -188,21 +188,29 @@ agree("tokens with positions", x, vit.embed(images))
 # A block has two halves. In the first half the tokens exchange information. In the second half each token is
 # processed separately:
 #
-#     x = x + attention(norm1(x))
-#     x = x + mlp(norm2(x))
+# $$\begin{aligned}
+# x &\leftarrow x + \mathrm{attention}(\mathrm{norm}_1(x)) \\
+# x &\leftarrow x + \mathrm{MLP}(\mathrm{norm}_2(x))
+# \end{aligned}$$
 #
 # **The sum.** Each half only adds something to x (a *residual connection*). The gradient of a sum goes to
 # both terms unchanged. So it reaches the first layer without going through all the layers in between.
 #
 # **The norm.** Without it, the numbers would grow from block to block, since each block adds to them. Layer
 # norm takes the D numbers of each token separately and brings them to mean 0 and variance 1. Then it
-# multiplies by a learned vector and adds another one. eps keeps the square root away from 0.
+# multiplies by a learned vector w and adds another one, b:
+#
+# $$\mathrm{norm}(x)_d = \frac{x_d - \mu}{\sqrt{\sigma^2 + \varepsilon}} \, w_d + b_d, \quad
+#   \mu = \frac{1}{D} \sum_d x_d, \quad \sigma^2 = \frac{1}{D} \sum_d (x_d - \mu)^2$$
+#
+# A small eps keeps the square root away from 0.
 #
 # **The MLP** (multi-layer perceptron) is two linear layers, D -> 4 D -> D, with a nonlinearity between them:
 #
-#     GELU(x) = x Φ(x),   Φ(x) = (1 + erf(x / sqrt(2))) / 2: the chance that a standard normal number is below x
+# $$\mathrm{GELU}(x) = x \, \Phi(x), \quad \Phi(x) = \frac{1 + \mathrm{erf}(x / \sqrt{2})}{2}$$
 #
-# For very negative x it is nearly 0, for large x it is nearly x: like max(x, 0), but smooth.
+# where Φ(x) is the chance that a standard normal number is below x. For very negative x it is nearly 0, for
+# large x it is nearly x: like max(x, 0), but smooth.
 
 # %%
 def layer_norm(x, weight, bias, eps=1e-6):

@@ -41,7 +41,8 @@ rng = np.random.default_rng(here.seed)
 #
 # Then the attention weights A and the output are
 #
-#     A_ij = K_ij e^(a_ij) / sum_l K_il e^(a_il)          out_i = sum_j A_ij v_j
+# $$A_{ij} = \frac{K_{ij} \, e^{a_{ij}}}{\sum_l K_{il} \, e^{a_{il}}},
+#   \qquad \mathrm{out}_i = \sum_j A_{ij} v_j$$
 #
 # Why is this the same as removing? Take a row i that is kept. In this row, K_ij is 1 for all kept columns and
 # 0 for all dropped ones. So the sum in the denominator runs over the kept columns only, and what is left is
@@ -260,8 +261,9 @@ assert worst_model < 1e-12
 #
 # The official code of DynamicViT masks with another formula. With n keys and eps = 10^-6,
 #
-#     A_off_ij = (K_ij e^(a_ij - m'_i) + eps / n) / (sum_l K_il e^(a_il - m'_i) + eps)
-#     m'_i = max_l a_il
+# $$A^{\mathrm{off}}_{ij} = \frac{K_{ij} \, e^{a_{ij} - m'_i} + \mathrm{eps} / n}
+#                                {\sum_l K_{il} \, e^{a_{il} - m'_i} + \mathrm{eps}},
+#   \qquad m'_i = \max_l a_{il}$$
 #
 # The maximum runs over **all** keys, also the dropped ones. What does that do? We need three names:
 #
@@ -271,9 +273,12 @@ assert worst_model < 1e-12
 #
 # For every l we have e^(a_il - m'_i) = e^-gap_i e^(a_il - m_i). So, if we leave out the index i,
 #
-#     A_off_j = (e^-gap K_j e^(a_j - m) + eps / n) / (e^-gap S + eps)
-#             = (1 - share) A_j + share / n
-#     share = eps / (e^-gap S + eps)
+# $$\begin{aligned}
+# A^{\mathrm{off}}_j &= \frac{e^{-\mathrm{gap}} K_j \, e^{a_j - m} + \mathrm{eps} / n}
+#                            {e^{-\mathrm{gap}} S + \mathrm{eps}}
+#                     = (1 - \mathrm{share}) \, A_j + \frac{\mathrm{share}}{n} \\
+# \mathrm{share} &= \frac{\mathrm{eps}}{e^{-\mathrm{gap}} S + \mathrm{eps}}
+# \end{aligned}$$
 #
 # The official weights are a mixture of the exact weights A_j and of **looking everywhere alike, dropped
 # tokens included**. The share of the second part is about eps as long as no dropped key has a large logit. It

@@ -27,21 +27,21 @@ rng = np.random.default_rng(here.seed)
 # The symbols are those of lesson 05, for one head: logits a_ij (token i looks at token j); decisions D_j, 1
 # keeps token j; the mask K_ij = D_j, but K_ii = 1; and the attention weights
 #
-#     A_ij = K_ij e^(a_ij) / Z_i          Z_i = sum_l K_il e^(a_il)
+# $$A_{ij} = \frac{K_{ij} \, e^{a_{ij}}}{Z_i}, \qquad Z_i = \sum_l K_{il} \, e^{a_{il}}$$
 #
 # The predictor learns from dL/dD_j: how would the loss L change if a little more of token j were let in? A
 # gather cannot answer that: a row is there or it is not, and there is no number to vary. A boolean mask
 # cannot answer it either. But K_ij in the formula is a number, and A is smooth in it. Differentiate with
 # respect to one K_ij. It appears in the numerator of column j, and through Z_i in every column l:
 #
-#     dA_il/dK_ij = [l = j] e^(a_il) / Z_i - K_il e^(a_il) e^(a_ij) / Z_i^2
-#                 = e^(a_ij) / Z_i ([l = j] - A_il)
+# $$\frac{dA_{il}}{dK_{ij}} = [l = j] \frac{e^{a_{il}}}{Z_i} - \frac{K_{il} \, e^{a_{il}} \, e^{a_{ij}}}{Z_i^2}
+#                           = \frac{e^{a_{ij}}}{Z_i} \, ([l = j] - A_{il})$$
 #
 # where [l = j] is 1 if l = j, and 0 otherwise. Let u_il = dL/dA_il. For an upstream gradient g of the output,
 # u_il = g_i . v_l. Then
 #
-#     dL/dK_ij = e^(a_ij) / Z_i (u_ij - sum_l u_il A_il)
-#     dL/dD_j = sum over i != j of dL/dK_ij
+# $$\frac{dL}{dK_{ij}} = \frac{e^{a_{ij}}}{Z_i} \left( u_{ij} - \sum_l u_{il} A_{il} \right), \qquad
+#   \frac{dL}{dD_j} = \sum_{i \neq j} \frac{dL}{dK_{ij}}$$
 #
 # The second sum leaves out i = j, because K_jj = 1 whatever D_j is. With several heads, we sum over them,
 # too. In words: what token j would bring, compared with what the row gets on average now, times the weight

@@ -31,14 +31,15 @@ rng = np.random.default_rng(here.seed)
 # take the category with the largest l_c + G_c. This **Gumbel-max trick** draws category c with probability
 # exactly p_c. Here is why. The distribution function of G is
 #
-#     F(x) = P(-ln(-ln U) <= x) = P(U <= e^(-e^-x)) = e^(-e^-x)          density F'(x) = e^-x F(x)
+# $$F(x) = P(-\ln(-\ln \, U) \le x) = P(U \le e^{-e^{-x}}) = e^{-e^{-x}}, \qquad F'(x) = e^{-x} F(x)$$
 #
 # Category 1 wins if l_1 + G_1 takes some value x and all others stay below it. With S = sum_c e^(l_c),
 #
-#     P(1 wins) = integral of F'(x - l_1) times the product over c != 1 of F(x - l_c), dx
-#               = integral of e^-(x - l_1) times the product over all c of e^(-e^-(x - l_c)), dx
-#               = e^(l_1) times the integral of e^-x e^(-S e^-x) dx
-#               = e^(l_1) / S
+# $$\begin{aligned}
+# P(1 \text{ wins}) &= \int F'(x - l_1) \prod_{c \neq 1} F(x - l_c) \, dx
+#                    = \int e^{-(x - l_1)} \prod_c e^{-e^{-(x - l_c)}} \, dx \\
+#                   &= e^{l_1} \int e^{-x} e^{-S e^{-x}} \, dx = \frac{e^{l_1}}{S}
+# \end{aligned}$$
 #
 # The last step substitutes y = e^-x: the integral of e^(-S y) dy over y > 0 is 1 / S. The result is p_1.
 
@@ -77,7 +78,8 @@ print(f"{'standard error':17}", *(f"{math.sqrt(x * (1 - x) / draws):9.5f}" for x
 # entry is the largest. If we make that soft, there is a gradient. **Gumbel-softmax** replaces the choice of
 # the largest entry by a softmax with a temperature tau > 0:
 #
-#     s = softmax((l + G) / tau)          for two categories s_0 = sigmoid((theta + X) / tau)
+# $$s = \mathrm{softmax} \left( \frac{l + G}{\tau} \right),
+#   \quad \text{for two categories} \quad s_0 = \mathrm{sigmoid} \left( \frac{\theta + X}{\tau} \right)$$
 #
 # For a small tau, s is nearly one-hot, and nearly the hard draw. For a large tau, s is nearly uniform,
 # whatever was drawn. The position of the largest entry is the same for every tau, since dividing by tau does
@@ -129,8 +131,10 @@ here.picture("temperatures", draw_temperatures, width=11, height=3)
 # The rest is calculus: the vjp of the softmax (lesson 03) with an upstream gradient u, and a factor 1 / tau
 # from the division.
 #
-#     dL/dl_c = s_c (u_c - sum_b s_b u_b) / tau
-#     dL/dtheta = u s (1 - s) / tau          for two categories, with u at "keep" only
+# $$\frac{dL}{dl_c} = \frac{s_c}{\tau} \left( u_c - \sum_b s_b u_b \right),
+#   \qquad \frac{dL}{d\theta} = \frac{u \, s \, (1 - s)}{\tau}$$
+#
+# The second is for two categories, with u at "keep" only.
 
 # %%
 def gumbel_softmax(logits, noise, tau, hard):
@@ -168,14 +172,16 @@ print(tt.gradcheck(lambda logits: tt.ops.gumbel_softmax(logits, noise, tau=0.5),
 # class token always sees itself, too) gives one vector, a matrix turns it into logits, and L(D) is the
 # cross-entropy. Training minimises the expected loss
 #
-#     J(theta) = sum over D of P(D) L(D)          P(D) = product over j of (p_j if D_j = 1, else 1 - p_j)
+# $$J(\theta) = \sum_D P(D) \, L(D), \qquad P(D) = \prod_j p_j^{D_j} (1 - p_j)^{1 - D_j}$$
 #
 # This is a sum over all 2^n subsets: 256 for n = 8. For the exact gradient, note that only P depends on
 # theta. dp_j/dtheta_j = p_j (1 - p_j), so dlnP/dtheta_j = D_j (1 - p_j) - (1 - D_j) p_j = D_j - p_j. And
 # since dP = P dlnP,
 #
-#     dJ/dtheta_j = sum over D of P(D) (D_j - p_j) L(D)
-#                 = p_j (1 - p_j) (E[L | D_j = 1] - E[L | D_j = 0])          (1)
+# $$\begin{aligned}
+# \frac{dJ}{d\theta_j} &= \sum_D P(D) \, (D_j - p_j) \, L(D) \\
+#     &= p_j (1 - p_j) \, \left( E[L \mid D_j = 1] - E[L \mid D_j = 0] \right) && (1)
+# \end{aligned}$$
 #
 # The last line says what the gradient of a decision is: **the difference that the decision makes** when it
 # goes all the way from 0 to 1, averaged over the other decisions.
@@ -310,15 +316,19 @@ for name, samples in draw_estimates(problem, draws, 1.0, P @ L).items():
 # integral. Substitute y = (theta + x) / tau. Then s = sigmoid(y), s (1 - s) = rho(y), dx = tau dy, and the
 # token is kept if y > 0:
 #
-#     c1_j = E[s_j (1 - s_j) / tau, where D_j = 1] = integral of rho(y) rho(tau y - theta_j) dy over y > 0
-#     c0_j = E[s_j (1 - s_j) / tau, where D_j = 0] = the same integral over y < 0
+# $$\begin{aligned}
+# c^1_j &= E \left[ \frac{s_j (1 - s_j)}{\tau} \text{, where } D_j = 1 \right]
+#        = \int_0^\infty \rho(y) \, \rho(\tau y - \theta_j) \, dy \\
+# c^0_j &= E \left[ \frac{s_j (1 - s_j)}{\tau} \text{, where } D_j = 0 \right]
+#        = \int_{-\infty}^0 \rho(y) \, \rho(\tau y - \theta_j) \, dy
+# \end{aligned}$$
 #
 # (The density of x = tau y - theta is rho, and 1 / tau cancels with dx.) So the mean of straight-through is a
 # sum over subsets. Its second moment is such a sum, too, with the slopes squared and with rho(y)^2 / tau
 # instead of rho(y).
 #
-#     E[est_j] = sum over D of P(D) dL/dD_j(D) times (c1_j / p_j if D_j = 1, else c0_j / (1 - p_j))
-#              = c1_j E[dL/dD_j | D_j = 1] + c0_j E[dL/dD_j | D_j = 0]          (2)
+# $$E[\mathrm{est}_j] = c^1_j \, E \left[ \frac{dL}{dD_j} \mid D_j = 1 \right]
+#                     + c^0_j \, E \left[ \frac{dL}{dD_j} \mid D_j = 0 \right] \qquad (2)$$
 
 # %%
 GRID = np.linspace(0, 40, 401)  # beyond 40 the logistic density is below 1e-17
@@ -357,9 +367,10 @@ for tau in (0.25, 1.0, 4.0):
 # ## Where the bias comes from
 #
 # Let tau -> 0 in (2). Then rho(tau y - theta) -> rho(theta) = p (1 - p), and the integral of rho over y > 0
-# is 1/2. So c0 and c1 both become p (1 - p) / 2, and
+# is 1/2. So c^0 and c^1 both become p (1 - p) / 2, and
 #
-#     E[est_j] -> p_j (1 - p_j) / 2 (E[dL/dD_j | D_j = 1] + E[dL/dD_j | D_j = 0])          (3)
+# $$E[\mathrm{est}_j] \to \frac{p_j (1 - p_j)}{2} \left( E \left[ \frac{dL}{dD_j} \mid D_j = 1 \right]
+#     + E \left[ \frac{dL}{dD_j} \mid D_j = 0 \right] \right) \qquad (3)$$
 #
 # Compare this with (1). Equation (1) has the difference L(1) - L(0), which is the integral of the slope from
 # 0 to 1. Equation (3) has the mean of the slopes at both ends instead: this is the **trapezoidal rule** with

@@ -35,14 +35,19 @@ rng = np.random.default_rng(here.seed)
 # `keep` (B, N) of the patches that are still there. Whether a patch matters depends on the patch itself and
 # on the rest of the picture, so the predictor looks at both:
 #
-#     z      = GELU(LayerNorm(x) W^T + b)                    (B, N, D)     then cut into halves of D/2 channels
-#     local  = first half                                    (B, N, D/2)   the patch itself
-#     shared = sum_n keep_n (second half)_n / sum_n keep_n   (B, 1, D/2)   the mean over the patches that are left
-#     output = log softmax(MLP([local, shared]))             (B, N, 2)     widths D -> D/2 -> D/4 -> 2
+# $$\begin{aligned}
+# [z^{\mathrm{local}}, z^{\mathrm{rest}}] &= \mathrm{GELU}(\mathrm{norm}(x) \, W^T + b)
+#     && (B, N, D/2) \text{ each} \\
+# z^{\mathrm{shared}} &= \frac{\sum_n \mathrm{keep}_n \, z^{\mathrm{rest}}_n}{\sum_n \mathrm{keep}_n}
+#     && (B, 1, D/2) \\
+# \mathrm{output} &= \log \, \mathrm{softmax}(\mathrm{MLP}([z^{\mathrm{local}}, z^{\mathrm{shared}}]))
+#     && (B, N, 2)
+# \end{aligned}$$
 #
-# Column 0 is log p(keep), column 1 is log p(drop). In training, the dropped tokens stay in the array. Because
-# of the mask in the mean, the predictor sees the same in training as at inference, where those tokens are
-# removed.
+# The local half is the patch itself, the shared one the mean over the patches that are left. The MLP's widths
+# are D -> D/2 -> D/4 -> 2. Column 0 is log p(keep), column 1 is log p(drop). In training, the dropped tokens
+# stay in the array. Because of the mask in the mean, the predictor sees the same in training as at inference,
+# where those tokens are removed.
 
 
 # %%
@@ -92,11 +97,18 @@ tt.gradcheck(lambda x, keep: predictor(x, keep), x, rng.random((2, 6)))
 # **teacher**. There are S stages with decisions D_s (B, N) and target ratios r_s, class logits z (B, K),
 # labels y, and patch tokens f (B, N, D) after the last norm. z' and f' are those of the teacher:
 #
-#     L_class = - mean_b log softmax(z)_{b, y_b}                                 right answers
-#     L_KL    = mean_b sum_k p'_bk (log p'_bk - log p_bk), p = softmax(z)        the teacher's answers
-#     L_token = mean over kept n of (mean over channels of (f_n - f'_n)^2)       the teacher's tokens, where they are kept
-#     L_ratio = sum_s mean_b (mean_n D_s,bn - r_s)^2                             as many tokens as asked for
-#     L       = L_class + 2 L_ratio / S + 0.5 L_KL + 0.5 L_token
+# $$\begin{aligned}
+# L_{\mathrm{class}} &= - \frac{1}{B} \sum_b \log \, p_{b y_b}, \quad p = \mathrm{softmax}(z)
+#     && \text{right answers} \\
+# L_{\mathrm{KL}} &= \frac{1}{B} \sum_{b k} p'_{bk} \, (\log \, p'_{bk} - \log \, p_{bk})
+#     && \text{the teacher's answers} \\
+# L_{\mathrm{token}} &= \frac{1}{B} \sum_b \frac{\sum_n D_{S b n} \, \lVert f_{bn} - f'_{bn} \rVert^2 / D}
+#                                            {\sum_n D_{S b n}}
+#     && \text{the teacher's tokens, where kept} \\
+# L_{\mathrm{ratio}} &= \sum_s \frac{1}{B} \sum_b \left( \frac{1}{N} \sum_n D_{s b n} - r_s \right)^2
+#     && \text{as many tokens as asked for} \\
+# L &= L_{\mathrm{class}} + \frac{2}{S} L_{\mathrm{ratio}} + 0.5 \, L_{\mathrm{KL}} + 0.5 \, L_{\mathrm{token}}
+# \end{aligned}$$
 #
 # No loss says which tokens to drop. L_ratio says how many, and the other losses become large if the wrong
 # ones are dropped.
@@ -137,8 +149,8 @@ assert abs(loss.item() - by_hand["class"] - 2 * by_hand["ratio"] / 3 - 0.5 * by_
 assert all((later <= earlier).all() for earlier, later in zip(decisions, decisions[1:]))
 
 # %% [markdown]
-# (`token_norm="image"` first takes the mean within each picture, so that a batch can be cut into slices for
-# several cores. The official code takes one mean over the kept tokens of the whole batch.)
+# (`token_norm="image"` first takes the mean within each picture, as L_token above does, so that a batch can be
+# cut into slices for several cores. The official code takes one mean over the kept tokens of the whole batch.)
 #
 # Which loss teaches the predictors? Only L_ratio contains the decisions directly. The other losses reach the
 # predictors through the attention masks. Lesson 05b gave these masks a gradient, even where a token is

@@ -33,14 +33,14 @@ BLUE, SKY, ORANGE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 # s = a / b inputs. Input i lies at position i. The centre of output o is at c_o = (o + 1/2) s - 1/2, so the
 # outputs are spread evenly over the inputs. There are three usual weights for input i:
 #
-#     plain bilinear     max(0, 1 - |i - c_o|)          the line between the two inputs around the centre
-#     antialiased        max(0, 1 - |i - c_o| / s)      the same triangle, s times as wide
-#     area               how much of [i - 1/2, i + 1/2] lies in [c_o - s/2, c_o + s/2]
+# - plain bilinear: $\max(0, 1 - \lvert i - c_o \rvert)$, the line between the two inputs around the centre;
+# - antialiased: $\max(0, 1 - \lvert i - c_o \rvert / s)$, the same triangle, s times as wide;
+# - area: how much of [i - 1/2, i + 1/2] lies in [c_o - s/2, c_o + s/2].
 #
 # The weights of each output are divided by their sum. They are row o of a matrix (b, a). A grid of h x w
 # tokens is resized to m x n one axis after the other, with F_h (m, h) and F_w (n, w):
 #
-#     out[o, p] = sum_ij F_h[o, i] F_w[p, j] x[i, j]
+# $$\mathrm{out}[o, p] = \sum_{ij} F_h[o, i] \, F_w[p, j] \, x[i, j]$$
 #
 # Number the tokens row by row: x[i, j] is number i w + j, and out[o, p] is number o n + p. Then the resize is
 # one product with a matrix F (m n, h w), which has F_h[o, i] F_w[p, j] in row o n + p and column i w + j.
@@ -128,12 +128,14 @@ here.picture("resize", draw_resize, width=11, height=7)
 # The gather is attention (lesson 03). For one head with d channels, the queries come from the compressed
 # tokens, and the keys and values from the lookup tokens:
 #
-#     Q (M, d)   K (N, d)   V (N, d)
-#     S = Q K^T / sqrt(d)                        (M, d)(d, N) -> (M, N)    the scores
-#     A_mn = exp(S_mn) / sum_n' exp(S_mn')       (M, N)                    a softmax over the N lookup tokens, row by row
-#     O = A V                                    (M, N)(N, d) -> (M, d)    what each compressed token has read
+# $$\begin{aligned}
+# S &= \frac{Q K^T}{\sqrt{d}} && (M, d)(d, N) \to (M, N) \\
+# A_{mn} &= \frac{\exp(S_{mn})}{\sum_{n'} \exp(S_{mn'})} && (M, N) \\
+# O &= A V && (M, N)(N, d) \to (M, d)
+# \end{aligned}$$
 #
-# The op also returns A and S, since both are needed a second time.
+# S are the scores, A is their softmax over the N lookup tokens, row by row, and O is what each compressed
+# token has read. The op also returns A and S, since both are needed a second time.
 
 # %%
 def softmax(s, axis):
@@ -167,17 +169,21 @@ assert np.abs(O - ops.attention(q, k, v).data).max() < 1e-13
 # and how much. For the way back, each lookup token needs weights for the M compressed tokens. Call them a
 # matrix R (M, N), with
 #
-#     Y = R^T V'                                 (N, M)(M, d) -> (N, d)    what is written to each lookup token
+# $$Y = R^T V' \qquad (N, M)(M, d) \to (N, d)$$
 #
-# where V' (M, d) are values computed from the compressed tokens after they were processed. All three programs
-# make R from the scores of the gather: a compressed token that reads a lookup token also writes to it. But
-# they do this in two different ways. A third way is close to these, and a fourth, which reuses nothing, is
-# here for comparison:
+# Y is what is written to each lookup token. V' (M, d) are values computed from the compressed tokens after
+# they were processed. All three programs make R from the scores of the gather: a compressed token that reads
+# a lookup token also writes to it. But they do this in two different ways. A third way is close to these, and
+# a fourth, which reuses nothing, is here for comparison:
 #
-#     probs        R_mn = A_mn                                    the probabilities as they are
-#     renorm       R_mn = A_mn / c_n,   c_n = sum_m A_mn          divided, so that each lookup token gets 1 in all
-#     resoftmax    R_mn = exp(S_mn) / sum_m' exp(S_m'n)           the scores, with a softmax over the M this time
-#     separate     R_mn from queries of the lookup tokens and keys of the compressed ones: attention as usual
+# $$\begin{aligned}
+# \text{probs:} && R_{mn} &= A_{mn} && \text{the probabilities as they are} \\
+# \text{renorm:} && R_{mn} &= \frac{A_{mn}}{c_n}, \quad c_n = \sum_m A_{mn}
+#     && \text{each lookup token gets 1 in all} \\
+# \text{resoftmax:} && R_{mn} &= \frac{\exp(S_{mn})}{\sum_{m'} \exp(S_{m'n})} && \text{a softmax over the } M
+# \end{aligned}$$
+#
+# and `separate` takes R from queries of the lookup tokens and keys of the compressed ones: attention as usual.
 #
 # Two of the programs use `probs`. The third did so at first and later changed to `resoftmax`. Our default is
 # `probs`, which is our choice.
@@ -277,7 +283,7 @@ here.picture("masses", draw_masses, width=10, height=4.6)
 # Leave out the processing in between for a moment: V' = O. Then the gather and the infusion together are one
 # linear map from lookup tokens to lookup tokens:
 #
-#     Y = R^T A V = T V,   T = R^T A             (N, M)(M, N) -> (N, N)
+# $$Y = R^T A V = T V, \quad T = R^T A \qquad (N, M)(M, N) \to (N, N)$$
 #
 # T_nn' is how much token n receives from token n'. T is an attention among all N tokens through a bottleneck:
 # its rank is at most M, and no N x N scores had to be computed. The rows of A sum to 1, so row n of T sums to
@@ -302,23 +308,31 @@ for reuse in REUSE:
 # dL/dA_1 + dL/dA_2. The tape adds the gradients of several uses (lesson 01). What are the two parts? Let G
 # (N, d) be dL/dY. First the infusion, line by line as in lesson 03:
 #
-#     dL/dV' = R G                               (M, N)(N, d) -> (M, d)                     (1)
-#     U = dL/dR = V' G^T                         (M, d)(d, N) -> (M, N)                     (2)
-#     probs:      dL/dA_2 = U                                                               (3a)
-#     renorm:     dL/dA_2 = (U_mn - sum_m' U_m'n R_m'n) / c_n                               (3b)
-#     resoftmax:  dL/dS_2 = R_mn (U_mn - sum_m' U_m'n R_m'n)    the softmax's, over m       (3c)
+# $$\begin{aligned}
+# \frac{dL}{dV'} &= R G && (M, N)(N, d) \to (M, d) && (1) \\
+# U = \frac{dL}{dR} &= V' G^T && (M, d)(d, N) \to (M, N) && (2) \\
+# \frac{dL}{dA_2} &= U && \text{probs} && (3a) \\
+# \frac{dL}{dA_2} &= \frac{1}{c_n} \left( U_{mn} - \sum_{m'} U_{m'n} R_{m'n} \right)
+#     && \text{renorm} && (3b) \\
+# \frac{dL}{dS_2} &= R_{mn} \left( U_{mn} - \sum_{m'} U_{m'n} R_{m'n} \right)
+#     && \text{resoftmax: the softmax's, over } m && (3c)
+# \end{aligned}$$
 #
 # For (3b): R is the softmax over m of log A, so dL/dlog A has the form of (3c). Divide it by A_mn, and the
 # factor R_mn / A_mn = 1 / c_n is left in front. The gradient (1) goes back through the processing of the
 # compressed tokens until it arrives at O. Only then can the backward pass of the gather begin. Let G_O (M, d)
 # be the gradient that arrives at O:
 #
-#     dL/dV = A^T G_O                            (N, M)(M, d) -> (N, d)                     (4)
-#     dL/dA_1 = G_O V^T                          (M, d)(d, N) -> (M, N)                     (5)
-#     dL/dA = dL/dA_1 + dL/dA_2                                                             (6)
-#     E_mn = A_mn (dL/dA_mn - sum_n' dL/dA_mn' A_mn')           the softmax's, over n       (7)
-#     dL/dS = E            with resoftmax E + dL/dS_2: two softmaxes over one S             (8)
-#     dL/dQ = dL/dS K / sqrt(d)     dL/dK = (dL/dS)^T Q / sqrt(d)                           (9)
+# $$\begin{aligned}
+# \frac{dL}{dV} &= A^T G_O && (N, M)(M, d) \to (N, d) && (4) \\
+# \frac{dL}{dA_1} &= G_O V^T && (M, d)(d, N) \to (M, N) && (5) \\
+# \frac{dL}{dA} &= \frac{dL}{dA_1} + \frac{dL}{dA_2} && && (6) \\
+# E_{mn} &= A_{mn} \left( \frac{dL}{dA_{mn}} - \sum_{n'} \frac{dL}{dA_{mn'}} A_{mn'} \right)
+#     && \text{the softmax's, over } n && (7) \\
+# \frac{dL}{dS} &= E && \text{with resoftmax } E + \frac{dL}{dS_2} && (8) \\
+# \frac{dL}{dQ} &= \frac{1}{\sqrt{d}} \frac{dL}{dS} K,
+#     \quad \frac{dL}{dK} = \frac{1}{\sqrt{d}} \left( \frac{dL}{dS} \right)^T Q && && (9)
+# \end{aligned}$$
 
 # %%
 def softmax_vjp(p, g, axis):
@@ -405,11 +419,13 @@ for reuse in REUSE:
 #
 # In multiply-adds, with D channels, H heads of d = D / H channels, and a D x D matrix for every projection:
 #
-#     gather      queries of M tokens, keys and values of N, output projection of M      (2 M + 2 N) D^2
-#                 S and A V                                                              2 N M D
-#     infusion    V' of M, output projection of N                                        (M + N) D^2
-#                 R^T V'                                                                 N M D
-#     separate    also queries of N and keys of M, and their scores                      (M + N) D^2 + N M D
+# | part | what | multiply-adds |
+# |---|---|---|
+# | gather | queries of M tokens, keys and values of N, output projection of M | $(2 M + 2 N) D^2$ |
+# | | S and A V | $2 N M D$ |
+# | infusion | V' of M, output projection of N | $(M + N) D^2$ |
+# | | R^T V' | $N M D$ |
+# | separate | also queries of N and keys of M, and their scores | $(M + N) D^2 + N M D$ |
 #
 # The first three ways cost the same, since softmax and division are not multiply-adds. (Both output
 # projections are our choice: one program has both, one has only that of the gather, one has none.) Here is

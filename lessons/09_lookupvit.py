@@ -38,16 +38,20 @@ rng = np.random.default_rng(here.seed)
 # F_l (B, N, D) are the lookup tokens and F_p (B, M, D) the compressed tokens. There are H heads with d = D /
 # H channels each. A block has four parts, and each part adds to one of the two sets:
 #
-#     (a) gather    Q = norm(F_p W_Q)   K = norm(F_l W_K)   V = F_l W_V           split into heads: (B, H, M or N, d)
-#                   A = softmax over N of Q K^T / sqrt(d)                         (B, H, M, N)
-#                   F_p <- F_p + [A V, heads side by side] W_O                    (B, M, D)
-#     (b) refine    F_p <- an ordinary transformer block of F_p                   (lesson 04)
-#     (c) infuse    V' = norm(F_p) W_V'                                           (B, H, M, d)
-#                   F_l <- F_l + [A^T V', heads side by side] W_O'                (B, N, D), the same A, read backward
-#     (d) light     F_l <- F_l + MLP(norm(F_l)), hidden width D / 2               (in (b) the MLP's is 4 D)
+# $$\begin{aligned}
+# \text{(a) gather} && Q &= \mathrm{norm}(F_p W_Q), \; K = \mathrm{norm}(F_l W_K), \; V = F_l W_V
+#     && (B, H, M \text{ or } N, d) \\
+# && A &= \mathrm{softmax}(Q K^T / \sqrt{d}) && (B, H, M, N) \\
+# && F_p &\leftarrow F_p + [A V] \, W_O && (B, M, D) \\
+# \text{(b) refine} && F_p &\leftarrow \mathrm{block}(F_p) && \text{as in lesson 04} \\
+# \text{(c) infuse} && V' &= \mathrm{norm}(F_p) \, W_{V'} && (B, H, M, d) \\
+# && F_l &\leftarrow F_l + [A^T V'] \, W_{O'} && (B, N, D) \\
+# \text{(d) light} && F_l &\leftarrow F_l + \mathrm{MLP}(\mathrm{norm}(F_l)) && (B, N, D)
+# \end{aligned}$$
 #
-# All matrices have biases, which are left out above. The norms of (a) come after the projection and before
-# the split into heads.
+# The softmax is over the N lookup tokens, (c) reads the same A backward, and [ ] puts the heads side by side.
+# The hidden width of (d) is D / 2, that of the MLP in (b) 4 D. All matrices have biases, which are left out
+# above. The norms of (a) come after the projection and before the split into heads.
 #
 # Most public programs read the paper in this way, so the package calls this reading `PAPER`. Its LookupViT
 # differs by default: the norms of (a) come before the projections, (c) takes a new softmax of the scores, and

@@ -32,7 +32,7 @@ rng = np.random.default_rng(here.seed)
 # that we ask for. Let R_{a -> b} be the matrix that resizes grid a to grid b (lesson 08), g the grid of the
 # patches, t the grid of the table P, and m the grid that we ask for:
 #
-#     F_p = R_{g -> m} X + R_{t -> m} P        (B, M, D) = (M, N)(B, N, D) + (M, T)(T, D)
+# $$F_p = R_{g \to m} X + R_{t \to m} P \qquad (B, M, D) = (M, N)(B, N, D) + (M, T)(T, D)$$
 #
 # Every block then works on M rows. M appears in none of the shapes of its matrices, which are (D, D) or
 # similar, and its softmax runs over the N lookup tokens.
@@ -84,7 +84,7 @@ for m in range(1, 9):
 # We want the mean of the losses over the grids of a set G to be small. If we computed all of them, each step
 # would cost as much as all grids together. A **random grid per step** has the right gradient on average,
 #
-#     E_m [dL_m / dw] = 1/|G| sum over m in G of dL_m / dw,
+# $$E_m \left[ \frac{dL_m}{dw} \right] = \frac{1}{\lvert G \rvert} \sum_{m \in G} \frac{dL_m}{dw},$$
 #
 # and costs only one grid. The whole batch gets the same grid, so that it stays one array. (We do not know the
 # details of the paper. The set, the probabilities, and one draw per batch instead of one per picture are our

@@ -83,10 +83,12 @@ here.picture("damage", draw_damage, 12, 5.6)
 # %% [markdown]
 # ## What is measured
 # Err(f, c, s) is the share of wrong answers of the model f on test pictures with corruption c at strength s.
-# Err(f) is the share on clean pictures. We compare with the ViT:
+# Err(f) is the share on clean pictures. We compare with the ViT. CE is the error of f under c over the ViT's,
+# rCE the same for what damage adds:
 #
-#     error of f under c, over the ViT's:   CE(f, c)  = sum over s of Err(f, c, s) / sum over s of Err(ViT, c, s)
-#     the same for what damage adds:        rCE(f, c) = sum over s of (Err(f, c, s) - Err(f)) / sum over s of (Err(ViT, c, s) - Err(ViT))
+# $$\mathrm{CE}(f, c) = \frac{\sum_s \mathrm{Err}(f, c, s)}{\sum_s \mathrm{Err}(\mathrm{ViT}, c, s)}, \qquad
+#   \mathrm{rCE}(f, c) = \frac{\sum_s (\mathrm{Err}(f, c, s) - \mathrm{Err}(f))}
+#                             {\sum_s (\mathrm{Err}(\mathrm{ViT}, c, s) - \mathrm{Err}(\mathrm{ViT}))}$$
 #
 # Their means over the corruptions are mCE and relative mCE, in percent. A value below 100 is better than the
 # ViT. mCE rewards accuracy. Relative mCE measures only the errors that damage adds, so it favours a model

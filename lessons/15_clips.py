@@ -148,7 +148,7 @@ for model in (shaken(VideoViT(**SMALL)), look):
 # second term is a seventh of the whole. But N = (T / t) h w: twice the frames are twice the tokens, and
 # four times the second term. A block of a LookupViT costs
 #
-#     (3 N M + 2 M^2) D + (4 N + 15 M) D^2
+# $$(3 N M + 2 M^2) D + (4 N + 15 M) D^2$$
 #
 # which is linear in N **if M stays**. If M grows with the number of frames (a small grid for each step of
 # time), 3 N M is a square, too, but a smaller one. We count both ways, with tubelets of 2 x 4 x 4. Of the

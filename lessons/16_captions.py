@@ -71,7 +71,8 @@ assert all(facts_of(words) and words[0] == START for references in test.labels f
 # A decoder gives the probability of the next word, after the words so far and the picture. The probability
 # of a caption is the product of these:
 #
-#     log p(w_1 ... w_n | picture) = sum_i log p(w_i | w_1 ... w_{i-1}, picture)
+# $$\log \, p(w_1 \ldots w_n \mid \mathrm{picture})
+#   = \sum_i \log \, p(w_i \mid w_1 \ldots w_{i-1}, \mathrm{picture})$$
 #
 # We know the true caption in training, so all n probabilities can be computed in one pass: the decoder
 # reads <start> w_1 ... w_{n-1}, and at place i it has to say w_i. This is **teacher forcing**: it continues
@@ -79,7 +80,7 @@ assert all(facts_of(words) and words[0] == START for references in test.labels f
 # only copy the answer. So the scores of later words become -infinity before the softmax, and their weights
 # are 0:
 #
-#     S_ij = q_i . k_j / sqrt(d)  if j <= i,  else -infinity
+# $$S_{ij} = \begin{cases} q_i \cdot k_j / \sqrt{d} & j \le i \\ -\infty & \text{else} \end{cases}$$
 
 
 # %%

@@ -45,7 +45,7 @@ TINY = dict(image_size=16, patch_size=4, dim=24, depth=2, heads=3)
 # The loss of a batch is the mean over its B pictures. So is its gradient. Rank r has B_r of the pictures,
 # and computes g_r, the gradient of the mean over *its* pictures. Then
 #
-#     g = sum over r of (B_r / B) g_r
+# $$g = \sum_r \frac{B_r}{B} \, g_r$$
 #
 # The weights B_r / B are easily forgotten, since they do not matter as long as all ranks have equally many
 # pictures. Here 16 pictures go to three ranks. The wrong way is to average the ranks' gradients.
@@ -240,7 +240,7 @@ if not LACKING:
 # byte. For p ranks an all-reduce around a ring has 2 (p - 1) turns, in each of which a rank sends n / p
 # bytes:
 #
-#     T_sum(p) = 2 (p - 1) (alpha + beta n / p)
+# $$T_{\mathrm{sum}}(p) = 2 (p - 1) \left( \alpha + \frac{\beta n}{p} \right)$$
 #
 # As p grows, the second part goes to 2 beta n: twice the time for the whole gradient, however many ranks
 # there are. The first part grows without end. We measure sums on two ranks and fit alpha and beta.
@@ -280,7 +280,7 @@ if not LACKING:
 # itself: drawing the batch, the update, what Python does in between. This is Amdahl's law, with the sum as
 # a third part:
 #
-#     T(p) = t_pictures B / p + t_alone + T_sum(p)
+# $$T(p) = \frac{t_{\mathrm{pictures}} \, B}{p} + t_{\mathrm{alone}} + T_{\mathrm{sum}}(p)$$
 #
 # The two times are measured: a step of B pictures and one of B / 4 give a line. The **simulated cluster**
 # has as many ranks as we like, each on a core of its own, with the message times from above.

@@ -280,6 +280,26 @@ def grading(results):
             f"time; a second time they get {again}. Machine: {processor_text(saved['machine'])}.")
 
 
+@part
+def explorer(results):
+    """Of tests/benchmarks/explorer.py."""
+    saved = load(results / "explorer.json")
+    words = {"native": "the models on this machine", "pyodide": "the models in the browser, by Pyodide"}
+    sliders = {"keep": "keep ratio", "grid": "compressed grid"}
+    lines = [(words[form], sliders[name], str(at["steps"]), f"{at['median']:.0f} [{at['quartiles'][0]:.0f}, "
+              f"{at['quartiles'][1]:.0f}]", f"{at['lowest']:.0f} to {at['highest']:.0f}")
+             for form, found in saved["forms"].items() if found for name in sliders for at in (found[name],)]
+    there = saved["forms"]["pyodide"]
+    start = (f"Pyodide {there['version']}, from a folder beside the page, answered "
+             f"{there['seconds_to_start']:.0f} s after the page was opened." if there
+             else "Pyodide: not measured.")
+    holds = "holds" if saved["slowest_native"] < saved["limit"] else "**fails**"
+    heads = ("form", "slider", "steps", "ms, median [quartiles]", "ms, lowest to highest")
+    return (f"{markdown_table(heads, lines)}\n\nThe bound of {saved['limit']} ms for the models on this machine "
+            f"{holds}. {start} Chromium {saved['chromium'].split('.')[0]}. Machine: "
+            f"{processor_text(saved['machine'])}.")
+
+
 # Lessons
 
 def scripts(results):

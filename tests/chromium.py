@@ -1,5 +1,11 @@
-"""A headless Chromium for the tests of pages, and what they ask it."""
+"""A headless Chromium for the tests of pages, what serves the pages, and what they ask of it."""
+import contextlib
+import functools
+import http.server
 import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -16,6 +22,7 @@ def missing():
 
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars""".split()
+FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # nobody else is asked
 
 
 def started(folder):
@@ -28,6 +35,34 @@ def started(folder):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     return webdriver.Chrome(options, Service(shutil.which("chromedriver")))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def files_of(folder):
+    """Context: the address of a local web server for a folder."""
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@contextlib.contextmanager
+def explorer(folder):
+    """Context: the address of `tinytoken explore`, started in a folder."""
+    with subprocess.Popen([sys.executable, "-m", "tinytoken", "explore", "--no-browser"], text=True,
+                          stdout=subprocess.PIPE, cwd=folder) as run:
+        try:
+            yield run.stdout.readline().strip()
+        finally:
+            run.terminate()
 
 
 def size(browser, width, height=1600, dark=False):

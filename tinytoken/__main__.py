@@ -112,6 +112,9 @@ def pages(commands: Any) -> None:
     made.add_argument("--address",
                       help="https://github.com/OWNER/NAME, whose branch gh-pages has the site: for links to "
                            "files without a page, and to each notebook in Colab")
+    made.add_argument("--pyodide", type=path, metavar="FOLDER",
+                      help="a folder with Pyodide and its NumPy, to copy for the explorer's page (default: "
+                           "the page loads them from Pyodide's own distribution)")
     made.set_defaults(run=run_site)
 
 
@@ -201,7 +204,7 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 def run_site(args: argparse.Namespace) -> None:
     from . import site
-    print(site.build(args.out, args.address))
+    print(site.build(args.out, args.address, args.pyodide))
 
 
 def find_assignment(args: argparse.Namespace) -> Any:

@@ -41,7 +41,7 @@ rng = np.random.default_rng(here.seed)
 # product over all blocks, latest first, says what it consists of in terms of the patches. The row of the
 # class token, without itself, is the rollout r:
 #
-#     R = (A_L + I) / 2 ... (A_2 + I) / 2 (A_1 + I) / 2        r = R[0, 1:]
+# $$R = \frac{A_L + I}{2} \cdots \frac{A_2 + I}{2} \, \frac{A_1 + I}{2}, \qquad r = R[0, 1:]$$
 #
 # It has no gradient. **Critical regions**: the floor(eta N) patches of the largest r, from the input of
 # the last block, are read by an extra block, whose class token has a head of its own.

@@ -1,11 +1,7 @@
 """The explorer's page in a browser: it answers as Python does, by keyboard alone, readable, without errors."""
 import base64
-import functools
-import http.server
+import contextlib
 import os
-import subprocess
-import sys
-import threading
 import time
 
 import numpy as np
@@ -35,11 +31,8 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    run = subprocess.Popen([sys.executable, "-m", "tinytoken", "explore", "--no-browser"], text=True,
-                           stdout=subprocess.PIPE, cwd=tmp_path_factory.mktemp("server"))
-    with run:
-        yield run.stdout.readline().strip()
-        run.terminate()
+    with chromium.explorer(tmp_path_factory.mktemp("server")) as address:
+        yield address
 
 
 @pytest.fixture
@@ -53,22 +46,11 @@ def page(browser, address):
 @pytest.fixture
 def serve(tmp_path):
     """A function: write the static form, with this folder of Pyodide's -> its address."""
-    servers = []
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    def start(pyodide, explorer):
-        static.write(tmp_path / "out", pyodide, explorer)
-        handler = functools.partial(Quiet, directory=tmp_path / "out")
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[0].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[0].server_port}/"
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with contextlib.ExitStack() as servers:
+        def start(pyodide, explorer):
+            static.write(tmp_path / "out", pyodide, explorer)
+            return servers.enter_context(chromium.files_of(tmp_path / "out"))
+        yield start
 
 
 def move(browser, name, value):
@@ -159,6 +141,20 @@ def test_a_file_of_the_users(page, explorer):
     assert all("400" in line for line in chromium.errors(page))
 
 
+def test_a_picture_is_dropped(page, explorer):
+    page.execute_script("""
+        const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt(0));
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([bytes], "star.png", {type: "image/png"}));
+        document.getElementById("picture").dispatchEvent(new DragEvent("drop", {dataTransfer, cancelable: true}));
+        """, base64.b64encode((ROOT / "tinytoken" / "data" / "samples" / "star.png").read_bytes()).decode())
+    time.sleep(0.5)
+    chromium.settled(page)
+    assert text(page, "vit-answer").startswith("star") and text(page, "caption").startswith("Your picture.")
+    agree(page, explorer, pixels=page.execute_script("return source.pixels"))
+    assert chromium.errors(page) == []
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_it_is_accessible_and_fits(page, width, dark):
@@ -171,11 +167,8 @@ def test_it_is_accessible_and_fits(page, width, dark):
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_without_pyodide_it_says_so_and_shows_the_recorded_scenes(browser, explorer, serve, tmp_path):
-    address = serve(None, explorer)
-    index = tmp_path / "out" / "index.html"
-    index.write_text(index.read_text().replace(static.DISTRIBUTION, "missing/"))  # nobody is asked in a test
-    browser.get(address)
+def test_without_pyodide_it_says_so_and_shows_the_recorded_scenes(browser, explorer, serve):
+    browser.get(serve(None, explorer))  # this browser asks nobody else
     chromium.settled(browser, "without")
     assert text(browser, "state").startswith("Pyodide cannot be loaded here (")
     assert "6 recorded scenes" in text(browser, "state")
@@ -185,7 +178,7 @@ def test_without_pyodide_it_says_so_and_shows_the_recorded_scenes(browser, explo
     chromium.settled(browser)
     agree(browser, explorer, scene=1, keep=0.5)
     assert not browser.find_element("id", "file").is_enabled()
-    assert all("missing/pyodide.mjs" in line for line in chromium.errors(browser))
+    assert all(f"{static.DISTRIBUTION}pyodide.mjs" in line for line in chromium.errors(browser))
 
 
 @pytest.mark.skipif(not PYODIDE, reason="TINYTOKEN_PYODIDE names no folder with Pyodide and its NumPy")

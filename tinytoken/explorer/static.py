@@ -24,7 +24,7 @@ DISTRIBUTION = f"https://cdn.jsdelivr.net/pyodide/v{VERSION}/full/"
 CORE = ("pyodide.mjs", "pyodide.asm.wasm", "python_stdlib.zip", "pyodide-lock.json")
 PROGRAM = ("pyodide.asm.mjs", "pyodide.asm.js")  # the name changed; a version has one of them
 BESIDE = ("threadpoolctl", "tqdm")  # the dependencies that are pure Python
-LEFT_OUT = ("cuda", "compiled", "course", "__pycache__")  # folders that a browser has no use for
+LEFT_OUT = ("cuda", "compiled", "course", "site", "__pycache__")  # folders that a browser has no use for
 RECORDED = (0, 1, 2, 3, 4, 5)  # numbers of scenes
 ARCHIVE, EXAMPLES = "tinytoken.zip", "examples.json"
 

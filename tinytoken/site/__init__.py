@@ -1,11 +1,11 @@
 """The lessons, what they measured, the assignments and the API as static pages: `python -m tinytoken site`.
 
 Sphinx makes the pages (theme Furo, Markdown by MyST, the API by autodoc); jupytext reads the lessons. This
-file says what goes where. No lesson is run: pictures and figures are those of lessons/results. Formulas
-in TeX become MathML, and a page loads nothing from another address, so the site works without a network.
+file says what goes where. No lesson is run: pictures and figures are those of lessons/results. A page loads
+nothing from another address, so the site works without a network; only the explorer's loads Pyodide, if it is
+not given a folder of it, and shows recorded examples where it cannot.
 """
 import ast
-import functools
 import html
 import importlib.util
 import json
@@ -21,16 +21,29 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-from . import __version__
-from .course import assignment, notebook, release
-from .errors import InputError, expect, install, some_of
-from .files import FilePath, check_writable, kind_of
+from .. import __version__
+from ..course import assignment, notebook, release
+from ..errors import InputError, expect, install, some_of
+from ..explorer import static
+from ..files import FilePath, check_writable, kind_of
+from .typeset import STYLE
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 NEEDS = {"sphinx": "sphinx>=8.2", "furo": "furo>=2025.7.19", "myst_parser": "myst-parser>=4",
          "jupytext": "jupytext>=1.17"}
 ADDRESS = re.compile(r"(https://github\.com/[\w-]+/[\w.-]+?)/?")
-EXPLORER = "lessons/explorer"  # the explorer's folder with its index.html, once it is there
+EXPLORER = "explorer/index.html"
+EXPLORER_PAGE = """\
+# Explorer
+
+A ViT, a DynamicViT and a LookupViT run in your browser, by this package: pick a scene, draw, or drop a
+picture, move the sliders, and see which tokens are kept, where attention goes, what it costs, and the time.
+
+![The explorer](/lessons/results/explorer.png)
+
+At its start the page loads Python for the browser (Pyodide), about 19 MB. Where it cannot, it says so and
+shows recorded scenes. `tinytoken explore` opens the same page on your own machine, with the models behind it.
+"""
 MARK = ".tinytoken-site"  # says that a folder is an earlier site, which may be replaced
 PAGES = {"README.md": "index.md", "lessons/assignments/README.md": "lessons/assignments/index.md"}
 TEXTS = ("lessons/RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", "tinytoken/cuda/README.md")
@@ -38,42 +51,28 @@ NO_API = ("cuda", "compiled")  # not needed to understand the rest, and not to b
 INSTALL = '%pip install -q "tinytoken-vit[plot,fast]{}"'
 PICTURE = re.compile(r'here\.picture\(\s*"(\w+)"')
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
-STYLE = """\
-article table { display: block; overflow-x: auto; max-width: 100%; }
-article img { background: #fff; }  /* pictures are drawn on white */
-.downloads a { display: inline-block; padding: .2rem .7rem; margin: 0 .3rem .3rem 0; border: 1px solid;
-  border-radius: .3rem; }
-"""
-SETTINGS = {  # of Sphinx
-    "project": "tinytoken", "release": __version__, "html_title": "tinytoken", "html_theme": "furo",
-    "extensions": ["myst_parser", "sphinx.ext.autodoc", "tinytoken.site"],
-    "html_domain_indices": False, "html_use_index": False,
-    "suppress_warnings": ["myst.header"],  # an assignment goes from its title to its exercises
-    "html_static_path": ["_static"], "html_css_files": ["tinytoken.css"], "html_extra_path": ["extra"],
-    "exclude_patterns": ["extra"], "html_copy_source": False, "html_math_renderer": "mathml",
-    "html_theme_options": {"navigation_with_keys": True}, "pygments_style": "a11y-high-contrast-light",
-    "pygments_dark_style": "a11y-high-contrast-dark", "highlight_language": "text",
-    "myst_enable_extensions": ["dollarmath"], "myst_heading_anchors": 3, "myst_dmath_double_inline": True,
-    "autodoc_typehints_format": "short", "autodoc_member_order": "bysource",
-    "python_maximum_signature_line_length": 100,
-    "autodoc_default_options": {"members": True, "show-inheritance": True}}
 
 
-def build(out: FilePath, address: str | None = None) -> pathlib.Path:
+def build(out: FilePath, address: str | None = None,
+          pyodide: FilePath | None = None) -> pathlib.Path:
     """Build this checkout's site into the folder `out` -> its first page.
 
     address: the project's on GitHub, https://github.com/OWNER/NAME, whose branch gh-pages has this site. With
         it, files that have no page are links to it, and each lesson has a link to its notebook in Colab.
     out: new, empty, or an earlier site, which is replaced once the new one is complete.
+    pyodide: a folder with Pyodide and its NumPy, which the site gets a copy of, for networks that do not
+        reach Pyodide's own distribution.
     InputError, before the work, for what cannot be used or is not installed; and after it, in place of a site
     that gives a solution away, or of which Sphinx warns, as it does of a broken link.
     """
     out = pathlib.Path(out)
     check(out, address)
+    if pyodide is not None:
+        static.files_of(pathlib.Path(pyodide))  # refuses what is none of Pyodide's
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tinytoken-site.", dir=out.absolute().parent) as folder:
         source, made = pathlib.Path(folder, "source"), pathlib.Path(folder, "site")
-        pages = Source(source, address)
+        pages = Source(source, address, pyodide)
         pages.write()
         run_sphinx(source, made)
         problems = leaks(made, pages.assignments)
@@ -115,8 +114,8 @@ def run_sphinx(source: pathlib.Path, made: pathlib.Path) -> None:
 class Source:
     """What Sphinx reads: each page at the place that its file has in the checkout, so that links hold."""
 
-    def __init__(self, folder: pathlib.Path, address: str | None) -> None:
-        self.folder, self.results = folder, ROOT / "lessons" / "results"
+    def __init__(self, folder: pathlib.Path, address: str | None, pyodide: FilePath | None = None) -> None:
+        self.folder, self.results, self.pyodide = folder, ROOT / "lessons" / "results", pyodide
         self.address = ADDRESS.fullmatch(address)[1] if address else None  # type: ignore[index]
         self.report = report()
         self.scripts = self.report.scripts(self.results)  # {a lesson's file: the name of its results}
@@ -129,17 +128,17 @@ class Source:
         shutil.copytree(self.results, self.folder / "lessons" / "results", ignore=lambda _, names: [
             name for name in names if not name.endswith(".png")])
         self.put("_static/tinytoken.css", STYLE)
-        self.put("conf.py", "from tinytoken import site\n\nglobals().update(site.SETTINGS)\n")
+        self.put("conf.py", "from tinytoken.site import typeset\n\nglobals().update(typeset.SETTINGS)\n")
         for script, name in self.scripts.items():
             self.lesson(script, name)
         for given in self.assignments:
             self.assignment(given)
         for name in (*TEXTS, *PAGES):
-            text = (ROOT / name).read_text(encoding="utf-8")
-            self.put(PAGES.get(name, name), self.linked(text, ROOT / name))
-        if (ROOT / EXPLORER / "index.html").exists():
-            shutil.copytree(ROOT / EXPLORER, self.folder / "extra" / "explorer")
-            self.put("explorer.md", "# Explorer\n\n[Tokens in your browser](path:explorer/index.html)\n")
+            text = self.linked((ROOT / name).read_text(encoding="utf-8"), ROOT / name)
+            links = {"Try the models in your browser": EXPLORER} if name == "README.md" else {}
+            self.put(PAGES.get(name, name), with_links(text, links, PAGES[name]) if links else text)
+        static.write(self.folder / "extra" / "explorer", self.pyodide)
+        self.put("explorer.md", with_links(EXPLORER_PAGE, {"Open the explorer": EXPLORER}, "explorer.md"))
         with open(self.folder / "index.md", "a", encoding="utf-8") as file:
             file.writelines(self.contents())
 
@@ -151,15 +150,14 @@ class Source:
     def contents(self) -> Iterator[str]:
         """The contents at the side of every page, which are also the order of "next" and "previous"."""
         lessons = [page_of(script) for script in self.scripts]
-        parts = {"Try it": ["explorer.md"] * (self.folder / "explorer.md").exists(),
+        parts = {"Try it": ["explorer.md"],
                  "Lessons": [page for page in lessons if "/related/" not in page],
                  "Related methods": [page for page in lessons if "/related/" in page],
                  "Assignments": [*(f"lessons/assignments/{given.name}.md" for given in self.assignments),
                                  "lessons/assignments/index.md"],
                  "Reference": [TEXTS[0], "api/index.md", *TEXTS[1:]]}
         for caption, pages in parts.items():
-            if pages:
-                yield "\n```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n" % (caption, "\n".join(pages))
+            yield "\n```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```\n" % (caption, "\n".join(pages))
 
     def lesson(self, script: pathlib.Path, name: str) -> None:
         """A lesson's page: text and code, each picture behind the cell that draws it, what was measured."""
@@ -324,11 +322,14 @@ def leaks(made: pathlib.Path, assignments: list[assignment.Assignment]) -> list[
 
 
 def texts_of(path: pathlib.Path, name: str) -> Iterator[tuple[str, str]]:
-    """(name, text as it is read) of a file of the site, or of each file of an archive."""
+    """(name, text as it is read) of a file of the site, or of each file of an archive but for those of the
+    package, which is public."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as box:
             for member in box.namelist():
-                yield f"{name}/{member}", readable(member, box.read(member).decode())
+                data, own = box.read(member), ROOT / member
+                if not (member.startswith("tinytoken/") and own.is_file() and own.read_bytes() == data):
+                    yield f"{name}/{member}", readable(member, data.decode(errors="replace"))
     elif path.suffix in (".html", ".ipynb", ".py", ".js", ".txt"):
         yield name, readable(name, path.read_text(encoding="utf-8"))
 
@@ -338,38 +339,3 @@ def readable(name: str, text: str) -> str:
     if name.endswith(".ipynb"):
         return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
     return html.unescape(re.sub(r"<[^>]*>", "", text)) if name.endswith(".html") else text
-
-
-# What Sphinx is told as an extension
-
-def setup(app: Any) -> dict[str, Any]:
-    """Sphinx's hook: formulas as MathML, and docstrings that are plain text."""
-    def show(block, self, node):
-        from docutils.utils.math.latex2mathml import tex2mathml
-        self.body.append(str(tex2mathml(node.astext(), as_block=block)))
-        raise nodes.SkipNode
-    from docutils import nodes
-    app.add_html_math_renderer("mathml", (functools.partial(show, False), None),
-                               (functools.partial(show, True), None))
-    app.connect("autodoc-process-docstring", plain_docstring)
-    return {"parallel_read_safe": True, "parallel_write_safe": True}
-
-
-def plain_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """autodoc's hook: make reStructuredText, in place, of a docstring in plain text.
-
-    A paragraph that is indented stays as it is written. In any other, a line with others indented under it
-    begins an item of a list, as the arguments do."""
-    made: list[str] = []
-    for paragraph in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
-        own = paragraph.splitlines()
-        if all(line.startswith("  ") for line in own):
-            made += ["::", "", *(f"  {line}" for line in own), ""]
-            continue
-        listed = any(line.startswith(" ") for line in own)
-        for line in own:
-            text = re.sub(r"([\\*|_])", r"\\\1", line.strip()).replace("`", "``")
-            begins = listed and not line.startswith(" ")
-            made.append(f"- {text.removeprefix('- ')}" if begins else "  " * listed + text)
-        made.append("")
-    lines[:] = made
