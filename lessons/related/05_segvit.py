@@ -184,8 +184,7 @@ assert gap < 1e-11
 # With fewer tokens from a third of the depth on, for three times as many steps, as more is new: an up-sampler
 # brings all positions back, and one layer of ATM reads them. **average** of 2 x 2 tokens (full run) and
 # **strided** leave 16 tokens; **edges** and **random** the strided ones and 8 more, at edges or anywhere.
-# In a full run **strided, as many steps** (as the whole encoders) and **strided, placed**, which is also told
-# where each position is, ask what the up-sampler lacks.
+# A full run asks what the up-sampler lacks: **as many steps** as the others; **placed**: told where all is.
 #
 # The bounds, set before the run: ATM is above dot, of one layer each; three stages are more than half a point
 # above one; edges are more than half a point of boundary F1 above random places.
@@ -196,13 +195,13 @@ class PerPixel(tt.models.SegViT):
     """One whose decoder, an MLP, answers for each pixel of a patch."""
     def build(self, c):
         super().build(c)
-        self.decoder = nn.Sequential(nn.Linear(c.dim, c.width), nn.GELU(),
-                                     nn.Linear(c.width, c.patch_size**2 * c.num_classes))
+        many = c.patch_size**2 * c.num_classes
+        self.decoder = nn.Sequential(nn.Linear(c.dim, c.width), nn.GELU(), nn.Linear(c.width, many))
         nn.initialise(self.decoder)
 
     def pixels(self, x):
-        cell = (self.config.patch_size,) * 2
-        return squares(x, self.grid, cell).reshape(len(x), -1, self.config.num_classes)
+        cells = squares(x, self.grid, (self.config.patch_size,) * 2)
+        return cells.reshape(len(x), -1, self.config.num_classes)
 
 
 OLD_CLASSES = 9  # the background and eight shapes; the other two come later
@@ -211,8 +210,8 @@ OLD_CLASSES = 9  # the background and eight shapes; the other two come later
 class OldClasses(Segment):
     """Segmentation where pixels of the classes that come later count nowhere."""
     def __call__(self, images, labels, **draws):
-        xp = array_module(labels)
-        return super().__call__(images, xp.where(labels < OLD_CLASSES, labels, IGNORE), **draws)
+        known = array_module(labels).where(labels < OLD_CLASSES, labels, IGNORE)
+        return super().__call__(images, known, **draws)
 
 
 STEPS, FURTHER, DIM, PATCH, EXTRA = here.pick((2, 1, 12, 4, 2), (900, 120, 48, 4, 8), (2000, 500, 48, 4, 8))
@@ -334,18 +333,18 @@ def draw(figure, count=4):
 here.picture("masks", draw, 10, 6)
 
 # %% [markdown]
-# In the default run (one seed, few steps) as many layers on the last map gain more than three stages. **All shrunk arms answered "background" nearly everywhere**, so of them the
-# run says nothing: their up-sampler had not learned where a position is. `--full` has more steps, three seeds
-# for what the bounds name, and two classes learned later with all old weights kept (old queries read them).
+# In the default run (one seed, few steps) as many layers on the last map gain more than three stages. **All
+# shrunk arms answered "background" nearly everywhere**, so of them it says nothing: their up-sampler had not
+# learned where a position is. `--full` has more steps, three seeds for what the bounds name, and two classes
+# learned later with all old weights kept (old queries read them).
 #
 # ## What this does not show
 # - The paper's figures (ADE20K, 512 pixels, large pretrained ViTs), or finer maps: at 4 x 4 pixels for a
 #   token, bilinear masks are the limit here.
-# - Masks without their loss: linear and both mlp learn from cross-entropy, which leans to the background.
+# - Masks without their loss: linear and both mlp learn from cross-entropy.
 # - Shrunk++ as its authors have it: how they find edges is not public. Here a linear layer scores the tokens.
 #
-# The code: `tinytoken/models/segvit.py`, `masks.py`, `mask_losses.py` and `shrunk.py`, which
-# `tests/models/test_segvit.py` holds against the official code.
+# The code: `models/segvit.py`, `masks.py`, `mask_losses.py`, `shrunk.py`. Parity: `tests/models/test_segvit.py`.
 
 # %%
 here.end()
