@@ -1,11 +1,14 @@
 """The branches of a block, each as one op, against their parts: values, gradients, dtypes, errors; and which
 calls run so."""
+import contextlib
+
 import numpy as np
 import pytest
 
 import tinytoken as tt
 from small import refuses
 from tinytoken import backend, nn
+from tinytoken.models.lookupvit import LookupBlock
 from tinytoken.tensor import Tensor
 
 pytest.importorskip("numba", exc_type=ImportError)
@@ -103,7 +106,7 @@ def test_what_runs_as_its_parts():
 def test_small_ones_run_as_their_parts(monkeypatch):
     monkeypatch.setattr(launcher, "LEAST", 4096)
     norm, mlp = layers("float32", "mlp")
-    x = Tensor(np.zeros((4096 // DIM // 2 + 1, 2, DIM), "float32"))
+    x = Tensor(np.zeros(((4096 - mlp.fc1.weight.size) // DIM // 2 + 1, 2, DIM), "float32"))
     assert backend.faster(nn.mlp_branch, np, x, norm, mlp) is branches.mlp_as_one
     assert backend.faster(nn.mlp_branch, np, Tensor(x.data[1:]), norm, mlp) is None
 
@@ -128,3 +131,48 @@ def test_multiply_adds_are_those_of_the_parts():
                 branch(Tensor(np.zeros((2, 7, DIM), "float32")), norm, inner)
             totals.append((len(counts), sum(counts)))
         assert totals[0][0] == 1 < totals[1][0] and totals[0][1] == totals[1][1] > 0
+
+
+# The two directions of a LookupBlock, in inference
+
+READINGS = [("pre", "resoftmax"), ("qk", "probs"), ("pre", "renorm")]
+
+
+def lookup_block(norm, reuse, dtype="float32"):
+    block = LookupBlock(DIM, 3, norm=norm, reuse=reuse)
+    for i, p in enumerate(block.parameters()):
+        p.data[...] = 0.4 * drawn(*p.shape, seed=i) + (p.ndim == 1)
+    return block.astype(dtype)
+
+
+def both_directions(block, dtype="float32", **options):
+    """-> arrays of gather and infuse, and the names of the ops that ran."""
+    lookup, compressed = (Tensor(drawn(2, n, DIM).astype(dtype)) for n in (16, 4))
+    names = []
+    with tt.tensor.observe(lambda op, shapes: names.append((op.name, op.multiply_adds(shapes)))):
+        small, A, logits = block.gather(lookup, compressed, **options)
+        large = block.infuse(lookup, small, A, logits, **options)
+    return [small.data, A.data, logits.data, large.data], names
+
+
+@both
+@pytest.mark.parametrize("norm, reuse", READINGS)
+def test_gather_and_infuse_are_one_op_each_in_inference(norm, reuse, dtype):
+    block = lookup_block(norm, reuse, dtype)
+    with tt.no_grad():
+        mine, ops_run = both_directions(block, dtype)
+        with tt.plain():
+            parts, parts_run = both_directions(block, dtype)
+    assert [name for name, _ in ops_run] == ["gather", "infuse"]
+    assert sum(macs for _, macs in ops_run) == sum(macs for _, macs in parts_run) > 0
+    for got, wanted in zip(mine, parts, strict=True):
+        assert got.dtype == dtype and got.shape == wanted.shape
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE[dtype] * np.abs(wanted).max())
+
+
+def test_gather_and_infuse_run_as_their_parts_in_training():
+    block = lookup_block("pre", "probs")
+    for context, options in ((contextlib.nullcontext(), {}), (tt.no_grad(), {"factors": np.ones(2, "float32")})):
+        with context:
+            names = [name for name, _ in both_directions(block, **options)[1]]
+        assert "lookup_gather" in names and "lookup_infuse" in names

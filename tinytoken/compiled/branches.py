@@ -84,12 +84,20 @@ def _(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, k
     return int(np.prod(x)) * (4 * x[2] + 2 * x[1])
 
 
+def are_linear(x, norms, layers):
+    """Whether norms and layers are what a branch computes with: of no class that may compute something else,
+    with biases (but for the first), and of the shape and dtype of the stream x (B, T, D)."""
+    return (isinstance(x, Tensor) and x.ndim == 3
+            and all(type(norm) is nn.LayerNorm and norm.weight.shape == x.shape[2:]
+                    and norm.weight.dtype == x.dtype for norm in norms)
+            and all(type(layer) is nn.Linear and layer.weight.dtype == x.dtype for layer in layers)
+            and all(layer.bias is not None for layer in layers[1:]))
+
+
 def covers(x, norm, first, last, factors):
-    """Whether a branch of these layers adds itself to the stream x (B, T, D) as one op: they are what it
-    computes, with biases, and of x's dtype; and no factor scales it."""
-    return (factors is None and isinstance(x, Tensor) and x.ndim == 3 and type(norm) is nn.LayerNorm
-            and type(first) is type(last) is nn.Linear and last.bias is not None
-            and norm.weight.data.shape == x.shape[2:] and norm.weight.dtype == x.dtype and worth(x.data))
+    """Whether a branch is one op: of these layers, without factors."""
+    return (factors is None and are_linear(x, (norm,), (first, last))
+            and worth(x.data, first.weight.data))
 
 
 @implementation(nn.mlp_branch, "numpy", lambda x, norm, mlp, factors=None: type(mlp) is nn.MLP
