@@ -5,7 +5,7 @@ Minus infinity in a row masks the value: the others come out as if it were not t
 from ..backend import Array, array_module, vecdot
 from ..errors import expect, shape_of
 from ..tensor import op
-from .dense import column_sums
+from .dense import column_sums, rows_of
 
 
 def row_maximum(x: Array, axis: int = -1) -> Array:
@@ -23,7 +23,10 @@ def softmax_of(x: Array, axis: int = -1) -> Array:
     xp = array_module(x)
     out = x - row_maximum(x, axis)
     xp.exp(out, out=out)
-    out /= xp.maximum(out.sum(axis=axis, keepdims=True), 1)  # less than 1 is only the sum of nothing, 0
+    # the last axis is summed as a product with ones, which is several times faster
+    total = (rows_of(out) @ xp.ones(x.shape[-1], x.dtype)).reshape(*x.shape[:-1], 1) if axis == -1 else (
+        out.sum(axis=axis, keepdims=True))
+    out /= xp.maximum(total, 1)  # less than 1 is only the sum of nothing, 0
     return out
 
 
