@@ -1,11 +1,12 @@
 """How fast tinytoken trains and infers on a CPU, beside PyTorch (stock, at its best, compiled), JAX, and
 MyGrad for scale.
 
-    python tests/benchmarks/cpu.py [--quick] [--coretype Haswell] [--cpus 1,2] [--today CHECKOUT] [--out FILE.json]
+    python tests/benchmarks/cpu.py [--quick] [--coretype Haswell] [--cpus 1,2] [--today CHECKOUT]
+                                   [--out FILE.json]
 
 "plain" is tinytoken without what Numba compiles, "today" the same of another checkout, "torch-malloc" PyTorch
-that keeps freed memory as tinytoken does. Each workload's rows are printed, and with --out written, as soon as they are measured; the same command
-goes on after them.
+that keeps freed memory as tinytoken does. Each workload's rows are printed, and with --out written, as soon as
+they are measured; the same command goes on after them.
 
 Each contender is a process of its own and serves requests over a pipe. A round times every contender once on
 one workload, with a pause between and the order turned by one each round, so that whatever else the machine
@@ -40,7 +41,8 @@ from tinytoken.models.lookupvit import PAPER
 from tinytoken.train import AdamW, Classify, Distil, infer, loss_and_grads
 from tinytoken.train.step import slice_of
 
-CONTENDERS = ("tinytoken", "plain", "today", "torch", "torch-malloc", "torch-best", "torch-compile", "jax", "mygrad")
+CONTENDERS = ("tinytoken", "plain", "today", "torch", "torch-malloc", "torch-best", "torch-compile", "jax",
+              "mygrad")
 ON_NUMPY = ("tinytoken", "plain", "today", "mygrad")  # what OPENBLAS_CORETYPE reaches
 # nothing is to be learned
 RECIPE = {"lr": 1e-5, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip": 1.0}

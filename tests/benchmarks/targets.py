@@ -1,5 +1,5 @@
-"""What a CPU is to reach: plain ops beside those of another checkout, compiled ones beside PyTorch at its best,
-and what token methods save on the clock beside what they save in multiply-adds.
+"""What a CPU is to reach: plain ops beside those of another checkout, compiled ones beside PyTorch at its
+best, and what token methods save on the clock beside what they save in multiply-adds.
 
     python tests/benchmarks/targets.py --today CHECKOUT [--rounds N] [--cpus 1,2] [--out FILE.json]
 
@@ -33,20 +33,22 @@ def judged(name, cpus, what, ratio, most):
     """A line of the table. ratio: [median, quartiles], or one number."""
     median, *spread = ratio if isinstance(ratio, list) else [ratio]
     text = f"{median:.2f}" + (" [{:.2f}, {:.2f}]".format(*spread) if spread else "")
-    return [name, str(cpus), what, text, f"{most:.2f}", "hit" if median <= most else f"missed by {median - most:.2f}"]
+    return [name, str(cpus), what, text, f"{most:.2f}",
+            "hit" if median <= most else f"missed by {median - most:.2f}"]
 
 
 def of_times(rows):
     """Lines of cpu.py's rows: times, and the peak memory of A's training."""
     lines = []
     for names, modes, plain, compiled in TIMES:
+        pairs = (("plain / today", "today", "plain", plain),
+                 ("compiled / torch-best", "torch-best", "tinytoken", compiled))
         for row in (row for row in rows if row["workload"] in names):
             for mode in (mode for mode in modes if mode in row["ms"]):
-                for what, peer, name, most in (("plain / today", "today", "plain", plain),
-                                               ("compiled / torch-best", "torch-best", "tinytoken", compiled)):
-                    ratios = row.get(f"ratio_to_{peer}", {}).get(mode, {})
-                    if name in ratios:
-                        lines.append(judged(f"{row['workload']} {mode}", row["cpus"], what, ratios[name], most))
+                for what, peer, own, most in pairs:
+                    ratio, name = row.get(f"ratio_to_{peer}", {}).get(mode, {}).get(own), row["workload"]
+                    if ratio:
+                        lines.append(judged(f"{name} {mode}", row["cpus"], what, ratio, most))
     workload, plain, compiled = MEMORY
     for row in (row for row in rows if row["workload"] == workload):
         mb = {name: got[0] for name, got in row["peak_memory_mb"]["train"].items()}
@@ -58,7 +60,7 @@ def of_times(rows):
 
 
 def of_savings(rows):
-    """Lines of tokens.py's rows. Shortfalls are shown as ratios to the aim, so that less is better as above."""
+    """Lines of tokens.py's rows."""
     lines = []
     for row in (row for row in rows if row["model"] != "ViT"):
         name = f"{row['model']}, {row['tokens']} tokens, batch {row['batch']}"
@@ -97,10 +99,11 @@ def main(options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--today", type=pathlib.Path, help="another checkout of tinytoken, whose plain ops are "
-                                                           "the ones to beat")
+    parser.add_argument("--today", type=pathlib.Path,
+                        help="another checkout of tinytoken, whose plain ops are the ones to beat")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cpus", type=lambda text: [int(n) for n in text.split(",")], default=[1, cpu_count()])
+    parser.add_argument("--cpus", type=lambda text: [int(n) for n in text.split(",")],
+                        default=[1, cpu_count()])
     parser.add_argument("--out", type=pathlib.Path, help="write everything as JSON")
     parser.add_argument("--show", type=pathlib.Path, help="only the table, of such a file")
     options = parser.parse_args()

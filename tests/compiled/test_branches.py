@@ -172,7 +172,8 @@ def test_gather_and_infuse_are_one_op_each_in_inference(norm, reuse, dtype):
 
 def test_gather_and_infuse_run_as_their_parts_in_training():
     block = lookup_block("pre", "probs")
-    for context, options in ((contextlib.nullcontext(), {}), (tt.no_grad(), {"factors": np.ones(2, "float32")})):
+    factors = {"factors": np.ones(2, "float32")}
+    for context, options in ((contextlib.nullcontext(), {}), (tt.no_grad(), factors)):
         with context:
             names = [name for name, _ in both_directions(block, **options)[1]]
         assert "lookup_gather" in names and "lookup_infuse" in names

@@ -1,5 +1,6 @@
 """The two directions between the tokens of a LookupBlock in inference, each as one op: its few compressed
-tokens are so little work that most of the time would be Python's between the ops. In training the parts run."""
+tokens are so little work that most of the time would be Python's between the ops. In training the parts run.
+"""
 import math
 
 import numpy as np
@@ -72,8 +73,8 @@ def _(lookup, compressed, A, logits, *layers):
 
 def covers(lookup, norms, layers, factors):
     """Whether the layers and norms are what is computed here, and this is inference."""
-    return (factors is None and not recording() and layers[0].bias is not None and are_linear(lookup, norms, layers)
-            and worth(lookup.data, layers[0].weight.data))
+    return (factors is None and not recording() and layers[0].bias is not None
+            and are_linear(lookup, norms, layers) and worth(lookup.data, layers[0].weight.data))
 
 
 def gather_layers(block):
