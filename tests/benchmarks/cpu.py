@@ -5,8 +5,8 @@ MyGrad for scale.
                                    [--out FILE.json]
 
 "plain" is tinytoken without what Numba compiles, "today" the same of another checkout, "torch-malloc" PyTorch
-that keeps freed memory as tinytoken does. Each workload's rows are printed, and with --out written, as soon as
-they are measured; the same command goes on after them.
+that keeps freed memory as tinytoken does. Each workload's rows are printed, and with --out written, as soon
+as they are measured; the same command goes on after them.
 
 Each contender is a process of its own and serves requests over a pipe. A round times every contender once on
 one workload, with a pause between and the order turned by one each round, so that whatever else the machine
