@@ -385,8 +385,8 @@ def draw_passes(figure):
 def draw_step(figure):
     axis, shown = figure.subplots(), [name for name in names if name != "whole step"]
     for j, (way, colour) in enumerate(zip(WAYS, ("#bbbbbb", "#0072b2"))):
-        axis.barh(np.arange(len(shown)) + 0.2 * (2 * j - 1), [step_ms[way][name] for name in shown], 0.4,
-                  color=colour, label=way)
+        lengths = [step_ms[way].get(name, 0) for name in shown]
+        axis.barh(np.arange(len(shown)) + 0.2 * (2 * j - 1), lengths, 0.4, color=colour, label=way)
     axis.set_yticks(range(len(shown)), shown)
     axis.invert_yaxis()
     axis.set(xlabel="ms, forward and backward", title="A ViT's training step, by op")
