@@ -269,7 +269,8 @@ if COMPILED:
 # Where does this matter? We time each op of a ViT's training step, plain and compiled. (`tensor.around`
 # lets us run every op inside a function of ours, as in lesson 13.) The products of the linear layers are
 # BLAS's in both. If all the rest took no time at all, the step would take as long as they do: that is the
-# limit of what compiling the rest can give.
+# limit of what compiling the rest can give. Compiled, each branch of a block is one op, its linear layers
+# included: so a bias is added where its sum is next read.
 
 # %%
 job = Job("vit", batch=here.pick(8, 64, 64), threads=1, micro=here.pick(8, 16, 16),
@@ -301,10 +302,11 @@ for turn in range(1 + here.pick(1, 9, 21)):
             times[way].append(taken)
 step_ms = {way: {name: 1e3 * statistics.median(row.get(name, 0) for row in found) for name in found[0]}
            for way, found in times.items()}
-names = sorted(step_ms["plain"], key=lambda name: -step_ms["plain"][name])[:8]
+longest = {name: max(ms.get(name, 0) for ms in step_ms.values()) for ms in step_ms.values() for name in ms}
+names = sorted(longest, key=lambda name: -longest[name])[:10]
 print(f"{'ms of a step, one thread':<26}" + "".join(f"{way:>12}" for way in WAYS))
 for name in names:
-    print(f"{name:<26}" + "".join(f"{step_ms[way][name]:>12.1f}" for way in WAYS))
+    print(f"{name:<26}" + "".join(f"{step_ms[way].get(name, 0):>12.1f}" for way in WAYS))
 outside = 1 - step_ms["plain"]["linear"] / step_ms["plain"]["whole step"]
 gain = step_ms["plain"]["whole step"] / step_ms[list(WAYS)[-1]]["whole step"]
 print(f"of the plain step, {100 * outside:.0f} % are not in linear layers: without them it would be "
@@ -383,8 +385,8 @@ def draw_passes(figure):
 def draw_step(figure):
     axis, shown = figure.subplots(), [name for name in names if name != "whole step"]
     for j, (way, colour) in enumerate(zip(WAYS, ("#bbbbbb", "#0072b2"))):
-        axis.barh(np.arange(len(shown)) + 0.2 * (2 * j - 1), [step_ms[way][name] for name in shown], 0.4,
-                  color=colour, label=way)
+        lengths = [step_ms[way].get(name, 0) for name in shown]
+        axis.barh(np.arange(len(shown)) + 0.2 * (2 * j - 1), lengths, 0.4, color=colour, label=way)
     axis.set_yticks(range(len(shown)), shown)
     axis.invert_yaxis()
     axis.set(xlabel="ms, forward and backward", title="A ViT's training step, by op")

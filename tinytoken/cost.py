@@ -11,7 +11,7 @@ from typing import Any
 from .backend import Array
 from .errors import GraphError
 from .graph import topological_order
-from .tensor import Tensor, no_grad, observe, recording
+from .tensor import Tensor, no_grad, observe, plain, recording
 
 # Ops of tinytoken.ops: norms, softmax, elementwise arithmetic, reductions, resizes, and whatever only moves
 # values. The count fails at an op that is not listed here and does not declare its MACs.
@@ -56,8 +56,8 @@ class Macs:
 def macs(model: Any, images: Array, **call: Any) -> Macs:
     """The multiply-adds of one image through model(images, **call).
 
-    One pass in eval mode under no_grad, divided by the batch size. Counted from shapes, so the same on every
-    machine.
+    One pass of the plain ops in eval mode under no_grad, divided by the batch size. Counted from shapes, so
+    the same on every machine.
     """
     names = {id(module): name or "(model)" for name, module in model.named_modules()}
     by_op: collections.Counter[str] = collections.Counter()
@@ -75,7 +75,7 @@ def macs(model: Any, images: Array, **call: Any) -> Macs:
 
     modes = [(module, module.training) for _, module in model.named_modules()]
     try:
-        with no_grad(), observe(count):
+        with no_grad(), plain(), observe(count):
             model.eval()(images, **call)
     finally:
         for module, mode in modes:

@@ -8,14 +8,16 @@ from .backend import blas_threads, cpu_count, mode, prepare_cpu, quick_switches,
 
 def share_out(function: Callable[[Any], Any], items: Sequence[Any], threads: int | None = None) -> list[Any]:
     """[function(item) for item in items] on threads (None: the CPUs of this process), BLAS held to one thread
-    each. The threads run the implementations that the caller's does (plain()).
+    each; a lone item has them all for its products. The threads run the implementations that the caller's
+    does (plain()).
 
     The first exception is raised when all have ended: nothing goes on writing into arrays that the caller
     uses again."""
     prepare_cpu()
-    threads = min(threads or cpu_count(), max(1, len(items)))
-    with blas_threads(1):
-        if threads == 1:
+    threads = threads or cpu_count()
+    with blas_threads(threads if len(items) == 1 else 1):
+        threads = min(threads, len(items))
+        if threads <= 1:
             return [function(item) for item in items]
         chosen = mode.implementations
 

@@ -214,3 +214,15 @@ def test_logits_of_float32_are_as_right_as_the_plain_ones():
         plain = infer(model, images.astype("float32"))
     errors = [abs(logits - exact).max() for logits in (mine, plain)]
     assert errors[0] <= max(1.5 * errors[1], 1.2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_image_has_the_same_bits_on_one_thread_or_two(name):
+    """Its products are then shared by BLAS."""
+    tt.manual_seed(0)
+    sizes = dict(image_size=32, patch_size=4, dim=192, depth=2, heads=3)
+    more = {"ViT": {}, "DynamicViT": dict(prune_before=(1,), keep_ratios=(.7,)), "LookupViT": {}}[name]
+    model = getattr(tt.models, name)(**sizes, **more)
+    image = np.random.default_rng(1).standard_normal((1, 3, 32, 32)).astype("float32")
+    one, *others = [infer(model, image, threads=threads) for threads in (1, 2, 2, 3)]
+    assert all((other == one).all() for other in others)

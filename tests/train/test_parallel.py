@@ -169,6 +169,14 @@ def test_blas_has_one_thread_inside_and_gets_back_what_it_had(threads):
         assert get() == 3
 
 
+@pytest.mark.skipif(backend.blas_controller() is None, reason="a BLAS whose threads cannot be set")
+def test_a_lone_item_has_all_threads_for_its_products():
+    get = lambda item: backend.blas_controller().info()[0]["num_threads"]
+    with backend.blas_threads(3):
+        assert share_out(get, [0], 2) == [2] and share_out(get, [0], 1) == [1]
+        assert share_out(get, [0, 1], 2) == [1, 1] and get(0) == 3
+
+
 def test_an_exception_is_raised_when_all_threads_have_ended():
     """Otherwise a thread that is left over would go on adding to gradients of the next step."""
     ended, started = [], threading.Event()

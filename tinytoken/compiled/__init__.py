@@ -3,8 +3,9 @@ without this folder, or without Numba, the plain functions run. Imported by tiny
 file registers what it implements (backend.implementation).
 
 kernels.py holds the loops; launcher.py says which calls they take, and imports them, and Numba, at the first.
+registered.py has the ops; branches.py and lookup.py what spans several.
 """
-from . import registered
+from . import branches, lookup, registered
 from .launcher import why_not
 
-__all__ = ["registered", "why_not"]
+__all__ = ["branches", "lookup", "registered", "why_not"]

@@ -22,9 +22,14 @@ def kernels_of(op, covers=lambda *arrays, **settings: True):
                              and covers(*arrays, **settings))
 
 
+def polynomial_of(x):
+    """The polynomial of Phi, in x's dtype."""
+    return tuple(map(x.dtype.type, CDF_POLYNOMIAL))
+
+
 @kernels_of(ops.gelu)
 def gelu(x):
-    x, polynomial = contiguous(x), tuple(map(x.dtype.type, CDF_POLYNOMIAL))
+    x, polynomial = contiguous(x), polynomial_of(x)
     out = np.empty_like(x)
     launch("gelu", x.reshape(-1), polynomial, out.reshape(-1))
 
@@ -68,28 +73,35 @@ def softmax(x, *, axis=-1):
             not official)
 def attention(q, k, v, keep=None, *, sees_itself=True, official=False, weights=False):
     check_attention("attention", q, k, v, keep, sees_itself)
-    scale = q.dtype.type(1 / math.sqrt(q.shape[-1]))
-    scores = contiguous(q @ k.swapaxes(-1, -2))
-    if keep is None:
-        A = scores
-        launch("softmax", rows_of(A), scale)
-    else:
-        keep, A = contiguous(keep), np.empty_like(scores)
-        launch("masked_softmax", scores, keep, sees_itself, scale, A)  # scores: the slopes from here on
+    A, of_scores = attention_weights(q, k, keep, sees_itself)
 
     def vjp(g, g_weights=None):
         u = np.array(g_weights, order="C") if g is None else contiguous(g @ v.swapaxes(-1, -2))
         if g is not None and g_weights is not None:
             u += g_weights
-        d_keep = None if keep is None else np.zeros_like(keep)
-        if keep is None:
-            launch("softmax_vjp", rows_of(A), rows_of(u), scale)
-        else:
-            launch("masked_softmax_vjp", A, scores, u, sees_itself, scale, d_keep)
+        d_keep = of_scores(u)
         return (lambda: u @ k, lambda: u.swapaxes(-1, -2) @ q,
                 None if g is None else lambda: A.swapaxes(-1, -2) @ g, d_keep)
     out = A @ v
     return ((out, A) if weights else out), vjp
+
+
+def attention_weights(q, k, keep, sees_itself):
+    """-> A (B, H, Tq, Tk), and a function of A's gradient u (contiguous), which becomes that of q k^T; it
+    returns that of keep, or None."""
+    scale = q.dtype.type(1 / math.sqrt(q.shape[-1]))
+    scores = contiguous(q @ k.swapaxes(-1, -2))
+    if keep is None:
+        launch("softmax", rows_of(scores), scale)
+        return scores, lambda u: launch("softmax_vjp", rows_of(scores), rows_of(u), scale)
+    keep, A = contiguous(keep), np.empty_like(scores)
+    launch("masked_softmax", scores, keep, sees_itself, scale, A)  # scores: the slopes from here on
+
+    def of_scores(u):
+        d_keep = np.zeros_like(keep)
+        launch("masked_softmax_vjp", A, scores, u, sees_itself, scale, d_keep)
+        return d_keep
+    return A, of_scores
 
 
 @kernels_of(ops.lookup_gather)

@@ -56,7 +56,7 @@ def infer(model: nn.Module, images: Array, prepare: Callable[[Array], Array] = l
                                  **call)
             found = group.together("inference", mine)
         return np.concatenate(found) if rows != slice(0, len(images)) else found[group.rank]
-    training, first = model.training, model.parameters()[0]
+    training, (_, first) = model.training, next(model.named_parameters())
     xp = array_module(first.data)
     batch_size = batch_size or (slice_size(len(images), threads) if xp is np else 128)
     cuts = [slice(a, a + batch_size) for a in range(0, len(images), batch_size)]
@@ -72,4 +72,5 @@ def infer(model: nn.Module, images: Array, prepare: Callable[[Array], Array] = l
         with products_in(precision, first.device):
             return np.concatenate(share_out(answers, cuts, threads if xp is np else 1))
     finally:
-        model.train(training)
+        if training:
+            model.train()
