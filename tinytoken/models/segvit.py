@@ -52,8 +52,8 @@ class SegViTConfig(ShrunkConfig):
                    f"stages {self.stages!r} of the maps after the blocks {self.read}, expected 1 to "
                    f"{len(self.read)}")
         self.check(isinstance(self.placed, bool) and (self.shrink != "none" or not self.placed),
-                   f"placed {self.placed!r} with shrink {self.shrink!r}, expected True or False, and True only "
-                   f"of an encoder that shrinks")
+                   f"placed {self.placed!r} with shrink {self.shrink!r}, expected True or False, and True "
+                   f"only of an encoder that shrinks")
         most = self.num_classes - 1 if self.decoder in ("atm", "dot") else 0
         self.check(is_whole(self.new_classes) and 0 <= self.new_classes <= most,
                    f"new_classes {self.new_classes!r} of {self.num_classes} with decoder {self.decoder!r}, "
