@@ -145,12 +145,20 @@ def cifar10(results):
 
 
 @part
-def photographs(results):
-    """README's sentence on CIFAR-10."""
+def longer(results):
+    """README's sentences on longer trainings: of scenes, and on CIFAR-10."""
+    saved = load(results / "lookupvit_headline_full.json")["results"]
+    rows, narrow = saved["rows"], "ViT, narrower"
+    points = lambda name: spread_text([100 * row["accuracy"] for row in rows[name]])
+    lookup, of_vits = "LookupViT 3x3", rows["LookupViT 3x3"][0]["macs"] / rows["ViT"][0]["macs"]
+    low, high = (f"{end:+.1f}" for end in saved["above"]["ViT"][1:])
     tables = comparisons(results, "compare_cifar10")
     reached = [f"{row['model']} {spread_text([100 * table['rows'][i]['accuracy'] for table in tables])} %"
                for i, row in enumerate(tables[0]["rows"][:3])]
-    return (f"On CIFAR-10, after {tables[0]['recipe']['steps']:,} steps ("
+    return (f"On scenes that move, after {saved['recipe']['steps']:,} steps ({seeds_text(saved['seeds'])}): ViT "
+            f"{points('ViT')} %, LookupViT {points(lookup)} % at {of_vits:.2f} of its multiply-adds ({low} to {high} "
+            f"points from it), a ViT of as many multiply-adds as LookupViT {points(narrow)} %.\n"
+            f"On CIFAR-10, after {tables[0]['recipe']['steps']:,} steps ("
             f"{seeds_text([table['recipe']['seed'] for table in tables])}): {', '.join(reached)}.")
 
 
