@@ -157,7 +157,7 @@ def longer(results):
                for i, row in enumerate(tables[0]["rows"][:3])]
     return (f"On scenes that move, after {saved['recipe']['steps']:,} steps ({seeds_text(saved['seeds'])}): ViT "
             f"{points('ViT')} %, LookupViT {points(lookup)} % at {of_vits:.2f} of its multiply-adds ({low} to {high} "
-            f"points from it), a ViT of as many multiply-adds as LookupViT {points(narrow)} %.\n"
+            f"points from it), a ViT of as many multiply-adds as LookupViT {points(narrow)} %. "
             f"On CIFAR-10, after {tables[0]['recipe']['steps']:,} steps ("
             f"{seeds_text([table['recipe']['seed'] for table in tables])}): {', '.join(reached)}.")
 
@@ -197,20 +197,22 @@ def times_text(ms, peers):
 
 @part
 def speed(results):
-    """README's table, of tests/benchmarks/cpu.py: the models of width 192, beside PyTorch."""
-    saved = load(results / "cpu.json")
+    """README's table, of tests/benchmarks/targets.py: the models of width 192, compiled, beside PyTorch."""
+    saved, peer = load(results / "targets.json"), "torch-best"
     cpus = max(row.get("cpus", 0) for row in saved["rows"])
     rows = [row for row in saved["rows"] if row["config"]["dim"] == 192 and row["batch"] > 1
             and row.get("cpus", 0) == cpus]
     lines = [[row["kind"]] for row in rows]
     for line, row in zip(lines, rows):
         for mode in MODES:
-            line += times_text(row["ms"][mode], ["torch"])
-    heads = ("model", "training step, ms", "/ PyTorch [quartiles]", "inference, ms", "/ PyTorch [quartiles]")
-    config, version = rows[0]["config"], rows[0]["about"]["torch"]["version"]
+            line += times_text(row["ms"][mode], [peer])
+    beside = f"/ {PEERS[peer]} [quartiles]"
+    heads = ("model", "training step, ms", beside, "inference, ms", beside)
+    config, version = rows[0]["config"], rows[0]["about"][peer]["version"]
     return (f"{markdown_table(heads, lines)}\n\nBelow 1 tinytoken is faster. Width {config['dim']}, depth "
             f"{config['depth']}, {rows[0]['batch']} pictures at a time; medians of {saved['rounds']} rounds, times (lowest to highest), "
-            f"beside PyTorch {version}. Machine: {processor_text(saved['machine'])}.")
+            f"compiled by Numba, beside PyTorch {version} with its fastest settings. Machine: "
+            f"{processor_text(saved['machine'])}.")
 
 
 @part
@@ -232,6 +234,24 @@ def cpu(results):
             f"{memory['torch'][0]} MB. Machine: {processor_text(saved['machine'])}; {', '.join(versions)}; "
             f"tinytoken on {own['blas']} at {own['sgemm_gflops']} GFLOP/s, PyTorch on "
             f"{torch['blas'].split(' Product')[0]} at {torch['sgemm_gflops']} (products of 1024 x 1024).")
+
+
+@part
+def targets(results):
+    """Of tests/benchmarks/targets.py: the compiled ops beside the plain ones and PyTorch, on one and two CPUs."""
+    saved, peers, lines = load(results / "targets.json"), ("plain", "torch-best"), {}
+    for row in saved["rows"]:
+        for mode, ms in row["ms"].items():
+            lines.setdefault(f"{row['workload']}, {MODES[mode]}", []).extend(times_text(ms, peers))
+    heads = ["workload"]
+    for cpus in sorted({row["cpus"] for row in saved["rows"]}):
+        heads += [f"{cpus} CPU{'s' * (cpus > 1)}, ms", *(f"/ {PEERS[peer]}" for peer in peers)]
+    shares = ", ".join(f"{row['model']} {row['realised']:.2f} at {row['tokens']} tokens" for row in saved["savings"]
+                       if row["realised"] and row["batch"] == 128)
+    return (f"{markdown_table(heads, [(name, *cells) for name, cells in lines.items()])}\n\nMedians of "
+            f"{saved['rounds']} interleaved rounds, times (lowest to highest), ratios [quartiles]. Of the multiply-adds "
+            f"that a method saves, such a share is saved in time (128 pictures, 2 CPUs): {shares}. Machine: "
+            f"{processor_text(saved['machine'])}, {saved['machine']['blas']}.")
 
 
 @part

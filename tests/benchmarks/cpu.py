@@ -156,7 +156,7 @@ class TinyToken:
         self.malloc = prepare_cpu()  # as training and `infer` do by themselves
 
     def about(self):
-        return {"version": f"in {pathlib.Path(tt.__file__).parent}", "numpy": np.__version__,
+        return {"version": f"in {pathlib.Path(tt.__file__).parents[1].name}", "numpy": np.__version__,
                 "threads": cpu_count(),
                 "malloc": self.malloc, "blas": blas_description(), "note": "slices as fit makes them"}
 
