@@ -65,6 +65,7 @@ CHANGES = [{}, {"drop_path": 0.5}, {"image_size": (16, 8)}, {"channels": 1}, {"q
            *({"rule": rule} for rule in ("random", "frames", "global")),
            {"decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 1, "hidden": 8}, {"decoder_depth": 0},
            {"width": 16}, {"read": (1,), "stages": 1, "decoder": "dot"}, {"new_classes": 1, "layers": 1},
+           {"shrink": "strided", "placed": True},
            {"shrink": "strided", "decoder": "linear"}, {"shrink": "edges", "extra": 3},
            {"shrink": "average", "decoder": "mlp"}, {"shrink": "random", "extra": 2},
            {"backbone": "dynamicvit", "options": FIRST_DECIDES}, {"backbone": "lookupvit"},

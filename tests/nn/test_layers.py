@@ -113,14 +113,3 @@ def test_the_gradient_of_a_block_with_factors():
     names = [name for name, _ in block.named_parameters()]
     tt.gradcheck(lambda x, *_: block(x, paths), tokens(), *block.parameters(), names=["x", *names],
                  max_elements=60)
-
-
-def test_a_linear_layers_weight_lies_column_after_column_until_it_is_flattened():
-    layer = nn.Linear(3, 5)
-    assert layer.weight.shape == (5, 3) and layer.weight.data.T.flags.c_contiguous
-    layer.weight.data[...] = np.arange(15).reshape(5, 3)
-    saved = layer.state_dict()
-    flat = nn.flatten(layer.parameters())
-    assert layer.weight.data.flags.c_contiguous and np.shares_memory(layer.weight.data, flat.data)
-    for array in (saved["weight"], layer.weight.data, layer.astype("float64").weight.data):
-        np.testing.assert_array_equal(array, np.arange(15).reshape(5, 3))

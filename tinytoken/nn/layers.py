@@ -16,8 +16,7 @@ class Linear(Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: int = 1) -> None:
         self.parts = parts
-        # Column after column, as a product x W^T reads it: until an optimiser lays it out (nn.flatten).
-        self.weight = Parameter(zeros(in_features, out_features).T, decay=True)
+        self.weight = Parameter(zeros(out_features, in_features), decay=True)
         self.bias = Parameter(zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
