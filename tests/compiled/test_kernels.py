@@ -462,6 +462,9 @@ def test_loops_of_float32_have_no_float64_and_are_vectors():
     for case in MINE:
         test_every_case_of_the_op(case, "float32")  # so that there are signatures
     test_adamw(0.3, 0.9, "float32")
+    model = tt.models.ViT(image_size=32, patch_size=4, dim=96, depth=1, heads=3)  # has branches
+    images = np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype("float32")
+    model.loss(model.train()(images), np.arange(8))[0].backward()
     found = {name: kernel for name, kernel in inspect.getmembers(kernels)
              if isinstance(kernel, numba.core.dispatcher.Dispatcher)
              and kernel.stats.cache_path}  # what a kernel calls is not kept by itself

@@ -32,7 +32,7 @@ def gather(lookup, compressed, *layers, heads, eps, pre):
     """LookupBlock.gather. layers: weight and bias of gather_norm_q, gather_norm_k, gather_q, gather_k,
     gather_v and gather_proj. pre: whether the norms come before the projections. eps: of both norms."""
     norm_q, norm_k, of_q, of_k, of_v, proj = zip(layers[::2], layers[1::2])
-    images, asked, asking = len(lookup), *(rows_of(contiguous(x)) for x in (lookup, compressed))
+    images, asked, asking = len(lookup), rows_of(contiguous(lookup)), rows_of(contiguous(compressed))
     rows = asking
     if pre:
         asking, asked = layer_norm(asking, *norm_q, eps=eps[0])[0], layer_norm(asked, *norm_k, eps=eps[1])[0]
@@ -86,8 +86,11 @@ def parameters_of(*layers):
     return [p for layer in layers for p in (layer.weight, layer.bias)]
 
 
-@implementation(LookupBlock.gather, "numpy", lambda block, lookup, compressed, factors=None: covers(
-    lookup, *gather_layers(block), factors))
+def covers_gather(block, lookup, compressed, factors=None):
+    return covers(lookup, *gather_layers(block), factors)
+
+
+@implementation(LookupBlock.gather, "numpy", covers_gather)
 def gather_as_one(block, lookup, compressed, factors=None):
     norms, layers = gather_layers(block)
     return gather(lookup, compressed, *parameters_of(*norms, *layers), heads=block.heads,
