@@ -148,16 +148,16 @@ def cifar10(results):
 def longer(results):
     """README's sentences on longer trainings: of scenes, and on CIFAR-10."""
     saved = load(results / "lookupvit_headline_full.json")["results"]
-    rows, narrow = saved["rows"], "ViT, narrower"
+    rows, lookup = saved["rows"], "LookupViT 3x3"
     points = lambda name: spread_text([100 * row["accuracy"] for row in rows[name]])
-    lookup, of_vits = "LookupViT 3x3", rows["LookupViT 3x3"][0]["macs"] / rows["ViT"][0]["macs"]
+    of_vits = rows[lookup][0]["macs"] / rows["ViT"][0]["macs"]
     low, high = (f"{end:+.1f}" for end in saved["above"]["ViT"][1:])
     tables = comparisons(results, "compare_cifar10")
     reached = [f"{row['model']} {spread_text([100 * table['rows'][i]['accuracy'] for table in tables])} %"
                for i, row in enumerate(tables[0]["rows"][:3])]
     return (f"On scenes that move, after {saved['recipe']['steps']:,} steps ({seeds_text(saved['seeds'])}): ViT "
             f"{points('ViT')} %, LookupViT {points(lookup)} % at {of_vits:.2f} of its multiply-adds ({low} to {high} "
-            f"points from it), a ViT of as many multiply-adds as LookupViT {points(narrow)} %. "
+            f"points from it), a ViT of as many multiply-adds as LookupViT {points('ViT, narrower')} %. "
             f"On CIFAR-10, after {tables[0]['recipe']['steps']:,} steps ("
             f"{seeds_text([table['recipe']['seed'] for table in tables])}): {', '.join(reached)}.")
 
@@ -199,9 +199,9 @@ def times_text(ms, peers):
 def speed(results):
     """README's table, of tests/benchmarks/targets.py: the models of width 192, compiled, beside PyTorch."""
     saved, peer = load(results / "targets.json"), "torch-best"
-    cpus = max(row.get("cpus", 0) for row in saved["rows"])
+    cpus = max(row["cpus"] for row in saved["rows"])
     rows = [row for row in saved["rows"] if row["config"]["dim"] == 192 and row["batch"] > 1
-            and row.get("cpus", 0) == cpus]
+            and row["cpus"] == cpus]
     lines = [[row["kind"]] for row in rows]
     for line, row in zip(lines, rows):
         for mode in MODES:

@@ -24,7 +24,7 @@ import dataclasses
 import functools
 
 from tinytoken.errors import expect
-from tinytoken.experiments import Arm, family, lesson, timing
+from tinytoken.experiments import Arm, family, lesson
 from tinytoken.experiments.tables import family_text
 
 here = lesson.begin("family")
@@ -60,17 +60,11 @@ def trained():
 
 
 def speeds():
-    """Seconds of each method by round, {pictures at a time: {method: seconds}}."""
-    return {size: timing.interleaved(family.inference(trial_of(here.seed), trained(), int(size)), rounds)
-            for size, rounds in SPEEDS.items()}
+    return family.seconds(trial_of(here.seed), trained(), SPEEDS)
 
 
 def memory():
-    """{method: {call: MB}}; nothing on a GPU."""
-    made = trained()
-    found = {name: family.megabytes(trial_of(here.seed), method, made[name], made[method.base])
-             for name, method in FAMILY.items()}
-    return {name: each for name, each in found.items() if each}
+    return family.memory(trial_of(here.seed), FAMILY, trained())
 
 
 SETTINGS = dataclasses.asdict(RECIPE) | {"family": {name: vars(each) for name, each in FAMILY.items()}}

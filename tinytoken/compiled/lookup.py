@@ -1,18 +1,14 @@
 """The two directions between the tokens of a LookupBlock in inference, each as one op: its few compressed
 tokens are so little work that most of the time would be Python's between the ops. In training the parts run.
 """
-import math
-
-import numpy as np
-
 from .. import ops
 from ..backend import implementation
 from ..models.lookupvit import LookupBlock
 from ..ops.dense import rows_of
 from ..tensor import op, recording
 from .branches import are_linear, plus
-from .launcher import contiguous, launch, worth
-from .registered import layer_norm, lookup_infuse
+from .launcher import contiguous, worth
+from .registered import layer_norm, lookup_gather, lookup_infuse
 
 
 def affine(x, weight, bias):
@@ -27,6 +23,11 @@ def apart(x, images, heads):
     return x.reshape(images, -1, heads, x.shape[1] // heads).transpose(0, 2, 1, 3)
 
 
+def merged(x):
+    """(B, H, T, d) as rows (B T, D)."""
+    return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1] * x.shape[3])
+
+
 @op
 def gather(lookup, compressed, *layers, heads, eps, pre):
     """LookupBlock.gather. layers: weight and bias of gather_norm_q, gather_norm_k, gather_q, gather_k,
@@ -39,12 +40,8 @@ def gather(lookup, compressed, *layers, heads, eps, pre):
     q, k, v = affine(asking, *of_q), affine(asked, *of_k), affine(asked, *of_v)
     if not pre:
         q, k = layer_norm(q, *norm_q, eps=eps[0])[0], layer_norm(k, *norm_k, eps=eps[1])[0]
-    q *= math.sqrt(heads / q.shape[1])
-    logits = apart(q, images, heads) @ apart(k, images, heads).swapaxes(-1, -2)
-    A, merged = np.array(logits, order="C"), np.empty_like(rows)
-    launch("softmax", rows_of(A), A.dtype.type(1))
-    np.matmul(A, apart(v, images, heads), out=apart(merged, images, heads))
-    return (plus(rows, merged, *proj).reshape(compressed.shape), A, logits), None
+    (read, A, logits), _ = lookup_gather(*(apart(each, images, heads) for each in (q, k, v)))
+    return (plus(rows, merged(read), *proj).reshape(compressed.shape), A, logits), None
 
 
 @gather.macs
@@ -62,7 +59,7 @@ def infuse(lookup, compressed, A, logits, *layers, heads, eps, reuse):
     v, rows = apart(affine(normed, *of_v), len(lookup), heads), rows_of(contiguous(lookup))
     run = lookup_infuse if reuse == "resoftmax" else ops.lookup_infuse.function
     infused, _ = run(A, logits, v, reuse=reuse)
-    return plus(rows, infused.transpose(0, 2, 1, 3).reshape(rows.shape), *proj).reshape(lookup.shape), None
+    return plus(rows, merged(infused), *proj).reshape(lookup.shape), None
 
 
 @infuse.macs

@@ -171,16 +171,26 @@ def megabytes(trial: Trial, method: Method, model: Any, dense: Any) -> dict[str,
     return {"step": peak_of_arrays(step), "inference": peak_of_arrays(run)}
 
 
+def seconds(trial: Trial, models: Mapping[str, Any],
+            rounds: Mapping[str, int]) -> dict[str, dict[str, list[float]]]:
+    """Seconds of the models' inference, {pictures at a time: {model: by round}}. rounds: how many, by the
+    pictures at a time."""
+    return {size: interleaved(inference(trial, models, int(size)), count) for size, count in rounds.items()}
+
+
+def memory(trial: Trial, methods: Mapping[str, Method], models: Mapping[str, Any]) -> dict[str, Any]:
+    """`megabytes` of each method, of which there are `models`; nothing on a GPU."""
+    found = {name: megabytes(trial, each, models[name], models[each.base]) for name, each in methods.items()}
+    return {name: each for name, each in found.items() if each}
+
+
 def costs(trial: Trial, methods: Mapping[str, Method], rounds: Mapping[str, int]) -> dict[str, Any]:
     """What untrained models of the methods cost, {what: {method: figure}}, as `beside_base` reads it. rounds:
-    how many, by the pictures at a time."""
+    as `seconds` takes them."""
     made = {name: trial.new(each.model, **each.config) for name, each in methods.items()}
     picture = trial.prepare(trial.test.images[:1])
     return {"macs": {name: macs(model, picture).total for name, model in made.items()},
-            "seconds": {size: interleaved(inference(trial, made, int(size)), count)
-                        for size, count in rounds.items()},
-            "megabytes": {name: megabytes(trial, each, made[name], made[each.base])
-                          for name, each in methods.items()}}
+            "seconds": seconds(trial, made, rounds), "megabytes": memory(trial, methods, made)}
 
 
 def beside_base(cost: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[str, dict[str, float]]:

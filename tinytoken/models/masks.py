@@ -32,6 +32,11 @@ class TorchAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(nn.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
 
+    def tie_keys(self) -> None:
+        """Start the keys as the queries, see nn.initialise."""
+        q, k, _ = self.in_proj_weight.data.reshape(3, -1)
+        k[:] = q
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         qkv = packed_qkv(x, y, self.in_proj_weight, self.in_proj_bias, self.heads)
         return self.out_proj(ops.merge_heads(ops.attention(*qkv)))
@@ -185,10 +190,8 @@ class UpSampler(Reader):
         super().start(name)
         if self.placed:
             self.q.weight.data *= 0.1
-            for s in range(1, self.stages + 1):
-                for layer in self.layers(s):
-                    q, k, _ = layer.multihead_attn.in_proj_weight.data.reshape(3, -1)
-                    k[:] = q
+            for layer in (layer for s in range(1, self.stages + 1) for layer in self.layers(s)):
+                layer.multihead_attn.tie_keys()
 
     def forward(self, maps: list[Tensor], positions: Any = None) -> Tensor:
         """positions: of a placed one, (1, count, width)."""
