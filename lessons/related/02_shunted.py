@@ -133,11 +133,10 @@ for side, rates in ((8, (2, 1)), (8, (4, 2)), (16, (4, 2)), (32, (4, 2)), (32, (
 SIZES = {"small, to 9 pixels": (0, 9), "medium, 10 to 15": (10, 15), "large, from 16": (16, 32)}
 RATES = {"(4, 2)": (4, 2), "(2, 2)": (2, 2), "(4, 4)": (4, 4), "(1, 1)": (1, 1)}
 DATA = "sized_scenes" if here.data == "scenes" else here.data
-STEPS = here.pick(3, 300, 4000)
+STEPS = here.pick(3, 300, 1500)
 RECIPE = Recipe(data=DATA, smoothing=0.0, batch=here.pick(8, 32, 64), lr=2e-3,
                 train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(60, 3000, 6000))
-SHAPE = here.pick(dict(dims=(8, 8), depths=(1, 1)), dict(dims=(24, 48), depths=(2, 1)),
-                  dict(dims=(32, 64), depths=(2, 2)))
+SHAPE = here.pick(dict(dims=(8, 8), depths=(1, 1)), *[dict(dims=(24, 48), depths=(2, 1))] * 2)
 SHAPE |= dict(patch_size=2, heads=(2, 4), mlp_ratio=2)
 ARMS = {name: Arm("shuntedtransformer", SHAPE | dict(rates=(rates, 1)), steps=STEPS, lr=RECIPE.lr,
                   phase=f"rates {rates[0]}-{rates[1]}") for name, rates in RATES.items()}

@@ -111,7 +111,7 @@ print(f"a ViT {vit / 1e6:.1f} M multiply-adds, with all blocks answering {atvit 
 # "last", and more often still by "all, refined"; the source errs in all three ways within 5 points.
 
 # %%
-DIM, STEPS, REFINE = here.pick((16, 3, 2), (48, 500, 150), (48, 1500, 400))
+DIM, STEPS, REFINE = here.pick((16, 3, 2), (48, 500, 150), (48, 1000, 300))
 RECIPE = Recipe(data=here.data, smoothing=0.0, dim=DIM, depth=here.pick(2, 6, 6), heads=here.pick(2, 3, 3),
                 lr=2e-3, batch=here.pick(8, 64, 64), train_pictures=here.pick(32, 8000, 16000),
                 test_pictures=here.pick(64, 1000, 4000))
