@@ -49,6 +49,20 @@ class Flat:
         """One view of `buffer` (laid out like data) per parameter, in the order of `params`."""
         return [buffer[start:stop].reshape(shape, order=order) for start, stop, shape, order in self.bounds]
 
+    def by_rows(self, buffer: Array) -> Array:
+        """A copy of `buffer`, laid out like data, in which every parameter lies row by row: for files, which
+        say nothing of how a matrix lay in memory."""
+        rows = buffer.copy()
+        for part, (start, stop, *_) in zip(self.cut(buffer), self.bounds):
+            rows[start:stop] = part.reshape(-1)
+        return rows
+
+    def take_rows(self, buffer: Array, rows: Array) -> None:
+        """Set `buffer` to what `by_rows` made of it."""
+        rows = buffer[...] = array_module(buffer).array(rows)
+        for part, (start, stop, shape, _) in zip(self.cut(buffer), self.bounds):
+            part[...] = rows[start:stop].reshape(shape)
+
     def holds(self, params: list[Parameter]) -> bool:
         """True while each of `params` is still in its place: the same views, in the same group."""
         return len(params) == len(self.views) and all(
