@@ -152,7 +152,7 @@ def to_device(array: Array, device: str) -> Array:
     """The array on that device; the same object if it is there already."""
     if device_of(array) == device:
         return array
-    return to_numpy(array) if device == "cpu" else module_for(device).asarray(native_array(array))
+    return to_numpy(array) if device == "cpu" else module_for(device).asarray(native_array(array), order="C")
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -31,7 +31,7 @@ def test_flatten_lays_parameters_and_gradients_into_views_by_group():
     for name, p in model.named_parameters():
         assert np.array_equal(p.data, before[name]) and np.array_equal(p.grad, gradients[name])
         start = address(p.data, flat.data)
-        assert p.data.flags.c_contiguous and address(p.grad, flat.grad) == start and start % 64 == 0
+        assert p.data.flags.forc and address(p.grad, flat.grad) == start and start % 64 == 0
         around = [s[2:] for s in flat.segments if s[0] <= start and start + p.size <= s[1]]
         assert around == [(p.lr_scale, p.decay, p.frozen_steps)]
         covered[start:start + p.size] += 1

@@ -113,3 +113,21 @@ def test_the_gradient_of_a_block_with_factors():
     names = [name for name, _ in block.named_parameters()]
     tt.gradcheck(lambda x, *_: block(x, paths), tokens(), *block.parameters(), names=["x", *names],
                  max_elements=60)
+
+
+def test_a_linear_layers_weight_and_gradient_lie_column_after_column():
+    layer, rng = nn.Linear(3, 5), np.random.default_rng(0)
+    layer.weight.data[...] = np.arange(15).reshape(5, 3)
+    for change in (nn.flatten, lambda _: layer.astype("float64"), nn.flatten):
+        flat = change(layer.parameters())
+        assert layer.weight.shape == (5, 3) and layer.weight.data.T.flags.c_contiguous
+        assert layer.state_dict()["weight"].flags.c_contiguous
+        for array in (layer.state_dict()["weight"], layer.weight.data):
+            np.testing.assert_array_equal(array, np.arange(15).reshape(5, 3))
+        x, g = (rng.standard_normal((4, n)).astype(layer.weight.dtype) for n in (3, 5))
+        layer.zero_grad()
+        (layer(tt.Tensor(x)) * g).sum().backward()
+        assert layer.weight.grad.T.flags.c_contiguous
+        np.testing.assert_allclose(layer.weight.grad, g.T @ x, rtol=1e-5)
+    assert np.shares_memory(layer.weight.data, flat.data) and np.shares_memory(layer.weight.grad, flat.grad)
+    np.testing.assert_array_equal(flat.cut(flat.data)[0], layer.weight.data)

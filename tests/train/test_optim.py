@@ -203,6 +203,29 @@ def test_state_goes_on_to_the_same_bits():
         assert np.array_equal(mine, others)
 
 
+def test_the_state_is_the_same_however_a_matrix_lies_in_memory():
+    def trained(order):
+        p, q = (tt.nn.Parameter(np.array(np.arange(2.0, 2 + n).reshape(shape), order=order))
+                for n, shape in ((15, (5, 3)), (4, (4,))))
+        optimizer = AdamW([p, q], 0.1, average=0.9)
+        assert p.data.flags[f"{order}_CONTIGUOUS"]
+        for step in range(3):
+            p.grad[...], q.grad[...] = np.sin(step + np.arange(15.0)).reshape(5, 3), step
+            optimizer.step()
+        return optimizer, p
+    (by_rows, p), (by_columns, q) = trained("C"), trained("F")
+    np.testing.assert_array_equal(p.data, q.data)
+    assert not np.array_equal(by_rows.m, by_columns.m)
+    (mine, _), (others, _) = by_rows.state(), by_columns.state()
+    for name, array in mine.items():
+        np.testing.assert_array_equal(array, others[name])
+        np.testing.assert_array_equal(array, by_rows.moments[name])
+        by_columns.moments[name][...] = 0
+    by_columns.load_state(mine, 3)
+    by_rows.step(), by_columns.step()
+    np.testing.assert_array_equal(p.data, q.data)
+
+
 def test_load_state_refuses_and_changes_nothing():
     optimizer = AdamW(some_parameters())
     size = optimizer.m.size

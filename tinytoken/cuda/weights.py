@@ -37,7 +37,7 @@ class Weights:
         """A region of columns for each segment's vectors, from the first to the last; what else lies between
         stays zero."""
         vectors = [(start, stop, id(view))
-                   for view, (start, stop, shape) in zip(self.flat.views, self.flat.bounds)
+                   for view, (start, stop, shape, _) in zip(self.flat.views, self.flat.bounds)
                    if len(shape) == 1]
         width = 0
         for first, last, *_ in self.flat.segments:

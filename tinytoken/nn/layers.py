@@ -16,7 +16,8 @@ class Linear(Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: int = 1) -> None:
         self.parts = parts
-        self.weight = Parameter(zeros(out_features, in_features), decay=True)
+        # column after column, as a product x W^T reads it
+        self.weight = Parameter(zeros(in_features, out_features).T, decay=True)
         self.bias = Parameter(zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ class Module:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """{name: array} of parameters and buffers, copies in host memory."""
-        return {name: np.array(to_numpy(p.data)) for name, p in self._named((Parameter, Buffer))}
+        return {name: np.array(to_numpy(p.data), order="C") for name, p in self._named((Parameter, Buffer))}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray],
                         strict: bool = True) -> tuple[list[str], list[str]]:

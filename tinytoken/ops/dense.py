@@ -49,7 +49,7 @@ def linear(x, weight, bias=None):
     def vjp(g):
         flat = rows_of(g)
         return (lambda: (flat @ weight).reshape(shape),
-                lambda: flat.T @ rows,
+                lambda: weight_gradient(flat, rows, weight),
                 lambda: column_sums(flat))
     return out.reshape(*shape[:-1], weight.shape[0]), vjp
 
@@ -62,6 +62,13 @@ def _(x, weight, bias=None):
 def rows_of(x: Array) -> Array:
     """x (..., D) as rows (R, D), also where there are none or D is 0."""
     return x.reshape(-1 if x.shape[-1] else math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def weight_gradient(g: Array, x: Array, weight: Array) -> Array:
+    """g^T x, the gradient of W (out, in) in x W^T. x (R, in), g (R, out).
+
+    It lies row by row or column by column, as W does: to add it to what is there is then one pass."""
+    return (x.T @ g).T if weight.flags.f_contiguous else g.T @ x
 
 
 def column_sums(rows: Array) -> Array:

@@ -104,13 +104,18 @@ class AdamW:
             w *= 1 - lr * decay
         w -= change
 
+    @property
+    def moments(self) -> dict[str, Array]:
+        """Its arrays, laid out as the flat storage: m, v, and the running mean if there is one."""
+        return {"m": self.m, "v": self.v} | ({} if self.mean is None else {"mean": self.mean})
+
     def state(self) -> tuple[dict[str, Array], int]:
-        """What a checkpoint needs: (arrays, steps)."""
-        return {"m": self.m, "v": self.v} | ({} if self.mean is None else {"mean": self.mean}), self.steps
+        """What a checkpoint needs: (copies of the moments, steps)."""
+        return {name: self.flat.by_rows(array) for name, array in self.moments.items()}, self.steps
 
     def load_state(self, arrays: dict[str, np.ndarray], steps: int) -> None:
         """Continue from what state() returned."""
-        moments, _ = self.state()
+        moments = self.moments
         expect(arrays.keys() == moments.keys(), "AdamW",
                f"arrays {', '.join(arrays)}, expected {', '.join(moments)}")
         for name, mine in moments.items():
@@ -118,7 +123,7 @@ class AdamW:
             expect(new.shape == mine.shape and new.dtype == mine.dtype, "AdamW",
                    f"moments {name} {new.shape} {new.dtype}, expected {mine.shape} {mine.dtype}")
         for name, mine in moments.items():
-            mine[...] = array_module(mine).asarray(arrays[name])
+            self.flat.take_rows(mine, arrays[name])
         self.steps = steps
 
 

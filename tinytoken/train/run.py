@@ -110,10 +110,9 @@ def begun(run: Run | None, phase: str, model: nn.Module, optimizer: Any, batches
     context = run.claimed(phase, model, optimizer, header) if run else contextlib.nullcontext(fresh())
     with group.leading(f"the beginning of {phase}", context) as state:
         if group.size > 1:
-            moments, steps = optimizer.state()
-            [optimizer.steps] = group.exchange("the optimiser", steps)[:1]
+            [optimizer.steps] = group.exchange("the optimiser", optimizer.steps)[:1]
             held = [p.data for p in model.parameters()] + [b.data for _, b in model.named_buffers()]
-            for array in (*moments.values(), *held):
+            for array in (*optimizer.moments.values(), *held):
                 group.broadcast(array)
         yield state
         group.exchange(f"the end of {phase}")
