@@ -190,7 +190,7 @@ class NoRecovery(Segmenter):
         blocks[-1] = Enlarged(blocks[1])
 
 
-STEPS = dict(pictures=here.pick(3, 200, 1200), pixels=here.pick(2, 750, 1500))
+STEPS = dict(pictures=here.pick(3, 200, 800), pixels=here.pick(2, 750, 1000))
 RECIPE = Recipe(data=here.data, smoothing=0.0, batch=here.pick(8, 64, 64), dim=here.pick(12, 48, 48), depth=8,
                 lr=2e-3, train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(64, 2000, 10000))
 PIXELS = dataclasses.replace(RECIPE, data="pixel_scenes", batch=here.pick(4, 32, 32), patch=2,

@@ -144,10 +144,10 @@ print(f"multiply-adds: {counted:,}, as the closed form says; without pruning "
 
 # %%
 STEPS, FURTHER, PRUNE_IN, RATE = here.pick((2, 1, (0, 1), 0.6), (500, 60, (1, 2), 0.6),
-                                           (2500, 250, (1, 2), 0.5))
+                                           (4000, 300, (1, 2), 0.6))
 RATES = here.pick((0.8,), (0.8,), (0.8, 0.7, 0.6, 0.4))  # beside RATE
 RECIPE = Recipe(data="actor_clips", smoothing=0.0, dim=here.pick(12, 48, 48), depth=here.pick(2, 4, 4),
-                heads=here.pick(2, 3, 3), patch=here.pick(8, 8, 4), batch=here.pick(4, 32, 32), lr=2e-3,
+                heads=here.pick(2, 3, 3), patch=8, batch=here.pick(4, 32, 32), lr=2e-3,
                 further_lr=5e-4, train_pictures=here.pick(8, 4000, 16000),
                 test_pictures=here.pick(64, 600, 2000))
 ALL, KEY, RANDOM, FRAMES, GLOBAL = "all tokens", "EVAD", "random", "frames", "global"
