@@ -262,12 +262,13 @@ here.picture("rollout", draw, 8, 5.6)
 #
 # In the full run (`--full`, three seeds, half an hour on one core) rollout found the mark in 99 % of the
 # pictures. The extra block, which reads it there, gained nothing: a ViT that has learned to look there has
-# read it already. Neither did the tokens of two blocks for the classifier (CTI). APC gained 1.9 points and all
-# three modules 2.1, and each of the three seeds has the two above the ViT. But the bound asked for more than
-# the spread of the ViT between seeds, which is 2.2 points: so the four bounds of the paper's claim fail, two
-# of them by less than half a point. APC was 1.2 points above CutMix and 1.6 above random cells (the bounds
-# hold, but the intervals over seeds reach below 0). In the default run, one seed of few steps, random cells
-# and CutMix gained as much as APC, 4 points: what mixing gives at first is not what rollout gives.
+# read it already. Neither did the tokens of two blocks for the classifier (CTI). APC gained 1.9 points and
+# all three modules 2.1, and each of the three seeds has the two above the ViT. But the bound asked for more
+# than the spread of the ViT between seeds, which is 2.2 points: so the four bounds of the paper's claim
+# fail, two of them by less than half a point. APC was 1.2 points above CutMix and 1.6 above random cells
+# (the bounds hold, but the intervals over seeds reach below 0). In the default run, one seed of few steps,
+# random cells and CutMix gained as much as APC, 4 points: what mixing gives at first is not what rollout
+# gives.
 #
 # ## What this does not show
 # - The paper fine-tunes a ViT that has seen millions of pictures. Ours has seen a few thousand scenes, and
