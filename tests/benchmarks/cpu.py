@@ -375,14 +375,14 @@ def main(options):
     rounds = max(2, options.rounds or (3 if options.quick else 9))
     chosen = [work for work in workloads(options.quick) if not options.workloads
               or work.name in options.workloads]
-    print(json.dumps(machine("cpu"), indent=1), f"\nOPENBLAS_CORETYPE for NumPy: "
+    print(json.dumps(machine("cpu", here=False), indent=1), f"\nOPENBLAS_CORETYPE for NumPy: "
                                                 f"{options.coretype or 'not set'}")
     with tempfile.TemporaryDirectory() as folder:
         preload, how = avx512_for_mkl(pathlib.Path(folder))
         print("AVX-512 in torch-best's MKL:", how)
         result = begun(options, {
-            "machine": machine("cpu"), "coretype": options.coretype, "rounds": rounds, "recipe": RECIPE,
-            "spread": "median, lower and upper quartile", "mkl_avx512": how,
+            "machine": machine("cpu", here=False), "coretype": options.coretype, "rounds": rounds,
+            "recipe": RECIPE, "spread": "median, lower and upper quartile", "mkl_avx512": how,
             "contenders": options.contenders, "quick": options.quick})
         rows = {(row["workload"], row["cpus"]): row for row in result["rows"]}
         for work, cpus in ((work, cpus) for work in chosen for cpus in options.cpus):

@@ -132,7 +132,7 @@ def main():
              "before_the_first_logged_step": sum(not row["logged"] for row in hit)}
     print(found)
     if options.out:
-        write_json(options.out, found | {"machine": machine("cpu"), "rows": rows})
+        write_json(options.out, found | {"machine": machine("cpu", here=False), "rows": rows})
     return int(found["hung"] or found["other_bits"])
 
 

@@ -171,8 +171,8 @@ def main():
     rows = (of_arms if options.arms else of_overlap if options.overlap else of_steps)(options)
     if options.out:
         write_json(options.out, {"ranks": options.ranks, "rounds": options.rounds, "steps": options.steps,
-                                 "batch": options.batch, "dim": options.dim, "machine": machine("cpu"),
-                                 "rows": rows})
+                                 "batch": options.batch, "dim": options.dim,
+                                 "machine": machine("cpu", here=False), "rows": rows})
 
 
 def of_arms(options):

@@ -18,6 +18,7 @@ def test_machine_names_the_settings_that_decide_speed(monkeypatch):
     monkeypatch.delitem(sys.modules, "tinytoken.compiled.kernels")
     assert not timing.machine("cpu")["compiled"]
     monkeypatch.setattr(timing.pathlib.Path, "exists", lambda self: False)
+    assert "compiled" not in timing.machine("cpu", here=False)
     assert timing.machine("cpu")["processor"]  # a system without /proc/cpuinfo
 
 

@@ -91,15 +91,16 @@ def peak_of_arrays(run: Callable[[], Any]) -> float:
         tracemalloc.stop()
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the results were measured on. compiled: whether ops ran compiled (compiled/) in this process."""
+def machine(device: str, here: bool = True) -> dict[str, Any]:
+    """What the results were measured on. compiled: whether ops ran compiled (compiled/) in this process; left
+    out where other processes than this one computed (here=False)."""
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     processors = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {"processor": processors[0] if processors else platform.processor() or platform.machine(),
             "cpus": backend.cpu_count(), "blas": backend.blas_description(),
             "environment": backend.blas_environment(),
-            "compiled": "tinytoken.compiled.kernels" in sys.modules,
+            **({"compiled": "tinytoken.compiled.kernels" in sys.modules} if here else {}),
             "python": platform.python_version(), "numpy": np.__version__, "system": platform.platform(),
             "device": device, **({"processes": current().size} if current().size > 1 else {})}
 
