@@ -217,7 +217,7 @@ PATCHES, T2T, CONV = "patches", "T2T, Performer", "conv stem"
 NONE, SOFTMAX = "T2T, no attention", "T2T, softmax"
 STEPS = here.pick(4, 150, 1000)
 SIZES = here.pick((64, 128), (1000, 10000), (1000, 3000, 10000, 30000))
-RECIPE = Recipe(data=here.data, smoothing=0.0, dim=48, heads=2, depth=4, batch=here.pick(8, 64, 64),
+RECIPE = Recipe(data=here.data, smoothing=0.0, dim=48, heads=2, depth=4, batch=here.pick(8, 64, 32),
                 test_pictures=here.pick(64, 2000, 10000))
 
 
@@ -328,9 +328,9 @@ here.picture("sizes", draw, 8, 4.5)
 
 # %% [markdown]
 # The default run has one seed and few steps: it shows that the lesson runs, and the order of the arms may
-# change with more steps. `--full` has all five arms, four sizes and three seeds of 3,000 steps each (60
-# trainings, about ten hours on two idle cores; several terminals share it, and it goes on where it was
-# stopped).
+# change with more steps. `--full` has all five arms and four sizes, with three seeds for the arms that the
+# bounds name, of 1,000 steps each (44 trainings, by estimate an hour of one core; several terminals share it,
+# and it goes on where it was stopped).
 #
 # ## What this does not show
 # - Scenes are small pictures with clear edges. The paper's claim is about ImageNet, with 224 x 224 pixels and

@@ -126,8 +126,8 @@ for side, rates in ((8, (2, 1)), (8, (4, 2)), (16, (4, 2)), (32, (4, 2)), (32, (
 #
 # The margins, set before the run. The paper's idea holds here if (4, 2) loses at most 2 points against (2, 2)
 # on small objects (up to 9 pixels) and at most 2 points against (4, 4) on large ones (from 16 pixels), and if
-# its mean over the three sizes is above both. Three seeds decide (`--full`, by estimate 5 hours on two cores,
-# and it goes on where it was stopped); a smaller run decides nothing.
+# its mean over the three sizes is above both. Three seeds decide (`--full`, by estimate half an hour of one
+# core, and it goes on where it was stopped); a smaller run decides nothing.
 
 # %%
 SIZES = {"small, to 9 pixels": (0, 9), "medium, 10 to 15": (10, 15), "large, from 16": (16, 32)}

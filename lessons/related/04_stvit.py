@@ -131,7 +131,7 @@ for side in (4, 3, 2):
 # against the ViT; if at m = 9 STViT is at least 1 point above average and random; and if it is above pooled
 # only and learned only. STViT-R must lose at most 2 points of mIoU and of boundary F1 against dense, and be
 # above dense with 3 blocks in mIoU, and 1 point above no recovery. The tokens must part the picture better
-# than fixed parts do. Three seeds decide (`--full`, by estimate 3 hours on two idle cores, and it goes on
+# than fixed parts do. Three seeds decide (`--full`, by estimate an hour of one core, and it goes on
 # where it was stopped); a smaller run decides nothing.
 
 

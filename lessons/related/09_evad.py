@@ -333,7 +333,7 @@ here.picture("curve", draw, 12, 5)
 # no arm, not even with all tokens (chance is 50 %), so nothing can be said of the decoder there. Without it
 # EVAD lost six points more, but that arm had only its 60 steps to learn to do without. Asked at 0.8, EVAD is
 # not better than at 0.6, for which it was trained. Both controls were at chance. `--full` shows what a longer
-# training with smaller patches and three seeds gives (it goes on where it was stopped).
+# training and three seeds give (it goes on where it was stopped).
 #
 # ## What this does not show
 # - Time. Multiply-adds are counted.

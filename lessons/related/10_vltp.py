@@ -307,7 +307,7 @@ here.picture("kept", pictures, 9, 7.5)
 # nearly all four objects. **But the mask hardly cares which tokens went through the middle**: even 15 % at
 # random cost 2 points of mIoU, and the constant is as good as the sentence. What was dropped has been through
 # the first block, is back for the last, and the decoder of the mask reads all. A model that finds masks of
-# only 30 % has not learned much to do in between. Whether it does in `--full` (three seeds, more steps, eight
+# only 30 % has not learned much to do in between. Whether it does in `--full` (three seeds, more steps, six
 # blocks, and without reactivation as a control), that run shows; it goes on where it was stopped.
 #
 # The bounds were written before any model had been trained to more than 60 steps. A trial of 600 steps was
