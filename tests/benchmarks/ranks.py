@@ -7,8 +7,9 @@ in adding up gradients.
 
 The models and the recipe are `compare`'s. A round starts each way once, for each model, in an order that turns
 by one; a way is processes of its own, which take a few steps to warm up and then so many that are timed. Ratios
-are taken inside a round; above 1, ranks are the faster way. Targets of issue 32: ViT 1.0, LookupViT 1.25, and
-sums below 5 % of a step.
+are taken inside a round; above 1, ranks are the faster way. "At most" is the ratio if two ranks took half the
+time of one thread alone. Targets: ViT 1.0, LookupViT 1.25, and sums below 5 % of a step. TINYTOKEN_COMPILED=0
+before the command: the same with plain ops.
 
 --overlap: the most that adding up gradients during the backward pass could save: a step's gradients and a sum
 of as many numbers, one after the other and both at once, the sum in a thread of its own.
@@ -203,29 +204,31 @@ def of_overlap(options):
 
 
 def of_steps(options):
-    """The table of steps, in threads and in ranks."""
-    taken = {name: {"threads": [], "ranks": []} for name in SHOWN.values()}
-    ways = [(name, way) for name in taken for way in taken[name]]
+    """The table of steps, in threads, in ranks, and of one thread alone."""
+    ways = {"threads": (0, options.ranks), "ranks": (options.ranks, 1), "alone": (0, 1)}  # (ranks, threads)
+    taken = {name: {way: [] for way in ways} for name in SHOWN.values()}
     for turn in range(options.rounds):
-        for name, way in turned(ways, turn):
-            ranks = options.ranks if way == "ranks" else 0
-            taken[name][way].append(measured(ranks, options, "--worker", name, "--threads",
-                                             1 if ranks else options.ranks))
-    return [row(name, found) for name, found in taken.items()]
+        for name, way in turned([(name, way) for name in taken for way in ways], turn):
+            ranks, threads = ways[way]
+            taken[name][way].append(measured(ranks, options, "--worker", name, "--threads", threads))
+    return [row(name, found, options.ranks) for name, found in taken.items()]
 
 
-def row(name, found):
-    """Print, and return for the JSON, what was found of a model."""
-    threads, ranks = ([1e3 * one["step"] for one in found[way]] for way in ("threads", "ranks"))
-    ratio = quartiles([a / b for a, b in zip(threads, ranks)])
+def row(name, found, count):
+    """Print, and return for the JSON, what was found of a model. most: the ratio if `count` ranks were as many
+    times as fast as one thread alone, and adding up took no time."""
+    threads, ranks, alone = ([1e3 * one["step"] for one in found[way]] for way in ("threads", "ranks", "alone"))
+    ratio, most = (quartiles([a / b for a, b in zip(threads, other)])
+                   for other in (ranks, [one / count for one in alone]))
     share = {what: statistics.median(one[what] / one["step"] for one in found["ranks"])
              for what in ("all_reduce", "exchange")}
     target = f" (target {TARGETS[name]})" if name in TARGETS else ""
     print(f"{name:<12}{quartiles(threads)[0]:>8.1f} ms in threads{quartiles(ranks)[0]:>8.1f} ms in ranks   "
-          f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}]{target}   all_reduce {100 * share['all_reduce']:.1f} %, "
-          f"waiting {100 * share['exchange']:.1f} %", flush=True)
-    return {"model": name, "threads_ms": quartiles(threads), "ranks_ms": quartiles(ranks), "ratio": ratio,
-            "share": share, "values": found["ranks"][0]["values"]}
+          f"{ratio[0]:.2f} [{ratio[1]:.2f}, {ratio[2]:.2f}], at most {most[0]:.2f}{target}   all_reduce "
+          f"{100 * share['all_reduce']:.1f} %, waiting {100 * share['exchange']:.1f} %", flush=True)
+    return {"model": name, "threads_ms": quartiles(threads), "ranks_ms": quartiles(ranks),
+            "alone_ms": quartiles(alone), "ratio": ratio, "most": most, "share": share,
+            "values": found["ranks"][0]["values"]}
 
 
 if __name__ == "__main__":
