@@ -468,13 +468,15 @@ here.measured(agreement=agreement, same_bits=same_bits, by_order=by_order, sum_s
 # lines stay near the diagonal. (The messages of the simulation are those of two processes in one memory,
 # 1.6 GB/s. Between machines alpha is larger, so real clusters bend earlier.)
 #
-# **Ranks or threads?** On one machine the threads of one process share a batch as well. Two ranks of one
-# thread are 0.96 times as fast [0.86, 1.01] as two threads for the ViT, 1.04 for DynamicViT and 1.11
-# [1.04, 1.16] for LookupViT, whose many small ops keep threads waiting for one another
-# (`lessons/results/ranks.json`, by `tests/benchmarks/ranks.py`; we had hoped for 1.0 and 1.25). The sum
-# takes 1.5, 1.0 and 3.7 % of a step. So ranks are for where one machine is not enough. A whole model for
-# each rank pays where there are many: with 6 models for two ranks it is 1.08 times as fast [1.03, 1.11]
-# as all ranks for each, with 4 models 0.94 (`ranks_arms.json`).
+# **Ranks or threads?** On one machine the threads of one process share a batch as well. Two ranks of
+# one thread are 1.00 times as fast [1.00, 1.01] as two threads for the ViT, 0.98 for DynamicViT and
+# 1.13 [1.11, 1.17] for LookupViT, whose many small ops keep threads waiting for one another. We had
+# hoped for 1.25 there. But two threads were 1.64 times as fast as one (the median of the rounds), so
+# two ranks would be 1.22 times as fast as the threads if adding up took no time; it takes 1.4, 0.9
+# and 3.1 % of a step (`lessons/results/ranks.json`, by `tests/benchmarks/ranks.py`;
+# `ranks_plain.json` is of ops that are not compiled). So ranks are for where one machine is not
+# enough. A whole model for each rank pays where there are many: with 6 models for two ranks it is
+# 1.08 times as fast [1.03, 1.11] as all ranks for each, with 4 models 0.94 (`ranks_arms.json`).
 #
 # **A larger batch is no free gift.** For as many pictures, steps of 256 reach 43.6 % at the old learning
 # rate, 53.1 % at twice and 65.6 % at four times the rate, and steps of 64 reach 72.4 %. So scaling the
