@@ -201,7 +201,8 @@ by_tokens = {(side // 4)**2: grown(side) for side in SIDES}
 
 # %%
 RESULTS = pathlib.Path(tt.__file__).parents[1] / "lessons" / "results"
-# method: the file of its lesson's committed run, where in its results the dense arm and its own are
+# method: the file of its lesson's committed run, where in its results the dense arm and its own are. If there
+# is a full run, it is read.
 OWN = {"DynamicViT .7": ("07_dynamicvit_full", "rows/ViT, further", "rows/DynamicViT .7"),
        "LookupViT 3x3": ("09_lookupvit_full", "rows/ViT", "rows/LookupViT 3x3"),
        "DynamicConvNeXt .7": ("14_slow_and_fast_path", "rows/ConvNeXt, further", "rows/DynamicConvNeXt .7"),
@@ -212,9 +213,9 @@ OWN = {"DynamicViT .7": ("07_dynamicvit_full", "rows/ViT, further", "rows/Dynami
        "STViT-R": ("related_stvit", "rows/dense", "rows/STViT-R"),
        "SegViT": ("related_segvit", "rows/linear", "rows/atm, 3 stages"),
        "SegViT, shrunk++": ("related_segvit", "rows/atm, 3 stages", "rows/edges"),
-       "DoViT": ("related_dovit", "by_seed/seed0/rows/dense", "by_seed/seed0/rows/DoViT"),
+       "DoViT": ("related_dovit", "by_seed/*/rows/dense", "by_seed/*/rows/DoViT"),
        "ViT-FOD": ("related_vitfod", "rows/ViT", "rows/all three"),
-       "VLTP 0.25": ("related_vltp", "by_seed/seed0 sentence/1.0", "by_seed/seed0 sentence/0.25")}
+       "VLTP 0.25": ("related_vltp", "by_seed/* sentence/1.0", "by_seed/* sentence/0.25")}
 
 
 def results_of(stem):
@@ -227,7 +228,7 @@ compared, points, own = {}, {}, {}  # by (data, method)
 for data, methods in METHODS.items():
     metric = family.FACES[data][1]
     for name, (stem, *paths) in OWN.items():
-        if name in methods and (results := results_of(stem)) is not None:
+        if name in methods and (results := results_of(f"{stem}_full") or results_of(stem)) is not None:
             dense, reached = (family.reached(results, path, metric) for path in paths)
             own |= {(data, name): reached - dense} if reached == reached else {}  # NaN: of another metric
     compared |= {(data, name): row for name, row in family.beside_base(costs[data], methods).items()}
@@ -236,7 +237,7 @@ for data, methods in METHODS.items():
         points |= {(data, name): gaps for name, gaps in family.above_base(results, methods).items()}
     else:
         print(f"no {stem}.json yet: python lessons/full/family.py --full --data {data} --out lessons/results")
-if (results := results_of("related_evad")) is not None:  # it notes bits of answers, and this difference
+if (results := results_of("related_evad_full") or results_of("related_evad")) is not None:  # it notes bits of answers, and this difference
     own["actor_clips", "EVAD 0.6"] = -results["claims"][0]["measured"]
 print(f"{'beside its dense model:':<23}{'MACs':>6}{'memory':>8}{'faster, 1':>11}{MANY:>6}{'points':>13}"
       f"{'own lesson':>12}   it thins")

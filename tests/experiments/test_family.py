@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import tinytoken as tt
+from small import refuses
 from tinytoken.experiments import Trial, family
 
 SIZES = dict(dim=24, heads=3, train_pictures=8, test_pictures=4, batch=8)
@@ -69,3 +70,7 @@ def test_costs_are_those_beside_the_base():
     assert family.reached(results, "rows/Swin", "mIoU") == 25
     assert family.reached({"arms": {"a": {"mIoU": 30.5, "M macs": 2}}}, "arms/a", "mIoU") == 30.5
     assert np.isnan(family.reached(results, "rows/Swin", "accuracy"))
+    by_seed = {"seed0 ViT": {"mIoU": 0.5}, "seed1 ViT": {"mIoU": 0.75}, "seed1 Swin": {"mIoU": 0.25}}
+    assert family.reached({"by_seed": by_seed}, "by_seed/* ViT", "mIoU") == 62.5
+    with refuses("family: no rows at 'by_seed/seed2 *'"):
+        family.reached({"by_seed": by_seed}, "by_seed/seed2 *", "mIoU")

@@ -6,6 +6,7 @@ blocks: also the pyramids, which have one stage here; but ConvNeXt and Swin, who
 last stage but one, have two, the last of one block. Another method is another line.
 """
 import dataclasses
+import fnmatch
 import functools
 import math
 import statistics
@@ -17,6 +18,7 @@ import numpy as np
 from ..backend import Array, array_module, to_device
 from ..cost import macs
 from ..data.referring import LENGTH
+from ..errors import expect
 from ..train import infer, loss_and_grads
 from .arm import Arm, Recipe
 from .timing import interleaved, peak_of_arrays
@@ -209,12 +211,14 @@ def beside_base(cost: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[
 
 def reached(results: Mapping[str, Any], path: str, metric: str) -> float:
     """What an arm of a lesson's results reached, in percent, the mean over its seeds. path: where its rows
-    are, "rows/ViT". NaN where they note another metric. Rows with "M macs" are in percent already."""
-    found: Any = results
+    are, "rows/ViT"; in a part of it * stands for anything, "by_seed/*/ViT". NaN where they note another
+    metric. Rows with "M macs" are in percent already."""
+    found: list[Any] = [results]
     for step in path.split("/"):
-        found = found[step]
-    rows = found if isinstance(found, list) else [found]
-    return statistics.mean(row.get(metric, math.nan) * (1 if "M macs" in row else 100) for row in rows)
+        children = [one[name] for one in found for name in fnmatch.filter(one, step)]
+        found = [row for child in children for row in (child if isinstance(child, list) else [child])]
+    expect(found, "family", f"no rows at {path!r}")
+    return statistics.mean(row.get(metric, math.nan) * (1 if "M macs" in row else 100) for row in found)
 
 
 def above_base(results: Mapping[str, Any], methods: Mapping[str, Method]) -> dict[str, list[float]]:
