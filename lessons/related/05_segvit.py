@@ -333,13 +333,12 @@ def draw(figure, count=4):
 here.picture("masks", draw, 10, 6)
 
 # %% [markdown]
-# In the full run ATM is 0.2 points above a dot product, within the spread, and three stages are no better than
-# one: that bound fails. An MLP for each pixel is 11 points above all: at 4 x 4 pixels for a token bilinear
-# masks are the limit. **Shrunk++ works:** with 58 % of the encoder's multiply-adds it loses 0.6 points; 8 random
-# tokens in place of those at edges lose 5, strided ones alone 6. But it takes steps: after as many as the others
-# have the strided arm knows 16 % (34 if told where all is), and in the default run all shrunk arms answer
-# "background". Two classes learned later reach 12 % and cost the old ones 13 points, though all old weights
-# stay: their queries take pixels away.
+# In the full run ATM is 0.2 points above a dot product, within the spread, and three stages are no better
+# than one: that bound fails. An MLP for each pixel is 11 points above all, as masks of 8 x 8 are coarse.
+# **Shrunk++ works:** with 58 % of the encoder's multiply-adds it loses 0.6 points; 8 random tokens in place
+# of those at edges lose 5, strided ones alone 6. But it takes steps: after as many as the others have,
+# strided knows 16 % (34 if told where all is); in the default run all shrunk arms answer "background". Two
+# classes learned later reach 12 %, and the old ones lose 13 points.
 #
 # ## What this does not show
 # - The paper's figures (ADE20K, 512 pixels, large pretrained ViTs), or masks without their loss.
