@@ -156,7 +156,7 @@ class AnyShare(Refer):
         return super().noise(size, step, seed, xp) | {"ratios": xp.asarray(SHARES, "float32")[number]}
 
 
-STEPS, FURTHER, DEPTH, PLACES = here.pick((2, 1, 3, (0, 1)), (700, 100, 5, (1, 3)), (3000, 400, 6, (1, 4)))
+STEPS, FURTHER, DEPTH, PLACES = here.pick((2, 1, 3, (0, 1)), (700, 100, 5, (1, 3)), (2400, 300, 6, (1, 4)))
 RECIPE = Recipe(data="referring", smoothing=0.0, dim=here.pick(12, 48, 64), depth=DEPTH, heads=2,
                 batch=here.pick(8, 32, 32), lr=2e-3, further_lr=1e-3,
                 train_pictures=here.pick(32, 5000, 16000), test_pictures=here.pick(12, 400, 2000))
