@@ -251,11 +251,11 @@ here.picture("errors", draw, 9, 3.8)
 # In the full run (three seeds, three quarters of an hour of one core) three of the four bounds held.
 # Refinement takes the first block's class token from 34 to 49 % and the third from 70 to 86. What misleads
 # all blocks moves to the targets no more than what misleads the last one (-0.3 points), and refined ones 5
-# points more. All of this gain is with models built otherwise: patches of 8 pixels 10 to 18 %, ConvNeXt 21
-# to 29, T2T-ViT 20 to 26, while the ViT of another seed errs as often in all three ways (75 to 81 %). With
-# PGD, which moves less, all blocks gain 4 points and refined ones 12; with DIM and TI refined ones gain 5
-# and 7. At 4 and 8 of 255 the source itself errs less often by all blocks, so that the three ways are not
-# of one strength, and no way moves more.
+# points more. All of this gain is with models built otherwise: patches of 8 pixels 11 to 18 %, ConvNeXt 23
+# to 29, T2T-ViT 22 to 26, while the ViT of another seed errs about as often in all three ways (76 to 81 %).
+# With PGD, which moves less, all blocks gain 4 points and refined ones 12; with DIM and TI refined ones
+# gain 5 and 7 on the last. At 4 and 8 of 255 the ways of MI-FGSM are not of one strength, as the source
+# itself errs less by all blocks, and none moves more.
 #
 # The default run has one seed, few steps and 200 pictures: a difference of less than about seven points
 # says nothing there.
