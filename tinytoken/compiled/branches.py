@@ -37,8 +37,9 @@ def mlp_branch(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_
         dx, *of_parameters = of_norm(d_hidden @ fc1_weight)
         dx += g
         return (dx.reshape(x.shape), *of_parameters,
-                lambda: weight_gradient(d_hidden, normed, fc1_weight), lambda: column_sums(d_hidden),
-                lambda: weight_gradient(g, active, fc2_weight), lambda: column_sums(g))
+                lambda: weight_gradient(d_hidden, normed, fc1_weight.flags.f_contiguous),
+                lambda: column_sums(d_hidden),
+                lambda: weight_gradient(g, active, fc2_weight.flags.f_contiguous), lambda: column_sums(g))
     return plus(rows, active, fc2_weight, fc2_bias).reshape(x.shape), vjp
 
 
@@ -74,9 +75,10 @@ def attention_branch(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weigh
         dx, *of_parameters = of_norm(d_qkv @ qkv_weight)
         dx += g
         return (dx.reshape(x.shape), *of_parameters,
-                lambda: weight_gradient(d_qkv, normed, qkv_weight),
+                lambda: weight_gradient(d_qkv, normed, qkv_weight.flags.f_contiguous),
                 None if qkv_bias is None else lambda: column_sums(d_qkv),
-                lambda: weight_gradient(g, merged, proj_weight), lambda: column_sums(g), d_keep)
+                lambda: weight_gradient(g, merged, proj_weight.flags.f_contiguous),
+                lambda: column_sums(g), d_keep)
     return plus(rows, merged, proj_weight, proj_bias).reshape(x.shape), vjp
 
 

@@ -41,7 +41,7 @@ def linear(x, weight, bias=None):
     expect(bias is None or bias.shape == weight.shape[:1], "linear",
            lambda: f"{shape_of('bias', bias)} for {shape_of('weight', weight)}: "
                    f"expected ({weight.shape[0]},)")
-    rows, shape = rows_of(x), x.shape
+    rows, shape, by_columns = rows_of(x), x.shape, weight.flags.f_contiguous
     out = rows @ weight.T
     if bias is not None:
         out += bias
@@ -49,7 +49,7 @@ def linear(x, weight, bias=None):
     def vjp(g):
         flat = rows_of(g)
         return (lambda: (flat @ weight).reshape(shape),
-                lambda: weight_gradient(flat, rows, weight),
+                lambda: weight_gradient(flat, rows, by_columns),
                 lambda: column_sums(flat))
     return out.reshape(*shape[:-1], weight.shape[0]), vjp
 
@@ -64,11 +64,11 @@ def rows_of(x: Array) -> Array:
     return x.reshape(-1 if x.shape[-1] else math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def weight_gradient(g: Array, x: Array, weight: Array) -> Array:
+def weight_gradient(g: Array, x: Array, by_columns: bool) -> Array:
     """g^T x, the gradient of W (out, in) in x W^T. x (R, in), g (R, out).
 
-    It lies row by row or column by column, as W does: to add it to what is there is then one pass."""
-    return (x.T @ g).T if weight.flags.f_contiguous else g.T @ x
+    by_columns: how W lies. The gradient lies so too: to add it to what is there is then one pass."""
+    return (x.T @ g).T if by_columns else g.T @ x
 
 
 def column_sums(rows: Array) -> Array:
