@@ -218,17 +218,17 @@ OWN = {"DynamicViT .7": ("07_dynamicvit_full", "rows/ViT, further", "rows/Dynami
        "VLTP 0.25": ("related_vltp", "by_seed/* sentence/1.0", "by_seed/* sentence/0.25")}
 
 
-def results_of(stem):
-    """The results of a committed run, or None."""
-    path = RESULTS / f"{stem}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else None
+def results_of(*stems):
+    """The results of the first of these runs that is committed, or None."""
+    paths = (path for stem in stems if (path := RESULTS / f"{stem}.json").exists())
+    return next((json.loads(path.read_text(encoding="utf-8"))["results"] for path in paths), None)
 
 
 compared, points, own = {}, {}, {}  # by (data, method)
 for data, methods in METHODS.items():
     metric = family.FACES[data][1]
     for name, (stem, *paths) in OWN.items():
-        if name in methods and (results := results_of(f"{stem}_full") or results_of(stem)) is not None:
+        if name in methods and (results := results_of(f"{stem}_full", stem)) is not None:
             dense, reached = (family.reached(results, path, metric) for path in paths)
             own |= {(data, name): reached - dense} if reached == reached else {}  # NaN: of another metric
     compared |= {(data, name): row for name, row in family.beside_base(costs[data], methods).items()}
@@ -237,7 +237,8 @@ for data, methods in METHODS.items():
         points |= {(data, name): gaps for name, gaps in family.above_base(results, methods).items()}
     else:
         print(f"no {stem}.json yet: python lessons/full/family.py --full --data {data} --out lessons/results")
-if (results := results_of("related_evad_full") or results_of("related_evad")) is not None:  # it notes bits of answers, and this difference
+if (results := results_of("related_evad_full", "related_evad")) is not None:
+    # it notes bits of answers, and this difference
     own["actor_clips", "EVAD 0.6"] = -results["claims"][0]["measured"]
 print(f"{'beside its dense model:':<23}{'MACs':>6}{'memory':>8}{'faster, 1':>11}{MANY:>6}{'points':>13}"
       f"{'own lesson':>12}   it thins")

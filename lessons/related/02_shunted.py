@@ -136,7 +136,7 @@ DATA = "sized_scenes" if here.data == "scenes" else here.data
 STEPS = here.pick(3, 300, 1500)
 RECIPE = Recipe(data=DATA, smoothing=0.0, batch=here.pick(8, 32, 64), lr=2e-3,
                 train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(60, 3000, 6000))
-SHAPE = here.pick(dict(dims=(8, 8), depths=(1, 1)), *[dict(dims=(24, 48), depths=(2, 1))] * 2)
+SHAPE = dict(dims=here.pick((8, 8), (24, 48), (24, 48)), depths=here.pick((1, 1), (2, 1), (2, 1)))
 SHAPE |= dict(patch_size=2, heads=(2, 4), mlp_ratio=2)
 ARMS = {name: Arm("shuntedtransformer", SHAPE | dict(rates=(rates, 1)), steps=STEPS, lr=RECIPE.lr,
                   phase=f"rates {rates[0]}-{rates[1]}") for name, rates in RATES.items()}
