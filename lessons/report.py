@@ -10,6 +10,7 @@ import pathlib
 import re
 import statistics
 import sys
+import textwrap
 
 from tinytoken.errors import InputError, expect
 from tinytoken.experiments import interval_text, over_chance, range_text, spread_text
@@ -342,15 +343,34 @@ def headlines(results):
     return {script: load(results / f"{name}.json").get("headline") for script, name in scripts(results).items()}
 
 
+def lesson_line(results, script, headline):
+    """An item of a list: number and title of a lesson, and its headline."""
+    title = script.read_text(encoding="utf-8").splitlines()[1].partition(": ")[2]  # "# # Lesson 07: DynamicViT"
+    name = script.relative_to(results.parent).as_posix()
+    headline = headline or f"no headline; `python lessons/{name} --out lessons/results` notes one."
+    return f"- {name.partition('_')[0]} [{title}]({name}): {headline}"
+
+
 @part
 def lessons(results):
     """A line for each lesson: its title, and the headline of its default run."""
+    return "\n".join(lesson_line(results, *each) for each in headlines(results).items())
+
+
+@part
+def related_full(results):
+    """The headline of each related lesson's full run, how many of its bounds hold, and those that fail."""
     lines = []
-    for script, headline in headlines(results).items():
-        title = script.read_text(encoding="utf-8").splitlines()[1].partition(": ")[2]  # "# # Lesson 07: DynamicViT"
-        name = script.relative_to(results.parent).as_posix()
-        headline = headline or f"no headline; `python lessons/{name} --out lessons/results` notes one."
-        lines.append(f"- {name.partition('_')[0]} [{title}]({name}): {headline}")
+    for script, name in scripts(results).items():
+        if name.startswith("related_") and (path := results / f"{name}_full.json").exists():
+            saved = load(path)
+            claims = saved["results"]["claims"]
+            held = [claim["holds"] for claim in claims]
+            lines.append(f"{lesson_line(results, script, saved['headline'])} {sum(held)} of "
+                         f"{plural(len(held), 'bound')} hold.")
+            if not all(held):
+                failing = claims_text(claim for claim in claims if not claim["holds"])
+                lines.append(textwrap.indent(failing, "  "))
     return "\n".join(lines)
 
 

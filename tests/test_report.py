@@ -80,6 +80,23 @@ def test_every_lesson_has_a_headline():
     assert [script.name for script, text in report.headlines(RESULTS).items() if not text] == []
 
 
+def test_full_runs_of_related_lessons_say_which_bounds_fail(checkout):
+    results = checkout / "lessons" / "results"
+    for path in results.glob("related_*_full.json"):
+        path.unlink()
+    assert report.parts["related_full"](results) == ""
+    claims = [{"claim": "points", "measured": 2.0, "bound": [None, 1], "holds": False},
+              {"claim": "share", "measured": 0.5, "bound": [None, 1], "holds": True}]
+    saved = {"headline": "Tokens part.", "results": {"claims": claims}}
+    for name, some in (("related_stvit_full", claims), ("related_dovit_full", claims[1:])):
+        saved["results"]["claims"] = some
+        (results / f"{name}.json").write_text(json.dumps(saved))
+    assert report.parts["related_full"](results).splitlines() == [
+        "- related/04 [STViT](related/04_stvit.py): Tokens part. 1 of 2 bounds hold.",
+        "  - **fails**: points: 2 (at most 1)",
+        "- related/06 [DoViT](related/06_dovit.py): Tokens part. 1 of 1 bound hold."]
+
+
 def test_seeds_of_different_recipes_are_not_averaged(tmp_path):
     table = json.loads((RESULTS / "compare_scenes_seed0.json").read_text())
     for seed, steps in ((0, 500), (1, 499)):
