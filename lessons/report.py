@@ -365,12 +365,11 @@ def related_full(results):
         if name.startswith("related_") and (path := results / f"{name}_full.json").exists():
             saved = load(path)
             claims = saved["results"]["claims"]
-            held = [claim["holds"] for claim in claims]
-            lines.append(f"{lesson_line(results, script, saved['headline'])} {sum(held)} of "
-                         f"{plural(len(held), 'bound')} hold.")
-            if not all(held):
-                failing = claims_text(claim for claim in claims if not claim["holds"])
-                lines.append(textwrap.indent(failing, "  "))
+            failing = [claim for claim in claims if not claim["holds"]]
+            lines.append(f"{lesson_line(results, script, saved['headline'])} {len(claims) - len(failing)} of "
+                         f"{plural(len(claims), 'bound')} hold.")
+            if failing:
+                lines.append(textwrap.indent(claims_text(failing), "  "))
     return "\n".join(lines)
 
 

@@ -162,13 +162,13 @@ RECIPE = Recipe(data=DATA, smoothing=0.0, batch=here.pick(8, 32, 64), lr=2e-3,
                 train_pictures=here.pick(64, 16000, 16000), test_pictures=here.pick(60, 3000, 6000))
 SHAPE = dict(dims=here.pick((8, 8), (24, 48), (24, 48)), depths=here.pick((1, 1), (2, 1), (2, 1)))
 SHAPE |= dict(patch_size=2, heads=(2, 4), mlp_ratio=2)
-KINDS = {name: ("shuntedtransformer", rates) for name, rates in RATES.items()}
+KINDS = {name: ("shuntedtransformer", rates, "") for name, rates in RATES.items()}
 if here.pick(True, False, True):
-    KINDS |= {"no attention": (Unread, (4, 2))}
-    KINDS |= {f"{name}, no filters": (Unfiltered, RATES[name]) for name in list(RATES)[:3]}
+    KINDS |= {"no attention": (Unread, (4, 2), " no attention")}
+    KINDS |= {f"{name}, no filters": (Unfiltered, RATES[name], " no filters") for name in list(RATES)[:3]}
 ARMS = {name: Arm(model, SHAPE | dict(rates=(rates, 1)), steps=STEPS, lr=RECIPE.lr,
-                  phase=f"rates {rates[0]}-{rates[1]}{'' if name in RATES else ' ' + name.split(', ')[-1]}")
-        for name, (model, rates) in KINDS.items()}
+                  phase=f"rates {rates[0]}-{rates[1]}{lacks}")
+        for name, (model, rates, lacks) in KINDS.items()}
 SETTINGS = dataclasses.asdict(RECIPE) | {"steps": STEPS, "shape": SHAPE}
 
 
@@ -236,7 +236,8 @@ here.claim("(4, 2): points lost to (4, 4) on large objects", lost("(4, 4)", larg
 here.claim("(4, 2): points above the better of (2, 2) and (4, 4), mean of sizes",
            -max(lost("(2, 2)", None), lost("(4, 4)", None)), low=0)
 means = {name: statistics.mean(points(name, None)) for name in ARMS}
-unread = f", without attention there {means['no attention']:.1f}" if "no attention" in means else ""
+unread = (f", without attention in the first stage {means['no attention']:.1f} with one seed"
+          if "no attention" in means else "")
 here.says(f"Keys merged at the rates (4, 2) reach {means['(4, 2)']:.1f} % on objects of three sizes, at "
           f"(2, 2) {means['(2, 2)']:.1f}, at (4, 4) {means['(4, 4)']:.1f}, not merged {means['(1, 1)']:.1f}"
           f"{unread} ({STEPS:,} steps, {len(seeds)} seed{'s' * (len(seeds) > 1)}).")
